@@ -1,0 +1,1 @@
+"""Bundles: manifest, layout on disk, published trees."""

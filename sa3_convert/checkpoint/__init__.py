@@ -1,0 +1,1 @@
+"""Published checkpoints: what they hold, reading them, making seeded ones, downloading them."""

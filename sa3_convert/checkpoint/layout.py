@@ -1,0 +1,524 @@
+"""`model_config.json` and the T5Gemma `config.json` → every dimension, as frozen data.
+
+A key that is absent means the reference constructor's default, never null. A setting that the networks here do not
+implement is refused by its name: silently ignoring one would convert a different model.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sa3_convert.errors import CheckpointError
+
+Objective = Literal["rf_denoiser", "rectified_flow"]
+
+TEXT_ENCODER_FOLDER = "t5gemma-b-b-ul2"
+
+
+@dataclass(frozen=True, slots=True)
+class TextEncoderLayout:
+    """T5Gemma encoder (Gemma-2 blocks) and the learned padding behind it."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    query_pre_attn_scalar: float
+    attn_logit_softcap: float
+    rms_norm_eps: float
+    rope_theta: float
+    max_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class NumberConditionerLayout:
+    """`seconds_total`: clamp, normalise, Fourier features, one linear."""
+
+    min_value: float
+    max_value: float
+    features: int
+    output_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class DitLayout:
+    """Diffusion transformer."""
+
+    io_channels: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    cond_token_dim: int
+    global_cond_dim: int
+    local_add_cond_dim: int
+    num_memory_tokens: int
+    differential: bool
+    ff_mult: float
+    timestep_features: int
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.embed_dim // self.num_heads
+
+    @property
+    def ff_dim(self) -> int:
+        """Inner width of the SwiGLU feed-forward."""
+        return int(self.embed_dim * self.ff_mult)
+
+
+@dataclass(frozen=True, slots=True)
+class SameLayout:
+    """One half (encoder or decoder) of a SAME autoencoder."""
+
+    io_channels: int
+    width: int
+    latent_dim: int
+    stride: int
+    depth: int
+    head_dim: int
+    chunk_size: int | None
+    """Samples (patches) per attention window, SAME-S; None with a sliding window, SAME-L."""
+    sliding_window: tuple[int, int] | None
+    """Groups (latents) to the left and right that a token sees, SAME-L."""
+    mapping_kernel: int
+    ff_mult: float
+    sinusoidal_from: int
+    """Index of the first layer whose gate is sin(π·x); equal to `depth` when there is none."""
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads."""
+        return self.width // self.head_dim
+
+    @property
+    def group(self) -> int:
+        """Tokens per latent: `stride` patches and one more."""
+        return self.stride + 1
+
+
+@dataclass(frozen=True, slots=True)
+class AutoencoderLayout:
+    """SAME autoencoder with its patched audio front and softnorm bottleneck."""
+
+    encoder: SameLayout
+    decoder: SameLayout
+    latent_dim: int
+    patch_size: int
+    audio_channels: int
+    downsampling_ratio: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointLayout:
+    """Everything that is known of a checkpoint before its weights are read."""
+
+    sample_rate: int
+    sample_size: int
+    autoencoder: AutoencoderLayout
+    dit: DitLayout | None
+    text_encoder: TextEncoderLayout | None
+    number_conditioner: NumberConditionerLayout | None
+    objective: Objective | None
+    source_id: str | None
+    """The hub id that the checkpoint names as its own (where its text encoder comes from), if it does."""
+
+
+class _Section:
+    """One JSON object of a config: each key is taken once, and what is left over is refused by name."""
+
+    def __init__(self, values: Any, where: str) -> None:
+        if not isinstance(values, Mapping):
+            raise CheckpointError(f"{where} is {type(values).__name__}, expected an object.")
+        self._values = dict(values)
+        self._where = where
+
+    def section(self, key: str) -> "_Section":
+        if key not in self._values:
+            raise CheckpointError(f"{self._where} has no {key!r}.")
+        return _Section(self._values.pop(key), f"{self._where}.{key}")
+
+    def has(self, key: str) -> bool:
+        return key in self._values
+
+    def raw(self, key: str, default: Any = ...) -> Any:
+        if key in self._values:
+            return self._values.pop(key)
+        if default is ...:
+            raise CheckpointError(f"{self._where} has no {key!r}.")
+        return default
+
+    def integer(self, key: str, default: Any = ..., *, minimum: int = 1) -> int:
+        value = self.raw(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise CheckpointError(f"{self._where}.{key} is {value!r}, expected an integer of at least {minimum}.")
+        return value
+
+    def number(self, key: str, default: Any = ...) -> float:
+        value = self.raw(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise CheckpointError(f"{self._where}.{key} is {value!r}, expected a number.")
+        return float(value)
+
+    def only(self, key: str, supported: Any, default: Any = ...) -> None:
+        """Take a setting that has one supported value (or a tuple of them)."""
+        value = self.raw(key, default)
+        allowed = supported if isinstance(supported, tuple) else (supported,)
+        if not any(type(value) is type(a) and value == a for a in allowed):
+            wanted = " or ".join(repr(a) for a in allowed)
+            raise CheckpointError(f"{self._where}.{key} is {value!r}; only {wanted} is supported.")
+
+    def one_of_list(self, key: str, default: Any = ...) -> int:
+        """Take a per-stage list that must have exactly one stage, as every published SAME has."""
+        value = self.raw(key, default)
+        if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], int) or value[0] < 0:
+            raise CheckpointError(f"{self._where}.{key} is {value!r}; only a list of one integer is supported.")
+        return value[0]
+
+    def ignore(self, *keys: str) -> None:
+        """Drop settings that matter for training or loading only."""
+        for key in keys:
+            self._values.pop(key, None)
+
+    def finish(self) -> None:
+        if self._values:
+            names = ", ".join(f"{self._where}.{key}" for key in sorted(self._values))
+            raise CheckpointError(f"Unsupported setting {names}: this tool does not know what it means.")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable or not JSON.
+
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def read_layout(folder: Path) -> CheckpointLayout:
+    """Read the layout of the checkpoint in `folder`.
+
+    Raises:
+        CheckpointError: a file is missing or holds a setting that is not supported; the message names it.
+
+    """
+    config = _Section(read_json(folder / "model_config.json"), "model_config.json")
+    config.ignore("training", "name", "version", "description")
+    kind = config.raw("model_type")
+    sample_rate = config.integer("sample_rate")
+    sample_size = config.integer("sample_size")
+    audio_channels = config.integer("audio_channels", 2)
+    model = config.section("model")
+    config.finish()
+    if kind == "autoencoder":
+        return CheckpointLayout(
+            sample_rate=sample_rate,
+            sample_size=sample_size,
+            autoencoder=_autoencoder(model, audio_channels),
+            dit=None,
+            text_encoder=None,
+            number_conditioner=None,
+            objective=None,
+            source_id=None,
+        )
+    if kind != "diffusion_cond":
+        raise CheckpointError(
+            f"model_config.json.model_type is {kind!r}; only 'diffusion_cond' and 'autoencoder' are supported."
+        )
+    return _diffusion(folder, model, sample_rate, sample_size, audio_channels)
+
+
+def _diffusion(
+    folder: Path, model: _Section, sample_rate: int, sample_size: int, audio_channels: int
+) -> CheckpointLayout:
+    pretransform = model.section("pretransform")
+    pretransform.only("type", "autoencoder")
+    pretransform.ignore("iterate_batch", "chunked", "scale", "enable_grad", "model_half")
+    autoencoder = _autoencoder(pretransform.section("config"), audio_channels)
+    pretransform.finish()
+
+    conditioning = model.section("conditioning")
+    cond_dim = conditioning.integer("cond_dim")
+    prompt, seconds = _conditioners(conditioning.raw("configs"))
+    conditioning.only("default_keys", {}, {})
+    conditioning.only("pre_encoded_keys", [], [])
+    conditioning.finish()
+    text_encoder, source_id = _text_encoder(folder, prompt, cond_dim)
+    number_conditioner = _number_conditioner(seconds, cond_dim)
+
+    diffusion = model.section("diffusion")
+    objective = diffusion.raw("diffusion_objective", "v")
+    if objective not in ("rf_denoiser", "rectified_flow"):
+        raise CheckpointError(
+            f"model.diffusion.diffusion_objective is {objective!r}; "
+            "only 'rf_denoiser' and 'rectified_flow' are supported."
+        )
+    diffusion.only("type", "dit")
+    diffusion.only("cross_attention_cond_ids", ["prompt", "seconds_total"])
+    diffusion.only("global_cond_ids", ["seconds_total"])
+    diffusion.only("local_add_cond_ids", ["inpaint_mask", "inpaint_masked_input"])
+    for key in ("input_concat_ids", "prepend_cond_ids", "modular_local_cond_configs"):
+        diffusion.only(key, [], [])
+    diffusion.only("sampling_distribution_shift_options", None, None)
+    diffusion.only("mask_padding_attention", True, False)
+    diffusion.ignore("use_effective_length_for_schedule", "distribution_shift_options")
+    dit = _dit(diffusion.section("config"))
+    diffusion.finish()
+    _same(
+        "model.io_channels",
+        model.integer("io_channels"),
+        "the autoencoder's latent_dim",
+        autoencoder.latent_dim,
+    )
+    model.finish()
+    _same("dit io_channels", dit.io_channels, "the autoencoder's latent_dim", autoencoder.latent_dim)
+    _same("dit cond_token_dim", dit.cond_token_dim, "conditioning.cond_dim", cond_dim)
+    _same("dit global_cond_dim", dit.global_cond_dim, "conditioning.cond_dim", cond_dim)
+    _same("dit local_add_cond_dim", dit.local_add_cond_dim, "latent_dim + 1", autoencoder.latent_dim + 1)
+    return CheckpointLayout(
+        sample_rate=sample_rate,
+        sample_size=sample_size,
+        autoencoder=autoencoder,
+        dit=dit,
+        text_encoder=text_encoder,
+        number_conditioner=number_conditioner,
+        objective=objective,
+        source_id=source_id,
+    )
+
+
+def _same(left_name: str, left: int, right_name: str, right: int) -> None:
+    if left != right:
+        raise CheckpointError(f"model_config.json contradicts itself: {left_name} is {left}, {right_name} is {right}.")
+
+
+def _conditioners(configs: Any) -> tuple[_Section, _Section]:
+    found: dict[str, _Section] = {}
+    for index, entry in enumerate(configs if isinstance(configs, list) else []):
+        section = _Section(entry, f"model.conditioning.configs[{index}]")
+        identifier = section.raw("id")
+        wanted = {"prompt": "t5gemma", "seconds_total": "number"}.get(identifier)
+        if wanted is None:
+            raise CheckpointError(f"Conditioner {identifier!r} is not supported; known: prompt, seconds_total.")
+        section.only("type", wanted)
+        found[identifier] = section.section("config")
+        section.finish()
+    for identifier in ("prompt", "seconds_total"):
+        if identifier not in found:
+            raise CheckpointError(f"model.conditioning.configs has no conditioner {identifier!r}.")
+    return found["prompt"], found["seconds_total"]
+
+
+def _number_conditioner(config: _Section, cond_dim: int) -> NumberConditionerLayout:
+    config.only("fourier_features_type", "expo", "learned")
+    low, high = config.number("min_val", 0), config.number("max_val", 1)
+    config.finish()
+    if not low < high:
+        raise CheckpointError(f"seconds_total: min_val {low} is not below max_val {high}.")
+    return NumberConditionerLayout(min_value=low, max_value=high, features=256, output_dim=cond_dim)
+
+
+def _text_encoder(folder: Path, prompt: _Section, cond_dim: int) -> tuple[TextEncoderLayout, str | None]:
+    prompt.only("padding_mode", "learned", "zero")
+    prompt.only("project_out", False, False)
+    prompt.only("model_name", "google/t5gemma-b-b-ul2", "google/t5gemma-b-b-ul2")
+    prompt.only("subfolder", TEXT_ENCODER_FOLDER, TEXT_ENCODER_FOLDER)
+    prompt.ignore("enable_grad", "model_path")
+    max_length = prompt.integer("max_length", 128)
+    source_id = prompt.raw("repo_id", None)
+    prompt.finish()
+    path = folder / TEXT_ENCODER_FOLDER / "config.json"
+    if not path.parent.is_dir():
+        raise CheckpointError(
+            f"{path.parent} is missing: the text encoder belongs to the checkpoint. "
+            f"Download the folder {TEXT_ENCODER_FOLDER} beside model.safetensors."
+        )
+    raw = read_json(path)
+    values = raw.get("encoder") if isinstance(raw, dict) else None
+    encoder = _Section(values, f"{TEXT_ENCODER_FOLDER}/config.json: encoder")
+    layout = TextEncoderLayout(
+        vocab_size=encoder.integer("vocab_size"),
+        hidden_size=encoder.integer("hidden_size"),
+        intermediate_size=encoder.integer("intermediate_size"),
+        num_layers=encoder.integer("num_hidden_layers"),
+        num_heads=encoder.integer("num_attention_heads"),
+        num_kv_heads=encoder.integer("num_key_value_heads"),
+        head_dim=encoder.integer("head_dim"),
+        query_pre_attn_scalar=encoder.number("query_pre_attn_scalar"),
+        attn_logit_softcap=encoder.number("attn_logit_softcapping"),
+        rms_norm_eps=encoder.number("rms_norm_eps", 1e-6),
+        rope_theta=_rope_theta(encoder),
+        max_length=max_length,
+    )
+    encoder.only("hidden_activation", "gelu_pytorch_tanh", "gelu_pytorch_tanh")
+    encoder.only("attention_bias", False, False)
+    # At the lengths used here a sliding window this wide sees everything, so both layer types are full attention.
+    window = encoder.integer("sliding_window", 4096)
+    if window < max_length:
+        raise CheckpointError(
+            f"The text encoder's sliding_window {window} is shorter than the prompt's max_length {max_length}; "
+            "only windows that see the whole prompt are supported."
+        )
+    _same("text encoder hidden_size", layout.hidden_size, "conditioning.cond_dim", cond_dim)
+    if layout.num_heads % layout.num_kv_heads:
+        raise CheckpointError("The text encoder's num_attention_heads is no multiple of num_key_value_heads.")
+    return layout, source_id if isinstance(source_id, str) else None
+
+
+def _rope_theta(encoder: _Section) -> float:
+    if encoder.has("rope_theta"):
+        return encoder.number("rope_theta")
+    parameters = encoder.section("rope_parameters")
+    parameters.only("rope_type", "default", "default")
+    return parameters.number("rope_theta")
+
+
+def _dit(config: _Section) -> DitLayout:
+    config.only("transformer_type", "continuous_transformer", "continuous_transformer")
+    config.only("global_cond_type", "adaLN", "prepend")
+    config.only("timestep_features_type", "expo", "learned")
+    config.only("timestep_cond_type", "global", "global")
+    config.only("norm_type", "rms_norm", "layer_norm")
+    for key in (
+        "timestep_features_logsnr",
+        "conformer",
+        "layer_scale",
+        "causal",
+        "cross_attn_rotary_pos_emb",
+    ):
+        config.only(key, False, False)
+    for key in ("use_sinusoidal_emb", "use_abs_pos_emb"):
+        config.only(key, False, False)
+    config.only("rotary_pos_emb", True, True)
+    config.ignore("zero_init_branch_outputs")
+    config.only("project_cond_tokens", True, True)
+    config.only("project_global_cond", True, True)
+    config.only("patch_size", 1, 1)
+    config.only("input_concat_dim", 0, 0)
+    config.only("prepend_cond_dim", 0, 0)
+    norm = _Section(config.raw("norm_kwargs", {}), "dit.norm_kwargs")
+    norm.ignore("force_fp32")
+    norm.finish()
+    attention = config.section("attn_kwargs")
+    attention.only("qk_norm", "rms", "none")
+    differential = attention.raw("differential", False)
+    attention.only("feat_scale", False, False)
+    attention.finish()
+    feed_forward = _Section(config.raw("ff_kwargs", {}), "dit.ff_kwargs")
+    ff_mult = feed_forward.number("mult", 4)
+    feed_forward.finish()
+    layout = DitLayout(
+        io_channels=config.integer("io_channels", 32),
+        embed_dim=config.integer("embed_dim", 768),
+        depth=config.integer("depth", 12),
+        num_heads=config.integer("num_heads", 8),
+        cond_token_dim=config.integer("cond_token_dim"),
+        global_cond_dim=config.integer("global_cond_dim"),
+        local_add_cond_dim=config.integer("local_add_cond_dim"),
+        num_memory_tokens=config.integer("num_memory_tokens", 0, minimum=0),
+        differential=bool(differential),
+        ff_mult=ff_mult,
+        timestep_features=config.integer("timestep_features_dim", 256),
+    )
+    config.finish()
+    if layout.embed_dim % layout.num_heads:
+        raise CheckpointError(f"dit.embed_dim {layout.embed_dim} is no multiple of num_heads {layout.num_heads}.")
+    return layout
+
+
+def _autoencoder(config: _Section, audio_channels: int) -> AutoencoderLayout:
+    patched = config.section("pretransform")
+    patched.only("type", "patched")
+    patch = patched.section("config")
+    patch_size = patch.integer("patch_size")
+    channels = patch.integer("channels")
+    patch.finish()
+    patched.finish()
+    bottleneck = config.section("bottleneck")
+    bottleneck.only("type", "softnorm")
+    norm = bottleneck.section("config")
+    norm_dim = norm.integer("dim", 32)
+    norm.only("noise_augment_dim", 0, 0)
+    norm.only("auto_scale", True, False)
+    norm.ignore("noise_regularize", "freeze")
+    norm.finish()
+    bottleneck.finish()
+    latent_dim = config.integer("latent_dim")
+    ratio = config.integer("downsampling_ratio")
+    config.integer("io_channels", channels)
+    config.only("soft_clip", False, False)
+    encoder = _same_half(config.section("encoder"), "in_channels", "encoder")
+    decoder = _same_half(config.section("decoder"), "out_channels", "decoder")
+    config.finish()
+    _same("bottleneck dim", norm_dim, "latent_dim", latent_dim)
+    _same("patched channels", channels, "audio_channels", audio_channels)
+    for name, half in (("encoder", encoder), ("decoder", decoder)):
+        _same(f"{name} latent_dim", half.latent_dim, "latent_dim", latent_dim)
+        _same(f"{name} audio-side channels", half.io_channels, "patch_size × channels", patch_size * channels)
+        _same(f"{name} stride × patch_size", half.stride * patch_size, "downsampling_ratio", ratio)
+    return AutoencoderLayout(
+        encoder=encoder,
+        decoder=decoder,
+        latent_dim=latent_dim,
+        patch_size=patch_size,
+        audio_channels=channels,
+        downsampling_ratio=ratio,
+    )
+
+
+def _same_half(section: _Section, channels_key: str, kind: str) -> SameLayout:
+    section.only("type", "same")
+    section.only("soft_clip", False, False)
+    config = section.section("config")
+    section.finish()
+    config.ignore("checkpointing", "mask_noise", "freeze_backbone", "variable_stride", "conv_bias")
+    for key in ("conformer", "layer_scale", "causal", "feat_scale", "cross_attn"):
+        config.only(key, False, False)
+    config.only("differential", True, True)
+    config.only("dyt", True, True)
+    config.only("mapping_bias", True, True)
+    depth = config.one_of_list("transformer_depths")
+    stride = config.one_of_list("strides")
+    sinusoidal = config.one_of_list("sinusoidal_blocks", [0]) if kind == "decoder" else 0
+    window = config.raw("sliding_window", None)
+    chunk_size: int | None = None
+    if window is None:
+        chunk_size = config.integer("chunk_size", 128)
+        config.only("chunk_midpoint_shift", True, False)
+        if chunk_size % (2 * stride):
+            raise CheckpointError(f"{kind}: chunk_size {chunk_size} is no even multiple of the stride {stride}.")
+        if depth < 2:
+            raise CheckpointError(f"{kind}: transformer_depths [{depth}] leaves no layers to shift.")
+    elif not (isinstance(window, list) and len(window) == 2 and all(isinstance(w, int) and w > 0 for w in window)):
+        raise CheckpointError(f"{kind}: sliding_window is {window!r}, expected two positive integers.")
+    else:
+        config.ignore("chunk_size", "chunk_midpoint_shift")
+    layout = SameLayout(
+        io_channels=config.integer(channels_key),
+        width=config.integer("channels", 128) * config.one_of_list("c_mults"),
+        latent_dim=config.integer("latent_dim", 32),
+        stride=stride,
+        depth=depth,
+        head_dim=config.integer("dim_heads", 128),
+        chunk_size=chunk_size,
+        sliding_window=None if window is None else (window[0], window[1]),
+        mapping_kernel=3 if config.raw("conv_mapping", False) else 1,
+        ff_mult=config.number("ff_mult", 3),
+        # The reference makes layer i sinusoidal when depth - i < sinusoidal_blocks, so blocks - 1 layers are.
+        sinusoidal_from=min(depth, depth - sinusoidal + 1),
+    )
+    config.finish()
+    if layout.width % layout.head_dim:
+        raise CheckpointError(f"{kind}: width {layout.width} is no multiple of dim_heads {layout.head_dim}.")
+    return layout

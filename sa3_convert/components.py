@@ -1,0 +1,167 @@
+"""The five components: names, I/O contract, file names. The one table that everything else reads.
+
+Names and shapes are what existing clients call (they resize by input name and fetch outputs by name), so they are part
+of the product's contract. T, the number of latents, is the only dynamic length.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+from sa3_convert.checkpoint.layout import CheckpointLayout
+from sa3_convert.errors import UsageError
+
+
+class Component(StrEnum):
+    """The models that make up a bundle, in the order in which text-to-audio uses them."""
+
+    TEXT_ENCODER = "text_encoder"
+    NUMBER_CONDITIONER = "number_conditioner"
+    DIT = "dit"
+    DECODER = "decoder"
+    ENCODER = "encoder"
+
+
+@dataclass(frozen=True, slots=True)
+class Length:
+    """A dynamic dimension: `factor` × T."""
+
+    factor: int = 1
+
+    def at(self, latents: int) -> int:
+        """Return the dimension for a number of latents."""
+        return self.factor * latents
+
+
+Dimension = int | Length
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """One named input or output."""
+
+    name: str
+    dtype: Literal["float32", "int32"]
+    """MNN and the clients use int32; the exported ONNX takes the same type."""
+    shape: tuple[Dimension, ...]
+
+    def concrete(self, latents: int) -> tuple[int, ...]:
+        """Return the shape at T = `latents`."""
+        return tuple(d.at(latents) if isinstance(d, Length) else d for d in self.shape)
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether any dimension depends on T."""
+        return any(isinstance(d, Length) for d in self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Contract:
+    """Inputs and outputs of one component of one checkpoint."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether the component has a length at all."""
+        return any(port.is_dynamic for port in self.inputs)
+
+
+T = Length()
+
+
+def _text_encoder(layout: CheckpointLayout) -> Contract:
+    assert layout.text_encoder is not None
+    n, width = layout.text_encoder.max_length, layout.text_encoder.hidden_size
+    return Contract(
+        inputs=(Port("input_ids", "int32", (1, n)), Port("attention_mask", "int32", (1, n))),
+        outputs=(Port("last_hidden_state", "float32", (1, n, width)),),
+    )
+
+
+def _number_conditioner(layout: CheckpointLayout) -> Contract:
+    assert layout.number_conditioner is not None
+    return Contract(
+        inputs=(Port("seconds", "float32", (1,)),),
+        outputs=(Port("embedding", "float32", (1, 1, layout.number_conditioner.output_dim)),),
+    )
+
+
+def _dit(layout: CheckpointLayout) -> Contract:
+    assert layout.dit is not None
+    assert layout.text_encoder is not None
+    dit = layout.dit
+    # Cross-attention sees the prompt's tokens and one for `seconds_total`.
+    tokens = layout.text_encoder.max_length + 1
+    return Contract(
+        inputs=(
+            Port("x", "float32", (1, dit.io_channels, T)),
+            Port("t", "float32", (1,)),
+            Port("cross_attn_cond", "float32", (1, tokens, dit.cond_token_dim)),
+            Port("global_embed", "float32", (1, dit.global_cond_dim)),
+            Port("local_add_cond", "float32", (1, dit.local_add_cond_dim, T)),
+            Port("padding_mask", "float32", (1, T)),
+        ),
+        outputs=(Port("out", "float32", (1, dit.io_channels, T)),),
+    )
+
+
+def _decoder(layout: CheckpointLayout) -> Contract:
+    auto = layout.autoencoder
+    return Contract(
+        inputs=(Port("latents", "float32", (1, auto.latent_dim, T)),),
+        outputs=(Port("audio", "float32", (1, auto.audio_channels, Length(auto.downsampling_ratio))),),
+    )
+
+
+def _encoder(layout: CheckpointLayout) -> Contract:
+    auto = layout.autoencoder
+    return Contract(
+        inputs=(Port("patched_audio", "float32", (1, auto.encoder.io_channels, Length(auto.encoder.stride))),),
+        outputs=(Port("encoder_latent", "float32", (1, auto.latent_dim, T)),),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ComponentSpec:
+    """What the toolchain knows of a component apart from its weights."""
+
+    contract: Callable[[CheckpointLayout], Contract]
+    weights: tuple[str, ...]
+    """Prefixes of its tensors in model.safetensors (the text encoder's own file is read whole)."""
+    of_autoencoder: bool
+    """Whether a checkpoint that holds an autoencoder alone has it."""
+    even_latents: bool
+    """SAME-S works on pairs of latents: a caller pads T to an even number and cuts the result."""
+
+
+SPECS: Mapping[Component, ComponentSpec] = {
+    Component.TEXT_ENCODER: ComponentSpec(_text_encoder, ("conditioner.conditioners.prompt.",), False, False),
+    Component.NUMBER_CONDITIONER: ComponentSpec(
+        _number_conditioner, ("conditioner.conditioners.seconds_total.",), False, False
+    ),
+    Component.DIT: ComponentSpec(_dit, ("model.model.",), False, False),
+    Component.DECODER: ComponentSpec(
+        _decoder, ("pretransform.model.decoder.", "pretransform.model.bottleneck."), True, True
+    ),
+    Component.ENCODER: ComponentSpec(_encoder, ("pretransform.model.encoder.",), True, True),
+}
+
+
+def components_of(layout: CheckpointLayout) -> tuple[Component, ...]:
+    """Return the components that a checkpoint of this layout has, in pipeline order."""
+    return tuple(c for c in Component if layout.dit is not None or SPECS[c].of_autoencoder)
+
+
+def contract(component: Component, layout: CheckpointLayout) -> Contract:
+    """Return the I/O contract of a component.
+
+    Raises:
+        UsageError: a checkpoint of this layout has no such component.
+
+    """
+    if component not in components_of(layout):
+        raise UsageError(f"This checkpoint holds an autoencoder alone; it has no component {component.value!r}.")
+    return SPECS[component].contract(layout)

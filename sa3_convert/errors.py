@@ -1,0 +1,73 @@
+"""One tree of errors, one exit code per meaning.
+
+Everything that a user can cause or mend is a `Sa3Error` whose message says what is wrong, where, and what to do.
+Only `sa3_convert.cli.main` prints it and turns it into the process's exit code. Any other exception is a bug here (exit 70).
+"""
+
+
+class Sa3Error(Exception):
+    """Base of all errors that are the user's to mend; `exit_code` is part of the command line's contract."""
+
+    exit_code = 70
+
+
+class UsageError(Sa3Error):
+    """The command line asks for something that does not make sense."""
+
+    exit_code = 2
+
+
+class InputError(Sa3Error):
+    """A checkpoint, recipe, audio file, LoRA or bundle that was given cannot be used as it is."""
+
+    exit_code = 3
+
+
+class CheckpointError(InputError):
+    """The checkpoint is incomplete, damaged or of an unsupported kind."""
+
+
+class RecipeError(InputError):
+    """The recipe is not valid or asks for what this component cannot have."""
+
+
+class BundleError(InputError):
+    """The bundle is incomplete or not what its manifest says."""
+
+
+class AudioError(InputError):
+    """An audio file cannot be read or is not usable as input."""
+
+
+class ModelFileError(InputError):
+    """A `.mnn` or `.onnx` file is damaged or is not such a file."""
+
+
+class ConversionError(Sa3Error):
+    """Export, a graph pass, MNN's converter or the audit of its result failed."""
+
+    exit_code = 4
+
+
+class VerificationError(Sa3Error):
+    """A converted model is not close enough to its reference."""
+
+    exit_code = 5
+
+
+class DriftError(Sa3Error):
+    """Figures have moved away from the baseline by more than their rule allows."""
+
+    exit_code = 6
+
+
+class BackendError(Sa3Error):
+    """The backend or engine that was asked for is not there."""
+
+    exit_code = 7
+
+
+class OutputRejectedError(Sa3Error):
+    """Generated audio failed its checks: non-finite, silent, constant, or of the wrong length."""
+
+    exit_code = 8

@@ -1,0 +1,1 @@
+"""MNN: convert, read what a file holds, run it."""

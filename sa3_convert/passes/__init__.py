@@ -1,0 +1,1 @@
+"""ONNX to ONNX rewrites, one file each, and the hazard lint."""

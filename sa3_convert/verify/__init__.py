@@ -1,0 +1,1 @@
+"""How close a target model is to its reference."""
