@@ -1,7 +1,7 @@
 """One tree of errors, one exit code per meaning.
 
 Everything that a user can cause or mend is a `Sa3Error` whose message says what is wrong, where, and what to do.
-Only `sa3_convert.cli.main` prints it and turns it into the process's exit code. Any other exception is a bug here (exit 70).
+Only `sa3_convert.cli.main` prints it and turns it into the exit code. Any other exception is a bug (exit 70).
 """
 
 

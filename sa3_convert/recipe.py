@@ -131,7 +131,7 @@ def load_recipe(path: Path) -> Recipe:
     """Read and check a recipe file.
 
     Raises:
-        RecipeError: it is missing, not YAML, or not a valid recipe; the message names the key and the nearest known one.
+        RecipeError: it is missing, not YAML, or not valid; the message names the key and the nearest known one.
 
     """
     try:
