@@ -1,0 +1,394 @@
+"""Checkpoint → bundle: export, passes, MNN, audit, verify; each stage only when what it depends on has changed.
+
+A model reaches its final name only after its file was audited, loaded, run and found close enough; the manifest is
+written last. A process that is killed leaves a bundle that is either the old one or refused by its own manifest, and
+the next run completes it from the stages that were finished.
+"""
+
+import contextlib
+import fcntl
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sa3_convert.bundle.manifest import (
+    BOTTLENECK,
+    MANIFEST,
+    RECIPE,
+    TOKENIZER,
+    Artifact,
+    Bundle,
+    Fidelity,
+    FileEntry,
+    Manifest,
+)
+from sa3_convert.checkpoint.layout import TEXT_ENCODER_FOLDER
+from sa3_convert.components import Component, components_of, contract
+from sa3_convert.errors import BundleError, ConversionError, UsageError
+from sa3_convert.files import link_or_copy, write_text
+from sa3_convert.fingerprint import fingerprint, source_digest, version_of
+from sa3_convert.recipe import ComponentRecipe, Recipe, plain
+from sa3_convert.stage_cache import CachedResult, StageCache
+from sa3_convert.tools import tool_versions
+
+if TYPE_CHECKING:
+    from sa3_convert.checkpoint.reader import Checkpoint
+
+Stage = Literal["read", "export", "mnn", "verify"]
+
+REFERENCE_FOLDER = "reference"
+"""Where a bundle keeps its reference ONNX files."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageEvent:
+    """Something that the user may want to see happen."""
+
+    component: Component
+    stage: Stage
+    state: Literal["started", "done", "reused"]
+    seconds: float = 0.0
+    detail: str = ""
+
+
+Report = Callable[[StageEvent], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Fingerprints of a component's stages; each contains the one before."""
+
+    export: str
+    mnn: str
+    verify: str
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertRequest:
+    """What to convert, how, and to where."""
+
+    checkpoint: "Checkpoint"
+    recipe: Recipe
+    out: Path
+    cache: Path
+    components: tuple[Component, ...] = ()
+    """Empty means all that the checkpoint has."""
+    force: bool = False
+    """Redo everything, and replace a bundle that was made from something else."""
+    threads: int | None = None
+
+    def selected(self) -> tuple[Component, ...]:
+        """Return the components to convert, in pipeline order.
+
+        Raises:
+            UsageError: the checkpoint has no such component.
+
+        """
+        available = components_of(self.checkpoint.layout)
+        for component in self.components:
+            if component not in available:
+                have = ", ".join(c.value for c in available)
+                raise UsageError(f"This checkpoint has no component {component.value!r}; it has {have}.")
+        return tuple(c for c in available if not self.components or c in self.components)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The bundle, and whether anything had to be done."""
+
+    bundle: Bundle
+    up_to_date: bool
+
+
+def convert(request: ConvertRequest, report: Report) -> Outcome:
+    """Make or complete the bundle at `request.out`.
+
+    Raises:
+        CheckpointError: the checkpoint's values are not usable.
+        ConversionError: a stage failed or its file does not hold what the recipe asks for.
+        VerificationError: a model is below the recipe's floor; nothing of it stands under a final name.
+        UsageError: another bundle stands at `out`, or another conversion into it is running.
+
+    """
+    selected = request.selected()
+    for component in selected:
+        request.recipe.for_component(component)
+    existing = _existing_bundle(request)
+    request.out.mkdir(parents=True, exist_ok=True)
+    with _lock(request.out):
+        keys = {c: stage_keys(request.checkpoint, c, request.recipe.for_component(c)) for c in selected}
+        if existing is not None and not request.force and is_up_to_date(existing, request.recipe, keys):
+            return Outcome(existing, up_to_date=True)
+        cache = StageCache(request.cache)
+        made = {c: _make_component(request, cache, c, keys[c], report) for c in selected}
+        bundle = _assemble(request, existing, keys, made)
+    return Outcome(bundle, up_to_date=False)
+
+
+def stage_keys(checkpoint: "Checkpoint", component: Component, recipe: ComponentRecipe) -> Keys:
+    """Return the fingerprints of a component's stages: weights, dimensions, recipe, our code, and the tools."""
+    export = fingerprint(
+        component=component.value,
+        weights=checkpoint.digest(component),
+        contract=repr(contract(component, checkpoint.layout)),
+        layout=repr(checkpoint.layout),
+        code=source_digest("networks", "export", "components"),
+        tools=[version_of(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript")],
+    )
+    storage = {name: value for name, value in plain(recipe).items() if name != "floor_db"}
+    mnn = fingerprint(
+        export=export,
+        recipe=storage,
+        code=source_digest("passes", "mnn"),
+        tools=[version_of(name) for name in ("MNN", "onnx-ir")],
+    )
+    verify = fingerprint(
+        mnn=mnn,
+        floor_db=recipe.floor_db,
+        code=source_digest("verify", "ort", "session"),
+        tools=[version_of("onnxruntime")],
+    )
+    return Keys(export, mnn, verify)
+
+
+def is_up_to_date(bundle: Bundle, recipe: Recipe, keys: Mapping[Component, Keys]) -> bool:
+    """Tell whether a bundle's files are whole and were made from exactly this."""
+    if bundle.manifest.recipe != recipe.name or bundle.manifest.tools != tool_versions():
+        return False
+    for component, key in keys.items():
+        if component not in bundle.components or bundle.artifact(component).fingerprint != key.verify:
+            return False
+    try:
+        bundle.check(tuple(keys), kinds=("mnn", "onnx"))
+    except BundleError:
+        return False
+    return True
+
+
+def _existing_bundle(request: ConvertRequest) -> Bundle | None:
+    """Return the bundle that stands at `out` if it can be completed; a damaged one is made anew."""
+    out = request.out
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file; give a folder.")
+    if not (out / MANIFEST).exists():
+        leftovers = [p.name for p in out.iterdir() if not p.name.startswith(".")] if out.exists() else []
+        known = {RECIPE, TOKENIZER, BOTTLENECK, REFERENCE_FOLDER} | {f"{c.value}.mnn" for c in Component}
+        foreign = sorted(set(leftovers) - known)
+        if foreign and not request.force:
+            raise UsageError(
+                f"--out {out} holds other files ({foreign[0]}, …). Give an empty folder, or --force to write into it."
+            )
+        return None
+    try:
+        bundle = Bundle.open(out)
+    except BundleError:
+        return None
+    wanted = (request.checkpoint.variant_name, request.recipe.name)
+    found = (bundle.manifest.variant, bundle.manifest.recipe)
+    if found != wanted and not request.force:
+        raise UsageError(
+            f"{out} holds a bundle of {found[0]} with recipe {found[1]!r}; this would replace it by {wanted[0]} with "
+            f"{wanted[1]!r}. Give another --out, or --force."
+        )
+    return bundle if found == wanted else None
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold the folder against a second conversion; the lock goes with the process, however it ends."""
+    with (folder / ".lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(
+                f"Another conversion into {folder} is running. Wait for it, or give another --out."
+            ) from None
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    export: CachedResult
+    mnn: CachedResult
+    verify: CachedResult
+
+
+def _make_component(
+    request: ConvertRequest, cache: StageCache, component: Component, keys: Keys, report: Report
+) -> _Made:
+    recipe = request.recipe.for_component(component)
+
+    def staged(stage: Stage, key: str, make: Callable[[Path], dict[str, Any]]) -> CachedResult:
+        report(StageEvent(component, stage, "started"))
+        started = time.perf_counter()
+        if request.force:
+            cache.drop(stage, key)
+        result, reused = cache.get(stage, key, make)
+        seconds = time.perf_counter() - started
+        report(StageEvent(component, stage, "reused" if reused else "done", seconds, result.notes.get("detail", "")))
+        return result
+
+    export = staged("export", keys.export, lambda folder: export_stage(request.checkpoint, component, folder))
+    reference = export.file(f"{component.value}.onnx")
+    mnn = staged("mnn", keys.mnn, lambda folder: mnn_stage(reference, component, recipe, request, folder))
+    target = mnn.file(f"{component.value}.mnn")
+    verify = staged("verify", keys.verify, lambda _: verify_stage(reference, target, component, recipe, request))
+    return _Made(export, mnn, verify)
+
+
+def export_stage(checkpoint: "Checkpoint", component: Component, folder: Path) -> dict[str, Any]:
+    """Export one component's reference ONNX into `folder`."""
+    from sa3_convert.export.component import export_component
+
+    checkpoint.check_values(component)
+    path = folder / f"{component.value}.onnx"
+    export_component(checkpoint, component, path)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    return {"bytes": size, "detail": f"{size / 2**20:.1f} MiB"}
+
+
+def mnn_stage(
+    reference: Path, component: Component, recipe: ComponentRecipe, request: ConvertRequest, folder: Path
+) -> dict[str, Any]:
+    """Rewrite the reference for MNN, convert it, and audit the file that comes out."""
+    from sa3_convert.mnn.audit import audit
+    from sa3_convert.mnn.convert import mnn_from_onnx
+    from sa3_convert.mnn.storage import read_storage
+    from sa3_convert.passes.pipeline import onnx_for_mnn
+
+    target = folder / f"{component.value}.mnn"
+    with tempfile.TemporaryDirectory(prefix="onnx-", dir=folder) as scratch:
+        prepared = Path(scratch) / reference.name
+        passes = onnx_for_mnn(reference, prepared, component, recipe)
+        mnn_from_onnx(prepared, target, recipe)
+    storage = read_storage(target)
+    audit(storage, recipe)
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    return {"storage": storage.summary(), "passes": passes.counts(), "detail": f"{size / 2**20:.1f} MiB"}
+
+
+def verify_stage(
+    reference: Path, target: Path, component: Component, recipe: ComponentRecipe, request: ConvertRequest
+) -> dict[str, Any]:
+    """Run target and reference on the same inputs; below the floor is an error, so no result is kept."""
+    from sa3_convert.verify.component import verify_files
+
+    result = verify_files(reference, target, component, request.checkpoint.layout, quick=True, threads=request.threads)
+    result.check_floor(recipe.floor_db)
+    worst = result.worst
+    return {
+        "fidelity": {
+            "signal_to_noise_db": worst.signal_to_noise_db,
+            "cosine": worst.cosine,
+            "max_abs_error": worst.max_abs_error,
+        },
+        "cases": result.to_data(),
+        "detail": f"{worst.signal_to_noise_db:.1f} dB",
+    }
+
+
+def _assemble(
+    request: ConvertRequest, existing: Bundle | None, keys: Mapping[Component, Keys], made: Mapping[Component, _Made]
+) -> Bundle:
+    """Put the files in place, the manifest last."""
+    out, recipe = request.out, request.recipe
+    kept = [
+        artifact
+        for artifact in (existing.manifest.artifacts if existing else ())
+        if artifact.component is not None and artifact.component not in made
+    ]
+    artifacts = list(kept)
+    for component, results in made.items():
+        artifacts += _component_artifacts(out, component, recipe.for_component(component), keys[component], results)
+    artifacts += _shared_artifacts(request)
+    order = list(Component)
+    artifacts.sort(key=lambda a: (order.index(a.component) if a.component else len(order), a.kind))
+    manifest = Manifest(
+        schema_version=1,
+        variant=request.checkpoint.variant_name,
+        recipe=recipe.name,
+        checkpoint={
+            "source": request.checkpoint.layout.source_id or request.checkpoint.folder.name,
+            "digests": {c.value: request.checkpoint.digest(c) for c in components_of(request.checkpoint.layout)},
+        },
+        tools=tool_versions(),
+        layout=request.checkpoint.layout,
+        artifacts=tuple(artifacts),
+    )
+    bundle = Bundle(out, manifest)
+    bundle.write()
+    return bundle
+
+
+def _place(source: Path, out: Path, path: str, digest: str) -> FileEntry:
+    target = out / path
+    link_or_copy(source, target)
+    return FileEntry(path=path, sha256=digest, bytes=target.stat().st_size)
+
+
+def _component_artifacts(
+    out: Path, component: Component, recipe: ComponentRecipe, keys: Keys, made: _Made
+) -> list[Artifact]:
+    def entries(result: CachedResult, main: str, companion: str, folder: str) -> tuple[FileEntry, FileEntry | None]:
+        first = _place(result.file(main), out, folder + main, result.files[main])
+        if companion not in result.files:
+            return first, None
+        return first, _place(result.file(companion), out, folder + companion, result.files[companion])
+
+    name = component.value
+    mnn, mnn_weights = entries(made.mnn, f"{name}.mnn", f"{name}.mnn.weight", "")
+    onnx, onnx_data = entries(made.export, f"{name}.onnx", f"{name}.onnx.data", f"{REFERENCE_FOLDER}/")
+    return [
+        Artifact(
+            **dict(mnn),
+            kind="mnn",
+            component=component,
+            precision=recipe.precision,
+            storage=made.mnn.notes["storage"],
+            fidelity=Fidelity(**made.verify.notes["fidelity"]),
+            floor_db=recipe.floor_db,
+            companion=mnn_weights,
+            fingerprint=keys.verify,
+        ),
+        Artifact(
+            **dict(onnx),
+            kind="onnx",
+            component=component,
+            precision="fp32",
+            companion=onnx_data,
+            fingerprint=keys.export,
+        ),
+    ]
+
+
+def _shared_artifacts(request: ConvertRequest) -> list[Artifact]:
+    """Write what a client needs beside the models."""
+    out, checkpoint = request.out, request.checkpoint
+    write_text(out / RECIPE, request.recipe.to_yaml())
+    write_text(out / BOTTLENECK, bottleneck_params(checkpoint))
+    artifacts = [
+        Artifact(**dict(FileEntry.of(out, RECIPE)), kind="recipe"),
+        Artifact(**dict(FileEntry.of(out, BOTTLENECK)), kind="bottleneck_params"),
+    ]
+    tokenizer = checkpoint.folder / TEXT_ENCODER_FOLDER / TOKENIZER
+    if checkpoint.layout.text_encoder is not None:
+        # A hard link would tie the bundle to the user's own file, which may be edited in place.
+        with contextlib.suppress(shutil.SameFileError):
+            write_text(out / TOKENIZER, tokenizer.read_text(encoding="utf-8"))
+        artifacts.append(Artifact(**dict(FileEntry.of(out, TOKENIZER)), kind="tokenizer"))
+    return artifacts
+
+
+def bottleneck_params(checkpoint: "Checkpoint") -> str:
+    """Return `bottleneck_params.json`: nested lists [1][C][1], and running_std as [value], exactly as clients read it."""
+    state = checkpoint.state(Component.DECODER)
+    names = ("scaling_factor", "bias", "running_std")
+    values = {name: state[f"bottleneck.{name}"].tolist() for name in names}
+    if any(not v for v in values.values()):
+        raise ConversionError("The checkpoint's bottleneck is empty.")
+    return json.dumps(values) + "\n"
