@@ -1,0 +1,135 @@
+"""Run an ONNX file with ONNX Runtime on the CPU: the reference that every converted model is compared with."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as failures
+
+from sa3_convert.errors import ModelFileError
+from sa3_convert.session import Arrays
+
+_DTYPES: Mapping[str, type[np.generic]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+}
+# ONNX Runtime's exceptions have no base of their own below Exception.
+_FAILURES = (
+    failures.EPFail,
+    failures.Fail,
+    failures.InvalidArgument,
+    failures.InvalidGraph,
+    failures.InvalidProtobuf,
+    failures.NoModel,
+    failures.NoSuchFile,
+    failures.NotImplemented,
+    failures.RuntimeException,
+)
+
+
+class OrtSession:
+    """A loaded ONNX model.
+
+    Weights in external data are mapped, not read. Graph optimisation is limited to what keeps each operator's
+    arithmetic (`ORT_ENABLE_BASIC`: folding of constants, removal of what does nothing).
+
+    Args:
+        path: the `.onnx` file, its external data beside it.
+        threads: threads of one operator; None is one per physical core.
+        outputs: names of the outputs that `run` returns; None is all.
+
+    Raises:
+        ModelFileError: the file or its external data is missing or damaged, or holds what ONNX Runtime cannot run.
+        ValueError: `outputs` names something that is no output of the model.
+
+    """
+
+    def __init__(self, path: Path, *, threads: int | None = None, outputs: Sequence[str] | None = None) -> None:
+        if not path.is_file():
+            raise ModelFileError(f"{path} does not exist. Export the checkpoint first.")
+        self._path = path
+        self._session = _load(path, threads)
+        self._inputs = {port.name: port for port in self._session.get_inputs()}
+        if strange := [f"{name} ({port.type})" for name, port in self._inputs.items() if port.type not in _DTYPES]:
+            raise ModelFileError(f"{path} has inputs of a type that no Stable Audio 3 model has: {', '.join(strange)}.")
+        available = [port.name for port in self._session.get_outputs()]
+        self._outputs = list(available if outputs is None else outputs)
+        if unknown := sorted(set(self._outputs) - set(available)):
+            raise ValueError(f"{path} has no output {', '.join(unknown)}; it has {', '.join(available)}")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the inputs, in the model's order."""
+        return tuple(self._inputs)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs that `run` returns."""
+        return tuple(self._outputs)
+
+    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        """Run once; see `Session.run`.
+
+        Raises:
+            ValueError: a feed is missing, unknown, or of another dtype or shape than the model declares.
+            ModelFileError: the feeds are as declared and ONNX Runtime still cannot run the model with them.
+
+        """
+        self._check(feeds)
+        try:
+            results = self._session.run(self._outputs, {name: np.ascontiguousarray(a) for name, a in feeds.items()})
+        except _FAILURES as error:
+            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
+            raise ModelFileError(f"{self._path} cannot be run with {shapes}: {error}") from None
+        return dict(zip(self._outputs, results, strict=True))
+
+    def _check(self, feeds: Arrays) -> None:
+        if feeds.keys() != self._inputs.keys():
+            raise ValueError(f"{self._path} takes {', '.join(self._inputs)}, not {', '.join(feeds) or 'nothing'}")
+        lengths: dict[str, int] = {}
+        for name, port in self._inputs.items():
+            array = feeds[name]
+            expected = _DTYPES[port.type]
+            if array.dtype != expected:
+                raise ValueError(f"{name} is {array.dtype}, {self._path} takes {np.dtype(expected)}")
+            if not _fits(array.shape, port.shape, lengths):
+                bound = ", ".join(f"{symbol} = {value}" for symbol, value in lengths.items()) or "static"
+                raise ValueError(f"{name} is {list(array.shape)}, {self._path} takes {port.shape} ({bound})")
+
+
+def _fits(shape: tuple[int, ...], declared: Sequence[int | str | None], lengths: dict[str, int]) -> bool:
+    """Compare a shape with a declared one; a symbol stands for one value in all inputs."""
+    if len(shape) != len(declared):
+        return False
+    return all(
+        actual == wanted if isinstance(wanted, int) else wanted is None or lengths.setdefault(wanted, actual) == actual
+        for actual, wanted in zip(shape, declared, strict=True)
+    )
+
+
+def _load(path: Path, threads: int | None) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.log_severity_level = 4  # every failure arrives as an exception
+    # Activations are returned to the system after each run: lengths differ, and several models are loaded in turn.
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    # Idle threads that spin would take the processor from whichever runtime is compared with this one.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except _FAILURES as error:
+        raise ModelFileError(
+            f"{path} is not a model that ONNX Runtime can load (is its .data file beside it, and whole?): {error}"
+        ) from None

@@ -1,0 +1,201 @@
+"""The reference runtime: what it accepts, what it refuses, and that it computes what the graph says."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from sa3_convert.errors import ModelFileError
+from sa3_convert.ort import OrtSession
+
+WEIGHT = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
+
+
+def write_model(path: Path) -> Path:
+    """`y` = `x` [1,T,64] · W + `bias` [1,T,32]; the weight is external data."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["product"]),
+        helper.make_node("Add", ["product", "bias"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, "T", 64]),
+            helper.make_tensor_value_info("bias", TensorProto.FLOAT, [1, "T", 32]),
+        ],
+        [
+            helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, "T", 32]),
+            helper.make_tensor_value_info("product", TensorProto.FLOAT, [1, "T", 32]),
+        ],
+        [numpy_helper.from_array(WEIGHT, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=0)
+    return path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "m.onnx")
+
+
+def feeds(length: int = 5) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(length)
+    return {
+        "x": random.standard_normal((1, length, 64)).astype(np.float32),
+        "bias": random.standard_normal((1, length, 32)).astype(np.float32),
+    }
+
+
+def test_a_model_computes_what_its_graph_says(model: Path) -> None:
+    inputs = feeds()
+    out = OrtSession(model, threads=1).run(inputs)
+    np.testing.assert_allclose(out["product"], inputs["x"] @ WEIGHT, rtol=0, atol=1e-4, strict=True)
+    np.testing.assert_allclose(out["y"], inputs["x"] @ WEIGHT + inputs["bias"], rtol=0, atol=1e-4, strict=True)
+
+
+@settings(max_examples=20, deadline=None)
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=4))
+def test_one_session_runs_every_length(lengths: list[int], tmp_path_factory: pytest.TempPathFactory) -> None:
+    session = OrtSession(write_model(tmp_path_factory.mktemp("m") / "m.onnx"), threads=1)
+    for length in lengths:
+        assert session.run(feeds(length))["y"].shape == (1, length, 32)
+
+
+def test_results_are_owned_by_the_caller(model: Path) -> None:
+    session = OrtSession(model, threads=1)
+    first = session.run(feeds())["y"]
+    kept = first.copy()
+    session.run(feeds(7))
+    del session
+    np.testing.assert_array_equal(first, kept)
+    first[:] = 0  # writable
+
+
+def test_only_the_outputs_that_were_asked_for_come_back(model: Path) -> None:
+    session = OrtSession(model, threads=1, outputs=["product"])
+    assert session.outputs == ("product",)
+    assert set(session.run(feeds())) == {"product"}
+
+
+def test_an_output_that_the_model_lacks_is_refused(model: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no output z; it has y, product"):
+        OrtSession(model, outputs=["y", "z"])
+
+
+def test_inputs_are_named_in_the_models_order(model: Path) -> None:
+    assert OrtSession(model).inputs == ("x", "bias")
+
+
+def test_an_array_that_is_not_contiguous_gives_the_same_result(model: Path) -> None:
+    session = OrtSession(model, threads=1)
+    inputs = feeds()
+    strided = {name: np.asfortranarray(array) for name, array in inputs.items()}
+    np.testing.assert_array_equal(session.run(strided)["y"], session.run(inputs)["y"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": None}, "takes x, bias, not bias"),
+        ({"extra": np.zeros(1, np.float32)}, "takes x, bias, not x, bias, extra"),
+        ({"x": np.zeros((1, 5, 64))}, "x is float64, .* takes float32"),
+        ({"x": np.zeros((1, 5, 63), np.float32)}, r"x is \[1, 5, 63\]"),
+        ({"x": np.zeros((5, 64), np.float32)}, r"x is \[5, 64\]"),
+        ({"bias": np.zeros((1, 6, 32), np.float32)}, r"bias is \[1, 6, 32\], .*T = 5"),
+    ],
+)
+def test_feeds_that_do_not_fit_are_refused_by_name(
+    model: Path, change: dict[str, np.ndarray | None], message: str
+) -> None:
+    inputs = {name: array for name, array in {**feeds(), **change}.items() if array is not None}
+    with pytest.raises(ValueError, match=message):
+        OrtSession(model).run(inputs)
+
+
+def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="does not exist"):
+        OrtSession(tmp_path / "absent.onnx")
+
+
+def test_missing_external_data_is_an_input_error(model: Path) -> None:
+    (model.parent / "m.onnx.data").unlink()
+    with pytest.raises(ModelFileError, match=r"\.data"):
+        OrtSession(model)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 4096, 8191])
+def test_truncated_external_data_is_an_input_error(model: Path, keep: int) -> None:
+    data = model.parent / "m.onnx.data"
+    assert data.stat().st_size == WEIGHT.nbytes
+    data.write_bytes(data.read_bytes()[:keep])
+    with pytest.raises(ModelFileError, match=r"m\.onnx"):
+        OrtSession(model)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 64, b"version https://git-lfs.github.com/spec/v1\n"])
+def test_what_is_not_onnx_is_an_input_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "m.onnx").write_bytes(content)
+    with pytest.raises(ModelFileError, match=r"m\.onnx"):
+        OrtSession(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.7, 0.95])
+def test_a_truncated_model_is_an_input_error(model: Path, keep: float) -> None:
+    whole = model.read_bytes()
+    model.write_bytes(whole[: int(len(whole) * keep)])
+    with pytest.raises(ModelFileError, match=r"m\.onnx"):
+        OrtSession(model)
+
+
+def test_an_operator_that_does_not_exist_is_an_input_error(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Frobnicate", ["x"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), tmp_path / "m.onnx")
+    with pytest.raises(ModelFileError, match="Frobnicate"):
+        OrtSession(tmp_path / "m.onnx")
+
+
+def test_a_text_input_is_an_input_error(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.STRING, [1])],
+        [helper.make_tensor_value_info("y", TensorProto.STRING, [1])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(ModelFileError, match=r"x \(tensor\(string\)\)"):
+        OrtSession(tmp_path / "m.onnx")
+
+
+def test_a_length_that_the_graph_cannot_take_is_an_input_error_that_names_the_shapes(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Reshape", ["x", "pairs"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["T"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["half", 2])],
+        [numpy_helper.from_array(np.array([-1, 2]), "pairs")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(model, tmp_path / "m.onnx")
+    session = OrtSession(tmp_path / "m.onnx")
+    assert session.run({"x": np.zeros(4, np.float32)})["y"].shape == (2, 2)
+    with pytest.raises(ModelFileError, match=r"x \[5\]"):
+        session.run({"x": np.zeros(5, np.float32)})
+
+
+def test_failures_print_nothing(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (model.parent / "m.onnx.data").unlink()
+    with pytest.raises(ModelFileError):
+        OrtSession(model)
+    assert capfd.readouterr() == ("", "")
