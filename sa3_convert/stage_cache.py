@@ -56,6 +56,10 @@ class StageCache:
             return None
         return CachedResult(folder, files, notes)
 
+    def has(self, stage: str, key: str) -> bool:
+        """Tell whether a result is there, without reading its files; `get` finds out whether it is whole."""
+        return (self._root / stage / key / _ENTRY).exists()
+
     def drop(self, stage: str, key: str) -> None:
         """Forget a result, so that it is made again."""
         shutil.rmtree(self._root / stage / key, ignore_errors=True)

@@ -1,0 +1,58 @@
+# `make convert` sets everything up and does the main job; `make test` runs the tests. `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SA3 := $(BIN)/sa3-convert
+READY := $(VENV)/.ready
+
+# The real thing: make convert CHECKPOINT=DIR [RECIPE=configs/int8.yaml] [OUT=DIR]
+CHECKPOINT ?=
+RECIPE ?= configs/int8.yaml
+OUT ?= artifacts/$(notdir $(patsubst %/,%,$(CHECKPOINT)))-$(basename $(notdir $(RECIPE)))
+BUNDLE ?= artifacts/toy-small-music-int8
+PROMPT ?= warm analog synth pad with slow attack, 90 BPM
+TOYS := small-music small-sfx
+TOY_RECIPES := int8 fp16
+
+.DEFAULT_GOAL := help
+.PHONY: help setup convert verify run drift test bench lint clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[convert,dev]'
+	@touch $@
+
+setup: $(READY) ## create .venv with everything that is needed
+
+convert: $(READY) ## convert toy checkpoints, or CHECKPOINT=… with RECIPE=…
+ifeq ($(CHECKPOINT),)
+	@$(BIN)/python -m sa3_convert.demo $(TOYS:%=--variants %) $(TOY_RECIPES:%=--recipes %) --folder artifacts
+else
+	$(SA3) convert $(CHECKPOINT) --recipe $(RECIPE) --out $(OUT)
+endif
+
+verify: $(READY) ## verify BUNDLE=… against ONNX Runtime
+	$(SA3) verify $(BUNDLE)
+
+run: $(READY) ## generate a WAV from BUNDLE=… with PROMPT=…
+	$(SA3) run $(BUNDLE) --prompt "$(PROMPT)" --seconds 10 -o $(BUNDLE).wav
+
+drift: $(READY) ## compare toy bundles with the committed baseline
+	@echo "drift is not built yet" >&2; exit 1
+
+test: $(READY) ## run the tests
+	$(BIN)/python -m pytest
+
+bench: $(READY) ## run the slow tests on true-size models
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY) ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean: ## remove what was made, keep .venv
+	rm -rf artifacts/* .pytest_cache .mypy_cache .ruff_cache .hypothesis

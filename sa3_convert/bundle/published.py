@@ -1,0 +1,145 @@
+"""Bundles under the names that existing clients read: the published hub tree, or all files in one flat folder.
+
+Names follow the published card. A name states a precision only where the audited file has it: a text encoder of eight
+bits is never written as `…_int4`. The autoencoder and the text encoder are the same in the variants of a family, so
+equal files are written once, and where bundles of several precisions offer one published name, the smallest file takes
+it, as on the card.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sa3_convert.bundle.manifest import Artifact, Bundle, FileEntry
+from sa3_convert.components import Component
+from sa3_convert.errors import BundleError, UsageError
+from sa3_convert.files import link_or_copy, sha256_file
+
+Layout = Literal["hub", "flat"]
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """One file of the tree and where it comes from."""
+
+    path: str
+    source: Path
+    entry: FileEntry
+    origin: str
+
+
+def published_path(variant: str, component: Component, precision: str) -> str:
+    """Return a model's path in the published hub tree.
+
+    Args:
+        variant: name of the checkpoint's variant, such as `small-music`.
+        component: the component.
+        precision: its audited precision, such as `int8`.
+
+    """
+    family = "sfx" if "sfx" in variant else "music" if "music" in variant else variant.removesuffix("-base")
+    base = "_base" if variant.endswith("-base") else ""
+    match component:
+        case Component.TEXT_ENCODER:
+            return "shared/text_encoder.mnn" if precision.startswith("fp") else f"shared/text_encoder_{precision}.mnn"
+        case Component.DECODER:
+            return "shared/decoder_fused_wn.mnn"
+        case Component.ENCODER:
+            # The variants share it; the published tree keeps it with the music models.
+            folder = "music" if family in ("music", "sfx") else family
+            suffix = "" if precision.startswith("fp") else f"_{precision}"
+            return f"{folder}/{precision}/encoder{suffix}.mnn"
+        case Component.DIT:
+            suffix = "_v2_f32io" if precision == "fp16" else ""
+            return f"{family}/{precision}/dit_{family}{base}_{precision}{suffix}.mnn"
+        case Component.NUMBER_CONDITIONER:
+            return f"{family}/{precision}/number_conditioner_{family}{base}_{precision}.mnn"
+
+
+def published_files(bundles: Sequence[Bundle]) -> list[Published]:
+    """Return every file of the published tree, each path once.
+
+    Raises:
+        BundleError: two bundles offer different contents for one path and neither is a smaller precision of the other.
+
+    """
+    chosen: dict[str, Published] = {}
+    for bundle in bundles:
+        tier = _tier(bundle)
+        for artifact in bundle.manifest.artifacts:
+            for path, entry in _paths(bundle, artifact, tier):
+                offered = Published(path, bundle.path / entry.path, entry, str(bundle.path))
+                chosen[path] = _smaller(chosen.get(path), offered)
+    return [chosen[path] for path in sorted(chosen)]
+
+
+def _tier(bundle: Bundle) -> str:
+    """Return the precision that names the folder: the DiT's, else the decoder's."""
+    for component in (Component.DIT, Component.DECODER):
+        if component in bundle.components:
+            return bundle.artifact(component).precision or "fp32"
+    raise BundleError(f"Bundle {bundle.path} has neither a DiT nor a decoder to publish.")
+
+
+def _paths(bundle: Bundle, artifact: Artifact, tier: str) -> list[tuple[str, FileEntry]]:
+    if artifact.kind in ("tokenizer", "bottleneck_params"):
+        return [(f"shared/{Path(artifact.path).name}", artifact)]
+    if artifact.kind != "mnn" or artifact.component is None:
+        return []
+    precision = artifact.precision or "fp32"
+    if artifact.component is Component.NUMBER_CONDITIONER:
+        # Part of its tier by name; a fifth of a megabyte in any precision.
+        precision = tier
+    path = published_path(bundle.manifest.variant, artifact.component, precision)
+    found: list[tuple[str, FileEntry]] = [(path, artifact)]
+    if artifact.companion is not None:
+        found.append((f"{path}.weight", artifact.companion))
+    return found
+
+
+def _smaller(first: Published | None, second: Published) -> Published:
+    if first is None or first.entry.sha256 == second.entry.sha256:
+        return first or second
+    if first.entry.bytes == second.entry.bytes or not first.path.startswith(("shared/", "music/")):
+        raise BundleError(
+            f"{first.path} would come from both {first.origin} and {second.origin}, with different contents. "
+            "Export them into separate folders."
+        )
+    return min(first, second, key=lambda published: published.entry.bytes)
+
+
+def export_bundles(bundles: Sequence[Bundle], target: Path, layout: Layout) -> list[Published]:
+    """Write bundles as the published tree into `target`, which must not exist or be empty.
+
+    Returns:
+        What was written, by published path (file name alone in the flat layout).
+
+    Raises:
+        UsageError: `target` holds something already.
+        BundleError: a bundle is not what its manifest says, or two contradict each other.
+
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError(f"{target} is not empty. Give a new folder.")
+    for bundle in bundles:
+        bundle.check()
+    files = published_files(bundles)
+    if layout == "flat":
+        files = [Published(Path(f.path).name, f.source, f.entry, f.origin) for f in files]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        for file in files:
+            link_or_copy(file.source, temporary / file.path)
+            if sha256_file(temporary / file.path) != file.entry.sha256:
+                raise BundleError(f"{file.source} changed while it was exported.")
+        temporary.chmod(0o755)
+        if target.exists():
+            target.rmdir()
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return files

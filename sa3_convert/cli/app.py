@@ -1,0 +1,89 @@
+"""`main`: the one place that prints errors and decides the exit code."""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+import sa3_convert
+from sa3_convert.cli import bundle, checkpoint, conversion, generation, judgement
+from sa3_convert.errors import Sa3Error
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="sa3-convert",
+    help="Stable Audio 3 checkpoints to verified MNN models: convert, prove, run.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(bundle.app, name="bundle")
+for room in (conversion, judgement, generation):
+    room.register(app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sa3-convert {sa3_convert.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    if debug:
+        os.environ["SA3_CONVERT_DEBUG"] = "1"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave the process with its exit code."""
+    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit code; never raises."""
+    os.environ.pop("SA3_CONVERT_DEBUG", None)
+    try:
+        result = app(arguments, standalone_mode=False)
+    except Sa3Error as error:
+        _complain(str(error), error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        _complain("Interrupted; nothing half-written was left behind.")
+        return INTERRUPTED
+    except (typer.Abort, typer.Exit) as leave:
+        return getattr(leave, "exit_code", 1)
+    except OSError as error:
+        _complain(f"The system refused: {error}", error)
+        return 3
+    except MemoryError as error:
+        _complain("Out of memory. Convert fewer components at a time (--component), or on a larger machine.", error)
+        return 4
+    except Exception as error:  # the outermost frame: anything that reaches it is a bug to be reported as one
+        if hasattr(error, "exit_code") and hasattr(error, "format_message"):
+            # Typer's own usage errors carry their message and exit code 2.
+            error.show() if hasattr(error, "show") else _complain(error.format_message())
+            return int(error.exit_code)
+        _complain(
+            f"This is a bug in sa3-convert: {type(error).__name__}: {error}\n"
+            "Please report it with the output of the same command with --debug in front: sa3-convert --debug …",
+            error,
+        )
+        return 70
+    return result if isinstance(result, int) else 0
+
+
+def _complain(message: str, error: BaseException | None = None) -> None:
+    if error is not None and os.environ.get("SA3_CONVERT_DEBUG"):
+        traceback.print_exception(error)
+    typer.echo(f"sa3-convert: {message}", err=True)

@@ -1,0 +1,29 @@
+"""`sa3-convert bundle …`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+app = typer.Typer(help="Hand bundles on.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.callback()
+def _group() -> None:
+    """Keep `bundle` a group although it has one command."""
+
+
+@app.command()
+def export(
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE…", help="Folders that `convert` made.")],
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Where to write; must not exist or be empty.")],
+    layout: Annotated[
+        Literal["hub", "flat"], typer.Option(help="hub: the published tree; flat: the folder that clients read.")
+    ] = "hub",
+) -> None:
+    """Write one or more bundles under the names that existing clients read."""
+    from sa3_convert.bundle.manifest import Bundle
+    from sa3_convert.bundle.published import export_bundles
+
+    for file in export_bundles([Bundle.open(path) for path in bundles], to, layout):
+        typer.echo(f"{file.entry.sha256[:16]}  {file.entry.bytes / 2**20:9.2f} MiB  {file.path}")

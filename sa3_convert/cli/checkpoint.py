@@ -1,0 +1,43 @@
+"""`sa3-convert checkpoint …`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+app = typer.Typer(help="Make or download checkpoints.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.command()
+def synthesize(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write; must not exist or be empty.")],
+    variant: Annotated[str, typer.Option(help="small-music, small-sfx, medium, or one with -base.")] = "small-music",
+    size: Annotated[Literal["toy", "full"], typer.Option(help="toy: a few MB; full: the published shapes.")] = "toy",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the weights.")] = 0,
+    weights: Annotated[
+        Literal["gaussian", "heavy-tailed"], typer.Option(help="Distribution of the weights.")
+    ] = "gaussian",
+) -> None:
+    """Write a checkpoint in the published format with seeded random weights."""
+    from sa3_convert.checkpoint.synthetic import synthesize as write
+
+    write(folder, variant, size, seed, weights)
+    total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    typer.echo(f"{folder}: {variant} at {size} size, seed {seed}, {weights} weights, {total / 2**20:.1f} MiB")
+
+
+@app.command()
+def fetch(
+    hub_id: Annotated[
+        str, typer.Argument(metavar="HUB_ID", help="For example stabilityai/stable-audio-3-small-music.")
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put it.")],
+    revision: Annotated[
+        str | None, typer.Option(help="Commit to download; the newest one is looked up and named.")
+    ] = None,
+) -> None:
+    """Download a published checkpoint at a pinned revision; an interrupted download resumes."""
+    from sa3_convert.checkpoint.hub import fetch as download
+
+    download(hub_id, folder, revision)
+    typer.echo(f"{folder}: {hub_id}")

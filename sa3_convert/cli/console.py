@@ -1,0 +1,76 @@
+"""What the commands print while they work and when they are done: progress on stderr, results on stdout."""
+
+from rich.console import Console
+from rich.table import Table
+
+from sa3_convert.bundle.manifest import Bundle
+from sa3_convert.convert import ConvertRequest, StageEvent
+from sa3_convert.plan import Step, bytes_needed
+
+stdout = Console(highlight=False, soft_wrap=False)
+stderr = Console(stderr=True, highlight=False)
+
+_VERBS = {"read": "reading", "export": "exporting", "mnn": "converting", "verify": "verifying"}
+
+
+def show_stage(event: StageEvent) -> None:
+    """Print one line per finished stage; a started one is shown on a terminal only."""
+    name = f"{event.component.value:<18}"
+    if event.state == "started":
+        if stderr.is_terminal:
+            stderr.print(f"{name} {_VERBS[event.stage]} …", end="\r")
+        return
+    time = "unchanged" if event.state == "reused" else f"{event.seconds:.1f} s"
+    stderr.print(f"{name} {event.stage:<7} {time:>10}  {event.detail:<24}")
+
+
+def bundle_table(bundle: Bundle) -> Table:
+    """Return the closing table of a conversion: what was made, how big, how close, and its hash."""
+    table = Table(
+        title=f"{bundle.path}: {bundle.manifest.variant}, recipe {bundle.manifest.recipe}", title_justify="left"
+    )
+    table.add_column("component")
+    table.add_column("precision")
+    table.add_column("MiB", justify="right")
+    table.add_column("SNR dB", justify="right")
+    table.add_column("floor", justify="right")
+    table.add_column("cosine", justify="right")
+    table.add_column("SHA-256")
+    total = 0
+    for artifact in bundle.manifest.artifacts:
+        if artifact.kind != "mnn" or artifact.fidelity is None or artifact.component is None:
+            continue
+        size = sum(entry.bytes for entry in artifact.files)
+        total += size
+        table.add_row(
+            artifact.component.value,
+            artifact.precision,
+            f"{size / 2**20:.2f}",
+            f"{artifact.fidelity.signal_to_noise_db:.1f}",
+            f"{artifact.floor_db:g}",
+            f"{artifact.fidelity.cosine:.6f}",
+            artifact.sha256[:16],
+        )
+    table.add_section()
+    table.add_row("total", "", f"{total / 2**20:.2f}")
+    return table
+
+
+def plan_table(request: ConvertRequest, steps: list[Step]) -> Table:
+    """Return what a conversion would do, with sizes estimated from the tensors' shapes."""
+    table = Table(title=f"Plan for {request.out} (nothing was done)", title_justify="left")
+    for name in ("component", "precision"):
+        table.add_column(name)
+    table.add_column("reference MiB", justify="right")
+    table.add_column("model MiB", justify="right")
+    table.add_column("to do")
+    for step in steps:
+        precision = request.recipe.for_component(step.component).precision
+        sizes = (f"{size / 2**20:.2f}" for size in (step.reference_bytes, step.model_bytes))
+        table.add_row(step.component.value, precision, *sizes, " → ".join(step.todo) or "up to date")
+    table.add_section()
+    totals = (sum(s.reference_bytes for s in steps), sum(s.model_bytes for s in steps))
+    table.add_row(
+        "total", "", *(f"{size / 2**20:.2f}" for size in totals), f"{bytes_needed(steps) / 2**20:.0f} MiB of room"
+    )
+    return table

@@ -1,0 +1,112 @@
+"""`convert` and its stages one at a time: `export`, `fuse`, `mnn`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sa3_convert.cli.options import CheckpointArgument, ComponentOption, OneComponentOption, ThreadsOption
+
+RecipeOption = Annotated[Path, typer.Option("--recipe", metavar="FILE", help="How to store each component.")]
+DEFAULT_RECIPE = Path("configs/int8.yaml")
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    for command in (convert, export, fuse, mnn):
+        app.command()(command)
+
+
+def convert(
+    checkpoint: CheckpointArgument,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The bundle's folder.")],
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    component: ComponentOption = None,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", metavar="DIR", help="Where stages are kept; beside --out when not given.")
+    ] = None,
+    threads: ThreadsOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan with sizes and stop.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Redo everything; replace another bundle.")] = False,
+) -> None:
+    """Convert a checkpoint into a bundle of verified MNN models. What is up to date is not redone."""
+    from sa3_convert.checkpoint.reader import Checkpoint, resolve_checkpoint
+    from sa3_convert.cli.console import bundle_table, plan_table, show_stage, stderr, stdout
+    from sa3_convert.convert import ConvertRequest
+    from sa3_convert.convert import convert as make_bundle
+    from sa3_convert.plan import plan
+    from sa3_convert.recipe import load_recipe
+
+    resolved = load_recipe(recipe)
+    request = ConvertRequest(
+        checkpoint=Checkpoint.open(resolve_checkpoint(checkpoint)),
+        recipe=resolved,
+        out=out,
+        cache=cache or out.absolute().parent / ".sa3-convert-cache",
+        components=tuple(component or ()),
+        force=force,
+        threads=threads,
+    )
+    stderr.print(f"{checkpoint}: {request.checkpoint.variant_name}; recipe {resolved.name}: {resolved.description}")
+    steps = plan(request)
+    if dry_run:
+        stdout.print(plan_table(request, steps))
+        return
+    stderr.print(resolved.to_yaml().rstrip(), style="dim")
+    outcome = make_bundle(request, show_stage)
+    stdout.print(bundle_table(outcome.bundle))
+    if outcome.up_to_date:
+        stdout.print(f"{out} is up to date; nothing was done.")
+    else:
+        stdout.print(f'Next: sa3-convert run {out} --prompt "warm analog synth pad" --seconds 10 -o out.wav')
+
+
+def export(
+    checkpoint: CheckpointArgument,
+    component: OneComponentOption,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.onnx", help="The reference ONNX.")],
+) -> None:
+    """Stage 1: a component's network as fp32 ONNX, weights beside it in FILE.onnx.data."""
+    from sa3_convert.checkpoint.reader import Checkpoint, resolve_checkpoint
+    from sa3_convert.components import contract
+    from sa3_convert.export.component import export_component
+
+    opened = Checkpoint.open(resolve_checkpoint(checkpoint))
+    contract(component, opened.layout)
+    opened.check_values(component)
+    export_component(opened, component, out)
+    typer.echo(f"{out}: {component.value} of {checkpoint}")
+
+
+def fuse(
+    reference: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="What `export` wrote.")],
+    component: OneComponentOption,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.onnx", help="The ONNX for MNN.")],
+    recipe: RecipeOption = DEFAULT_RECIPE,
+) -> None:
+    """Stage 2: the passes that make an ONNX safe for MNN, and the hazard lint."""
+    from sa3_convert.passes.pipeline import onnx_for_mnn
+    from sa3_convert.recipe import load_recipe
+
+    report = onnx_for_mnn(reference, out, component, load_recipe(recipe).for_component(component))
+    for name, count in report.counts().items():
+        typer.echo(f"{name:<24} {count}")
+    typer.echo(f"{out}: no hazards")
+
+
+def mnn(
+    source: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="What `fuse` wrote.")],
+    component: OneComponentOption,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.mnn", help="The model.")],
+    recipe: RecipeOption = DEFAULT_RECIPE,
+) -> None:
+    """Stage 3: MNN's converter, judged by the file that it wrote."""
+    from sa3_convert.mnn.audit import audit
+    from sa3_convert.mnn.convert import mnn_from_onnx
+    from sa3_convert.mnn.storage import read_storage
+    from sa3_convert.recipe import load_recipe
+
+    chosen = load_recipe(recipe).for_component(component)
+    mnn_from_onnx(source, out, chosen)
+    audit(read_storage(out), chosen)
+    typer.echo(f"{out}: {out.stat().st_size / 2**20:.2f} MiB, holds what {recipe} asks for")

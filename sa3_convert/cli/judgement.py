@@ -1,0 +1,41 @@
+"""`verify` and `inspect`: what a bundle or file really is."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sa3_convert.cli.options import BundleArgument, ComponentOption, JsonFileOption, ThreadsOption
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    for command in (verify, inspect):
+        app.command()(command)
+
+
+def verify(
+    bundle: BundleArgument,
+    component: ComponentOption = None,
+    json_file: JsonFileOption = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter inputs: what `convert` runs.")] = False,
+    threads: ThreadsOption = None,
+) -> None:
+    """Compare every MNN model of a bundle with ONNX Runtime on its fp32 reference."""
+    raise NotImplementedError
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE.mnn", help="Any MNN model.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Say what a .mnn file holds: I/O, and per operator the stored type, bits, block and bytes."""
+    from sa3_convert.cli.console import stdout
+    from sa3_convert.mnn.inspect import render
+    from sa3_convert.mnn.storage import read_storage
+
+    storage = read_storage(file)
+    if as_json:
+        typer.echo(storage.to_json())
+    else:
+        stdout.print(render(storage))

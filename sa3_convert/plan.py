@@ -1,0 +1,120 @@
+"""What a conversion will do, how much room it needs, and whether there is enough of it: known before any long work."""
+
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sa3_convert.bundle.manifest import MANIFEST, Bundle
+from sa3_convert.components import Component
+from sa3_convert.convert import ConvertRequest, Keys, stage_keys
+from sa3_convert.errors import BundleError, InputError
+from sa3_convert.recipe import ComponentRecipe
+from sa3_convert.stage_cache import StageCache
+
+if TYPE_CHECKING:
+    from sa3_convert.checkpoint.reader import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One component's part of the plan."""
+
+    component: Component
+    keys: Keys
+    todo: tuple[str, ...]
+    """Stages that have to run: `export`, `mnn`, `verify`; empty when the bundle has it already."""
+    reference_bytes: int
+    model_bytes: int
+    """Estimated from the tensors' shapes."""
+
+
+def estimate_model_bytes(shapes: dict[str, tuple[int, ...]], recipe: ComponentRecipe) -> int:
+    """Return the expected size of a `.mnn`: payload of the weights, and scales and offsets of the quantised ones."""
+    float_bytes = 2 if recipe.floats == "fp16" else 4
+    total = 0
+    for name, shape in shapes.items():
+        count = _count(shape)
+        if name == "embed_tokens.weight":
+            bits = {"float": 8 * float_bytes, "int8": 8, "int4": 4}[recipe.embedding]
+            total += count * bits // 8 + (4 * shape[0] if recipe.embedding != "float" else 0)
+        elif recipe.weights is not None and len(shape) >= 2 and min(shape[:2]) > 1:
+            bits_of_layer, block = recipe.weights.for_layer(name)
+            if bits_of_layer is None:
+                total += count * float_bytes
+            else:
+                groups = shape[0] * (1 if block is None else max(1, shape[1] // block))
+                total += count * bits_of_layer // 8 + groups * (4 if recipe.weights.symmetric else 8)
+        else:
+            total += count * float_bytes
+    return total
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def plan(request: ConvertRequest) -> list[Step]:
+    """Return what has to be done for each component.
+
+    Raises:
+        InputError: the disk does not have room for it.
+
+    """
+    cache = StageCache(request.cache)
+    steps = []
+    for component in request.selected():
+        recipe = request.recipe.for_component(component)
+        keys = stage_keys(request.checkpoint, component, recipe)
+        shapes = request.checkpoint.shapes(component)
+        steps.append(
+            Step(
+                component=component,
+                keys=keys,
+                todo=_todo(request, cache, component, keys),
+                reference_bytes=4 * sum(_count(shape) for shape in shapes.values()),
+                model_bytes=estimate_model_bytes(shapes, recipe),
+            )
+        )
+    _require_room(request, steps)
+    return steps
+
+
+def _todo(request: ConvertRequest, cache: StageCache, component: Component, keys: Keys) -> tuple[str, ...]:
+    if request.force:
+        return ("export", "mnn", "verify")
+    if (request.out / MANIFEST).exists():
+        try:
+            bundle = Bundle.open(request.out)
+            bundle.check((component,))
+            if bundle.artifact(component).fingerprint == keys.verify:
+                return ()
+        except BundleError:
+            pass
+    stages = (("export", keys.export), ("mnn", keys.mnn), ("verify", keys.verify))
+    return tuple(stage for stage, key in stages if not cache.has(stage, key))
+
+
+def bytes_needed(steps: list[Step]) -> int:
+    """Return the temporary and lasting room that a plan takes at its peak."""
+    lasting = sum(
+        (s.reference_bytes if "export" in s.todo else 0) + (s.model_bytes if "mnn" in s.todo else 0) for s in steps
+    )
+    # While one component is converted, its rewritten ONNX and the converter's scratch file with all weights exist too.
+    passing = max((2 * s.reference_bytes for s in steps if "mnn" in s.todo), default=0)
+    return lasting + passing
+
+
+def _require_room(request: ConvertRequest, steps: list[Step]) -> None:
+    folder = request.cache
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    needed = bytes_needed(steps)
+    if needed > free:
+        raise InputError(
+            f"Not enough room in {folder}: this conversion needs about {needed / 2**30:.1f} GiB "
+            f"and {free / 2**30:.1f} GiB are free. Free some, or give --cache and --out on another disk."
+        )
