@@ -12,7 +12,7 @@ from sa3_convert.recipe import ComponentRecipe
 from sa3_convert.stage_cache import StageCache
 
 if TYPE_CHECKING:
-    from sa3_convert.checkpoint.reader import Checkpoint
+    pass
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,14 +2,14 @@
 
 Names follow the published card. A name states a precision only where the audited file has it: a text encoder of eight
 bits is never written as `…_int4`. The autoencoder and the text encoder are the same in the variants of a family, so
-equal files are written once, and where bundles of several precisions offer one published name, the smallest file takes
-it, as on the card.
+equal files are written once, and where bundles of several precisions offer one published name, the one of fewest bits
+takes it, as on the card.
 """
 
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +29,9 @@ class Published:
     source: Path
     entry: FileEntry
     origin: str
+    bits: int
+    weights: str | None
+    """Digest of the checkpoint's tensors behind it."""
 
 
 def published_path(variant: str, component: Component, precision: str) -> str:
@@ -63,7 +66,7 @@ def published_files(bundles: Sequence[Bundle]) -> list[Published]:
     """Return every file of the published tree, each path once.
 
     Raises:
-        BundleError: two bundles offer different contents for one path and neither is a smaller precision of the other.
+        BundleError: two bundles offer different contents for one path, of the same precision or of different weights.
 
     """
     chosen: dict[str, Published] = {}
@@ -71,8 +74,15 @@ def published_files(bundles: Sequence[Bundle]) -> list[Published]:
         tier = _tier(bundle)
         for artifact in bundle.manifest.artifacts:
             for path, entry in _paths(bundle, artifact, tier):
-                offered = Published(path, bundle.path / entry.path, entry, str(bundle.path))
-                chosen[path] = _smaller(chosen.get(path), offered)
+                offered = Published(
+                    path=path,
+                    source=bundle.path / entry.path,
+                    entry=entry,
+                    origin=str(bundle.path),
+                    bits=int((artifact.precision or "fp32").lstrip("intfp")),
+                    weights=_weights_digest(bundle, artifact),
+                )
+                chosen[path] = _preferred(chosen.get(path), offered)
     return [chosen[path] for path in sorted(chosen)]
 
 
@@ -82,6 +92,12 @@ def _tier(bundle: Bundle) -> str:
         if component in bundle.components:
             return bundle.artifact(component).precision or "fp32"
     raise BundleError(f"Bundle {bundle.path} has neither a DiT nor a decoder to publish.")
+
+
+def _weights_digest(bundle: Bundle, artifact: Artifact) -> str | None:
+    digests = bundle.manifest.checkpoint.get("digests", {})
+    digest = digests.get(artifact.component.value) if artifact.component else None
+    return digest if isinstance(digest, str) else None
 
 
 def _paths(bundle: Bundle, artifact: Artifact, tier: str) -> list[tuple[str, FileEntry]]:
@@ -100,15 +116,16 @@ def _paths(bundle: Bundle, artifact: Artifact, tier: str) -> list[tuple[str, Fil
     return found
 
 
-def _smaller(first: Published | None, second: Published) -> Published:
+def _preferred(first: Published | None, second: Published) -> Published:
+    """Return the file that takes a name offered twice: the one of fewer bits, if both come from the same weights."""
     if first is None or first.entry.sha256 == second.entry.sha256:
         return first or second
-    if first.entry.bytes == second.entry.bytes or not first.path.startswith(("shared/", "music/")):
+    if first.bits == second.bits or first.weights != second.weights:
         raise BundleError(
             f"{first.path} would come from both {first.origin} and {second.origin}, with different contents. "
             "Export them into separate folders."
         )
-    return min(first, second, key=lambda published: published.entry.bytes)
+    return min(first, second, key=lambda published: published.bits)
 
 
 def export_bundles(bundles: Sequence[Bundle], target: Path, layout: Layout) -> list[Published]:
@@ -128,7 +145,7 @@ def export_bundles(bundles: Sequence[Bundle], target: Path, layout: Layout) -> l
         bundle.check()
     files = published_files(bundles)
     if layout == "flat":
-        files = [Published(Path(f.path).name, f.source, f.entry, f.origin) for f in files]
+        files = [replace(file, path=Path(file.path).name) for file in files]
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

@@ -1,0 +1,147 @@
+"""What a bundle says of itself is checked before it is believed."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sa3_convert.bundle.manifest import MANIFEST, Artifact, Bundle, FileEntry, Manifest
+from sa3_convert.checkpoint.layout import read_layout
+from sa3_convert.components import Component
+from sa3_convert.errors import BundleError
+from tests.conftest import GOLDEN
+
+LAYOUT = read_layout(GOLDEN / "small" / "checkpoint")
+
+
+def make_bundle(folder: Path, variant: str = "small-music", precision: str = "int8", salt: str = "") -> Bundle:
+    folder.mkdir(parents=True, exist_ok=True)
+    artifacts = []
+    for component in Component:
+        name = f"{component.value}.mnn"
+        (folder / name).write_bytes(f"{component.value} {precision} {salt}".encode())
+        entry = FileEntry.of(folder, name)
+        artifacts.append(Artifact(**dict(entry), kind="mnn", component=component, precision=precision))
+    (folder / "tokenizer.json").write_text("{}")
+    artifacts.append(Artifact(**dict(FileEntry.of(folder, "tokenizer.json")), kind="tokenizer"))
+    (folder / "bottleneck_params.json").write_text("{}")
+    artifacts.append(Artifact(**dict(FileEntry.of(folder, "bottleneck_params.json")), kind="bottleneck_params"))
+    manifest = Manifest(
+        schema_version=1,
+        variant=variant,
+        recipe="int8",
+        checkpoint={"source": "x"},
+        tools={"MNN": "3.6.1"},
+        layout=LAYOUT,
+        artifacts=tuple(artifacts),
+    )
+    bundle = Bundle(folder, manifest)
+    bundle.write()
+    return bundle
+
+
+def test_what_is_written_is_read_back_equal(tmp_path: Path) -> None:
+    written = make_bundle(tmp_path)
+    assert Bundle.open(tmp_path).manifest == written.manifest
+
+
+def test_the_manifest_has_the_keys_that_scripts_rely_on(tmp_path: Path) -> None:
+    make_bundle(tmp_path)
+    data = json.loads((tmp_path / MANIFEST).read_text())
+    assert data["schema"] == 1
+    assert {"variant", "recipe", "checkpoint", "tools", "artifacts"} <= data.keys()
+    assert {"path", "kind", "component", "precision", "sha256", "bytes", "storage", "fidelity"} <= data["artifacts"][
+        0
+    ].keys()
+
+
+def test_a_whole_bundle_passes_its_check(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path)
+    bundle.check()
+    assert bundle.components == tuple(Component)
+
+
+@pytest.mark.parametrize("name", ["dit.mnn", "tokenizer.json"])
+def test_one_flipped_bit_is_found_and_named(tmp_path: Path, name: str) -> None:
+    bundle = make_bundle(tmp_path)
+    data = bytearray((tmp_path / name).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(BundleError, match=name):
+        bundle.check()
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path)
+    (tmp_path / "encoder.mnn").unlink()
+    with pytest.raises(BundleError, match=r"encoder\.mnn is missing"):
+        bundle.check()
+
+
+def test_swapped_components_are_found(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path)
+    (tmp_path / "dit.mnn").rename(tmp_path / "x")
+    (tmp_path / "decoder.mnn").rename(tmp_path / "dit.mnn")
+    (tmp_path / "x").rename(tmp_path / "decoder.mnn")
+    with pytest.raises(BundleError):
+        bundle.check()
+
+
+def test_only_the_components_that_are_asked_for_are_checked(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path)
+    (tmp_path / "encoder.mnn").unlink()
+    bundle.check((Component.DIT, Component.DECODER))
+
+
+def test_a_folder_without_manifest_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="is no bundle"):
+        Bundle.open(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["../outside.mnn", "/etc/passwd", "a/../../b"])
+def test_paths_that_leave_the_bundle_are_refused(tmp_path: Path, path: str) -> None:
+    make_bundle(tmp_path)
+    data = json.loads((tmp_path / MANIFEST).read_text())
+    data["artifacts"][0]["path"] = path
+    (tmp_path / MANIFEST).write_text(json.dumps(data))
+    with pytest.raises(BundleError, match="leaves the bundle"):
+        Bundle.open(tmp_path)
+
+
+def test_two_artifacts_of_one_kind_are_refused(tmp_path: Path) -> None:
+    make_bundle(tmp_path)
+    data = json.loads((tmp_path / MANIFEST).read_text())
+    data["artifacts"].append(data["artifacts"][0])
+    (tmp_path / MANIFEST).write_text(json.dumps(data))
+    with pytest.raises(BundleError, match="same component and kind"):
+        Bundle.open(tmp_path)
+
+
+def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
+    make_bundle(tmp_path)
+    data = json.loads((tmp_path / MANIFEST).read_text())
+    data["schema"] = 2
+    (tmp_path / MANIFEST).write_text(json.dumps(data))
+    with pytest.raises(BundleError, match="schema"):
+        Bundle.open(tmp_path)
+
+
+@given(cut=st.integers(min_value=0, max_value=2000), flip=st.integers(min_value=0, max_value=2000))
+def test_a_damaged_manifest_is_a_clear_error_or_still_valid(
+    tmp_path_factory: pytest.TempPathFactory, cut: int, flip: int
+) -> None:
+    folder = tmp_path_factory.mktemp("bundle")
+    make_bundle(folder)
+    data = bytearray((folder / MANIFEST).read_bytes())
+    data[flip % len(data)] ^= 0x55
+    (folder / MANIFEST).write_bytes(bytes(data[: len(data) - cut]))
+    try:
+        bundle = Bundle.open(folder)
+        bundle.check()
+    except BundleError as error:
+        assert str(folder) in str(error)
+    else:
+        # What the damage hit is not read (a tool's version, say); the files are still the right ones.
+        assert bundle.components == tuple(Component)

@@ -1,0 +1,89 @@
+"""Bundles come out under exactly the names that the published tree and its client use."""
+
+from pathlib import Path
+
+import pytest
+
+from sa3_convert.bundle.published import export_bundles, published_path
+from sa3_convert.components import Component
+from sa3_convert.errors import BundleError, UsageError
+from tests.bundle.test_manifest import make_bundle
+
+PUBLISHED_TREE = {
+    "music/int8/dit_music_int8.mnn",
+    "music/int8/encoder_int8.mnn",
+    "music/int8/number_conditioner_music_int8.mnn",
+    "music/fp16/dit_music_fp16_v2_f32io.mnn",
+    "music/fp16/encoder.mnn",
+    "music/fp16/number_conditioner_music_fp16.mnn",
+    "sfx/int8/dit_sfx_int8.mnn",
+    "sfx/int8/number_conditioner_sfx_int8.mnn",
+    "sfx/fp16/dit_sfx_fp16_v2_f32io.mnn",
+    "sfx/fp16/number_conditioner_sfx_fp16.mnn",
+    "shared/decoder_fused_wn.mnn",
+    "shared/text_encoder.mnn",
+    "shared/text_encoder_int8.mnn",
+    "shared/tokenizer.json",
+    "shared/bottleneck_params.json",
+}
+
+
+def tree(folder: Path) -> set[str]:
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_four_bundles_make_the_published_tree(tmp_path: Path) -> None:
+    bundles = [
+        make_bundle(tmp_path / f"{variant}-{precision}", variant, precision)
+        for variant in ("small-music", "small-sfx")
+        for precision in ("int8", "fp16")
+    ]
+    # int8 and fp16 decoders differ; the one of fewer bits takes the published name.
+    export_bundles(bundles, tmp_path / "hub", "hub")
+    assert tree(tmp_path / "hub") == PUBLISHED_TREE
+
+
+def test_the_text_encoder_is_called_int4_only_when_it_is() -> None:
+    path = published_path("small-music", Component.TEXT_ENCODER, "int4")
+    assert path == "shared/text_encoder_int4.mnn"
+    assert published_path("small-music", Component.TEXT_ENCODER, "int8") != path
+
+
+def test_the_flat_layout_has_the_same_names_in_one_folder(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b")
+    export_bundles([bundle], tmp_path / "flat", "flat")
+    assert {p.name for p in (tmp_path / "flat").iterdir()} == {
+        "dit_music_int8.mnn",
+        "encoder_int8.mnn",
+        "number_conditioner_music_int8.mnn",
+        "decoder_fused_wn.mnn",
+        "text_encoder_int8.mnn",
+        "tokenizer.json",
+        "bottleneck_params.json",
+    }
+
+
+def test_contradicting_models_of_one_name_are_refused(tmp_path: Path) -> None:
+    bundles = [make_bundle(tmp_path / salt, salt=salt) for salt in ("a", "b")]
+    with pytest.raises(BundleError, match="different contents"):
+        export_bundles(bundles, tmp_path / "hub", "hub")
+    assert not (tmp_path / "hub").exists()
+
+
+def test_a_target_with_files_is_refused(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b")
+    with pytest.raises(UsageError, match="not empty"):
+        export_bundles([bundle], tmp_path / "b", "hub")
+
+
+def test_a_damaged_bundle_is_not_published(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b")
+    (tmp_path / "b" / "dit.mnn").write_bytes(b"else")
+    with pytest.raises(BundleError):
+        export_bundles([bundle], tmp_path / "hub", "hub")
+    assert not (tmp_path / "hub").exists()
+
+
+def test_base_models_do_not_take_the_names_of_post_trained_ones() -> None:
+    base = published_path("small-music-base", Component.DIT, "int8")
+    assert base != published_path("small-music", Component.DIT, "int8")
