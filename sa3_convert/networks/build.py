@@ -1,0 +1,77 @@
+"""A component's network with its weights in it."""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sa3_convert.checkpoint.layout import CheckpointLayout
+from sa3_convert.components import Component
+from sa3_convert.errors import CheckpointError, UsageError
+from sa3_convert.networks.dit import Dit, Padding
+from sa3_convert.networks.number_conditioner import NumberConditioner
+
+_Layout = TypeVar("_Layout")
+_SHOWN = 5
+
+
+def build_network(
+    component: Component, layout: CheckpointLayout, state: Mapping[str, Tensor], *, padding: Padding = "key_mask"
+) -> nn.Module:
+    """Build a component's network around the tensors of `state`, which are used in place, not copied.
+
+    Args:
+        component: which one.
+        layout: the checkpoint's dimensions.
+        state: parameter name → float32 tensor, exactly the names of the network.
+        padding: what the DiT's `padding_mask` does; the other components have none.
+
+    Returns:
+        A module in eval mode without gradients whose `forward` takes the contract's inputs in the contract's order and
+        returns its single output.
+
+    Raises:
+        UsageError: a checkpoint of this layout has no such component.
+        CheckpointError: a tensor is missing, extra, of another shape or not float32; the message names it.
+
+    """
+    with torch.device("meta"):
+        network = _skeleton(component, layout, padding)
+    _load(network, state, component)
+    return network.eval().requires_grad_(False)
+
+
+def _skeleton(component: Component, layout: CheckpointLayout, padding: Padding) -> nn.Module:
+    match component:
+        case Component.NUMBER_CONDITIONER:
+            return NumberConditioner(_part(layout.number_conditioner, component))
+        case Component.DIT:
+            return Dit(_part(layout.dit, component), padding)
+    raise UsageError(f"There is no network for component {component.value!r}.")
+
+
+def _part(part: _Layout | None, component: Component) -> _Layout:
+    if part is None:
+        raise UsageError(f"This checkpoint has no component {component.value!r}.")
+    return part
+
+
+def _load(network: nn.Module, state: Mapping[str, Tensor], component: Component) -> None:
+    expected = network.state_dict()
+    problems = [f"{name} is missing" for name in expected.keys() - state.keys()]
+    problems += [f"{name} is not known" for name in state.keys() - expected.keys()]
+    for name in expected.keys() & state.keys():
+        wanted, found = expected[name], state[name]
+        if wanted.shape != found.shape:
+            problems.append(f"{name} has shape {list(found.shape)}, expected {list(wanted.shape)}")
+        elif found.dtype != torch.float32:
+            problems.append(f"{name} is {found.dtype}, expected torch.float32")
+    if problems:
+        problems.sort()
+        rest = f", and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise CheckpointError(
+            f"The weights do not fit the {component.value} that model_config.json describes: "
+            f"{'; '.join(problems[:_SHOWN])}{rest}. Is model_config.json of another checkpoint?"
+        )
+    network.load_state_dict(dict(state), strict=True, assign=True)
