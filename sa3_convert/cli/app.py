@@ -54,7 +54,7 @@ def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; never raises."""
     os.environ.pop("SA3_CONVERT_DEBUG", None)
     try:
-        result = app(arguments, standalone_mode=False)
+        result = app(arguments, standalone_mode=False, prog_name="sa3-convert")
     except Sa3Error as error:
         _complain(str(error), error)
         return error.exit_code

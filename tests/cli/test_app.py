@@ -1,0 +1,114 @@
+"""The command line's contract: names, exit codes, one paragraph per error."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sa3_convert.cli.app as cli
+from sa3_convert import errors
+
+HEAVY = ("torch", "MNN", "_tools", "onnx", "onnxruntime", "onnx_ir", "onnxscript", "transformers")
+
+BLOCKED = f"""
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {HEAVY!r}:
+            raise ImportError(f"blocked: {{name}}")
+sys.meta_path.insert(0, Blocker())
+from sa3_convert.cli import main
+main(sys.argv[1:])
+"""
+
+
+def run_blocked(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", BLOCKED, *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["convert", "--help"],
+        ["run", "--help"],
+        ["verify", "--help"],
+        ["inspect", "--help"],
+        ["checkpoint", "synthesize", "--help"],
+        ["bundle", "export", "--help"],
+    ],
+)
+def test_help_works_with_no_heavy_package_installed(arguments: list[str]) -> None:
+    result = run_blocked(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert "sa3-convert" in result.stdout
+
+
+def test_a_wrong_flag_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["convert", "--nonsense"]) == 2
+    assert "No such option" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["convert"], ["run"], ["nonsense"], ["checkpoint"], ["bundle", "export"]])
+def test_missing_or_unknown_arguments_are_exit_2(arguments: list[str]) -> None:
+    assert cli.run(arguments) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.UsageError, 2),
+        (errors.CheckpointError, 3),
+        (errors.RecipeError, 3),
+        (errors.BundleError, 3),
+        (errors.AudioError, 3),
+        (errors.ModelFileError, 3),
+        (errors.ConversionError, 4),
+        (errors.VerificationError, 5),
+        (errors.DriftError, 6),
+        (errors.BackendError, 7),
+        (errors.OutputRejectedError, 8),
+        (ZeroDivisionError, 70),
+        (KeyboardInterrupt, 130),
+    ],
+)
+def test_each_error_has_its_exit_code_and_no_traceback(
+    error: type[BaseException],
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error("what, where, and what to do")
+
+    monkeypatch.setattr(cli, "app", fail)
+    assert cli.run(["inspect", "x"]) == code
+    captured = capsys.readouterr()
+    assert captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
+def test_debug_adds_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--debug", "verify", str(tmp_path)]) == 3
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_missing_checkpoint_is_exit_3_and_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["convert", str(tmp_path / "nothing"), "--out", str(tmp_path / "out")]) == 3
+    assert "nothing" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_recipe_is_exit_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = Path(__file__).parents[1] / "golden" / "small" / "checkpoint"
+    arguments = ["convert", str(checkpoint), "--recipe", str(tmp_path / "no.yaml"), "--out", str(tmp_path / "out")]
+    assert cli.run(arguments) == 3
+    assert "configs/" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_bundle_is_exit_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["verify", str(tmp_path)]) == 3
+    assert "is no bundle" in capsys.readouterr().err
