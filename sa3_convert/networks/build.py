@@ -9,8 +9,11 @@ from torch import Tensor, nn
 from sa3_convert.checkpoint.layout import CheckpointLayout
 from sa3_convert.components import Component
 from sa3_convert.errors import CheckpointError, UsageError
+from sa3_convert.networks.autoencoder import Decoder, Encoder
 from sa3_convert.networks.dit import Dit, Padding
+from sa3_convert.networks.layers import Derived
 from sa3_convert.networks.number_conditioner import NumberConditioner
+from sa3_convert.networks.text_encoder import TextEncoder
 
 _Layout = TypeVar("_Layout")
 _SHOWN = 5
@@ -39,16 +42,24 @@ def build_network(
     with torch.device("meta"):
         network = _skeleton(component, layout, padding)
     _load(network, state, component)
+    for module in network.modules():
+        if isinstance(module, Derived):
+            module.derive()
     return network.eval().requires_grad_(False)
 
 
 def _skeleton(component: Component, layout: CheckpointLayout, padding: Padding) -> nn.Module:
     match component:
+        case Component.TEXT_ENCODER:
+            return TextEncoder(_part(layout.text_encoder, component))
         case Component.NUMBER_CONDITIONER:
             return NumberConditioner(_part(layout.number_conditioner, component))
         case Component.DIT:
             return Dit(_part(layout.dit, component), padding)
-    raise UsageError(f"There is no network for component {component.value!r}.")
+        case Component.DECODER:
+            return Decoder(layout.autoencoder)
+        case Component.ENCODER:
+            return Encoder(layout.autoencoder)
 
 
 def _part(part: _Layout | None, component: Component) -> _Layout:

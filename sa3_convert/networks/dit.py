@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sa3_convert.checkpoint.layout import DitLayout
-from sa3_convert.networks.layers import MASKED, ExpoFourierFeatures, FeedForward, RmsNorm, attend, rotate
+from sa3_convert.networks.layers import MASKED, ExpoFourierFeatures, FeedForward, RmsNorm, attend, rotary_tables, rotate
 
 Padding = Literal["key_mask", "value_zeroing"]
 """What `padding_mask` does in self-attention.
 
-`key_mask`: padded keys are not seen, as with flash attention and in training. `value_zeroing`: their values are zero but
-they keep their softmax weight, as the reference does without flash attention. With a mask of ones they are the same.
+`key_mask`: padded keys are not seen, as with flash attention and in training. `value_zeroing`: their values are zero
+but they keep their softmax weight, as in the reference without flash attention. With a mask of ones they are the same.
 """
 
 _BLOCK_EPS = 1e-5
@@ -156,8 +156,7 @@ class RotaryPositions(nn.Module):
     def forward(self, latents: int) -> tuple[Tensor, Tensor]:
         """Return cos and sin, [memory + latents, F] each."""
         positions = torch.arange(latents, dtype=torch.float32, device=self.inv_freq.device) + self.memory
-        phase = torch.cat((self.memory_positions, positions))[:, None] * self.inv_freq
-        return torch.cos(phase), torch.sin(phase)
+        return rotary_tables(torch.cat((self.memory_positions, positions)), self.inv_freq)
 
 
 class Transformer(nn.Module):

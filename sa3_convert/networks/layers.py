@@ -18,6 +18,14 @@ Infinity itself would make a row without any key NaN.
 """
 
 
+class Derived(nn.Module):
+    """A module with constants that follow from its parameters, so that graphs hold them ready-made."""
+
+    def derive(self) -> None:
+        """Compute the constants; called once, after the parameters are loaded."""
+        raise NotImplementedError
+
+
 class RmsNorm(nn.Module):
     """x / rms(x) · gamma over the last dimension."""
 
@@ -82,7 +90,8 @@ class GatedProjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., inner] for `x` [..., width]."""
-        value, gate = self.proj(x).chunk(2, dim=-1)
+        projected: Tensor = self.proj(x)
+        value, gate = projected.chunk(2, dim=-1)
         # The reference writes π with twelve digits, which is float32's π all the same.
         return value * (torch.sin(gate * math.pi) if self.sinusoidal else F.silu(gate))
 
@@ -110,11 +119,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     pairs = cos.shape[-1]
     rest = x.shape[-1] - 2 * pairs
-    first, second, *beyond = x.split([pairs, pairs, rest] if rest else [pairs, pairs], dim=-1)
+    first, second, *beyond = torch.split(x, [pairs, pairs, rest] if rest else [pairs, pairs], dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin, *beyond), dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+def rotary_tables(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cos and sin [N, F] of the rotary angles of `positions` [N] at `inv_freq` [F]."""
+    phase = positions[:, None] * inv_freq
+    return torch.cos(phase), torch.sin(phase)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, cap: float | None = None) -> Tensor:
     """Softmax attention.
 
     Args:
@@ -122,12 +137,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
         k: [B, H, M, D].
         v: [B, H, M, D].
         bias: added to the logits, broadcast to [B, H, N, M].
+        cap: bound of the logits before the bias: cap·tanh(logits / cap).
 
     Returns:
         [B, H, N, D].
 
     """
     logits = q @ k.transpose(-1, -2)
+    if cap is not None:
+        logits = torch.tanh(logits / cap) * cap
     if bias is not None:
         logits = logits + bias
     return torch.softmax(logits, dim=-1) @ v
