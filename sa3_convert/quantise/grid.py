@@ -1,0 +1,160 @@
+"""The grid that MNN's converter rounds weights to, and least-squares scales on that same grid.
+
+MNN 3.6.1 stores a group of weights (an output channel, or a block of input channels of it) as codes on a uniform grid:
+
+- asymmetric: w ≈ lo + step·k, k = 0 … 2^b − 1, with lo = min(w) and step = (max(w) − min(w)) / (2^b − 1);
+- symmetric:  w ≈ step·k, |k| ≤ 2^(b−1) − 1, with step = max|w| / (2^(b−1) − 1).
+
+Grids set by the extremes waste levels on the few largest weights. Here lo and step are chosen for least squared error,
+and the weights are replaced by the grid's values. Because both ends of the grid then occur among the values
+(asymmetric: its lowest and highest, symmetric: its largest magnitude), the converter finds the very same grid and its
+own rounding changes nothing. A group in which a chosen grid would lose its ends keeps the converter's own.
+
+The search alternates, from several clipped starts, between rounding to the nearest level and the closed-form least
+squares fit of (lo, step) or step to the codes (Lloyd's iteration restricted to uniform grids).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+STARTS: Final = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.5, 0.4)
+"""Shares of the full range from which the search starts; low ones matter for heavy tails."""
+ITERATIONS: Final = 6
+_ROWS: Final = 1 << 22
+"""Weights handled at once: bounds the memory, some tens of megabytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """How a weight is cut into groups and how many levels each has."""
+
+    bits: int
+    symmetric: bool
+    block_size: int | None
+    """Input channels per group; None, or a size that the converter does not honour, means whole output channels."""
+
+    def group_length(self, shape: tuple[int, ...]) -> int:
+        """Return the number of weights that share a scale, for a weight of shape [out, in, *kernel].
+
+        The converter honours a block size that is at least 16, a multiple of 16, and divides the input channels.
+        """
+        kernel = int(np.prod(shape[2:], dtype=np.int64))
+        block = self.block_size
+        if block is None or block < 16 or block % 16 or shape[1] % block:
+            return shape[1] * kernel
+        return block * kernel
+
+    @property
+    def top(self) -> int:
+        """Return the highest code."""
+        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+
+    @property
+    def bottom(self) -> int:
+        """Return the lowest code."""
+        return -self.top if self.symmetric else 0
+
+
+def round_as_converter(weight: Floats, grid: Grid) -> Floats:
+    """Return the weight as MNN's converter would store it; shape [out, in, *kernel]."""
+    return _by_rows(weight, grid, lambda rows: _to_grid(rows, *_extreme_grid(rows, grid), grid))
+
+
+def round_least_squares(weight: Floats, grid: Grid) -> Floats:
+    """Return the weight on the grid of least squared error that the converter reproduces; shape [out, in, *kernel]."""
+    return _by_rows(weight, grid, lambda rows: _to_grid(rows, *least_squares_grid(rows, grid), grid))
+
+
+def least_squares_grid(rows: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (lo, step) of least squared error per row.
+
+    Args:
+        rows: [groups, length] float32.
+        grid: bits and symmetry.
+
+    Returns:
+        Two tensors [groups, 1]; lo is zero for a symmetric grid.
+
+    """
+    first_lo, first_step = _extreme_grid(rows, grid)
+    best_lo, best_step = first_lo, first_step
+    best_error = _error(rows, first_lo, first_step, grid)
+    for start in STARTS:
+        if grid.symmetric:
+            lo, step = first_lo, first_step * start
+        else:
+            step = first_step * start
+            lo = first_lo + (first_step - step) * (grid.top / 2)
+        for _ in range(ITERATIONS):
+            codes = _codes(rows, lo, step, grid)
+            lo, step = _fit(rows, codes, lo, step, grid)
+            error = _error(rows, lo, step, grid)
+            better = (error < best_error) & _reproducible(rows, lo, step, grid)
+            best_error = torch.where(better, error, best_error)
+            best_lo = torch.where(better, lo, best_lo)
+            best_step = torch.where(better, step, best_step)
+    return best_lo, best_step
+
+
+def _by_rows(weight: Floats, grid: Grid, rounded: Callable[[torch.Tensor], torch.Tensor]) -> Floats:
+    length = grid.group_length(weight.shape)
+    flat = torch.from_numpy(np.ascontiguousarray(weight, dtype=np.float32)).reshape(-1, length)
+    result = torch.empty_like(flat)
+    step = max(1, _ROWS // length)
+    for start in range(0, len(flat), step):
+        result[start : start + step] = rounded(flat[start : start + step])
+    values: Floats = result.reshape(weight.shape).numpy()
+    return values
+
+
+def _extreme_grid(rows: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    if grid.symmetric:
+        peak = rows.abs().amax(dim=1, keepdim=True)
+        return torch.zeros_like(peak), peak / grid.top
+    lo, hi = rows.amin(dim=1, keepdim=True), rows.amax(dim=1, keepdim=True)
+    return lo, (hi - lo) / grid.top
+
+
+def _codes(rows: torch.Tensor, lo: torch.Tensor, step: torch.Tensor, grid: Grid) -> torch.Tensor:
+    safe = torch.where(step > 0, step, torch.ones_like(step))
+    return ((rows - lo) / safe).round_().clamp_(grid.bottom, grid.top)
+
+
+def _to_grid(rows: torch.Tensor, lo: torch.Tensor, step: torch.Tensor, grid: Grid) -> torch.Tensor:
+    return lo + step * _codes(rows, lo, step, grid)
+
+
+def _error(rows: torch.Tensor, lo: torch.Tensor, step: torch.Tensor, grid: Grid) -> torch.Tensor:
+    return (_to_grid(rows, lo, step, grid) - rows).square_().sum(dim=1, keepdim=True)
+
+
+def _fit(
+    rows: torch.Tensor, codes: torch.Tensor, lo: torch.Tensor, step: torch.Tensor, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least squares of w ≈ lo + step·k over lo and step; rows whose codes are all equal keep what they have."""
+    if grid.symmetric:
+        energy = codes.square().sum(dim=1, keepdim=True)
+        fitted = (rows * codes).sum(dim=1, keepdim=True) / energy.clamp_min(1)
+        return lo, torch.where(energy > 0, fitted, step)
+    mean_code, mean_row = codes.mean(dim=1, keepdim=True), rows.mean(dim=1, keepdim=True)
+    centred = codes - mean_code
+    energy = centred.square().sum(dim=1, keepdim=True)
+    fitted = (centred * rows).sum(dim=1, keepdim=True) / energy.clamp_min(1e-12)
+    usable = (energy > 0) & (fitted > 0)
+    fitted = torch.where(usable, fitted, step)
+    return torch.where(usable, mean_row - fitted * mean_code, lo), fitted
+
+
+def _reproducible(rows: torch.Tensor, lo: torch.Tensor, step: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Tell which rows keep the ends of their grid, so that the converter finds the same one."""
+    codes = _codes(rows, lo, step, grid)
+    if grid.symmetric:
+        return codes.abs().amax(dim=1, keepdim=True) == grid.top
+    return (codes.amin(dim=1, keepdim=True) == 0) & (codes.amax(dim=1, keepdim=True) == grid.top)

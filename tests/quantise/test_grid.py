@@ -1,0 +1,112 @@
+"""Weights that stand on the grid are left alone by the converter's rounding, and the chosen grid is never worse."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sa3_convert.quantise.compensated import round_error_compensated
+from sa3_convert.quantise.grid import Floats, Grid, round_as_converter, round_least_squares
+
+GRIDS = st.builds(
+    Grid,
+    bits=st.integers(2, 8),
+    symmetric=st.booleans(),
+    block_size=st.sampled_from([None, 16, 32, 24, 64]),
+)
+
+
+def gaussian(shape: tuple[int, ...], seed: int = 0) -> Floats:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def error(weight: Floats, rounded: Floats) -> float:
+    return float(np.square(weight.astype(np.float64) - rounded).sum())
+
+
+@settings(deadline=None, max_examples=60)
+@given(grid=GRIDS, seed=st.integers(0, 1000), scale=st.floats(1e-6, 1e4))
+def test_what_was_planned_comes_through_the_converters_rounding(grid: Grid, seed: int, scale: float) -> None:
+    weight = gaussian((8, 64), seed) * np.float32(scale)
+    planned = round_least_squares(weight, grid)
+    np.testing.assert_allclose(round_as_converter(planned, grid), planned, rtol=1e-5, atol=1e-5 * scale, strict=True)
+
+
+@settings(deadline=None, max_examples=60)
+@given(grid=GRIDS, seed=st.integers(0, 1000))
+def test_least_squares_is_never_worse_than_the_extremes(grid: Grid, seed: int) -> None:
+    weight = gaussian((8, 64), seed)
+    assert error(weight, round_least_squares(weight, grid)) <= error(weight, round_as_converter(weight, grid)) * 1.0001
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_number_of_levels_is_what_the_bits_allow(symmetric: bool) -> None:
+    grid = Grid(bits=3, symmetric=symmetric, block_size=None)
+    for row in round_least_squares(gaussian((4, 512)), grid):
+        assert len(np.unique(row)) == (7 if symmetric else 8)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.5, -2.0])
+def test_constant_channels_stay_exact(value: float) -> None:
+    weight = np.full((2, 32), value, dtype=np.float32)
+    for symmetric in (False, True):
+        grid = Grid(bits=4, symmetric=symmetric, block_size=None)
+        np.testing.assert_allclose(round_least_squares(weight, grid), weight, rtol=1e-6, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("block", "shape", "length"),
+    [
+        (None, (4, 64), 64),
+        (32, (4, 64), 32),
+        (24, (4, 96), 96),
+        (8, (4, 64), 64),
+        (64, (4, 96), 96),
+        (32, (4, 64, 3), 96),
+        (None, (4, 64, 3), 192),
+    ],
+)
+def test_a_block_size_that_the_converter_ignores_is_a_whole_channel(
+    block: int | None, shape: tuple[int, ...], length: int
+) -> None:
+    assert Grid(bits=4, symmetric=False, block_size=block).group_length(shape) == length
+
+
+def gain_db(weight: Floats, grid: Grid) -> float:
+    before, after = round_as_converter(weight, grid), round_least_squares(weight, grid)
+    return float(10 * np.log10(error(weight, before) / error(weight, after)))
+
+
+def test_heavy_tails_gain_more_from_least_squares_than_gaussian_weights() -> None:
+    heavy = np.random.default_rng(0).standard_t(4, (16, 768)).astype(np.float32)
+    grid = Grid(bits=3, symmetric=False, block_size=None)
+    assert gain_db(heavy, grid) > gain_db(gaussian((16, 768)), grid) + 1
+
+
+def correlated_inputs(count: int, width: int, seed: int) -> Floats:
+    directions = gaussian((8, width), seed=99)
+    return gaussian((count, width), seed) + gaussian((count, 8), seed + 1) @ directions
+
+
+@pytest.mark.parametrize("block", [None, 32])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_compensation_lowers_the_output_error_on_unseen_correlated_inputs(block: int | None, symmetric: bool) -> None:
+    grid = Grid(bits=4, symmetric=symmetric, block_size=block)
+    weight, seen, unseen = gaussian((64, 128)), correlated_inputs(1000, 128, 1), correlated_inputs(500, 128, 5)
+    hessian = (seen.T @ seen).astype(np.float64)
+    compensated = round_error_compensated(weight, hessian, grid)
+    before = error(unseen @ weight.T, unseen @ round_least_squares(weight, grid).T)
+    after = error(unseen @ weight.T, unseen @ compensated.T)
+    assert after < before / 2
+    np.testing.assert_allclose(round_as_converter(compensated, grid), compensated, atol=1e-5, strict=True)
+
+
+def test_inputs_that_never_occur_do_not_break_compensation() -> None:
+    grid = Grid(bits=4, symmetric=False, block_size=None)
+    rounded = round_error_compensated(gaussian((8, 32)), np.zeros((32, 32)), grid)
+    assert np.isfinite(rounded).all()
+
+
+def test_a_hessian_of_another_layer_is_refused() -> None:
+    with pytest.raises(ValueError, match="do not belong together"):
+        round_error_compensated(gaussian((8, 32)), np.eye(16), Grid(4, False, None))
