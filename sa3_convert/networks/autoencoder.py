@@ -36,7 +36,7 @@ class Encoder(nn.Module):
             patched_audio = F.pad(patched_audio, (0, missing))
         patches = resampler.mapping(patched_audio).transpose(1, 2).contiguous().view(-1, self.stride, self.width)
         groups = F.pad(patches, (0, 0, 0, 1)) + F.pad(resampler.new_tokens, (0, 0, self.stride, 0))
-        latents = resampler.transform(groups, batch)[:, -1].contiguous().view(batch, -1, self.width)
+        latents = resampler.transform(groups, batch)[:, self.stride :].contiguous().view(batch, -1, self.width)
         output: Tensor = project(latents).transpose(1, 2)
         return output
 

@@ -28,6 +28,9 @@ class NumberConditioner(nn.Module):
 
     def forward(self, seconds: Tensor) -> Tensor:
         """Return the embedding [B, 1, output_dim] float32 of `seconds` [B] float32."""
-        normalised = (seconds.clamp(self.low, self.high) - self.low) / (self.high - self.low)
-        output: Tensor = self.embedder(normalised[:, None]).unsqueeze(1)
+        offset = seconds.clamp(self.low, self.high) - self.low
+        # Converters turn a division by a constant into a product with its reciprocal. That rounds differently, and the
+        # features magnify the last bit to 4·10⁻³ rad. This divisor is the same number, but no constant.
+        span = offset.clamp(min=self.high - self.low)
+        output: Tensor = self.embedder((offset / span)[:, None]).unsqueeze(1)
         return output

@@ -142,7 +142,7 @@ class _Bands(nn.Module):
 
     def forward(self, groups: Tensor, batch: int) -> Tensor:
         """Return [S, 1, N, (1 + reach)·N] for `groups` [S, N, width], S = `batch` · latents."""
-        inside = torch.zeros_like(groups[:, 0, 0]).view(batch, -1)
+        inside = torch.zeros_like(groups[:, :1, :1]).view(batch, -1)
         beyond = F.pad(inside, self.reach, value=MASKED)
         bias = self.band
         for neighbour, shift in enumerate(shifts(self.reach)):
