@@ -1,0 +1,94 @@
+"""Run reference and target on the same cases, then compare: first all runs, then all figures."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+
+from sa3_convert.checkpoint.layout import CheckpointLayout
+from sa3_convert.components import Component, Contract, contract
+from sa3_convert.errors import VerificationError
+from sa3_convert.session import Session
+from sa3_convert.verify.inputs import Sample, sample_inputs
+from sa3_convert.verify.metrics import sums_of
+from sa3_convert.verify.result import ComponentFidelity, Measurement
+
+Outputs = dict[str, NDArray[Any]]
+
+
+def verify_component(
+    reference: Session,
+    target: Session,
+    component: Component,
+    layout: CheckpointLayout,
+    *,
+    lengths: Sequence[int],
+    seeds: Sequence[int],
+) -> ComponentFidelity:
+    """Compare two sessions on every combination of length and seed.
+
+    Args:
+        reference: what is right.
+        target: what is judged.
+        component: which one both of them are.
+        layout: the checkpoint's dimensions.
+        lengths: numbers of latents; only the first counts for a component without a length.
+        seeds: see `sample_inputs`.
+
+    Raises:
+        VerificationError: an output is missing, non-finite, or not of the contract's shape; or there is no case.
+
+    """
+    if not contract(component, layout).is_dynamic:
+        lengths = lengths[:1]
+    samples = [sample_inputs(component, layout, seed=s, latents=n) for n in lengths for s in seeds]
+    expected = run_samples(reference, samples)
+    return compare_runs(component, layout, samples, expected, run_samples(target, samples))
+
+
+def run_samples(session: Session, samples: Iterable[Sample]) -> list[Outputs]:
+    """Return the outputs of every sample, in order; they are small beside any model."""
+    return [session.run(sample.feeds) for sample in samples]
+
+
+def compare_runs(
+    component: Component,
+    layout: CheckpointLayout,
+    samples: Sequence[Sample],
+    reference: Sequence[Outputs],
+    target: Sequence[Outputs],
+) -> ComponentFidelity:
+    """Return the figures of finished runs.
+
+    Raises:
+        VerificationError: as `verify_component`.
+
+    """
+    ports = contract(component, layout)
+    measurements: list[Measurement] = []
+    for sample, expected, actual in zip(samples, reference, target, strict=True):
+        measurements += _measure(component, ports, sample, expected, actual)
+    return ComponentFidelity(component, tuple(measurements))
+
+
+def _measure(
+    component: Component, ports: Contract, sample: Sample, expected: Outputs, actual: Outputs
+) -> list[Measurement]:
+    measurements = []
+    for port in ports.outputs:
+        what = f"{port.name} ({component.value}, {sample.name})"
+        reference, target = expected.get(port.name), actual.get(port.name)
+        shape = port.concrete(sample.latents)
+        if reference is not None and reference.shape != shape:
+            raise VerificationError(
+                f"The reference's {what} has shape {list(reference.shape)}, the contract says {list(shape)}."
+            )
+        # All of it must be comparable, padded positions included, before any part of it is.
+        sums_of(reference, target, what=what)
+        assert reference is not None
+        assert target is not None
+        for region in sample.regions:
+            label = f"{port.name} ({region.label})" if region.label else port.name
+            sums = sums_of(region.of(reference), region.of(target), what=what)
+            measurements.append(Measurement(sample.name, label, sums))
+    return measurements

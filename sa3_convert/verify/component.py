@@ -1,0 +1,47 @@
+"""One component's files: ONNX Runtime on the reference, MNN on the target, one model in memory at a time."""
+
+import os
+from pathlib import Path
+
+from sa3_convert.checkpoint.layout import CheckpointLayout
+from sa3_convert.components import Component, contract
+from sa3_convert.verify.cases import samples_for
+from sa3_convert.verify.compare import compare_runs, run_samples
+from sa3_convert.verify.result import ComponentFidelity
+
+
+def verify_files(
+    reference: Path,
+    target: Path,
+    component: Component,
+    layout: CheckpointLayout,
+    *,
+    quick: bool = False,
+    threads: int | None = None,
+) -> ComponentFidelity:
+    """Compare a `.mnn` file with the ONNX file it came from.
+
+    Args:
+        reference: the fp32 ONNX, as exported.
+        target: the `.mnn`.
+        component: which one both of them are.
+        layout: the checkpoint's dimensions.
+        quick: fewer and shorter inputs.
+        threads: of either engine; None is one per available processor.
+
+    Raises:
+        VerificationError: an output is missing, non-finite or of the wrong shape.
+        ModelFileError: a file cannot be loaded or run.
+
+    """
+    from sa3_convert.mnn.session import MnnSession
+    from sa3_convert.ort import OrtSession
+
+    threads = threads or os.cpu_count() or 1
+    samples = samples_for(component, layout, quick=quick)
+    # Each session lives only as long as its runs.
+    expected = run_samples(OrtSession(reference, threads=threads), samples)
+    ports = contract(component, layout)
+    names = [port.name for port in ports.inputs], [port.name for port in ports.outputs]
+    actual = run_samples(MnnSession(target, inputs=names[0], outputs=names[1], threads=threads), samples)
+    return compare_runs(component, layout, samples, expected, actual)

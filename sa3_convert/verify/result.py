@@ -1,0 +1,149 @@
+"""What a verification found: per case and output, summed up per component and per bundle, judged by a floor."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import reduce
+from operator import add
+from typing import Any
+
+from sa3_convert.components import Component
+from sa3_convert.errors import VerificationError
+from sa3_convert.verify.metrics import Fidelity, Sums
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One output (or region of it) for one case."""
+
+    case: str
+    """Says how to make the inputs again."""
+    output: str
+    sums: Sums
+
+    @property
+    def fidelity(self) -> Fidelity:
+        """The figures of this output alone."""
+        return self.sums.fidelity()
+
+
+@dataclass(frozen=True, slots=True)
+class ComponentFidelity:
+    """All measurements of one component; there is at least one."""
+
+    component: Component
+    measurements: tuple[Measurement, ...]
+
+    def __post_init__(self) -> None:
+        if not self.measurements:
+            raise VerificationError(f"{self.component.value}: nothing was compared.")
+
+    @property
+    def worst_case(self) -> Measurement:
+        """The measurement with the lowest signal-to-noise ratio."""
+        return min(self.measurements, key=lambda m: m.fidelity.signal_to_noise_db)
+
+    @property
+    def worst(self) -> Fidelity:
+        """The worst of each figure; they need not be of the same case."""
+        every = [m.fidelity for m in self.measurements]
+        return Fidelity(
+            min(f.signal_to_noise_db for f in every),
+            min(f.cosine for f in every),
+            max(f.max_abs_error for f in every),
+            max(f.mean_abs_error for f in every),
+        )
+
+    @property
+    def mean(self) -> Fidelity:
+        """The mean of each figure over the measurements."""
+        every = [m.fidelity for m in self.measurements]
+
+        def mean(values: Sequence[float]) -> float:
+            return math.fsum(values) / len(values)
+
+        return Fidelity(
+            mean([f.signal_to_noise_db for f in every]),
+            mean([f.cosine for f in every]),
+            mean([f.max_abs_error for f in every]),
+            mean([f.mean_abs_error for f in every]),
+        )
+
+    @property
+    def pooled(self) -> Fidelity:
+        """The figures over all elements of all cases taken as one array."""
+        return reduce(add, (m.sums for m in self.measurements)).fidelity()
+
+    def shortfall(self, floor_db: float) -> str | None:
+        """Return what is wrong if the worst signal-to-noise ratio is below the floor, else None."""
+        worst = self.worst_case
+        ratio = worst.fidelity.signal_to_noise_db
+        if ratio >= floor_db:
+            return None
+        return (
+            f"{self.component.value}: {worst.output} of case {worst.case} has {ratio:.2f} dB, the floor is "
+            f"{floor_db:g} dB. It would pass with floor_db: {math.floor(ratio * 10) / 10:g}."
+        )
+
+    def check_floor(self, floor_db: float) -> None:
+        """Raise VerificationError if the worst case is below the floor; the message names the floor that would pass."""
+        if (problem := self.shortfall(floor_db)) is not None:
+            raise VerificationError(problem)
+
+    def to_data(self) -> dict[str, Any]:
+        """Return JSON-ready data: worst, mean and pooled figures and every case."""
+        worst = self.worst_case
+        return {
+            "component": self.component.value,
+            "worst": asdict(self.worst),
+            "worst_case": {"case": worst.case, "output": worst.output},
+            "mean": asdict(self.mean),
+            "pooled": asdict(self.pooled),
+            "cases": [{"case": m.case, "output": m.output, **asdict(m.fidelity)} for m in self.measurements],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A component's figures beside what was asked of it."""
+
+    fidelity: ComponentFidelity
+    floor_db: float
+    precision: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the worst case reaches the floor."""
+        return self.fidelity.shortfall(self.floor_db) is None
+
+
+@dataclass(frozen=True, slots=True)
+class BundleFidelity:
+    """The verdicts on a bundle's models."""
+
+    bundle: str
+    recipe: str
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every model reaches its floor."""
+        return all(v.passed for v in self.verdicts)
+
+    def check(self) -> None:
+        """Raise VerificationError naming every model that falls short, and the floor it would pass with."""
+        problems = [p for v in self.verdicts if (p := v.fidelity.shortfall(v.floor_db)) is not None]
+        if problems:
+            raise VerificationError("\n".join(problems))
+
+    def to_data(self) -> dict[str, Any]:
+        """Return JSON-ready data (`verify --json`): `bundle`, `recipe`, `passed`, `components`."""
+        return {
+            "bundle": self.bundle,
+            "recipe": self.recipe,
+            "passed": self.passed,
+            "components": [
+                {"precision": v.precision, "floor_db": v.floor_db, "passed": v.passed, **v.fidelity.to_data()}
+                for v in self.verdicts
+            ],
+        }
