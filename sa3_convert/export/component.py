@@ -1,0 +1,31 @@
+"""One component of a checkpoint → its reference ONNX."""
+
+import gc
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sa3_convert.components import Component, contract
+from sa3_convert.export.onnx import onnx_from_module
+from sa3_convert.networks.build import build_network
+
+if TYPE_CHECKING:
+    from sa3_convert.checkpoint.reader import Checkpoint
+
+
+def export_component(checkpoint: "Checkpoint", component: Component, path: Path) -> None:
+    """Export a component to `path` (and `<path>.data`), and let go of its weights.
+
+    Raises:
+        UsageError: the checkpoint has no such component.
+        CheckpointError: its weights are missing, damaged, or do not fit its configuration.
+        ConversionError: the export failed or failed its checks; nothing is left under the final name.
+
+    """
+    ports = contract(component, checkpoint.layout)
+    network = build_network(component, checkpoint.layout, checkpoint.state(component))
+    try:
+        onnx_from_module(network, ports, path)
+    finally:
+        # What torch traced refers to itself and to the weights; the next component needs the memory.
+        del network
+        gc.collect()

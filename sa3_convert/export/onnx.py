@@ -1,0 +1,102 @@
+"""Networks → ONNX files: `<name>.onnx` with its weights in `<name>.onnx.data`."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes import common
+from torch import nn
+
+from sa3_convert.components import Contract, Port
+from sa3_convert.errors import ConversionError
+from sa3_convert.export.names import give_readable_names
+from sa3_convert.export.simplify import simplify
+from sa3_convert.export.trace import declared, traced
+
+INLINE_BELOW = 256
+"""Bytes from which a tensor lies in the `.data` file; smaller ones are what graph tools want to look at."""
+
+_PRODUCER = "sa3-convert"
+
+
+def data_path(path: Path) -> Path:
+    """Return where the external data of the ONNX file `path` lies."""
+    return path.with_name(f"{path.name}.data")
+
+
+def onnx_from_module(module: nn.Module, contract: Contract, path: Path) -> None:
+    """Export a network to ONNX opset 18, float32.
+
+    Only T is dynamic, and it is right for every T that the network takes. The same weights give the same bytes. At no
+    time is there a second copy of the weights in memory.
+
+    Args:
+        module: in eval mode, without gradients; `forward` takes the contract's inputs in order, returns its one output.
+        contract: names, dtypes and shapes of inputs and outputs.
+        path: the `.onnx` file; `<path>.data` is written beside it. Both appear only when whole and checked.
+
+    Raises:
+        ConversionError: the network cannot be exported for every length, or the result fails the checker.
+
+    """
+    model = traced(module, contract)
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    parameters |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    simplify(model, parameters)
+    give_readable_names(model, parameters)
+    common.ClearMetadataAndDocStringPass()(model)
+    model.graph.name = path.stem
+    model.producer_name, model.producer_version = _PRODUCER, None
+    _write(model, contract, path)
+
+
+def _write(model: ir.Model, contract: Contract, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as folder:
+        temporary = Path(folder) / path.name
+        data = data_path(temporary)
+        ir.save(model, temporary, external_data=data.name, size_threshold_bytes=INLINE_BELOW)
+        check_onnx(temporary, contract)
+        for file in filter(Path.exists, (temporary, data)):
+            with file.open("rb+") as stream:
+                os.fsync(stream.fileno())
+        # While the data is exchanged there is no model that could be read together with the wrong one.
+        path.unlink(missing_ok=True)
+        data_path(path).unlink(missing_ok=True)
+        if data.exists():
+            data.replace(data_path(path))
+        temporary.replace(path)
+
+
+def check_onnx(path: Path, contract: Contract) -> None:
+    """Check an exported file: the standard's checker, shape inference, and inputs and outputs as the contract says.
+
+    Raises:
+        ConversionError: one of them fails.
+
+    """
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ConversionError(f"The exported {path.name} is not valid ONNX: {error}") from error
+    graph = onnx.load(path, load_external_data=False).graph
+    for kind, values, ports in (
+        ("inputs", graph.input, contract.inputs),
+        ("outputs", graph.output, contract.outputs),
+    ):
+        found, wanted = [_described(value) for value in values], [_wanted(port) for port in ports]
+        if found != wanted:
+            raise ConversionError(f"The exported {path.name} has {kind} {found}, the contract says {wanted}.")
+
+
+def _described(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int | str, ...]]:
+    tensor = value.type.tensor_type
+    shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
+    return value.name, onnx.TensorProto.DataType.Name(tensor.elem_type), shape
+
+
+def _wanted(port: Port) -> tuple[str, str, tuple[int | str, ...]]:
+    dtype = {"float32": "FLOAT", "int32": "INT32"}[port.dtype]
+    return port.name, dtype, tuple(declared(dim) for dim in port.shape)

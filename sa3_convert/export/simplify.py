@@ -1,0 +1,189 @@
+"""Bring torch's graph into the form that converters and readers want, without touching what it computes.
+
+Ensures: weights of linears are constants in the orientation in which they are used, under their parameter's name;
+Reshape has a constant shape wherever at most one dimension is unknown; no sequences, no foldable constants, no repeated
+subexpressions, no integers beyond 32 bits.
+"""
+
+from collections.abc import Set
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes import common
+from onnxscript import optimizer
+
+_SMALL = 1024
+"""Elements up to which constants are folded and shared."""
+
+_INT32 = np.iinfo(np.int32)
+
+
+def simplify(model: ir.Model, parameters: Set[str]) -> None:
+    """Simplify a freshly traced model in place; `parameters` keep their names. No weight is copied."""
+    transpose_weights(model)
+    _fold(model)
+    fix_reshapes(model)
+    remove_no_ops(model)
+    clamp_integers(model)
+    _fold(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    share_constants(model, parameters)
+    _remove_repetition(model)
+    # What torch did not note: types and shapes of the operators that one of its own became.
+    common.ShapeInferencePass()(model)
+
+
+def _fold(model: ir.Model) -> None:
+    # Shape inference stays off: it is the slow part, and torch has written every shape already.
+    optimizer.fold_constants(model, onnx_shape_inference=False, input_size_limit=_SMALL, output_size_limit=_SMALL)
+    _remove_repetition(model)
+
+
+def _remove_repetition(model: ir.Model) -> None:
+    for tidy in (
+        common.RemoveUnusedNodesPass(),
+        common.IdentityEliminationPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedOpsetsPass(),
+    ):
+        tidy(model)
+
+
+def transpose_weights(model: ir.Model) -> int:
+    """Replace Transpose(parameter) by a transposed view of the parameter; return the number of parameters.
+
+    The view takes the parameter's name; where something else uses the parameter as it is, that one keeps the name and
+    the view's ends in `.transposed`. Nothing is done for a Transpose of anything but two axes.
+    """
+    graph, count = model.graph, 0
+    for name, parameter in list(graph.initializers.items()):
+        transposes = [node for node, _ in parameter.uses() if _swaps_axes(node)]
+        if not transposes or parameter.const_value is None:
+            continue
+        view = _constant(parameter.const_value.numpy().T, f"{name}.transposed")
+        for node in transposes:
+            node.outputs[0].replace_all_uses_with(view)
+            graph.remove(node, safe=True)
+        if not parameter.uses():
+            del graph.initializers[name]
+            view.name = name
+        graph.register_initializer(view)
+        count += 1
+    return count
+
+
+def _swaps_axes(node: ir.Node) -> bool:
+    return node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == [1, 0]
+
+
+def fix_reshapes(model: ir.Model) -> int:
+    """Replace the computed shape of Reshape by a constant one; return the number of replacements.
+
+    torch computes a shape from Shape, Gather and Concat for every view; the shapes that it noted say the same.
+    One free dimension becomes -1; a second one is allowed where input and output agree up to it (0, "as in the
+    input"). Nothing is done where more are free.
+    """
+    count = 0
+    for node in model.graph:
+        if node.op_type != "Reshape" or node.inputs[1] is None or _is_constant(node.inputs[1]):
+            continue
+        shape = _constant_shape(node.inputs[0], node.outputs[0])
+        if shape is not None:
+            target = _constant(np.array(shape, np.int64), f"{node.outputs[0].name}.shape")
+            model.graph.register_initializer(target)
+            node.replace_input_with(1, target)
+            node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
+            count += 1
+    return count
+
+
+def _is_constant(value: ir.Value) -> bool:
+    return ir.convenience.get_const_tensor(value) is not None
+
+
+def _constant_shape(source: ir.Value | None, result: ir.Value) -> list[int] | None:
+    if source is None or source.shape is None or result.shape is None:
+        return None
+    shape: list[int] = []
+    for axis, dim in enumerate(result.shape):
+        if isinstance(dim, int):
+            shape.append(dim)
+        elif dim.value is not None and axis < len(source.shape) and source.shape[axis] == dim:
+            shape.append(0)
+        else:
+            shape.append(-1)
+    return shape if shape.count(-1) <= 1 else None
+
+
+def remove_no_ops(model: ir.Model) -> int:
+    """Remove each Slice that takes everything and each Expand to the shape that its input has; return the number.
+
+    Nothing is done where a bound is computed or a dimension is free.
+    """
+    graph, count = model.graph, 0
+    for node in list(graph):
+        source = node.inputs[0] if node.op_type in ("Slice", "Expand") else None
+        if source is None or node.outputs[0].is_graph_output():
+            continue
+        if _takes_everything(node) if node.op_type == "Slice" else _same_static_shape(source, node.outputs[0]):
+            node.outputs[0].replace_all_uses_with(source)
+            graph.remove(node, safe=True)
+            count += 1
+    return count
+
+
+def _takes_everything(node: ir.Node) -> bool:
+    constants = [None if v is None else ir.convenience.get_const_tensor(v) for v in node.inputs[1:]]
+    if len(constants) != 4 or any(constant is None for constant in constants):
+        return False
+    starts, ends, _, steps = (constant.numpy() for constant in constants if constant is not None)
+    return bool((starts == 0).all() and (ends >= _INT32.max).all() and (steps == 1).all())
+
+
+def _same_static_shape(source: ir.Value, result: ir.Value) -> bool:
+    return source.shape is not None and source.shape == result.shape and source.shape.is_static()
+
+
+def clamp_integers(model: ir.Model) -> int:
+    """Bring integer constants into 32 bits; return the number of constants changed.
+
+    torch writes "to the end" as 2⁶³−1 in Slice; 2³¹−1 means the same for any tensor, and MNN's integers have 32 bits.
+    """
+    count = 0
+    for node in list(model.graph):
+        for index, value in enumerate(node.inputs if node.op_type == "Slice" else ()):
+            tensor = None if value is None else ir.convenience.get_const_tensor(value)
+            if index == 0 or tensor is None:
+                continue
+            array = tensor.numpy()
+            clamped = array.clip(_INT32.min, _INT32.max)
+            if not np.array_equal(array, clamped):
+                replacement = _constant(clamped, f"{node.outputs[0].name}.limit{index}")
+                model.graph.register_initializer(replacement)
+                node.replace_input_with(index, replacement)
+                count += 1
+    return count
+
+
+def share_constants(model: ir.Model, parameters: Set[str]) -> int:
+    """Keep one of several equal small constants; return the number removed. Parameters stay, equal or not."""
+    graph, count = model.graph, 0
+    kept: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if name in parameters or tensor is None or tensor.size > _SMALL:
+            continue
+        array = tensor.numpy()
+        first = kept.setdefault((str(tensor.dtype), array.shape, array.tobytes()), value)
+        if first is not value:
+            value.replace_all_uses_with(first)
+            del graph.initializers[name]
+            count += 1
+    return count
+
+
+def _constant(array: NDArray[np.generic], name: str) -> ir.Value:
+    tensor = ir.tensor(array, name=name)
+    return ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
