@@ -1,0 +1,81 @@
+"""What several passes need to read and edit a graph: its constants, and taking out what nothing uses any more."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+
+def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """Return the tensor of an initialiser or Constant node, or None.
+
+    An initialiser that is a graph input too can be overridden by the caller, so it is not constant.
+    """
+    if value is None or value.is_graph_input():
+        return None
+    return ir.convenience.get_const_tensor(value)
+
+
+def array(value: ir.Value) -> NDArray[np.generic]:
+    """Return the array of a value known to be constant (a view of the file where it is memory-mapped)."""
+    tensor = constant_tensor(value)
+    assert tensor is not None, f"{value.name} is not constant"
+    return tensor.numpy()
+
+
+def scalar(value: ir.Value | None) -> float | None:
+    """Return the number that a constant of one element holds, or None."""
+    tensor = constant_tensor(value)
+    if tensor is None or tensor.size != 1 or tensor.dtype == ir.DataType.STRING:
+        return None
+    return float(tensor.numpy().reshape(()).item())
+
+
+def names_in(graph: ir.Graph) -> set[str]:
+    """Return every value name of a graph."""
+    values = [*graph.inputs, *graph.initializers.values(), *(out for node in graph for out in node.outputs)]
+    return {value.name for value in values if value.name}
+
+
+def unused_name(wanted: str, taken: set[str]) -> str:
+    """Return `wanted`, or `wanted` with the first number that makes it new; `taken` then has it too."""
+    name, number = wanted, 1
+    while name in taken:
+        number += 1
+        name = f"{wanted}_{number}"
+    taken.add(name)
+    return name
+
+
+def add_constant(graph: ir.Graph, name: str, tensor: ir.TensorProtocol | NDArray[np.generic]) -> ir.Value:
+    """Register a new initialiser; `name` must be unused."""
+    data = ir.tensor(tensor, name=name) if isinstance(tensor, np.ndarray) else tensor
+    value = ir.Value(name=name, shape=ir.Shape(data.shape.numpy()), type=ir.TensorType(data.dtype), const_value=data)
+    graph.register_initializer(value)
+    return value
+
+
+def attribute_int(node: ir.Node, name: str, default: int) -> int:
+    """Return an integer attribute."""
+    attribute = node.attributes.get(name)
+    return default if attribute is None else int(attribute.as_int())
+
+
+def remove_unused(graph: ir.Graph, values: Iterable[ir.Value | None]) -> None:
+    """Remove what produces `values` as far as nothing uses it: nodes, what they alone used, and initialisers."""
+    pending = [value for value in values if value is not None]
+    while pending:
+        value = pending.pop()
+        if value.uses() or value.is_graph_output():
+            continue
+        node = value.producer()
+        if node is None:
+            if value.name is not None and value.name in graph.initializers and not value.is_graph_input():
+                del graph.initializers[value.name]
+            continue
+        if node.graph is not graph or any(out.uses() or out.is_graph_output() for out in node.outputs):
+            continue
+        inputs = [used for used in node.inputs if used is not None]
+        graph.remove(node, safe=True)
+        pending.extend(inputs)
