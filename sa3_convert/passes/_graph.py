@@ -48,6 +48,15 @@ def unused_name(wanted: str, taken: set[str]) -> str:
     return name
 
 
+def depends_on_inputs(graph: ir.Graph) -> set[ir.Value]:
+    """Return the values that are computed from a graph input: its content or its shape."""
+    found = set(graph.inputs)
+    for node in graph:
+        if any(value in found for value in node.inputs if value is not None):
+            found.update(node.outputs)
+    return found
+
+
 def add_constant(graph: ir.Graph, name: str, tensor: ir.TensorProtocol | NDArray[np.generic]) -> ir.Value:
     """Register a new initialiser; `name` must be unused."""
     data = ir.tensor(tensor, name=name) if isinstance(tensor, np.ndarray) else tensor

@@ -27,7 +27,7 @@ SPELLINGS = {
     "Pow, ReduceSum, Pow": "q = Pow(v, two)  s = ReduceSum(q, axes)  n = Pow(s, half)  d = Div(v, n)  w = Mul(d, g)",
     "inverse square root": "q = Mul(v, v)  s = ReduceSum(q, axes)  r = Pow(s, mhalf)  d = Mul(v, r)  w = Mul(d, g)",
     "ReduceSumSquare": "s = ReduceSumSquare(v, axes)  n = Sqrt(s)  d = Div(v, n)  w = Mul(d, g)",
-    "absolute values first": "a = Abs(v)  q = Mul(a, a)  s = ReduceSum(q, axes)  n = Sqrt(s)  d = Div(v, n)  w = Mul(d, g)",
+    "absolute values": "a = Abs(v)  q = Mul(a, a)  s = ReduceSum(q, axes)  n = Sqrt(s)  d = Div(g, n)  w = Mul(v, d)",
     "Cast and Identity": (
         "c = Cast<to = 11>(v)  q = Mul(c, c)  s = ReduceSum(q, axes)  n = Sqrt(s)  f = Cast<to = 1>(n)"
         "  i = Identity(v)  d = Div(i, f)  w = Mul(d, g)"
