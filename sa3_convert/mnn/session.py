@@ -50,8 +50,9 @@ class MnnSession:
 
     Args:
         path: the file; a model with separate weights has `<path>.weight` beside it.
-        inputs: the names of its inputs, all of them.
-        outputs: names of the outputs that `run` returns; intermediate tensors that survived conversion work as well.
+        inputs: the names of its inputs, all of them; None takes them from the file.
+        outputs: names of the outputs that `run` returns, None for all; intermediate tensors that survived conversion
+            work as well.
         threads: None is one per processor that this process may use.
         memory: "normal" unpacks quantised weights to float when loading; "low" keeps them and quantises activations.
         precision: matters on GPUs and ARM; x86 computes in float32 whatever it says.
@@ -67,8 +68,8 @@ class MnnSession:
         self,
         path: Path,
         *,
-        inputs: Sequence[str],
-        outputs: Sequence[str],
+        inputs: Sequence[str] | None = None,
+        outputs: Sequence[str] | None = None,
         threads: int | None = None,
         memory: Level = "normal",
         precision: Level = "high",
@@ -82,7 +83,6 @@ class MnnSession:
         self._recent: list[str] = []
         self._mnn: Any = load_mnn()
         self._stale = False
-        self._outputs = tuple(outputs)
         _check_file(path)
         require_backend(backend)
         config = {
@@ -92,10 +92,11 @@ class MnnSession:
             "precision": _LEVELS[precision],
             "power": _POWER_NORMAL,
             # Without this a tensor that other operators read is not kept, and an output may be one.
-            "saveTensors": self._outputs,
+            "saveTensors": tuple(outputs or ()),
         }
         self._interpreter, self._session = self._load(config, low_memory=memory == "low")
         self._inputs = self._declared(inputs)
+        self._outputs = tuple(self._interpreter.getSessionOutputAll(self._session) if outputs is None else outputs)
         for name in self._outputs:
             self._output_tensor(name)
         if (found := self.backend_in_use) != backend:
@@ -189,8 +190,10 @@ class MnnSession:
             )
         return interpreter, session
 
-    def _declared(self, names: Sequence[str]) -> dict[str, DeclaredPort]:
+    def _declared(self, names: Sequence[str] | None) -> dict[str, DeclaredPort]:
         tensors = self._interpreter.getSessionInputAll(self._session)
+        if names is None:
+            names = tuple(tensors)
         if set(tensors) != set(names):
             raise ModelFileError(
                 f"{self._path} has the inputs {', '.join(sorted(tensors))}; expected {', '.join(sorted(names))}."

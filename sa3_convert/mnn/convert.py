@@ -1,0 +1,206 @@
+"""ONNX → `.mnn` and `.mnn` → FP16 `.mnn`, by MNN's converter in a process of its own, judged by the file it leaves.
+
+The converter's own verdict is worth nothing: it reports success for missing input, for folders that do not exist, for
+flags that it does not know. A file takes its final name only when it is there, loads, and has the graph's inputs and
+outputs. What is stored in it is for `mnn.storage` to say, how close it is for `verify`.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sa3_convert.errors import ConversionError
+from sa3_convert.fingerprint import version_of
+from sa3_convert.mnn.identity import set_content_uuid
+from sa3_convert.mnn.isolated import TIMEOUT_SECONDS, WORKER, last_lines, run_worker
+from sa3_convert.mnn.layer_rules import apply_rules, read_layers, scheme_flags
+from sa3_convert.mnn.onnx_input import OnnxInput, Ports, read_onnx_input
+from sa3_convert.recipe import ComponentRecipe
+
+_COMMON_FLAGS = (
+    "--bizCode",
+    "sa3",
+    # Level 2 drops the guard for negative Gather indices.
+    "--optimizeLevel",
+    "1",
+    # Otherwise exact GELU becomes the tanh form.
+    "--useGeluApproximation",
+    "0",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Converter:
+    """How the converter is started."""
+
+    command: Sequence[str] = WORKER
+    timeout: float = TIMEOUT_SECONDS
+
+    def run(self, flags: Sequence[str], folder: Path) -> str:
+        """Convert with `folder`, which must be this call's own, as working directory; return what was printed."""
+        return run_worker(["convert", *flags, *_COMMON_FLAGS], folder, timeout=self.timeout, command=self.command)
+
+    def ports(self, model: Path, folder: Path) -> Ports:
+        """Load a `.mnn` file in a process of its own, which a damaged one may kill.
+
+        Raises:
+            ConversionError: it does not load.
+
+        """
+        report = folder / "ports.json"
+        report.unlink(missing_ok=True)
+        run_worker(["ports", str(model), str(report)], folder, timeout=self.timeout, command=self.command)
+        try:
+            found = json.loads(report.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConversionError(f"MNN's loader left no report on {model.name} ({error}).") from None
+        if "error" in found:
+            raise ConversionError(f"The converted file does not load: {found['error']}")
+        inputs = {name: (dtype, tuple(shape)) for name, (dtype, shape) in found["inputs"].items()}
+        return Ports(inputs, frozenset(found["outputs"]))
+
+
+DEFAULT_CONVERTER = Converter()
+
+
+def converter_version() -> str:
+    """Return the version of the installed MNN package, whose converter this is."""
+    return version_of("MNN")
+
+
+def mnn_from_onnx(
+    onnx_path: Path, mnn_path: Path, recipe: ComponentRecipe, *, converter: Converter = DEFAULT_CONVERTER
+) -> None:
+    """Convert one ONNX file; the same input, recipe and version of MNN give the same bytes.
+
+    With integer weights and `floats: fp16` it takes two passes, because `--fp16` cancels the quantisation when both are
+    asked for at once. Above 2000 MB of float weights MNN keeps them in `<mnn_path>.weight`; the two files belong
+    together.
+
+    Args:
+        onnx_path: the graph, its weights as float32 external data or inside. Embedding quantisation and rounding are
+            passes on the graph, done before.
+        mnn_path: the result. A file of that name stays untouched unless everything went well.
+        recipe: how weights and floats are stored.
+        converter: how the converter is started.
+
+    Raises:
+        ConversionError: anything went wrong; the message holds the converter's last lines.
+
+    """
+    source = read_onnx_input(onnx_path.absolute())
+    with _workplace(mnn_path.absolute(), source.bytes) as folder:
+        made = folder / mnn_path.name
+        output = _first_pass(source, made, recipe, converter, folder)
+        if recipe.weights is not None and recipe.floats == "fp16":
+            quantised = folder / f"quantised-{mnn_path.name}"
+            made.rename(quantised)
+            output = _fp16_pass(quantised, made, converter, folder)
+        _accept(made, source.ports, output, converter, folder)
+        _take_final_name(made, mnn_path)
+
+
+def mnn_from_mnn_fp16(source: Path, target: Path, *, converter: Converter = DEFAULT_CONVERTER) -> None:
+    """Store a model's float weights and constants as FP16; integer weights stay what they are.
+
+    Raises:
+        ConversionError: the source does not load or keeps its weights in a file beside it, or anything went wrong.
+
+    """
+    if not source.is_file():
+        raise ConversionError(f"{source} does not exist; there is nothing to convert.")
+    size = source.stat().st_size
+    with _workplace(target.absolute(), size) as folder:
+        made = folder / target.name
+        ports = converter.ports(source.absolute(), folder)
+        output = _fp16_pass(source.absolute(), made, converter, folder)
+        _accept(made, ports, output, converter, folder)
+        _take_final_name(made, target)
+
+
+def weight_file(model: Path) -> Path:
+    """Return where MNN looks for the weights of a model that does not hold them itself."""
+    return model.with_name(f"{model.name}.weight")
+
+
+def _first_pass(source: OnnxInput, made: Path, recipe: ComponentRecipe, converter: Converter, folder: Path) -> str:
+    flags = ["-f", "ONNX", "--modelFile", str(source.path), "--MNNModel", str(made)]
+    scheme = recipe.weights
+    if scheme is None:
+        output = converter.run([*flags, *(["--fp16"] if recipe.floats == "fp16" else [])], folder)
+        _check_written(made, output)
+        return output
+    listed = folder / "layers.json"
+    output = converter.run([*flags, *scheme_flags(scheme, listed)], folder)
+    _check_written(made, output)
+    read_layers(listed)
+    if scheme.layers:
+        wanted = folder / "layers-by-rule.json"
+        apply_rules(scheme, listed, wanted)
+        made.unlink()
+        weight_file(made).unlink(missing_ok=True)
+        output = converter.run([*flags, *scheme_flags(scheme, wanted)], folder)
+        _check_written(made, output)
+    return output
+
+
+def _fp16_pass(source: Path, made: Path, converter: Converter, folder: Path) -> str:
+    if weight_file(source).exists() or weight_file(made).exists():
+        raise ConversionError(
+            "More than 2000 MB of float weights: MNN keeps them in a separate file, and its second pass, which "
+            "`floats: fp16` beside quantised weights needs, leaves an unusable one. Use `floats: fp32`."
+        )
+    output = converter.run(["-f", "MNN", "--modelFile", str(source), "--MNNModel", str(made), "--fp16"], folder)
+    _check_written(made, output)
+    return output
+
+
+def _check_written(made: Path, output: str) -> None:
+    if not made.is_file():
+        raise ConversionError(f"MNN's converter wrote no file.{last_lines(output)}")
+    if made.stat().st_size == 0:
+        raise ConversionError(f"MNN's converter wrote an empty file.{last_lines(output)}")
+
+
+def _accept(made: Path, expected: Ports, output: str, converter: Converter, folder: Path) -> None:
+    """Make the file's identity its content's, load it, and compare what goes in and out."""
+    try:
+        found = converter.ports(made, folder)
+    except ConversionError as error:
+        raise ConversionError(f"{error} The converter said:{last_lines(output)}") from None
+    if difference := expected.difference(found):
+        raise ConversionError(f"The converted file has another interface than the graph: {difference}.")
+    set_content_uuid(made)
+
+
+@contextlib.contextmanager
+def _workplace(target: Path, source_bytes: int) -> Iterator[Path]:
+    """Yield an empty folder beside the target, so on the same file system, that is gone afterwards."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if free < source_bytes:
+        raise ConversionError(
+            f"{target.parent} has {free / 2**20:.0f} MiB of disk left; converting needs at least the "
+            f"{source_bytes / 2**20:.0f} MiB that the converter's scratch file takes. Free some, or write elsewhere."
+        )
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent) as folder:
+        yield Path(folder)
+
+
+def _take_final_name(made: Path, target: Path) -> None:
+    weights, final_weights = weight_file(made), weight_file(target)
+    has_weights = weights.exists()
+    for file in (made, *([weights] if has_weights else [])):
+        file.chmod(0o644)
+        with file.open("rb+") as stream:
+            os.fsync(stream.fileno())
+    if has_weights:
+        weights.replace(final_weights)
+    made.replace(target)
+    if not has_weights:
+        final_weights.unlink(missing_ok=True)

@@ -1,0 +1,95 @@
+"""What runs in a process of its own, started by `mnn.isolated`: MNN's converter, and a first look at its result.
+
+`_tools` is the compiled module that holds MNN's converter. Its wrappers (`MNN.tools.*`, and the console scripts) are
+never imported: they start pip when they are. Nothing here reaches a network or starts a program; an audit hook sees
+to it.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+SCRATCH = ".__convert_external_data.bin"
+"""The converter's own name for the file, in its working directory, through which it passes all weights."""
+_ROOM = 1 << 20
+_PR_SET_PDEATHSIG = 1
+_FORBIDDEN = ("socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
+
+
+def main(arguments: list[str]) -> int:
+    """Run `convert FLAG…` or `ports FILE REPORT` and return the exit status."""
+    _die_with_parent()
+    # Python ignores this signal, so a file that may not grow further would be cut short without a word.
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    sys.addaudithook(_refuse)
+    command, *rest = arguments
+    if command == "convert":
+        return _convert(rest)
+    if command == "ports":
+        return _ports(Path(rest[0]), Path(rest[1]))
+    raise SystemExit(f"unknown command {command!r}")
+
+
+def _convert(flags: list[str]) -> int:
+    """Call the converter. Its return value says nothing and is not looked at; what it wrote is judged by the caller.
+
+    It does not notice a full disk: weights that did not fit into the scratch file come out as other numbers in a file
+    of the right size. So the scratch file is held until room for more has been found.
+    """
+    import _tools
+
+    with Path(SCRATCH).open("wb"):
+        _tools.mnnconvert(["mnnconvert", *flags])
+        sys.stdout.flush()
+        try:
+            _write_more(Path("room"))
+        except OSError as error:
+            sys.stderr.write(f"The disk is full ({error.strerror}), so what the converter wrote cannot be trusted.\n")
+            return 1
+    Path(SCRATCH).unlink(missing_ok=True)
+    return 0
+
+
+def _write_more(path: Path) -> None:
+    with path.open("wb") as stream:
+        stream.write(b"\0" * _ROOM)
+        stream.flush()
+        os.fsync(stream.fileno())
+    path.unlink()
+
+
+def _ports(path: Path, report: Path) -> int:
+    """Load a model and write its inputs and outputs as JSON; a damaged file may kill the process here."""
+    from sa3_convert.errors import ModelFileError
+    from sa3_convert.mnn.session import MnnSession
+
+    found: dict[str, Any]
+    try:
+        with MnnSession(path, threads=1, memory="low") as session:
+            found = {
+                "inputs": {name: [str(port.dtype), list(port.shape)] for name, port in session.inputs.items()},
+                "outputs": list(session.outputs),
+            }
+    except ModelFileError as error:
+        found = {"error": str(error)}
+    report.write_text(json.dumps(found), encoding="utf-8")
+    return 0
+
+
+def _refuse(event: str, arguments: tuple[object, ...]) -> None:
+    if event in _FORBIDDEN:
+        raise PermissionError(f"conversion tried {event}{arguments!r}")
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to end this process when the one that started it is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
