@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from sa3_convert.checkpoint.layout import CheckpointLayout
 from sa3_convert.components import SPECS, Component, contract
+from sa3_convert.runtime.schedule import sigmas
 
 SAMPLER_STEPS = 8
 """Steps of the published default schedule, from which the DiT's `t` is taken."""
@@ -154,14 +155,8 @@ def text_regions(count: int, max_length: int) -> tuple[Region, ...]:
 
 
 def noise_level(index: int) -> float:
-    """Return `t` at one of the sampler's `SAMPLER_STEPS` evaluations, in an order that starts spread out.
-
-    LogSNR-shifted schedule, as in the published sampler: t = sigmoid(8.2·(1 − i/N) − 2), its first value 1.
-    """
-    step = index * 3 % SAMPLER_STEPS
-    if step == 0:
-        return 1.0
-    return 1 / (1 + math.exp(2.0 - 8.2 * (1 - step / SAMPLER_STEPS)))
+    """Return `t` at one of the sampler's `SAMPLER_STEPS` evaluations, in an order that starts spread out."""
+    return float(sigmas(SAMPLER_STEPS)[index * 3 % SAMPLER_STEPS])
 
 
 def patched(audio: NDArray[np.float32], patch_size: int) -> NDArray[np.float32]:
