@@ -1,0 +1,198 @@
+"""A reader of FlatBuffers that trusts nothing: every offset and length is checked before it is followed.
+
+The format (https://flatbuffers.dev/internals): a table starts with a signed offset back to its vtable, which holds, per
+field, where in the table the field stands; strings, vectors and tables are reached by unsigned, so always forward,
+offsets. A hostile file cannot make a cycle, but it can reach one large vector from many places; so what is decoded in
+all is bounded by `Budget`, far above what the structure of a real model needs (weights are located, never decoded).
+"""
+
+import mmap
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from sa3_convert.errors import ModelFileError
+
+DECODED_LIMIT: Final = 16 << 20
+"""Bytes of structure, names and dimensions that may be decoded; a model of 10,000 operators needs about two million."""
+_TABLE_COST: Final = 32
+_NAME_LIMIT: Final = 1 << 16
+
+_U16: Final = struct.Struct("<H")
+_U32: Final = struct.Struct("<I")
+_I32: Final = struct.Struct("<i")
+_SCALARS: Final = {code: struct.Struct(f"<{code}") for code in "?bBhHiIqQfd"}
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A run of bytes that holds data: in the model file, or in the `.weight` file beside it."""
+
+    offset: int
+    bytes: int
+    external: bool = False
+
+
+class Buffer:
+    """The bytes of a FlatBuffer and what may still be decoded of them."""
+
+    __slots__ = ("_data", "_left", "_size")
+
+    def __init__(self, data: bytes | mmap.mmap) -> None:
+        self._data = data
+        self._size = len(data)
+        self._left = DECODED_LIMIT
+
+    def root(self) -> "Table":
+        """Return the root table.
+
+        Raises:
+            ModelFileError: there is none inside the buffer.
+
+        """
+        return self.table_at(self.pointer(0))
+
+    def spend(self, cost: int) -> None:
+        """Take `cost` bytes from what may be decoded."""
+        self._left -= cost
+        if self._left < 0:
+            raise ModelFileError(f"its structure is larger than {DECODED_LIMIT >> 20} MiB")
+
+    def check(self, start: int, size: int) -> None:
+        """Refuse a range that is not inside the buffer."""
+        if start < 0 or size < 0 or start + size > self._size:
+            raise ModelFileError(f"it refers to bytes {start} to {start + size}, but has {self._size}")
+
+    def unpack(self, form: struct.Struct, position: int) -> int | float | bool:
+        """Return the scalar at a position."""
+        self.check(position, form.size)
+        value: int | float | bool = form.unpack_from(self._data, position)[0]
+        return value
+
+    def pointer(self, position: int) -> int:
+        """Follow the unsigned offset at a position."""
+        return position + int(self.unpack(_U32, position))
+
+    def table_at(self, position: int) -> "Table":
+        """Return the table at a position, its vtable checked."""
+        self.spend(_TABLE_COST)
+        vtable = position - int(self.unpack(_I32, position))
+        vtable_size = int(self.unpack(_U16, vtable))
+        table_size = int(self.unpack(_U16, vtable + 2)) if vtable_size >= 4 else 0
+        if vtable_size < 4 or vtable_size % 2 or table_size < 4:
+            raise ModelFileError(f"what should be a table at byte {position} is none")
+        self.check(vtable, vtable_size)
+        self.check(position, table_size)
+        return Table(self, position, table_size, vtable, (vtable_size - 4) // 2)
+
+    def vector(self, position: int, item_size: int) -> tuple[int, int]:
+        """Return start and length of the vector whose offset stands at `position`."""
+        start = self.pointer(position)
+        length = int(self.unpack(_U32, start))
+        self.check(start + 4, length * item_size)
+        return start + 4, length
+
+    def slice(self, start: int, size: int) -> bytes:
+        """Return a copy of a small range."""
+        self.spend(size)
+        self.check(start, size)
+        return self._data[start : start + size]
+
+
+class Table:
+    """One table; fields are asked for by their number in the schema."""
+
+    __slots__ = ("_buffer", "_fields", "_position", "_size", "_vtable")
+
+    def __init__(self, buffer: Buffer, position: int, size: int, vtable: int, fields: int) -> None:
+        self._buffer = buffer
+        self._position = position
+        self._size = size
+        self._vtable = vtable
+        self._fields = fields
+
+    def _field(self, number: int, size: int) -> int | None:
+        """Return where a field stands, or None if it is absent."""
+        if number >= self._fields:
+            return None
+        offset = int(self._buffer.unpack(_U16, self._vtable + 4 + 2 * number))
+        if offset == 0:
+            return None
+        if offset < 4 or offset + size > self._size:
+            raise ModelFileError(f"field {number} of the table at byte {self._position} lies outside it")
+        return self._position + offset
+
+    def _scalar(self, number: int, code: str, default: int | float) -> int | float | bool:
+        form = _SCALARS[code]
+        position = self._field(number, form.size)
+        return default if position is None else self._buffer.unpack(form, position)
+
+    def integer(self, number: int, code: str = "i", default: int = 0) -> int:
+        """Return an integer field; `code` is its `struct` code."""
+        return int(self._scalar(number, code, default))
+
+    def real(self, number: int, default: float = 0.0) -> float:
+        """Return a float32 field."""
+        return float(self._scalar(number, "f", default))
+
+    def flag(self, number: int) -> bool:
+        """Return a boolean field that is false by default."""
+        return bool(self._scalar(number, "B", 0))
+
+    def table(self, number: int) -> "Table | None":
+        """Return the table that a field points to."""
+        position = self._field(number, 4)
+        return None if position is None else self._buffer.table_at(self._buffer.pointer(position))
+
+    def tables(self, number: int) -> "Iterator[Table]":
+        """Yield the tables of a vector of tables; none if it is absent."""
+        for position in self._pointers(number):
+            yield self._buffer.table_at(self._buffer.pointer(position))
+
+    def has(self, number: int) -> bool:
+        """Whether a field that holds an offset is present."""
+        return self._field(number, 4) is not None
+
+    def extent(self, number: int, item_size: int) -> Extent | None:
+        """Return where a vector's items are, without reading them."""
+        position = self._field(number, 4)
+        if position is None:
+            return None
+        start, length = self._buffer.vector(position, item_size)
+        return Extent(start, length * item_size)
+
+    def integers(self, number: int, code: str = "i") -> tuple[int, ...]:
+        """Return a vector of integers; empty if it is absent."""
+        position = self._field(number, 4)
+        if position is None:
+            return ()
+        size = _SCALARS[code].size
+        start, length = self._buffer.vector(position, size)
+        return struct.unpack(f"<{length}{code}", self._buffer.slice(start, length * size))
+
+    def string(self, number: int) -> str | None:
+        """Return a string; bytes that are not UTF-8 are replaced."""
+        extent = self.extent(number, 1)
+        return None if extent is None else self._text(extent.offset, extent.bytes)
+
+    def strings(self, number: int) -> tuple[str, ...]:
+        """Return a vector of strings; empty if it is absent."""
+        found = []
+        for position in self._pointers(number):
+            found.append(self._text(*self._buffer.vector(position, 1)))
+        return tuple(found)
+
+    def _pointers(self, number: int) -> range:
+        position = self._field(number, 4)
+        if position is None:
+            return range(0)
+        start, length = self._buffer.vector(position, 4)
+        self._buffer.spend(4 * length)
+        return range(start, start + 4 * length, 4)
+
+    def _text(self, start: int, size: int) -> str:
+        if size > _NAME_LIMIT:
+            raise ModelFileError(f"a name at byte {start} has {size} bytes")
+        self._buffer.spend(_TABLE_COST)
+        return self._buffer.slice(start, size).decode("utf-8", errors="replace")
