@@ -1,7 +1,9 @@
 """`model_config.json` and the T5Gemma `config.json` → every dimension, as frozen data.
 
 A key that is absent means the reference constructor's default, never null. A setting that the networks here do not
-implement is refused by its name: silently ignoring one would convert a different model.
+implement is refused by its name: silently ignoring one would convert a different model. Objects that the reference
+hands whole to a constructor may hold nothing unknown; from the others (the root, `model`, `model.diffusion`) it picks
+what it needs, and what it never reads there (training, demos) is no concern here either.
 """
 
 import json
@@ -15,6 +17,9 @@ from sa3_convert.errors import CheckpointError
 Objective = Literal["rf_denoiser", "rectified_flow"]
 
 TEXT_ENCODER_FOLDER = "t5gemma-b-b-ul2"
+
+# The published checkpoints say the latter; the reference builds the same model for both.
+_DIFFUSION_TYPES = ("diffusion_cond", "diffusion_cond_inpaint")
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,28 +219,25 @@ def read_layout(folder: Path) -> CheckpointLayout:
 
     """
     config = _Section(read_json(folder / "model_config.json"), "model_config.json")
-    config.ignore("training", "name", "version", "description")
     kind = config.raw("model_type")
     sample_rate = config.integer("sample_rate")
     sample_size = config.integer("sample_size")
     audio_channels = config.integer("audio_channels", 2)
     model = config.section("model")
-    config.finish()
     if kind == "autoencoder":
         return CheckpointLayout(
             sample_rate=sample_rate,
             sample_size=sample_size,
-            autoencoder=_autoencoder(model, audio_channels),
+            autoencoder=_autoencoder(model, audio_channels, alone=True),
             dit=None,
             text_encoder=None,
             number_conditioner=None,
             objective=None,
             source_id=None,
         )
-    if kind != "diffusion_cond":
-        raise CheckpointError(
-            f"model_config.json.model_type is {kind!r}; only 'diffusion_cond' and 'autoencoder' are supported."
-        )
+    if kind not in _DIFFUSION_TYPES:
+        supported = ", ".join(repr(name) for name in (*_DIFFUSION_TYPES, "autoencoder"))
+        raise CheckpointError(f"model_config.json.model_type is {kind!r}; supported: {supported}.")
     return _diffusion(folder, model, sample_rate, sample_size, audio_channels)
 
 
@@ -272,16 +274,13 @@ def _diffusion(
         diffusion.only(key, [], [])
     diffusion.only("sampling_distribution_shift_options", None, None)
     diffusion.only("mask_padding_attention", True, False)
-    diffusion.ignore("use_effective_length_for_schedule", "distribution_shift_options")
     dit = _dit(diffusion.section("config"))
-    diffusion.finish()
     _same(
         "model.io_channels",
         model.integer("io_channels"),
         "the autoencoder's latent_dim",
         autoencoder.latent_dim,
     )
-    model.finish()
     _same("dit io_channels", dit.io_channels, "the autoencoder's latent_dim", autoencoder.latent_dim)
     _same("dit cond_token_dim", dit.cond_token_dim, "conditioning.cond_dim", cond_dim)
     _same("dit global_cond_dim", dit.global_cond_dim, "conditioning.cond_dim", cond_dim)
@@ -437,9 +436,10 @@ def _dit(config: _Section) -> DitLayout:
     return layout
 
 
-def _autoencoder(config: _Section, audio_channels: int) -> AutoencoderLayout:
+def _autoencoder(config: _Section, audio_channels: int, *, alone: bool = False) -> AutoencoderLayout:
     patched = config.section("pretransform")
     patched.only("type", "patched")
+    patched.ignore("enable_grad")
     patch = patched.section("config")
     patch_size = patch.integer("patch_size")
     channels = patch.integer("channels")
@@ -447,6 +447,7 @@ def _autoencoder(config: _Section, audio_channels: int) -> AutoencoderLayout:
     patched.finish()
     bottleneck = config.section("bottleneck")
     bottleneck.only("type", "softnorm")
+    bottleneck.ignore("requires_grad")
     norm = bottleneck.section("config")
     norm_dim = norm.integer("dim", 32)
     norm.only("noise_augment_dim", 0, 0)
@@ -457,10 +458,13 @@ def _autoencoder(config: _Section, audio_channels: int) -> AutoencoderLayout:
     latent_dim = config.integer("latent_dim")
     ratio = config.integer("downsampling_ratio")
     config.integer("io_channels", channels)
+    for key in ("in_channels", "out_channels"):
+        config.only(key, channels, channels)
     config.only("soft_clip", False, False)
     encoder = _same_half(config.section("encoder"), "in_channels", "encoder")
     decoder = _same_half(config.section("decoder"), "out_channels", "decoder")
-    config.finish()
+    if not alone:
+        config.finish()
     _same("bottleneck dim", norm_dim, "latent_dim", latent_dim)
     _same("patched channels", channels, "audio_channels", audio_channels)
     for name, half in (("encoder", encoder), ("decoder", decoder)):
@@ -478,12 +482,16 @@ def _autoencoder(config: _Section, audio_channels: int) -> AutoencoderLayout:
 
 
 def _same_half(section: _Section, channels_key: str, kind: str) -> SameLayout:
-    section.only("type", "same")
+    # The published files use the older name; the reference builds a SAME whatever stands here.
+    section.only("type", ("same", "taae_v2"))
     section.only("soft_clip", False, False)
+    section.ignore("requires_grad")
     config = section.section("config")
     section.finish()
     config.ignore("checkpointing", "mask_noise", "freeze_backbone", "variable_stride", "conv_bias")
-    for key in ("conformer", "layer_scale", "causal", "feat_scale", "cross_attn"):
+    config.ignore("use_flash", "enable_inner_layer_dropout")
+    config.only("mapping_style", "none", "none")
+    for key in ("conformer", "layer_scale", "causal", "feat_scale", "cross_attn", "use_snake", "use_dilated_conv"):
         config.only(key, False, False)
     config.only("differential", True, True)
     config.only("dyt", True, True)

@@ -25,7 +25,7 @@ def model_config(variant: Variant, size: Size) -> dict[str, Any]:
     dimensions = DIMENSIONS[variant.family, size]
     autoencoder = _autoencoder(dimensions.autoencoder, sliding=variant.family == "medium")
     config: dict[str, Any] = {
-        "model_type": "autoencoder" if variant.is_autoencoder else "diffusion_cond",
+        "model_type": "autoencoder" if variant.is_autoencoder else "diffusion_cond_inpaint",
         "sample_size": variant.sample_size,
         "sample_rate": SAMPLE_RATE,
         "audio_channels": _CHANNELS,
@@ -33,7 +33,7 @@ def model_config(variant: Variant, size: Size) -> dict[str, Any]:
     if variant.is_autoencoder:
         return {**config, "model": autoencoder}
     model = {
-        "pretransform": {"type": "autoencoder", "iterate_batch": True, "chunked": True, "config": autoencoder},
+        "pretransform": {"type": "autoencoder", "iterate_batch": False, "chunked": True, "config": autoencoder},
         "conditioning": _conditioning(variant, dimensions.text_encoder),
         "diffusion": _diffusion(variant, dimensions),
         "io_channels": dimensions.autoencoder.latent_dim,
@@ -42,44 +42,48 @@ def model_config(variant: Variant, size: Size) -> dict[str, Any]:
 
 
 def _autoencoder(size: AutoencoderSize, *, sliding: bool) -> dict[str, Any]:
-    shared: dict[str, Any] = {
+    half: dict[str, Any] = {
         "channels": size.channels,
         "c_mults": [size.multiplier],
         "strides": [_STRIDE],
         "latent_dim": size.latent_dim,
         "transformer_depths": [size.depth],
-        "checkpointing": False,
-        "differential": True,
         "dim_heads": _HEAD,
+        "differential": True,
         "variable_stride": True,
-        "dyt": True,
-    }
-    shared |= {"sliding_window": [1, 1]} if sliding else {"chunk_size": 32, "chunk_midpoint_shift": True}
-    encoder = {"in_channels": _PATCH * _CHANNELS, **shared, "mask_noise": 0.0}
-    decoder = {
-        "out_channels": _PATCH * _CHANNELS,
-        **shared,
-        "mask_noise": 0.1 if sliding else 0.01,
-        "sinusoidal_blocks": [size.sinusoidal_blocks],
+        "use_flash": True,
+        "mapping_style": "none",
     }
     if sliding:
-        decoder["conv_bias"] = False
+        unused = (
+            "conv_bias",
+            "conformer",
+            "layer_scale",
+            "use_snake",
+            "use_dilated_conv",
+            "enable_inner_layer_dropout",
+        )
+        half |= {"sliding_window": [1, 1]} | dict.fromkeys(unused, False)
+        encoder: dict[str, Any] = {"mask_noise": 0.001, "checkpointing": True}
+        decoder: dict[str, Any] = {"mask_noise": 0.1, "checkpointing": False}
     else:
-        encoder["conv_mapping"] = False
-        decoder["conv_mapping"] = True
+        half |= {"dyt": True, "chunk_size": 32, "chunk_midpoint_shift": True, "checkpointing": False}
+        encoder = {"mask_noise": 0.0, "conv_mapping": False}
+        decoder = {"mask_noise": 0.01, "conv_mapping": True, "freeze_backbone": False}
+    width = _PATCH * _CHANNELS
+    encoder |= {"in_channels": width, **half}
+    decoder |= {"out_channels": width, "sinusoidal_blocks": [size.sinusoidal_blocks], **half}
+    bottleneck = {
+        "dim": size.latent_dim,
+        "noise_augment_dim": 0,
+        "noise_regularize": True,
+        "auto_scale": True,
+        "freeze": True,
+    }
     return {
-        "encoder": {"type": "same", "config": encoder},
-        "decoder": {"type": "same", "config": decoder},
-        "bottleneck": {
-            "type": "softnorm",
-            "config": {
-                "dim": size.latent_dim,
-                "noise_augment_dim": 0,
-                "noise_regularize": True,
-                "auto_scale": True,
-                "freeze": True,
-            },
-        },
+        "encoder": {"type": "taae_v2", "requires_grad": False, "config": encoder},
+        "decoder": {"type": "taae_v2", "requires_grad": False, "config": decoder},
+        "bottleneck": {"type": "softnorm", "config": bottleneck},
         "pretransform": {"type": "patched", "config": {"patch_size": _PATCH, "channels": _CHANNELS}},
         "latent_dim": size.latent_dim,
         "downsampling_ratio": LATENT_SAMPLES,
@@ -89,10 +93,10 @@ def _autoencoder(size: AutoencoderSize, *, sliding: bool) -> dict[str, Any]:
 
 def _conditioning(variant: Variant, text_encoder: TextEncoderSize) -> dict[str, Any]:
     prompt = {
-        "model_name": "google/t5gemma-b-b-ul2",
         "max_length": text_encoder.max_length,
         "padding_mode": "learned",
-        "repo_id": variant.hub_id,
+        # Base forms name the post-trained repository as their text encoder's.
+        "repo_id": variant.hub_id.removesuffix("-base"),
         "subfolder": TEXT_ENCODER_FOLDER,
     }
     seconds = {"min_val": 0, "max_val": 384, "fourier_features_type": "expo"}
@@ -116,9 +120,9 @@ def _diffusion(variant: Variant, dimensions: Dimensions) -> dict[str, Any]:
         "cond_token_dim": cond_dim,
         "global_cond_dim": cond_dim,
         "local_add_cond_dim": latent_dim + 1,
-        "transformer_type": "continuous_transformer",
         "global_cond_type": "adaLN",
         "timestep_features_type": "expo",
+        "timestep_features_logsnr": False,
         "num_memory_tokens": dit.memory_tokens,
         "attn_kwargs": {"qk_norm": "rms", "differential": variant.family == "medium"},
         "norm_type": "rms_norm",
@@ -133,6 +137,7 @@ def _diffusion(variant: Variant, dimensions: Dimensions) -> dict[str, Any]:
         "local_add_cond_ids": ["inpaint_mask", "inpaint_masked_input"],
         "mask_padding_attention": True,
         "use_effective_length_for_schedule": True,
+        "distribution_shift_options": {"type": "full", "min_length": 256, "max_length": 4096},
         "config": config,
     }
 

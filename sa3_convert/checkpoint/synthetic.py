@@ -4,7 +4,8 @@ They let everything be built, tested and measured without the published weights:
 sizes, with statistics that are fixed so that figures compare. Nothing is ever held whole: a file's header is written
 first, then tensor after tensor in pieces of 16 MB.
 
-With one seed, variants of a family share their autoencoder and all share their text encoder, as the published ones do.
+With one seed, variants of a family share their autoencoder and all share their T5Gemma file, as the published ones do;
+the learned padding embedding is each variant's own, there too.
 """
 
 import contextlib
@@ -23,7 +24,8 @@ from sa3_convert.checkpoint.published import model_config, text_encoder_config
 from sa3_convert.checkpoint.random_weights import Weights, generator_for, pieces
 from sa3_convert.checkpoint.tensors import (
     AUTOENCODER_PREFIX,
-    PROMPT_PREFIX,
+    TEXT_DECODER_PREFIX,
+    TEXT_ENCODER_PREFIX,
     TensorSpec,
     expected_tensors,
     expected_text_encoder_tensors,
@@ -131,9 +133,12 @@ def _write_text_encoder_data(folder: Path, variant: Variant, size: Size) -> None
 def safetensors_header(tensors: Mapping[str, TensorSpec]) -> bytes:
     """Return the first bytes of a safetensors file: length, JSON, padded so that the data is aligned.
 
-    Like the published `model.safetensors` it has no metadata, so the files have the published byte sizes.
+    As published, the text encoder's file (the bfloat16 one) says what wrote it and the other says nothing, so both have
+    exactly the published byte sizes.
     """
     entries: dict[str, object] = {}
+    if any(spec.stored == "BF16" for spec in tensors.values()):
+        entries["__metadata__"] = {"format": "pt"}
     offset = 0
     for name, spec in tensors.items():
         entries[name] = {
@@ -159,7 +164,7 @@ def _write_tensors(
 
 def _identity(name: str, variant: Variant) -> tuple[str, str]:
     """Return what a tensor's values depend on besides the seed: its owner, and its name there."""
-    if name.startswith(("model.encoder.", "model.decoder.", PROMPT_PREFIX)):
+    if name.startswith((TEXT_ENCODER_PREFIX, TEXT_DECODER_PREFIX)):
         return "t5gemma", name
     if name.startswith(AUTOENCODER_PREFIX) or variant.is_autoencoder:
         return f"same-{variant.family}", name.removeprefix(AUTOENCODER_PREFIX)

@@ -21,6 +21,7 @@ DIT_PREFIX = "model.model."
 PROMPT_PREFIX = "conditioner.conditioners.prompt."
 SECONDS_PREFIX = "conditioner.conditioners.seconds_total."
 TEXT_ENCODER_PREFIX = "model.encoder."
+TEXT_DECODER_PREFIX = "model.decoder."
 
 DECODER_LAYERS = "decoder.layers.3"
 ENCODER_LAYERS = "encoder.layers.0"

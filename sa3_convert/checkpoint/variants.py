@@ -84,6 +84,8 @@ class Variant:
 
     name: str
     hub_id: str
+    revision: str
+    """Commit that `checkpoint fetch` takes unless another is asked for."""
     family: Family
     objective: Objective | None
     """None for an autoencoder alone."""
@@ -91,8 +93,6 @@ class Variant:
     sample_size: int
     """Longest output in samples, a multiple of 4096."""
     max_seconds: int
-    revision: str | None = None
-    """Commit to download; None where none is recorded, then the newest is looked up and written down."""
 
     @property
     def is_autoencoder(self) -> bool:
@@ -110,20 +110,46 @@ class Variant:
         return self.name.removesuffix("-base")
 
 
-def _published(name: str, *, family: Family, objective: Objective, gated: bool) -> Variant:
-    sample_size, max_seconds = (1292 * LATENT_SAMPLES, 120) if family == "small" else (4096 * LATENT_SAMPLES, 380)
-    return Variant(name, f"stabilityai/stable-audio-3-{name}", family, objective, gated, sample_size, max_seconds)
+_SMALL, _SMALL_BASE, _MEDIUM = 1292 * LATENT_SAMPLES, 1300 * LATENT_SAMPLES, 4096 * LATENT_SAMPLES
+_HUB = "stabilityai/stable-audio-3-"
+
+
+def _post_trained(content: str, family: Family, sample_size: int, seconds: int, revision: str) -> Variant:
+    return Variant(content, _HUB + content, revision, family, "rf_denoiser", True, sample_size, seconds)
+
+
+def _base(content: str, family: Family, sample_size: int, seconds: int, revision: str) -> Variant:
+    name = f"{content}-base"
+    return Variant(name, _HUB + name, revision, family, "rectified_flow", False, sample_size, seconds)
 
 
 _ALL = (
-    _published("small-music", family="small", objective="rf_denoiser", gated=True),
-    _published("small-sfx", family="small", objective="rf_denoiser", gated=True),
-    _published("medium", family="medium", objective="rf_denoiser", gated=True),
-    _published("small-music-base", family="small", objective="rectified_flow", gated=False),
-    _published("small-sfx-base", family="small", objective="rectified_flow", gated=False),
-    _published("medium-base", family="medium", objective="rectified_flow", gated=False),
-    Variant("same-s", "stabilityai/SAME-S", "small", None, False, 1292 * LATENT_SAMPLES, 120),
-    Variant("same-l", "stabilityai/SAME-L", "medium", None, False, 4096 * LATENT_SAMPLES, 380),
+    _post_trained("small-music", "small", _SMALL, 120, "0fef1392cd842149a2b6d445e181c97608faac06"),
+    _post_trained("small-sfx", "small", _SMALL, 120, "ae12755283df9d62ca39a9b050a39a0b607b8c20"),
+    _post_trained("medium", "medium", _MEDIUM, 380, "27b5a21b791b1b033d193a9e1e3ce78493f102f9"),
+    _base("small-music", "small", _SMALL_BASE, 120, "eab5ceee5ad9c1ed38800aff30a8e49d1161c539"),
+    _base("small-sfx", "small", _SMALL_BASE, 120, "cc5ddb990e30daa68336ac61c140c37c7033ab7c"),
+    _base("medium", "medium", _MEDIUM, 380, "b32993f73c3bdc3864043a72d8032606bba737c8"),
+    Variant(
+        "same-s",
+        "stabilityai/SAME-S",
+        "fbeb3dcf53a326e5682f38e22e7f740202d44232",
+        "small",
+        None,
+        False,
+        _SMALL,
+        120,
+    ),
+    Variant(
+        "same-l",
+        "stabilityai/SAME-L",
+        "41acf79dd242877d6499a1108ca5dba5d5eecfc5",
+        "medium",
+        None,
+        False,
+        _MEDIUM,
+        380,
+    ),
 )
 
 VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _ALL}
