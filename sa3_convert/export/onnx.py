@@ -26,22 +26,23 @@ def data_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.data")
 
 
-def onnx_from_module(module: nn.Module, contract: Contract, path: Path) -> None:
+def onnx_from_module(module: nn.Module, contract: Contract, path: Path, *, multiple: int = 1) -> None:
     """Export a network to ONNX opset 18, float32.
 
-    Only T is dynamic, and it is right for every T that the network takes. The same weights give the same bytes. At no
-    time is there a second copy of the weights in memory.
+    Only T is dynamic. Every T that is a multiple of `multiple` is right; any other is refused when the model is run.
+    The same weights give the same bytes. At no time is there a second copy of the weights in memory.
 
     Args:
         module: in eval mode, without gradients; `forward` takes the contract's inputs in order, returns its one output.
         contract: names, dtypes and shapes of inputs and outputs.
         path: the `.onnx` file; `<path>.data` is written beside it. Both appear only when whole and checked.
+        multiple: what T must be a multiple of: 2 for SAME-S, whose attention windows hold two latents.
 
     Raises:
         ConversionError: the network cannot be exported for every length, or the result fails the checker.
 
     """
-    model = traced(module, contract)
+    model = traced(module, contract, multiple)
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     parameters |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
     simplify(model, parameters)

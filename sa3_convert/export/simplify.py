@@ -82,20 +82,23 @@ def fix_reshapes(model: ir.Model) -> int:
     """Replace the computed shape of Reshape by a constant one; return the number of replacements.
 
     torch computes a shape from Shape, Gather and Concat for every view; the shapes that it noted say the same.
-    One free dimension becomes -1; a second one is allowed where input and output agree up to it (0, "as in the
-    input"). Nothing is done where more are free.
+    One free dimension becomes -1; others are allowed where input and output agree (0, "as in the input"). Nothing is
+    done where more are free.
     """
     count = 0
     for node in model.graph:
-        if node.op_type != "Reshape" or node.inputs[1] is None or _is_constant(node.inputs[1]):
+        if node.op_type != "Reshape" or node.inputs[1] is None:
             continue
-        shape = _constant_shape(node.inputs[0], node.outputs[0])
-        if shape is not None:
+        if not _is_constant(node.inputs[1]):
+            shape = _constant_shape(node.inputs[0], node.outputs[0])
+            if shape is None:
+                continue
             target = _constant(np.array(shape, np.int64), f"{node.outputs[0].name}.shape")
             model.graph.register_initializer(target)
             node.replace_input_with(1, target)
-            node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
             count += 1
+        # No tensor here is empty, so 0 never means 0; converters know the default best.
+        node.attributes.pop("allowzero", None)
     return count
 
 
@@ -118,20 +121,35 @@ def _constant_shape(source: ir.Value | None, result: ir.Value) -> list[int] | No
 
 
 def remove_no_ops(model: ir.Model) -> int:
-    """Remove each Slice that takes everything and each Expand to the shape that its input has; return the number.
+    """Remove Slices that take everything, Expands to the shape of their input, and Reshapes there and back.
 
-    Nothing is done where a bound is computed or a dimension is free.
+    Returns the number removed. Nothing is done where a Slice's bound is computed or an Expand's dimension is free.
     """
     graph, count = model.graph, 0
     for node in list(graph):
-        source = node.inputs[0] if node.op_type in ("Slice", "Expand") else None
-        if source is None or node.outputs[0].is_graph_output():
-            continue
-        if _takes_everything(node) if node.op_type == "Slice" else _same_static_shape(source, node.outputs[0]):
+        source = _unchanged_source(node)
+        if source is not None and not node.outputs[0].is_graph_output():
             node.outputs[0].replace_all_uses_with(source)
             graph.remove(node, safe=True)
             count += 1
     return count
+
+
+def _unchanged_source(node: ir.Node) -> ir.Value | None:
+    """Return the value that a node only repeats, if it does."""
+    source, result = node.inputs[0] if node.inputs else None, node.outputs[0]
+    if source is None or result.shape is None:
+        return None
+    if node.op_type == "Slice":
+        return source if _takes_everything(node) else None
+    if node.op_type == "Expand":
+        return source if source.shape == result.shape and result.shape.is_static() else None
+    if node.op_type == "Reshape":
+        before = source.producer()
+        if before is not None and before.op_type == "Reshape" and before.inputs[0] is not None:
+            source = before.inputs[0]
+        return source if source.shape == result.shape else None
+    return None
 
 
 def _takes_everything(node: ir.Node) -> bool:
@@ -140,10 +158,6 @@ def _takes_everything(node: ir.Node) -> bool:
         return False
     starts, ends, _, steps = (constant.numpy() for constant in constants if constant is not None)
     return bool((starts == 0).all() and (ends >= _INT32.max).all() and (steps == 1).all())
-
-
-def _same_static_shape(source: ir.Value, result: ir.Value) -> bool:
-    return source.shape is not None and source.shape == result.shape and source.shape.is_static()
 
 
 def clamp_integers(model: ir.Model) -> int:

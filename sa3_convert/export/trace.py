@@ -8,34 +8,37 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import sympy
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from sa3_convert.components import Contract, Dimension, Length
+from sa3_convert.components import Contract, Dimension, Length, Port
 from sa3_convert.errors import ConversionError
 
 OPSET = 18
 """The last one in which norms and attention decompose into operators that MNN has."""
 
-EXAMPLE_LATENTS = 24
-"""T of the traced example: whole attention windows of SAME-S, and far from the lengths 0 and 1 that torch fixes."""
+EXAMPLE_UNITS = 12
+"""The traced example's length, in units; anything but the lengths 0 and 1, which torch treats apart."""
+
+LENGTH = sympy.Symbol("T", integer=True, positive=True)
 
 _LONGEST = 1 << 24
 """A dimension below which no length may be bounded; the longest in use is 380 s of 44.1 kHz audio."""
 
-LENGTH = sympy.Symbol("T", integer=True, positive=True)
 
-
-def traced(module: nn.Module, contract: Contract) -> ir.Model:
-    """Trace `module` and return the graph that torch writes, inputs and outputs as the contract names them.
+def traced(module: nn.Module, contract: Contract, multiple: int = 1) -> ir.Model:
+    """Trace `module` and return the graph that torch writes, inputs and outputs as the contract declares them.
 
     Args:
         module: its `forward` takes the contract's inputs in order and returns the contract's one output.
         contract: names, dtypes and shapes.
+        multiple: what T is a multiple of.
 
     Returns:
         A model whose initialisers are the module's own parameters, not copies; dimensions that follow the length are
@@ -45,15 +48,14 @@ def traced(module: nn.Module, contract: Contract) -> ir.Model:
         ConversionError: torch cannot trace the module, or what it traced holds for some lengths only.
 
     """
-    dtypes = {"float32": torch.float32, "int32": torch.int32}
-    examples = tuple(torch.zeros(port.concrete(EXAMPLE_LATENTS), dtype=dtypes[port.dtype]) for port in contract.inputs)
-    dynamic = tuple(
-        {axis: torch.export.Dim.DYNAMIC for axis, dim in enumerate(port.shape) if isinstance(dim, Length)}
-        for port in contract.inputs
-    )
-    with _quiet():
+    with _quiet(), _taking_units(module, contract, multiple):
         try:
-            program = torch.export.export(module, examples, dynamic_shapes=dynamic, strict=False)
+            program = torch.export.export(
+                module,
+                tuple(_example(port, multiple) for port in contract.inputs),
+                dynamic_shapes=tuple(_dynamic(port) for port in contract.inputs),
+                strict=False,
+            )
             onnx_program = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
         except (torch.onnx.OnnxExporterError, RuntimeError, ValueError) as error:
             raise ConversionError(f"torch {torch.__version__} cannot export this network: {error}") from error
@@ -61,13 +63,10 @@ def traced(module: nn.Module, contract: Contract) -> ir.Model:
     model = onnx_program.model
     if (len(model.graph.inputs), len(model.graph.outputs)) != (len(contract.inputs), len(contract.outputs)):
         raise ConversionError("The network does not take and return what its contract says.")
-    symbols = _symbols_in_latents(model.graph, contract)
-    _check_ranges(program, symbols)
-    _express_in_latents(model.graph, contract, symbols)
-    for value, port in zip(model.graph.inputs, contract.inputs, strict=True):
-        value.name = port.name
-    for value, port in zip(model.graph.outputs, contract.outputs, strict=True):
-        value.name = port.name
+    symbol = _length_symbol(model.graph, contract)
+    _check_ranges(program, symbol)
+    _express_in_latents(model.graph, symbol, multiple)
+    _declare(model.graph, contract, multiple)
     return model
 
 
@@ -85,38 +84,83 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _symbols_in_latents(graph: ir.Graph, contract: Contract) -> dict[str, sympy.Expr]:
-    """Return torch's own symbols as expressions in T."""
-    symbols: dict[str, sympy.Expr] = {}
-    for value, port in zip(graph.inputs, contract.inputs, strict=True):
-        assert value.shape is not None
-        for traced_dim, dim in zip(value.shape, port.shape, strict=True):
-            if isinstance(dim, Length):
-                symbol, in_latents = _solved(str(traced_dim), dim)
-                if symbols.setdefault(symbol, in_latents) != in_latents:
-                    raise ConversionError(f"{port.name}: its length is bound to another input's otherwise than by T.")
-    return symbols
+def _unit(dim: Dimension, multiple: int) -> int:
+    """Return what a dynamic dimension is a multiple of."""
+    return dim.factor * multiple if isinstance(dim, Length) else 0
 
 
-def _check_ranges(program: torch.export.ExportedProgram, symbols: Mapping[str, sympy.Expr]) -> None:
-    """Refuse a trace that took a branch which only some lengths take. Torch always sets 0 and 1 apart."""
-    for symbol, bounds in program.range_constraints.items():
-        shortest = max(2, symbols.get(str(symbol), LENGTH).subs(LENGTH, 2))
-        if bounds.lower > shortest or bounds.upper < _LONGEST:
+def _in_units(port: Port, multiple: int, length: int) -> list[int]:
+    """Return a port's shape with each dynamic dimension cut into [units, unit], unless its unit is 1."""
+    shape: list[int] = []
+    for dim in port.shape:
+        unit = _unit(dim, multiple)
+        shape += [dim] if isinstance(dim, int) else [length] if unit == 1 else [length, unit]
+    return shape
+
+
+def _example(port: Port, multiple: int) -> Tensor:
+    dtype = {"float32": torch.float32, "int32": torch.int32}[port.dtype]
+    return torch.zeros(_in_units(port, multiple, EXAMPLE_UNITS), dtype=dtype)
+
+
+def _dynamic(port: Port) -> dict[int, Any]:
+    """Return which axes of the example vary. No port has more than one, so cutting moves none of them."""
+    return {axis: torch.export.Dim.DYNAMIC for axis, dim in enumerate(port.shape) if isinstance(dim, Length)}
+
+
+@contextlib.contextmanager
+def _taking_units(module: nn.Module, contract: Contract, multiple: int) -> Iterator[None]:
+    """Let `module` take its inputs with their lengths cut into [units, unit].
+
+    Then torch knows a length as 16·u rather than as some s with s mod 16 = 0, and every quotient of it is a polynomial:
+    with nested floor divisions its reasoning about shapes takes many times as long as all the rest.
+    """
+    axes = [
+        next((axis for axis, dim in enumerate(port.shape) if _unit(dim, multiple) > 1), None)
+        for port in contract.inputs
+    ]
+
+    def joined(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(x if axis is None else x.flatten(axis, axis + 1) for x, axis in zip(inputs, axes, strict=True))
+
+    handle = module.register_forward_pre_hook(joined)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _length_symbol(graph: ir.Graph, contract: Contract) -> str | None:
+    """Return torch's symbol for the number of units; None if the component has no length."""
+    found = {
+        str(value.shape[axis])
+        for value, port in zip(graph.inputs, contract.inputs, strict=True)
+        for axis in _dynamic(port)
+        if value.shape is not None
+    }
+    if len(found) > 1 or not all(re.fullmatch(r"s\d+", symbol) for symbol in found):
+        raise ConversionError(f"The network ties its lengths to {', '.join(sorted(found))}; expected one that is free.")
+    return next(iter(found), None)
+
+
+def _check_ranges(program: torch.export.ExportedProgram, symbol: str | None) -> None:
+    """Refuse a trace that took a branch which only some lengths take."""
+    for name, bounds in program.range_constraints.items():
+        if str(name) != symbol or bounds.lower > 2 or bounds.upper < _LONGEST:
             raise ConversionError(
-                f"The network was traced for lengths {symbol} from {bounds.lower} to {bounds.upper} only: "
+                f"The network was traced for {name} from {bounds.lower} to {bounds.upper} only: "
                 "something in it branches on the length."
             )
 
 
-def _express_in_latents(graph: ir.Graph, contract: Contract, symbols: Mapping[str, sympy.Expr]) -> None:
-    """Rewrite the symbols in every shape; inputs and outputs get exactly what the contract declares."""
+def _express_in_latents(graph: ir.Graph, symbol: str | None, multiple: int) -> None:
+    """Rewrite torch's symbol in every shape as an expression in T."""
+    known = {} if symbol is None else {symbol: LENGTH / multiple}
     for node in graph:
         for value in node.outputs:
             if value.shape is not None:
-                value.shape = ir.Shape([_rewritten(dim, symbols) for dim in value.shape])
-    for value, port in zip([*graph.inputs, *graph.outputs], [*contract.inputs, *contract.outputs], strict=True):
-        value.shape = ir.Shape([declared(dim) for dim in port.shape])
+                dims = [dim if isinstance(dim, int) else str(sympy.sympify(str(dim), known)) for dim in value.shape]
+                value.shape = ir.Shape(dims)
 
 
 def declared(dim: Dimension) -> int | str:
@@ -124,15 +168,25 @@ def declared(dim: Dimension) -> int | str:
     return str(dim.factor * LENGTH) if isinstance(dim, Length) else dim
 
 
-def _solved(traced_dim: str, dim: Length) -> tuple[str, sympy.Expr]:
-    """Solve `traced_dim` = factor·T for the symbol in it; with chunks in pairs torch writes 2·s for an even length."""
-    match = re.fullmatch(r"(?:(\d+)\*)?(s\d+)", traced_dim)
-    if match is None:
-        raise ConversionError(f"A length was traced as {traced_dim!r}, expected one that stays free.")
-    return match[2], dim.factor * LENGTH / int(match[1] or 1)
+def _declare(graph: ir.Graph, contract: Contract, multiple: int) -> None:
+    """Give inputs and outputs the contract's names and shapes; a length that was cut is cut inside the graph."""
+    for index, port in enumerate(contract.inputs):
+        value = graph.inputs[index]
+        if all(_unit(dim, multiple) <= 1 for dim in port.shape):
+            value.name, value.shape = port.name, _shape(port)
+            continue
+        graph.inputs[index] = ir.Value(name=port.name, type=value.type, shape=_shape(port))
+        cut = ir.tensor(np.array(_in_units(port, multiple, -1), np.int64), name=f"{port.name}.units")
+        target = ir.Value(
+            name=cut.name, type=ir.TensorType(cut.dtype), shape=ir.Shape([len(port.shape) + 1]), const_value=cut
+        )
+        graph.register_initializer(target)
+        node = ir.node("Reshape", [graph.inputs[index], target])
+        graph.insert_before(graph[0], node)
+        value.replace_all_uses_with(node.outputs[0])
+    for value, port in zip(graph.outputs, contract.outputs, strict=True):
+        value.name, value.shape = port.name, _shape(port)
 
 
-def _rewritten(dim: int | ir.SymbolicDim, symbols: Mapping[str, sympy.Expr]) -> int | str | None:
-    if isinstance(dim, int) or dim.value is None:
-        return dim if isinstance(dim, int) else None
-    return str(sympy.sympify(dim.value, locals=dict(symbols)))
+def _shape(port: Port) -> ir.Shape:
+    return ir.Shape([declared(dim) for dim in port.shape])
