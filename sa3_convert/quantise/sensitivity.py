@@ -1,0 +1,175 @@
+"""What rounding each layer costs at the component's output, at every precision that could be chosen for it.
+
+For small errors the output's error is linear in a layer's own error, so it splits into two factors that are measured
+separately: the energy that rounding adds at the layer's output, exact for every candidate from the second moments M of
+its inputs, tr(ΔW·M·ΔWᵀ); and the gain from there to the component's output, from running the network with that layer
+rounded. Errors of different layers are taken as independent: their energies add.
+
+All of it is kept as JSON, keyed by what it depends on, so that the next plan for the same checkpoint costs nothing.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from sa3_convert.quantise.allocation import Option
+from sa3_convert.quantise.calibration import Moments
+from sa3_convert.quantise.grid import Floats, Grid, round_as_converter, round_least_squares
+from sa3_convert.verify.inputs import Sample
+
+PROBE: Final = Grid(bits=4, symmetric=False, block_size=None)
+"""The rounding with which gains are measured: large enough to stand out of float32, small enough to be linear."""
+BLOCKS: Final = (None, 128, 64, 32)
+BITS: Final = (2, 3, 4, 5, 6, 7, 8)
+
+
+class Candidate(BaseModel):
+    """One precision of one layer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: int | None
+    block_size: int | None
+    size: int
+    """Bytes of codes, scales and offsets."""
+    error: float
+    """Predicted energy at the component's output, as a share of the output's own energy."""
+
+
+class LayerSensitivity(BaseModel):
+    """Everything that was measured of one layer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shape: tuple[int, ...]
+    gain: float
+    """Energy at the component's output per energy at the layer's output, both as shares of the signal there."""
+    candidates: tuple[Candidate, ...]
+
+
+class Sensitivity(BaseModel):
+    """The measurements of one component."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fingerprint: str
+    rounding: str
+    layers: dict[str, LayerSensitivity]
+
+    def options(self) -> dict[str, list[Option]]:
+        """Return what `allocation.allocate` chooses from."""
+        return {
+            name: [Option(c.bits, c.block_size, c.size, c.error) for c in layer.candidates]
+            for name, layer in self.layers.items()
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Baseline:
+    sample: Sample
+    feeds: tuple[torch.Tensor, ...]
+    output: torch.Tensor
+    energy: float
+
+
+def stored_bytes(shape: tuple[int, ...], grid: Grid) -> int:
+    """Return the bytes that MNN stores for a quantised weight: packed codes, and float32 scales (and offsets)."""
+    count = int(np.prod(shape, dtype=np.int64))
+    groups = count // grid.group_length(shape)
+    return -(-count * grid.bits // 8) + groups * (4 if grid.symmetric else 8)
+
+
+def measure_gains(
+    network: nn.Module,
+    weights: Mapping[str, str],
+    moments: Moments,
+    samples: Sequence[Sample],
+    tick: Callable[[str], None] | None = None,
+) -> dict[str, float]:
+    """Run the network once per layer and sample with that layer rounded.
+
+    Args:
+        network: the component's, fp32; its parameters are changed and put back.
+        weights: parameter name by layer name.
+        moments: Σ x·xᵀ by layer name, over the same samples.
+        samples: what the component meets in use.
+        tick: called with each layer's name when it is done.
+
+    Returns:
+        Output energy (share of the output's own) per energy at the layer's output, by layer.
+
+    """
+    baselines = [_baseline(network, sample) for sample in samples]
+    gains = {}
+    for layer, parameter_name in weights.items():
+        parameter = network.get_parameter(parameter_name)
+        original = parameter.data
+        rounded = torch.from_numpy(round_as_converter(original.numpy(), PROBE))
+        local = local_energy((rounded - original).numpy(), moments.get(layer))
+        parameter.data = rounded
+        try:
+            shares = [_error_share(network, baseline) for baseline in baselines]
+        finally:
+            parameter.data = original
+        gains[layer] = float(np.mean(shares)) / local if local > 0 else 0.0
+        if tick is not None:
+            tick(layer)
+    return gains
+
+
+def local_energy(difference: Floats, moments: NDArray[np.float32] | None) -> float:
+    """Return tr(ΔW·M·ΔWᵀ); without moments (a convolution with a kernel) the inputs count as white."""
+    flat = difference.reshape(difference.shape[0], -1)
+    if moments is None:
+        return float(np.square(flat, dtype=np.float64).sum())
+    return float(np.einsum("ij,ij->", flat @ moments, flat, dtype=np.float64))
+
+
+def candidates(
+    weight: Floats, gain: float, moments: NDArray[np.float32] | None, grids: Iterable[Grid]
+) -> tuple[Candidate, ...]:
+    """Return every precision of a layer with its size and predicted error."""
+    found = []
+    for grid in grids:
+        rounded = round_as_converter(weight, grid) if grid.bits == 8 else round_least_squares(weight, grid)
+        error = gain * local_energy(rounded - weight, moments)
+        block = grid.block_size if grid.group_length(weight.shape) < int(np.prod(weight.shape[1:])) else None
+        if block == grid.block_size:
+            found.append(
+                Candidate(bits=grid.bits, block_size=block, size=stored_bytes(weight.shape, grid), error=error)
+            )
+    half = weight.astype(np.float16).astype(np.float32)
+    found.append(
+        Candidate(bits=None, block_size=None, size=2 * weight.size, error=gain * local_energy(half - weight, moments))
+    )
+    return tuple(found)
+
+
+def all_grids(*, symmetric: bool = False) -> list[Grid]:
+    """Return the candidates of a plan: 2 to 8 bits, per channel and in blocks."""
+    return [Grid(bits, symmetric, block) for bits in BITS for block in BLOCKS]
+
+
+def _baseline(network: nn.Module, sample: Sample) -> _Baseline:
+    feeds = tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in sample.feeds.values())
+    with torch.inference_mode():
+        output = _valid(network(*feeds), sample)
+    return _Baseline(sample, feeds, output, float(output.double().square().sum()))
+
+
+def _error_share(network: nn.Module, baseline: _Baseline) -> float:
+    with torch.inference_mode():
+        output: Any = _valid(network(*baseline.feeds), baseline.sample)
+    return float((output - baseline.output).double().square().sum()) / baseline.energy
+
+
+def _valid(output: torch.Tensor, sample: Sample) -> torch.Tensor:
+    region = sample.regions[0]
+    stop = output.shape[region.axis] if region.stop is None else region.stop
+    return output.narrow(region.axis, region.start, stop - region.start)
