@@ -1,0 +1,210 @@
+"""Audio files in and out, through libsndfile and soxr."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import soundfile
+import soxr
+from numpy.typing import NDArray
+
+from sa3_convert.errors import AudioError, UsageError
+from sa3_convert.files import atomic_path
+
+Floats = NDArray[np.float32]
+SampleFormat = Literal["pcm16", "pcm24", "float"]
+SAMPLE_FORMATS: tuple[SampleFormat, ...] = get_args(SampleFormat)
+
+_CHANNELS = 2
+_BLOCK = 1 << 16
+_SUBTYPES: Mapping[SampleFormat, str] = {"pcm16": "PCM_16", "pcm24": "PCM_24", "float": "FLOAT"}
+_BITS: Mapping[SampleFormat, int] = {"pcm16": 16, "pcm24": 24}
+_CONTAINERS = {".wav": "WAV", ".flac": "FLAC"}
+
+
+def read_audio(path: Path, rate: int, *, max_seconds: float) -> Floats:
+    """Read a file that libsndfile knows (wav, flac, ogg, mp3, …).
+
+    Args:
+        path: the file.
+        rate: sample rate wanted, Hz; others are converted (soxr, very high quality).
+        max_seconds: longest file accepted.
+
+    Returns:
+        [2, N] float32, N ≥ 1; mono is doubled.
+
+    Raises:
+        AudioError: it is missing, empty, no audio, too long, has more than two channels, or holds NaN or infinities.
+
+    """
+    try:
+        if path.stat().st_size == 0:
+            raise AudioError(f"{path} is empty (0 bytes).")
+        with soundfile.SoundFile(path) as file:
+            _check_header(path, file, max_seconds)
+            samples = file.read(dtype="float32", always_2d=True)
+            found = int(file.samplerate)
+    except OSError as error:
+        raise AudioError(f"{path} cannot be read: {error.strerror or error}.") from None
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"{path} cannot be read as audio: {error.error_string}") from None
+    if samples.shape[0] == 0:
+        raise AudioError(f"{path} holds no samples.")
+    if not np.isfinite(samples).all():
+        raise AudioError(f"{path} holds samples that are NaN or infinite.")
+    if found != rate:
+        samples = soxr.resample(samples, found, rate, quality="VHQ")
+        if samples.shape[0] == 0:
+            raise AudioError(f"{path} is shorter than one sample at {rate} Hz.")
+    stereo = np.broadcast_to(samples, (samples.shape[0], _CHANNELS)) if samples.shape[1] == 1 else samples
+    return np.ascontiguousarray(stereo.T, dtype=np.float32)
+
+
+def _check_header(path: Path, file: soundfile.SoundFile, max_seconds: float) -> None:
+    if file.channels > _CHANNELS:
+        raise AudioError(f"{path} has {file.channels} channels; give mono or stereo.")
+    seconds = file.frames / file.samplerate
+    if seconds > max_seconds:
+        raise AudioError(
+            f"{path} lasts {seconds:.1f} seconds; this model takes at most {max_seconds:.1f}. Cut it first."
+        )
+
+
+class AudioWriter:
+    """An audio file that grows; made by `audio_writer`."""
+
+    def __init__(self, file: soundfile.SoundFile, sample_format: SampleFormat, dither: bool) -> None:
+        self._file = file
+        self._quantiser = Quantiser(_BITS[sample_format], dither=dither) if sample_format != "float" else None
+
+    def write(self, audio: Floats) -> None:
+        """Append [2, n] samples within ±1."""
+        for start in range(0, audio.shape[1], _BLOCK):
+            block = audio[:, start : start + _BLOCK]
+            if self._quantiser is None:
+                self._file.write(np.ascontiguousarray(block.T))
+            else:
+                self._file.write(self._quantiser(block).T << (32 - self._quantiser.bits))
+
+
+class Quantiser:
+    """Rounds floating-point samples to integers.
+
+    Args:
+        bits: of the integers.
+        dither: add triangular noise of ±1 step before rounding, so that what is lost is noise and not distortion; the
+            noise is the same in every run.
+
+    """
+
+    def __init__(self, bits: int, *, dither: bool) -> None:
+        self.bits = bits
+        self._noise = np.random.Generator(np.random.PCG64(0)) if dither else None
+
+    def __call__(self, audio: Floats) -> NDArray[np.int32]:
+        """Return `audio` in steps of 2^(1 − bits); what lies beyond full scale is clipped."""
+        full = 1 << (self.bits - 1)
+        steps = audio.astype(np.float64) * full
+        if self._noise is not None:
+            steps += self._noise.random(steps.shape) - self._noise.random(steps.shape)
+        return np.clip(np.rint(steps), -full, full - 1).astype(np.int32)
+
+
+@contextlib.contextmanager
+def audio_writer(
+    path: Path,
+    rate: int,
+    *,
+    sample_format: SampleFormat = "pcm16",
+    dither: bool = False,
+    metadata: Mapping[str, Any] | None = None,
+) -> Iterator[AudioWriter]:
+    """Yield a stereo writer; the file takes its name when the block ends without an error, and is gone otherwise.
+
+    Args:
+        path: `.wav` or `.flac`.
+        rate: Hz.
+        sample_format: of the samples; FLAC has no floating point.
+        dither: see `Quantiser`.
+        metadata: kept as JSON in the file's comment; `read_metadata` reads it back.
+
+    Raises:
+        UsageError: another file type or a format that it does not have.
+        AudioError: the file cannot be written.
+
+    """
+    container = _container(path, sample_format)
+    try:
+        with (
+            atomic_path(path) as temporary,
+            soundfile.SoundFile(
+                temporary, "w", rate, _CHANNELS, format=container, subtype=_SUBTYPES[sample_format]
+            ) as file,
+        ):
+            if metadata is not None:
+                file.software = "sa3-convert"
+                file.comment = json.dumps(metadata, ensure_ascii=True)
+            yield AudioWriter(file, sample_format, dither)
+    except OSError as error:
+        raise AudioError(f"{path} cannot be written: {error.strerror or error}.") from None
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"{path} cannot be written: {error.error_string}") from None
+
+
+def check_output_path(path: Path, sample_format: SampleFormat) -> None:
+    """Check, before any long work, that a file of this name and format can be written.
+
+    Raises:
+        UsageError: the file type is not known or does not have the format, or a folder stands at its name.
+
+    """
+    _container(path, sample_format)
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder. Name a file.")
+
+
+def write_audio(
+    path: Path,
+    audio: Floats,
+    rate: int,
+    *,
+    sample_format: SampleFormat = "pcm16",
+    dither: bool = False,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write [2, N] samples within ±1 as a whole file or not at all; see `audio_writer`."""
+    with audio_writer(path, rate, sample_format=sample_format, dither=dither, metadata=metadata) as writer:
+        writer.write(audio)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Return the metadata that `audio_writer` put into a file.
+
+    Raises:
+        AudioError: the file cannot be read or holds none.
+
+    """
+    try:
+        with soundfile.SoundFile(path) as file:
+            values = json.loads(file.comment)
+    except OSError as error:
+        raise AudioError(f"{path} cannot be read: {error.strerror or error}.") from None
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"{path} cannot be read as audio: {error.error_string}") from None
+    except json.JSONDecodeError:
+        values = None
+    if not isinstance(values, dict):
+        raise AudioError(f"{path} holds no settings of this tool.")
+    return values
+
+
+def _container(path: Path, sample_format: SampleFormat) -> str:
+    container = _CONTAINERS.get(path.suffix.lower())
+    if container is None:
+        raise UsageError(f"{path} has no known audio file type. Name it {' or '.join(_CONTAINERS)}.")
+    if container == "FLAC" and sample_format == "float":
+        raise UsageError(f"{path}: FLAC holds no floating-point samples. Use --format pcm24, or a .wav file.")
+    return container

@@ -1,0 +1,217 @@
+"""What runs the models: MNN, ONNX Runtime or torch, behind one small interface. Each is imported when it is used."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sa3_convert.checkpoint.layout import CheckpointLayout
+from sa3_convert.components import Component, contract
+from sa3_convert.errors import BackendError, BundleError
+from sa3_convert.session import Arrays, Session
+
+if TYPE_CHECKING:
+    from sa3_convert.checkpoint.reader import Checkpoint
+    from sa3_convert.mnn.session import MnnSession
+    from sa3_convert.ort import OrtSession
+
+EngineName = Literal["mnn", "onnxruntime", "torch"]
+Level = Literal["normal", "high", "low"]
+Backend = Literal["cpu", "cuda", "opencl", "vulkan"]
+Padding = Literal["key_mask", "value_zeroing"]
+
+
+class Engine(Protocol):
+    """Loads models. What it runs on is fixed when it is made, and never replaced by something else in silence."""
+
+    @property
+    def name(self) -> EngineName:
+        """Its name."""
+        ...
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Everything that was set, for reports."""
+        ...
+
+    def load(self, component: Component) -> Session:
+        """Load a model.
+
+        Raises:
+            BundleError: there is no such model.
+            ModelFileError: its file is missing or damaged.
+            BackendError: the engine or the backend is not there.
+
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class MnnEngine:
+    """Runs `.mnn` files."""
+
+    layout: CheckpointLayout
+    files: Mapping[Component, Path]
+    threads: int | None = None
+    """None is one per usable processor."""
+    memory: Level = "normal"
+    """`normal` unpacks quantised weights; `low` keeps them as they are stored, for less memory and more error."""
+    precision: Level = "high"
+    backend: Backend = "cpu"
+    name: EngineName = field(default="mnn", init=False)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Everything that was set, for reports."""
+        return {
+            "engine": self.name,
+            "backend": self.backend,
+            "threads": self.threads,
+            "memory": self.memory,
+            "precision": self.precision,
+        }
+
+    def load(self, component: Component) -> "MnnSession":
+        """Load a model; see `Engine.load`."""
+        from sa3_convert.mnn.session import MnnSession
+
+        ports = contract(component, self.layout)
+        return MnnSession(
+            _file(self.files, component, "MNN"),
+            inputs=[port.name for port in ports.inputs],
+            outputs=[port.name for port in ports.outputs],
+            threads=self.threads,
+            memory=self.memory,
+            precision=self.precision,
+            backend=self.backend,
+        )
+
+
+@dataclass(frozen=True)
+class OrtEngine:
+    """Runs ONNX files, as exported or dynamically quantised, on the CPU."""
+
+    files: Mapping[Component, Path]
+    threads: int | None = None
+    """None is one per physical core."""
+    name: EngineName = field(default="onnxruntime", init=False)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Everything that was set, for reports."""
+        return {"engine": self.name, "backend": "cpu", "threads": self.threads}
+
+    def load(self, component: Component) -> "OrtSession":
+        """Load a model; see `Engine.load`."""
+        try:
+            from sa3_convert.ort import OrtSession
+        except ImportError as error:
+            raise BackendError(
+                f"ONNX Runtime cannot be imported ({error}). Install it: pip install onnxruntime, or use --engine mnn."
+            ) from None
+
+        return OrtSession(_file(self.files, component, "ONNX"), threads=self.threads)
+
+
+@dataclass(frozen=True)
+class TorchEngine:
+    """Runs the networks themselves, in float32 on the CPU: the reference."""
+
+    checkpoint: "Checkpoint"
+    padding: Padding = "key_mask"
+    """`value_zeroing` is what the published code computes without flash attention."""
+    threads: int | None = None
+    """None leaves torch's own setting; it counts for the whole process."""
+    name: EngineName = field(default="torch", init=False)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Everything that was set, for reports."""
+        return {"engine": self.name, "backend": "cpu", "threads": self.threads, "padding": self.padding}
+
+    def load(self, component: Component) -> Session:
+        """Build a network; see `Engine.load`."""
+        try:
+            import torch
+
+            from sa3_convert.networks.build import build_network
+        except ImportError as error:
+            raise BackendError(
+                f"torch cannot be imported ({error}). Install it: pip install torch, or use --engine mnn."
+            ) from None
+
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        layout = self.checkpoint.layout
+        ports = contract(component, layout)
+        network = build_network(component, layout, self.checkpoint.state(component), padding=self.padding)
+        return _TorchSession(network, [port.name for port in ports.inputs], ports.outputs[0].name)
+
+
+class _TorchSession:
+    def __init__(self, network: Any, inputs: list[str], output: str) -> None:
+        self._network = network
+        self._inputs = inputs
+        self._output = output
+
+    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        import torch
+
+        if feeds.keys() != set(self._inputs):
+            raise ValueError(f"the network takes {', '.join(self._inputs)}, not {', '.join(feeds)}")
+        with torch.inference_mode():
+            output = self._network(*(torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in self._inputs))
+        return {self._output: output.numpy()}
+
+
+def _file(files: Mapping[Component, Path], component: Component, kind: str) -> Path:
+    if component not in files:
+        raise BundleError(
+            f"There is no {kind} model of component {component.value!r} in this bundle, and this request needs it. "
+            f"Convert again with --component {component.value}."
+        )
+    return files[component]
+
+
+class Models:
+    """Loads models when they are needed and frees them after their stage, or keeps them.
+
+    Args:
+        engine: what loads them.
+        keep_loaded: keep every model once it was loaded, for servers and batches.
+
+    """
+
+    def __init__(self, engine: Engine, *, keep_loaded: bool = False) -> None:
+        self.engine = engine
+        self._keep_loaded = keep_loaded
+        self._kept: dict[Component, Session] = {}
+
+    @contextlib.contextmanager
+    def use(self, component: Component) -> Iterator[Session]:
+        """Yield a loaded model; after the block it is freed unless models are kept."""
+        session = self._kept.get(component)
+        if session is None:
+            session = self.engine.load(component)
+        if self._keep_loaded:
+            self._kept[component] = session
+        try:
+            yield session
+        finally:
+            if not self._keep_loaded:
+                _free(session)
+
+    def close(self) -> None:
+        """Free what was kept."""
+        while self._kept:
+            _free(self._kept.popitem()[1])
+
+
+def _free(session: Session) -> None:
+    close = getattr(session, "close", None)
+    if close is not None:
+        close()

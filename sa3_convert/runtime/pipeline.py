@@ -1,0 +1,319 @@
+"""Text to audio and its variations: the stages in order, each loading what it needs and letting go of it."""
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sa3_convert.bundle.manifest import Bundle
+from sa3_convert.checkpoint.layout import CheckpointLayout, TextEncoderLayout
+from sa3_convert.components import Component
+from sa3_convert.errors import AudioError, BundleError
+from sa3_convert.runtime import autoencode
+from sa3_convert.runtime import conditioning as conditions
+from sa3_convert.runtime.audio import read_audio
+from sa3_convert.runtime.bottleneck import Bottleneck
+from sa3_convert.runtime.checks import OutputCheck
+from sa3_convert.runtime.conditioning import Conditioning
+from sa3_convert.runtime.engines import Engine, EngineName, Models
+from sa3_convert.runtime.events import AudioChunk, Event, Generation, Notes, Report, Started, Stepped
+from sa3_convert.runtime.guidance import guided
+from sa3_convert.runtime.lengths import Lengths, inpaint_mask, lengths, max_seconds
+from sa3_convert.runtime.noise import TorchGenerator
+from sa3_convert.runtime.opening import bundle_engine, checkpoint_parts
+from sa3_convert.runtime.prompts import PromptTokenizer
+from sa3_convert.runtime.request import AudioSource, GenerateRequest, ResolvedRequest
+from sa3_convert.runtime.samplers import SAMPLERS, Step, Velocity
+from sa3_convert.runtime.schedule import sigmas
+from sa3_convert.session import Session
+
+Floats = NDArray[np.float32]
+
+
+class Pipeline:
+    """Generates audio with the models of one bundle.
+
+    Args:
+        layout: dimensions of the checkpoint.
+        engine: what loads and runs the models.
+        tokenizer: path of `tokenizer.json`.
+        bottleneck: of the same checkpoint.
+        keep_loaded: keep models between stages and generations, for servers and batches; else each is freed after its
+            stage, so that memory holds one at a time.
+        window: latents per run of the autoencoder; smaller needs less memory and computes a little more.
+
+    Raises:
+        BundleError: the bundle holds an autoencoder alone, or its tokenizer is missing or damaged.
+
+    """
+
+    def __init__(
+        self,
+        layout: CheckpointLayout,
+        engine: Engine,
+        tokenizer: Path,
+        bottleneck: Bottleneck,
+        *,
+        keep_loaded: bool = False,
+        window: int = autoencode.WINDOW,
+    ) -> None:
+        self.layout = layout
+        self._bottleneck = bottleneck
+        self._tokenizer = PromptTokenizer(tokenizer, _text_layout(layout).max_length)
+        self._models = Models(engine, keep_loaded=keep_loaded)
+        self._window = window
+
+    @classmethod
+    def from_bundle(
+        cls,
+        path: Path,
+        engine: EngineName = "mnn",
+        *,
+        check: bool = True,
+        keep_loaded: bool = False,
+        window: int = autoencode.WINDOW,
+        **options: Any,
+    ) -> Self:
+        """Open a bundle.
+
+        Args:
+            path: the bundle's folder.
+            engine: "mnn" or "onnxruntime" (which needs the reference ONNX files in the bundle).
+            check: compare the bundle's files with its manifest first (reads them all once).
+            keep_loaded: see the class.
+            window: see the class.
+            **options: of the engine: `threads`, and for MNN `memory`, `precision` and `backend`.
+
+        Raises:
+            BundleError: the bundle is missing, damaged, or cannot generate.
+            UsageError: there is no such engine.
+
+        """
+        bundle = Bundle.open(path)
+        runner = bundle_engine(bundle, engine, options, check=check)
+        bottleneck = Bottleneck.read(bundle.file(None, "bottleneck_params"))
+        tokenizer = bundle.file(None, "tokenizer")
+        return cls(bundle.layout, runner, tokenizer, bottleneck, keep_loaded=keep_loaded, window=window)
+
+    @classmethod
+    def from_checkpoint(
+        cls, folder: Path, *, keep_loaded: bool = False, window: int = autoencode.WINDOW, **options: Any
+    ) -> Self:
+        """Open a checkpoint with the torch engine, the reference that bundles are compared with.
+
+        Args:
+            folder: the checkpoint.
+            keep_loaded: see the class.
+            window: see the class.
+            **options: `threads`, `padding`.
+
+        """
+        engine, tokenizer, bottleneck = checkpoint_parts(folder, options)
+        return cls(engine.checkpoint.layout, engine, tokenizer, bottleneck, keep_loaded=keep_loaded, window=window)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free models that were kept."""
+        self._models.close()
+
+    def generate(self, request: GenerateRequest, *, allow: Collection[str] = ()) -> Generation:
+        """Generate a whole piece; see `stream`."""
+        report: Report | None = None
+        chunks: list[Floats] = []
+        for event in self.stream(request, allow=allow):
+            if isinstance(event, AudioChunk):
+                chunks.append(event.samples)
+            elif isinstance(event, Report):
+                report = event
+        assert report is not None
+        return Generation(np.concatenate(chunks, axis=1), self.layout.sample_rate, report)
+
+    def stream(self, request: GenerateRequest, *, allow: Collection[str] = ()) -> Iterator[Event]:
+        """Generate, and yield what happens as it happens: stages, denoising steps, audio, and a report at the end.
+
+        Audio chunks come as they are decoded. Closing the iterator stops the work and frees the models.
+
+        Args:
+            request: what to generate.
+            allow: names of output checks to waive; see `checks.CHECKS`.
+
+        Raises:
+            UsageError: the request does not suit the model.
+            AudioError: given audio cannot be used.
+            BundleError: a model that is needed is not in the bundle.
+            OutputRejectedError: the audio failed a check. Chunks that were yielded before are then not to be trusted.
+
+        """
+        settings = request.resolved(self.layout)
+        sizes = lengths(self.layout, settings.seconds)
+        check = OutputCheck(allow)
+        notes = Notes()
+        # Everything that can be wrong with the request is found before the first model is loaded.
+        initial = self.given_audio(request.init_audio, sizes, notes)
+        inpainted = self.given_audio(request.inpaint_audio, sizes, notes)
+        mask = inpaint_mask(self.layout, sizes, settings.inpaint)
+
+        yield Started("text")
+        with notes.timed("text"):
+            prompted, unprompted = self.condition(settings, notes)
+        start = kept = None
+        if initial is not None or inpainted is not None:
+            yield Started("encode")
+            with notes.timed("encode"), self._models.use(Component.ENCODER) as encoder:
+                start, kept = self.encode(encoder, initial), self.encode(encoder, inpainted)
+        local = conditions.local_conditioning(self._channels, sizes.latents, mask, kept)
+
+        yield Started("denoise")
+        latents: Floats | None = None
+        steps = self.denoise(settings, sizes, prompted, unprompted, local, start)
+        while (step := notes.timed_next(steps, "denoise")) is not None:
+            latents = step.latents
+            yield Stepped(step, settings.steps)
+        assert latents is not None
+
+        yield Started("decode")
+        done = 0
+        chunks = self.decode(latents, sizes.samples)
+        while (audio := notes.timed_next(chunks, "decode")) is not None:
+            check.add(audio)
+            yield AudioChunk(done, np.clip(audio[0], -1, 1))
+            done += audio.shape[2]
+        check.finish(sizes.samples)
+        engine = self._models.engine.settings
+        yield Report(settings, sizes, latents, notes.seconds, engine, tuple(notes.warnings))
+
+    def given_audio(self, source: AudioSource | None, sizes: Lengths, notes: Notes) -> Floats | None:
+        """Return given audio as [1, 2, T · ratio] float32: cut, or padded with silence, to what the model works on.
+
+        Raises:
+            AudioError: it cannot be read or is not audio that the model takes.
+
+        """
+        if source is None:
+            return None
+        rate = self.layout.sample_rate
+        if isinstance(source, Path):
+            samples = read_audio(source, rate, max_seconds=max_seconds(self.layout))
+        else:
+            samples = source
+            _check_samples(samples)
+        if samples.shape[1] > sizes.samples:
+            notes.warnings.append(
+                f"The given audio lasts {samples.shape[1] / rate:.2f} seconds; what lies beyond the "
+                f"{sizes.samples / rate:.2f} seconds to be generated has no part in the output."
+            )
+        audio = np.zeros((1, 2, sizes.latents * self.layout.autoencoder.downsampling_ratio), np.float32)
+        length = min(samples.shape[1], audio.shape[2])
+        audio[0, :, :length] = samples[:, :length]
+        return audio
+
+    def condition(self, request: ResolvedRequest, notes: Notes) -> tuple[Conditioning, Conditioning | None]:
+        """Return the conditioning under the prompt, and what guidance compares it with if there is guidance."""
+        guidance = request.cfg_scale != 1
+        negative = request.negative_prompt if guidance else None
+        if request.negative_prompt is not None and not guidance:
+            notes.warnings.append("The negative prompt has no effect without guidance (cfg_scale 1).")
+        tokens = self._tokenizer.encode(request.prompt)
+        negative_tokens = None if negative is None else self._tokenizer.encode(negative)
+        for name, found in (("prompt", tokens), ("negative prompt", negative_tokens)):
+            if found is not None and found.dropped:
+                kept = found.ids.shape[1]
+                notes.warnings.append(
+                    f"The {name} is too long: of its {kept + found.dropped} tokens only the first {kept} are heard."
+                )
+        against = None
+        with self._models.use(Component.TEXT_ENCODER) as text_encoder:
+            prompt = conditions.prompt_embedding(text_encoder, tokens)
+            if negative_tokens is not None:
+                against = conditions.prompt_embedding(text_encoder, negative_tokens)
+        with self._models.use(Component.NUMBER_CONDITIONER) as number_conditioner:
+            seconds = conditions.seconds_embedding(number_conditioner, request.seconds)
+        prompted = conditions.conditioning(prompt, seconds)
+        if not guidance:
+            return prompted, None
+        if against is None or negative_tokens is None:
+            return prompted, prompted.without_prompt()
+        return prompted, conditions.negative_conditioning(against, negative_tokens, seconds)
+
+    def encode(self, encoder: Session, audio: Floats | None) -> Floats | None:
+        """Return the latents [1, C, T] of what `given_audio` returned."""
+        if audio is None:
+            return None
+        return autoencode.encoded(encoder, audio, self.layout.autoencoder, self._bottleneck, window=self._window)
+
+    def denoise(
+        self,
+        request: ResolvedRequest,
+        sizes: Lengths,
+        prompted: Conditioning,
+        unprompted: Conditioning | None,
+        local: Floats,
+        initial: Floats | None,
+    ) -> Iterator[Step]:
+        """Yield the steps from noise, or noised initial latents, to latents [1, C, T]."""
+        generator = TorchGenerator(request.seed)
+        start = generator.randn((1, self._channels, sizes.latents))
+        sigma_max = 1.0
+        if initial is not None:
+            sigma_max = request.init_noise_level
+            start = initial * np.float32(1 - sigma_max) + start * np.float32(sigma_max)
+        padding_mask = sizes.padding_mask()
+        with self._models.use(Component.DIT) as dit:
+            velocity = _velocity(dit, prompted, local, padding_mask)
+            if unprompted is not None:
+                velocity = guided(
+                    velocity,
+                    _velocity(dit, unprompted, local, padding_mask),
+                    cfg_scale=request.cfg_scale,
+                    apg_scale=request.apg_scale,
+                    padding_mask=padding_mask,
+                )
+            yield from SAMPLERS[request.sampler](velocity, start, sigmas(request.steps, sigma_max), generator.randn)
+
+    def decode(self, latents: Floats, samples: int | None = None) -> Iterator[Floats]:
+        """Yield the audio of latents [1, C, T], [1, 2, n] at a time, not clipped; see `autoencode.decoded`."""
+        with self._models.use(Component.DECODER) as decoder:
+            yield from autoencode.decoded(
+                decoder, latents, self.layout.autoencoder, samples=samples, window=self._window
+            )
+
+    @property
+    def _channels(self) -> int:
+        return self.layout.autoencoder.latent_dim
+
+
+def _velocity(dit: Session, condition: Conditioning, local: Floats, padding_mask: Floats) -> Velocity:
+    constant = {
+        "cross_attn_cond": condition.cross_attn_cond,
+        "global_embed": condition.global_embed,
+        "local_add_cond": local,
+        "padding_mask": padding_mask,
+    }
+
+    def velocity(x: Floats, t: np.float32) -> Floats:
+        return dit.run({"x": x, "t": np.array([t], np.float32), **constant})["out"]
+
+    return velocity
+
+
+def _check_samples(samples: Floats) -> None:
+    if samples.ndim != 2 or samples.shape[0] != 2 or samples.shape[1] == 0 or samples.dtype != np.float32:
+        raise AudioError(
+            f"Given samples are {samples.dtype} of shape {list(samples.shape)}; expected float32 [2, N] at the "
+            "model's rate."
+        )
+    if not np.isfinite(samples).all():
+        raise AudioError("Given samples hold NaN or infinities.")
+
+
+def _text_layout(layout: CheckpointLayout) -> TextEncoderLayout:
+    if layout.text_encoder is None:
+        raise BundleError("This bundle holds an autoencoder alone; it cannot generate.")
+    return layout.text_encoder

@@ -1,0 +1,181 @@
+"""What is asked for: one generation, checked before any model is loaded, and replayable from JSON."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sa3_convert.checkpoint.layout import CheckpointLayout
+from sa3_convert.errors import UsageError
+from sa3_convert.runtime.lengths import Region, check_regions, lengths
+from sa3_convert.runtime.prompts import check_prompt
+from sa3_convert.runtime.samplers import SamplerName
+
+AudioSource = Path | NDArray[np.float32]
+"""A file, or stereo samples [2, N] at the model's rate."""
+
+MAX_STEPS = 1000
+_DEFAULT_INIT_NOISE = 0.9
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GenerateRequest:
+    """Settings of one generation. None stands for what suits the model; `resolved` fills it in.
+
+    Raises:
+        UsageError: a setting cannot be, or two contradict each other.
+
+    """
+
+    prompt: str
+    seconds: float = 10.0
+    seed: int = 0
+    """The same seed gives the same start noise on every engine and platform; only its low 32 bits count."""
+    steps: int | None = None
+    """8 for distilled models, 50 for base models."""
+    sampler: SamplerName | None = None
+    """Ping-pong for distilled models, Euler for base models."""
+    cfg_scale: float | None = None
+    """Guidance; 1 is none. 1 for distilled models, 7 for base models."""
+    apg_scale: float = 1.0
+    """0 … 1: how much of the guidance that is parallel to the estimate is removed."""
+    negative_prompt: str | None = None
+    """What guidance moves away from, instead of from no prompt at all."""
+    init_audio: AudioSource | None = None
+    """Audio to start from instead of noise alone."""
+    init_noise_level: float | None = None
+    """0 (exclusive) … 1: how much of the initial audio is replaced by noise; 0.9 if there is any."""
+    inpaint_audio: AudioSource | None = None
+    """Audio of which everything is kept but `inpaint`."""
+    inpaint: tuple[Region, ...] = field(default=())
+    """What to generate anew, in seconds; may reach beyond the audio's end, which continues it."""
+
+    def __post_init__(self) -> None:
+        check_prompt(self.prompt)
+        if self.negative_prompt is not None:
+            check_prompt(self.negative_prompt, "negative prompt")
+        if not math.isfinite(self.seconds) or self.seconds <= 0:
+            raise UsageError(f"A duration of {self.seconds} seconds cannot be generated. Give a positive number.")
+        if not 0 <= self.seed < 1 << 64:
+            raise UsageError(f"Seed {self.seed} is not within 0 … 2⁶⁴ − 1.")
+        if self.steps is not None and not 1 <= self.steps <= MAX_STEPS:
+            raise UsageError(f"{self.steps} steps; give 1 to {MAX_STEPS}.")
+        if self.sampler is not None and self.sampler not in get_args(SamplerName):
+            raise UsageError(f"There is no sampler {self.sampler!r}. There are: {', '.join(get_args(SamplerName))}.")
+        for name, value in (("cfg_scale", self.cfg_scale), ("apg_scale", self.apg_scale)):
+            if value is not None and not math.isfinite(value):
+                raise UsageError(f"{name} is {value}, not a finite number.")
+        self._check_audio()
+
+    def _check_audio(self) -> None:
+        level = self.init_noise_level
+        if level is not None and not 0 < level <= 1:
+            raise UsageError(f"init_noise_level is {level}; it must be above 0 and at most 1 (all noise).")
+        if level not in (None, 1) and self.init_audio is None:
+            raise UsageError("init_noise_level needs init_audio, of which it says how much is kept.")
+        if self.inpaint and self.inpaint_audio is None:
+            raise UsageError("Inpaint regions need inpaint_audio, of which the rest is kept.")
+        if self.inpaint_audio is not None and not self.inpaint:
+            raise UsageError("inpaint_audio needs at least one region START:END to generate anew.")
+        check_regions(self.inpaint, self.seconds)
+
+    def resolved(self, layout: CheckpointLayout) -> "ResolvedRequest":
+        """Return the request with every default filled in for a model.
+
+        Raises:
+            UsageError: the duration is beyond the model's limit, or the model cannot generate.
+
+        """
+        lengths(layout, self.seconds)
+        if layout.objective is None:
+            raise UsageError("This model is an autoencoder alone; it cannot generate.")
+        distilled = layout.objective == "rf_denoiser"
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        defaults = {
+            "steps": 8 if distilled else 50,
+            "sampler": "pingpong" if distilled else "euler",
+            "cfg_scale": 1.0 if distilled else 7.0,
+            "init_noise_level": 1.0 if self.init_audio is None else _DEFAULT_INIT_NOISE,
+        }
+        return ResolvedRequest(**values | {key: value for key, value in defaults.items() if values[key] is None})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as JSON values that `from_json` reads back.
+
+        Raises:
+            ValueError: given audio is samples, not a file.
+
+        """
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name in ("init_audio", "inpaint_audio"):
+            if isinstance(values[name], np.ndarray):
+                raise ValueError(f"{name} is an array; only audio that stands in a file can be written down")
+            values[name] = None if values[name] is None else str(values[name])
+        values["inpaint"] = [list(region) for region in self.inpaint]
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Read settings.
+
+        Raises:
+            UsageError: a key is unknown (the nearest known one is named), or a value of the wrong kind or not valid.
+
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f" Perhaps you meant {near[0]!r}." if near else ""
+                raise UsageError(f"There is no setting {key!r}.{hint}")
+        if "prompt" not in values:
+            raise UsageError("The setting 'prompt' is missing.")
+        return cls(**{key: _read(key, value) for key, value in values.items()})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ResolvedRequest(GenerateRequest):
+    """A request without open settings; made by `GenerateRequest.resolved`."""
+
+    steps: int = 8
+    sampler: SamplerName = "pingpong"
+    cfg_scale: float = 1.0
+    init_noise_level: float = 1.0
+
+
+_NUMBERS = ("seconds", "cfg_scale", "apg_scale", "init_noise_level")
+_WHOLE = ("seed", "steps")
+_REQUIRED = ("prompt", "seconds", "seed", "apg_scale", "inpaint")
+
+
+def _read(key: str, value: Any) -> Any:
+    """Return a setting's value for its JSON value."""
+    if value is None and key not in _REQUIRED:
+        return None
+    if key == "inpaint":
+        if isinstance(value, list) and all(
+            isinstance(r, list) and [_is_number(v) for v in r] == [True] * 2 for r in value
+        ):
+            return tuple((float(start), float(end)) for start, end in value)
+        raise UsageError(f"inpaint is {value!r}, expected a list of [start, end] in seconds.")
+    if key in _NUMBERS:
+        if not _is_number(value):
+            raise UsageError(f"{key} is {value!r}, expected a number.")
+        return float(value)
+    if key in _WHOLE:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise UsageError(f"{key} is {value!r}, expected a whole number.")
+        return value
+    if not isinstance(value, str):
+        raise UsageError(f"{key} is {value!r}, expected text.")
+    return Path(value) if key in ("init_audio", "inpaint_audio") else value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
