@@ -385,7 +385,7 @@ def _shared_artifacts(request: ConvertRequest) -> list[Artifact]:
 
 
 def bottleneck_params(checkpoint: "Checkpoint") -> str:
-    """Return `bottleneck_params.json`: nested lists [1][C][1], and running_std as [value], exactly as clients read it."""
+    """Return `bottleneck_params.json` as clients read it: nested lists [1][C][1], and running_std as [value]."""
     state = checkpoint.state(Component.DECODER)
     names = ("scaling_factor", "bias", "running_std")
     values = {name: state[f"bottleneck.{name}"].tolist() for name in names}

@@ -68,7 +68,7 @@ def plan(request: ConvertRequest) -> list[Step]:
     for component in request.selected():
         recipe = request.recipe.for_component(component)
         keys = stage_keys(request.checkpoint, component, recipe)
-        shapes = request.checkpoint.shapes(component)
+        shapes = {name: entry.shape for name, entry in request.checkpoint.stored(component).items()}
         steps.append(
             Step(
                 component=component,

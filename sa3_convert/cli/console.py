@@ -6,6 +6,7 @@ from rich.table import Table
 from sa3_convert.bundle.manifest import Bundle
 from sa3_convert.convert import ConvertRequest, StageEvent
 from sa3_convert.plan import Step, bytes_needed
+from sa3_convert.verify.result import Verdict
 
 stdout = Console(highlight=False, soft_wrap=False)
 stderr = Console(stderr=True, highlight=False)
@@ -22,6 +23,12 @@ def show_stage(event: StageEvent) -> None:
         return
     time = "unchanged" if event.state == "reused" else f"{event.seconds:.1f} s"
     stderr.print(f"{name} {event.stage:<7} {time:>10}  {event.detail:<24}")
+
+
+def show_verdict(verdict: Verdict) -> None:
+    """Print one line per verified model."""
+    fidelity = verdict.fidelity
+    stderr.print(f"{fidelity.component.value:<18} {fidelity.worst.signal_to_noise_db:.1f} dB")
 
 
 def bundle_table(bundle: Bundle) -> Table:

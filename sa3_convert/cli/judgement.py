@@ -1,5 +1,6 @@
 """`verify` and `inspect`: what a bundle or file really is."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +23,18 @@ def verify(
     threads: ThreadsOption = None,
 ) -> None:
     """Compare every MNN model of a bundle with ONNX Runtime on its fp32 reference."""
-    raise NotImplementedError
+    from sa3_convert.bundle.manifest import Bundle
+    from sa3_convert.cli.console import show_verdict, stdout
+    from sa3_convert.files import write_text
+    from sa3_convert.verify.bundle import verify_bundle
+    from sa3_convert.verify.table import render
+
+    opened = Bundle.open(bundle)
+    result = verify_bundle(opened, components=tuple(component or ()), quick=quick, threads=threads, report=show_verdict)
+    stdout.print(render(result))
+    if json_file is not None:
+        write_text(json_file, json.dumps(result.to_data(), indent=2) + "\n")
+    result.check()
 
 
 def inspect(

@@ -69,7 +69,7 @@ class Layer:
             return ir.Tensor(np.ascontiguousarray(rewritten.T if transposed else rewritten), name=original.name)
 
         self.weight.const_value = ir.LazyTensor(
-            evaluate, dtype=ir.DataType.FLOAT, shape=ir.Shape(original.shape), name=original.name
+            evaluate, dtype=ir.DataType.FLOAT, shape=ir.Shape(list(original.shape)), name=original.name
         )
 
 
