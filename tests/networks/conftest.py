@@ -1,0 +1,65 @@
+"""Networks of the golden checkpoints, each built once."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sa3_convert.checkpoint.layout import CheckpointLayout, read_layout
+from sa3_convert.components import Component
+from sa3_convert.networks.build import build_network
+from sa3_convert.networks.dit import Padding
+from tests.conftest import GOLDEN, Golden
+from tests.networks.weights import component_state
+
+DIT_INPUTS = ("x", "t", "cross_attn_cond", "global_embed", "local_add_cond", "padding_mask")
+
+
+@cache
+def _layout(family: str) -> CheckpointLayout:
+    return read_layout(GOLDEN / family / "checkpoint")
+
+
+@cache
+def _network(family: str, component: Component, padding: Padding) -> nn.Module:
+    state = component_state(GOLDEN / family / "checkpoint", component)
+    return build_network(component, _layout(family), state, padding=padding)
+
+
+def network(family: str | Path, component: Component, padding: Padding = "key_mask") -> Any:
+    return _network(Path(family).name, component, padding)
+
+
+def layout_of(family: str) -> CheckpointLayout:
+    return _layout(family)
+
+
+def tensor(golden: Golden, name: str) -> Tensor:
+    return torch.from_numpy(golden.tensors[name])
+
+
+def dit_inputs(golden: Golden, case: dict[str, Any]) -> list[Tensor]:
+    return [tensor(golden, case[name]).float() for name in DIT_INPUTS]
+
+
+def array(output: Tensor) -> NDArray[np.float32]:
+    result: NDArray[np.float32] = output.numpy()
+    return result
+
+
+@pytest.fixture
+def noise() -> Callable[..., Tensor]:
+    """Seeded Gaussian tensors."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=generator)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
