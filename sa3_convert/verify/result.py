@@ -27,6 +27,15 @@ class Measurement:
         return self.sums.fidelity()
 
 
+def _worst(figures: Sequence[Fidelity]) -> Fidelity:
+    return Fidelity(
+        min(f.signal_to_noise_db for f in figures),
+        min(f.cosine for f in figures),
+        max(f.max_abs_error for f in figures),
+        max(f.mean_abs_error for f in figures),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class ComponentFidelity:
     """All measurements of one component; there is at least one."""
@@ -46,27 +55,24 @@ class ComponentFidelity:
     @property
     def worst(self) -> Fidelity:
         """The worst of each figure; they need not be of the same case."""
-        every = [m.fidelity for m in self.measurements]
-        return Fidelity(
-            min(f.signal_to_noise_db for f in every),
-            min(f.cosine for f in every),
-            max(f.max_abs_error for f in every),
-            max(f.mean_abs_error for f in every),
-        )
+        return _worst([m.fidelity for m in self.measurements])
 
     @property
     def mean(self) -> Fidelity:
-        """The mean of each figure over the measurements."""
-        every = [m.fidelity for m in self.measurements]
+        """The mean of each figure over the cases, each by its worst output: a constant one would flatter it."""
+        cases: dict[str, list[Fidelity]] = {}
+        for measurement in self.measurements:
+            cases.setdefault(measurement.case, []).append(measurement.fidelity)
+        worst = [_worst(figures) for figures in cases.values()]
 
         def mean(values: Sequence[float]) -> float:
             return math.fsum(values) / len(values)
 
         return Fidelity(
-            mean([f.signal_to_noise_db for f in every]),
-            mean([f.cosine for f in every]),
-            mean([f.max_abs_error for f in every]),
-            mean([f.mean_abs_error for f in every]),
+            mean([f.signal_to_noise_db for f in worst]),
+            mean([f.cosine for f in worst]),
+            mean([f.max_abs_error for f in worst]),
+            mean([f.mean_abs_error for f in worst]),
         )
 
     @property

@@ -36,6 +36,12 @@ def test_the_mean_is_over_cases() -> None:
     assert RESULT.mean.mean_abs_error == pytest.approx(0.375)
 
 
+def test_a_constant_output_that_is_exact_does_not_lift_the_mean() -> None:
+    padding = Measurement("seed=0 T=8", "padding", sums_of(np.ones(5, np.float32), np.ones(5, np.float32)))
+    with_padding = ComponentFidelity(Component.DECODER, (*RESULT.measurements, padding))
+    assert with_padding.mean == RESULT.mean
+
+
 def test_the_pooled_ratio_is_over_all_elements() -> None:
     assert RESULT.pooled.signal_to_noise_db == pytest.approx(10 * np.log10(20 / (10 * 0.25 + 10 * 0.0625)))
 
