@@ -6,209 +6,41 @@ hands whole to a constructor may hold nothing unknown; from the others (the root
 what it needs, and what it never reads there (training, demos) is no concern here either.
 """
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from sa3_convert.checkpoint.dimensions import (
+    AutoencoderLayout,
+    CheckpointLayout,
+    DitLayout,
+    NumberConditionerLayout,
+    Objective,
+    SameLayout,
+    TextEncoderLayout,
+)
+from sa3_convert.checkpoint.section import Section, read_json
 from sa3_convert.errors import CheckpointError
 
-Objective = Literal["rf_denoiser", "rectified_flow"]
+__all__ = [
+    "TEXT_ENCODER_FOLDER",
+    "AutoencoderLayout",
+    "CheckpointLayout",
+    "DitLayout",
+    "NumberConditionerLayout",
+    "Objective",
+    "SameLayout",
+    "TextEncoderLayout",
+    "read_json",
+    "read_layout",
+]
 
 TEXT_ENCODER_FOLDER = "t5gemma-b-b-ul2"
 
+# Bounds what a damaged file can make us do; the deepest published network has 24 layers.
+_DEEPEST = 1000
+
 # The published checkpoints say the latter; the reference builds the same model for both.
 _DIFFUSION_TYPES = ("diffusion_cond", "diffusion_cond_inpaint")
-
-
-@dataclass(frozen=True, slots=True)
-class TextEncoderLayout:
-    """T5Gemma encoder (Gemma-2 blocks) and the learned padding behind it."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    query_pre_attn_scalar: float
-    attn_logit_softcap: float
-    rms_norm_eps: float
-    rope_theta: float
-    max_length: int
-
-
-@dataclass(frozen=True, slots=True)
-class NumberConditionerLayout:
-    """`seconds_total`: clamp, normalise, Fourier features, one linear."""
-
-    min_value: float
-    max_value: float
-    features: int
-    output_dim: int
-
-
-@dataclass(frozen=True, slots=True)
-class DitLayout:
-    """Diffusion transformer."""
-
-    io_channels: int
-    embed_dim: int
-    depth: int
-    num_heads: int
-    cond_token_dim: int
-    global_cond_dim: int
-    local_add_cond_dim: int
-    num_memory_tokens: int
-    differential: bool
-    ff_mult: float
-    timestep_features: int
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.embed_dim // self.num_heads
-
-    @property
-    def ff_dim(self) -> int:
-        """Inner width of the SwiGLU feed-forward."""
-        return int(self.embed_dim * self.ff_mult)
-
-
-@dataclass(frozen=True, slots=True)
-class SameLayout:
-    """One half (encoder or decoder) of a SAME autoencoder."""
-
-    io_channels: int
-    width: int
-    latent_dim: int
-    stride: int
-    depth: int
-    head_dim: int
-    chunk_size: int | None
-    """Samples (patches) per attention window, SAME-S; None with a sliding window, SAME-L."""
-    sliding_window: tuple[int, int] | None
-    """Groups (latents) to the left and right that a token sees, SAME-L."""
-    mapping_kernel: int
-    ff_mult: float
-    sinusoidal_from: int
-    """Index of the first layer whose gate is sin(π·x); equal to `depth` when there is none."""
-
-    @property
-    def num_heads(self) -> int:
-        """Attention heads."""
-        return self.width // self.head_dim
-
-    @property
-    def group(self) -> int:
-        """Tokens per latent: `stride` patches and one more."""
-        return self.stride + 1
-
-
-@dataclass(frozen=True, slots=True)
-class AutoencoderLayout:
-    """SAME autoencoder with its patched audio front and softnorm bottleneck."""
-
-    encoder: SameLayout
-    decoder: SameLayout
-    latent_dim: int
-    patch_size: int
-    audio_channels: int
-    downsampling_ratio: int
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointLayout:
-    """Everything that is known of a checkpoint before its weights are read."""
-
-    sample_rate: int
-    sample_size: int
-    autoencoder: AutoencoderLayout
-    dit: DitLayout | None
-    text_encoder: TextEncoderLayout | None
-    number_conditioner: NumberConditionerLayout | None
-    objective: Objective | None
-    source_id: str | None
-    """The hub id that the checkpoint names as its own (where its text encoder comes from), if it does."""
-
-
-class _Section:
-    """One JSON object of a config: each key is taken once, and what is left over is refused by name."""
-
-    def __init__(self, values: Any, where: str) -> None:
-        if not isinstance(values, Mapping):
-            raise CheckpointError(f"{where} is {type(values).__name__}, expected an object.")
-        self._values = dict(values)
-        self._where = where
-
-    def section(self, key: str) -> "_Section":
-        if key not in self._values:
-            raise CheckpointError(f"{self._where} has no {key!r}.")
-        return _Section(self._values.pop(key), f"{self._where}.{key}")
-
-    def has(self, key: str) -> bool:
-        return key in self._values
-
-    def raw(self, key: str, default: Any = ...) -> Any:
-        if key in self._values:
-            return self._values.pop(key)
-        if default is ...:
-            raise CheckpointError(f"{self._where} has no {key!r}.")
-        return default
-
-    def integer(self, key: str, default: Any = ..., *, minimum: int = 1) -> int:
-        value = self.raw(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise CheckpointError(f"{self._where}.{key} is {value!r}, expected an integer of at least {minimum}.")
-        return value
-
-    def number(self, key: str, default: Any = ...) -> float:
-        value = self.raw(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CheckpointError(f"{self._where}.{key} is {value!r}, expected a number.")
-        return float(value)
-
-    def only(self, key: str, supported: Any, default: Any = ...) -> None:
-        """Take a setting that has one supported value (or a tuple of them)."""
-        value = self.raw(key, default)
-        allowed = supported if isinstance(supported, tuple) else (supported,)
-        if not any(type(value) is type(a) and value == a for a in allowed):
-            wanted = " or ".join(repr(a) for a in allowed)
-            raise CheckpointError(f"{self._where}.{key} is {value!r}; only {wanted} is supported.")
-
-    def one_of_list(self, key: str, default: Any = ...) -> int:
-        """Take a per-stage list that must have exactly one stage, as every published SAME has."""
-        value = self.raw(key, default)
-        if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], int) or value[0] < 0:
-            raise CheckpointError(f"{self._where}.{key} is {value!r}; only a list of one integer is supported.")
-        return value[0]
-
-    def ignore(self, *keys: str) -> None:
-        """Drop settings that matter for training or loading only."""
-        for key in keys:
-            self._values.pop(key, None)
-
-    def finish(self) -> None:
-        if self._values:
-            names = ", ".join(f"{self._where}.{key}" for key in sorted(self._values))
-            raise CheckpointError(f"Unsupported setting {names}: this tool does not know what it means.")
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        CheckpointError: the file is missing, unreadable or not JSON.
-
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
 
 
 def read_layout(folder: Path) -> CheckpointLayout:
@@ -218,7 +50,7 @@ def read_layout(folder: Path) -> CheckpointLayout:
         CheckpointError: a file is missing or holds a setting that is not supported; the message names it.
 
     """
-    config = _Section(read_json(folder / "model_config.json"), "model_config.json")
+    config = Section(read_json(folder / "model_config.json"), "model_config.json")
     kind = config.raw("model_type")
     sample_rate = config.integer("sample_rate")
     sample_size = config.integer("sample_size")
@@ -242,7 +74,7 @@ def read_layout(folder: Path) -> CheckpointLayout:
 
 
 def _diffusion(
-    folder: Path, model: _Section, sample_rate: int, sample_size: int, audio_channels: int
+    folder: Path, model: Section, sample_rate: int, sample_size: int, audio_channels: int
 ) -> CheckpointLayout:
     pretransform = model.section("pretransform")
     pretransform.only("type", "autoencoder")
@@ -302,10 +134,10 @@ def _same(left_name: str, left: int, right_name: str, right: int) -> None:
         raise CheckpointError(f"model_config.json contradicts itself: {left_name} is {left}, {right_name} is {right}.")
 
 
-def _conditioners(configs: Any) -> tuple[_Section, _Section]:
-    found: dict[str, _Section] = {}
+def _conditioners(configs: Any) -> tuple[Section, Section]:
+    found: dict[str, Section] = {}
     for index, entry in enumerate(configs if isinstance(configs, list) else []):
-        section = _Section(entry, f"model.conditioning.configs[{index}]")
+        section = Section(entry, f"model.conditioning.configs[{index}]")
         identifier = section.raw("id")
         wanted = {"prompt": "t5gemma", "seconds_total": "number"}.get(identifier)
         if wanted is None:
@@ -319,7 +151,7 @@ def _conditioners(configs: Any) -> tuple[_Section, _Section]:
     return found["prompt"], found["seconds_total"]
 
 
-def _number_conditioner(config: _Section, cond_dim: int) -> NumberConditionerLayout:
+def _number_conditioner(config: Section, cond_dim: int) -> NumberConditionerLayout:
     config.only("fourier_features_type", "expo", "learned")
     low, high = config.number("min_val", 0), config.number("max_val", 1)
     config.finish()
@@ -328,7 +160,7 @@ def _number_conditioner(config: _Section, cond_dim: int) -> NumberConditionerLay
     return NumberConditionerLayout(min_value=low, max_value=high, features=256, output_dim=cond_dim)
 
 
-def _text_encoder(folder: Path, prompt: _Section, cond_dim: int) -> tuple[TextEncoderLayout, str | None]:
+def _text_encoder(folder: Path, prompt: Section, cond_dim: int) -> tuple[TextEncoderLayout, str | None]:
     prompt.only("padding_mode", "learned", "zero")
     prompt.only("project_out", False, False)
     prompt.only("model_name", "google/t5gemma-b-b-ul2", "google/t5gemma-b-b-ul2")
@@ -345,18 +177,18 @@ def _text_encoder(folder: Path, prompt: _Section, cond_dim: int) -> tuple[TextEn
         )
     raw = read_json(path)
     values = raw.get("encoder") if isinstance(raw, dict) else None
-    encoder = _Section(values, f"{TEXT_ENCODER_FOLDER}/config.json: encoder")
+    encoder = Section(values, f"{TEXT_ENCODER_FOLDER}/config.json: encoder")
     layout = TextEncoderLayout(
         vocab_size=encoder.integer("vocab_size"),
         hidden_size=encoder.integer("hidden_size"),
         intermediate_size=encoder.integer("intermediate_size"),
-        num_layers=encoder.integer("num_hidden_layers"),
+        num_layers=encoder.integer("num_hidden_layers", maximum=_DEEPEST),
         num_heads=encoder.integer("num_attention_heads"),
         num_kv_heads=encoder.integer("num_key_value_heads"),
         head_dim=encoder.integer("head_dim"),
-        query_pre_attn_scalar=encoder.number("query_pre_attn_scalar"),
-        attn_logit_softcap=encoder.number("attn_logit_softcapping"),
-        rms_norm_eps=encoder.number("rms_norm_eps", 1e-6),
+        query_pre_attn_scalar=encoder.number("query_pre_attn_scalar", positive=True),
+        attn_logit_softcap=encoder.number("attn_logit_softcapping", positive=True),
+        rms_norm_eps=encoder.number("rms_norm_eps", 1e-6, positive=True),
         rope_theta=_rope_theta(encoder),
         max_length=max_length,
     )
@@ -375,15 +207,15 @@ def _text_encoder(folder: Path, prompt: _Section, cond_dim: int) -> tuple[TextEn
     return layout, source_id if isinstance(source_id, str) else None
 
 
-def _rope_theta(encoder: _Section) -> float:
+def _rope_theta(encoder: Section) -> float:
     if encoder.has("rope_theta"):
-        return encoder.number("rope_theta")
+        return encoder.number("rope_theta", positive=True)
     parameters = encoder.section("rope_parameters")
     parameters.only("rope_type", "default", "default")
-    return parameters.number("rope_theta")
+    return parameters.number("rope_theta", positive=True)
 
 
-def _dit(config: _Section) -> DitLayout:
+def _dit(config: Section) -> DitLayout:
     config.only("transformer_type", "continuous_transformer", "continuous_transformer")
     config.only("global_cond_type", "adaLN", "prepend")
     config.only("timestep_features_type", "expo", "learned")
@@ -406,27 +238,27 @@ def _dit(config: _Section) -> DitLayout:
     config.only("patch_size", 1, 1)
     config.only("input_concat_dim", 0, 0)
     config.only("prepend_cond_dim", 0, 0)
-    norm = _Section(config.raw("norm_kwargs", {}), "dit.norm_kwargs")
+    norm = Section(config.raw("norm_kwargs", {}), "dit.norm_kwargs")
     norm.ignore("force_fp32")
     norm.finish()
     attention = config.section("attn_kwargs")
     attention.only("qk_norm", "rms", "none")
-    differential = attention.raw("differential", False)
+    differential = attention.flag("differential", False)
     attention.only("feat_scale", False, False)
     attention.finish()
-    feed_forward = _Section(config.raw("ff_kwargs", {}), "dit.ff_kwargs")
-    ff_mult = feed_forward.number("mult", 4)
+    feed_forward = Section(config.raw("ff_kwargs", {}), "dit.ff_kwargs")
+    ff_mult = feed_forward.number("mult", 4, positive=True)
     feed_forward.finish()
     layout = DitLayout(
         io_channels=config.integer("io_channels", 32),
         embed_dim=config.integer("embed_dim", 768),
-        depth=config.integer("depth", 12),
+        depth=config.integer("depth", 12, maximum=_DEEPEST),
         num_heads=config.integer("num_heads", 8),
         cond_token_dim=config.integer("cond_token_dim"),
         global_cond_dim=config.integer("global_cond_dim"),
         local_add_cond_dim=config.integer("local_add_cond_dim"),
         num_memory_tokens=config.integer("num_memory_tokens", 0, minimum=0),
-        differential=bool(differential),
+        differential=differential,
         ff_mult=ff_mult,
         timestep_features=config.integer("timestep_features_dim", 256),
     )
@@ -436,7 +268,7 @@ def _dit(config: _Section) -> DitLayout:
     return layout
 
 
-def _autoencoder(config: _Section, audio_channels: int, *, alone: bool = False) -> AutoencoderLayout:
+def _autoencoder(config: Section, audio_channels: int, *, alone: bool = False) -> AutoencoderLayout:
     patched = config.section("pretransform")
     patched.only("type", "patched")
     patched.ignore("enable_grad")
@@ -481,7 +313,7 @@ def _autoencoder(config: _Section, audio_channels: int, *, alone: bool = False) 
     )
 
 
-def _same_half(section: _Section, channels_key: str, kind: str) -> SameLayout:
+def _same_half(section: Section, channels_key: str, kind: str) -> SameLayout:
     # The published files use the older name; the reference builds a SAME whatever stands here.
     section.only("type", ("same", "taae_v2"))
     section.only("soft_clip", False, False)
@@ -496,9 +328,9 @@ def _same_half(section: _Section, channels_key: str, kind: str) -> SameLayout:
     config.only("differential", True, True)
     config.only("dyt", True, True)
     config.only("mapping_bias", True, True)
-    depth = config.one_of_list("transformer_depths")
+    depth = config.one_of_list("transformer_depths", maximum=_DEEPEST)
     stride = config.one_of_list("strides")
-    sinusoidal = config.one_of_list("sinusoidal_blocks", [0]) if kind == "decoder" else 0
+    sinusoidal = config.one_of_list("sinusoidal_blocks", [0], minimum=0) if kind == "decoder" else 0
     window = config.raw("sliding_window", None)
     chunk_size: int | None = None
     if window is None:
@@ -521,8 +353,8 @@ def _same_half(section: _Section, channels_key: str, kind: str) -> SameLayout:
         head_dim=config.integer("dim_heads", 128),
         chunk_size=chunk_size,
         sliding_window=None if window is None else (window[0], window[1]),
-        mapping_kernel=3 if config.raw("conv_mapping", False) else 1,
-        ff_mult=config.number("ff_mult", 3),
+        mapping_kernel=3 if config.flag("conv_mapping", False) else 1,
+        ff_mult=config.number("ff_mult", 3, positive=True),
         # The reference makes layer i sinusoidal when depth - i < sinusoidal_blocks, so blocks - 1 layers are.
         sinusoidal_from=min(depth, depth - sinusoidal + 1),
     )
