@@ -8,6 +8,7 @@ the next run completes it from the stages that were finished.
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -30,7 +31,7 @@ from sa3_convert.bundle.manifest import (
 from sa3_convert.checkpoint.layout import TEXT_ENCODER_FOLDER
 from sa3_convert.components import Component, components_of, contract
 from sa3_convert.errors import BundleError, ConversionError, UsageError
-from sa3_convert.files import link_or_copy, write_text
+from sa3_convert.files import atomic_path, link_or_copy, write_text
 from sa3_convert.fingerprint import fingerprint, source_digest, version_of
 from sa3_convert.recipe import ComponentRecipe, Recipe, plain
 from sa3_convert.stage_cache import CachedResult, StageCache
@@ -80,6 +81,8 @@ class ConvertRequest:
     """Empty means all that the checkpoint has."""
     force: bool = False
     """Redo everything, and replace a bundle that was made from something else."""
+    with_reference: bool = False
+    """Copy the reference ONNX files into the bundle instead of leaving them in the cache."""
     threads: int | None = None
 
     def selected(self) -> tuple[Component, ...]:
@@ -122,7 +125,7 @@ def convert(request: ConvertRequest, report: Report) -> Outcome:
     request.out.mkdir(parents=True, exist_ok=True)
     with _lock(request.out):
         keys = {c: stage_keys(request.checkpoint, c, request.recipe.for_component(c)) for c in selected}
-        if existing is not None and not request.force and is_up_to_date(existing, request.recipe, keys):
+        if existing is not None and not request.force and is_up_to_date(existing, request, keys):
             return Outcome(existing, up_to_date=True)
         cache = StageCache(request.cache)
         made = {c: _make_component(request, cache, c, keys[c], report) for c in selected}
@@ -156,12 +159,14 @@ def stage_keys(checkpoint: "Checkpoint", component: Component, recipe: Component
     return Keys(export, mnn, verify)
 
 
-def is_up_to_date(bundle: Bundle, recipe: Recipe, keys: Mapping[Component, Keys]) -> bool:
+def is_up_to_date(bundle: Bundle, request: ConvertRequest, keys: Mapping[Component, Keys]) -> bool:
     """Tell whether a bundle's files are whole and were made from exactly this."""
-    if bundle.manifest.recipe != recipe.name or bundle.manifest.tools != tool_versions():
+    if bundle.manifest.recipe != request.recipe.name or bundle.manifest.tools != tool_versions():
         return False
     for component, key in keys.items():
         if component not in bundle.components or bundle.artifact(component).fingerprint != key.verify:
+            return False
+        if (bundle.artifact(component, "onnx").kept_at is None) != request.with_reference:
             return False
     try:
         bundle.check(tuple(keys), kinds=("mnn", "onnx"))
@@ -304,7 +309,7 @@ def _assemble(
     ]
     artifacts = list(kept)
     for component, results in made.items():
-        artifacts += _component_artifacts(out, component, recipe.for_component(component), keys[component], results)
+        artifacts += _component_artifacts(request, component, keys[component], results)
     artifacts += _shared_artifacts(request)
     order = list(Component)
     artifacts.sort(key=lambda a: (order.index(a.component) if a.component else len(order), a.kind))
@@ -325,24 +330,27 @@ def _assemble(
     return bundle
 
 
-def _place(source: Path, out: Path, path: str, digest: str) -> FileEntry:
-    target = out / path
-    link_or_copy(source, target)
-    return FileEntry(path=path, sha256=digest, bytes=target.stat().st_size)
+def _component_artifacts(request: ConvertRequest, component: Component, keys: Keys, made: _Made) -> list[Artifact]:
+    recipe = request.recipe.for_component(component)
+    out, name = request.out, component.value
 
-
-def _component_artifacts(
-    out: Path, component: Component, recipe: ComponentRecipe, keys: Keys, made: _Made
-) -> list[Artifact]:
     def entries(result: CachedResult, main: str, companion: str, folder: str) -> tuple[FileEntry, FileEntry | None]:
-        first = _place(result.file(main), out, folder + main, result.files[main])
-        if companion not in result.files:
-            return first, None
-        return first, _place(result.file(companion), out, folder + companion, result.files[companion])
+        found = [
+            FileEntry(path=folder + file, sha256=result.files[file], bytes=result.file(file).stat().st_size)
+            for file in (main, companion)
+            if file in result.files
+        ]
+        return found[0], found[1] if len(found) > 1 else None
 
-    name = component.value
     mnn, mnn_weights = entries(made.mnn, f"{name}.mnn", f"{name}.mnn.weight", "")
     onnx, onnx_data = entries(made.export, f"{name}.onnx", f"{name}.onnx.data", f"{REFERENCE_FOLDER}/")
+    for entry in filter(None, (mnn, mnn_weights)):
+        link_or_copy(made.mnn.file(entry.path), out / entry.path)
+    if request.with_reference:
+        for entry in filter(None, (onnx, onnx_data)):
+            # A copy: ONNX libraries refuse external data that has a second hard link.
+            with atomic_path(out / entry.path) as temporary:
+                shutil.copyfile(made.export.file(Path(entry.path).name), temporary)
     return [
         Artifact(
             **dict(mnn),
@@ -361,6 +369,7 @@ def _component_artifacts(
             component=component,
             precision="fp32",
             companion=onnx_data,
+            kept_at=None if request.with_reference else os.path.relpath(made.export.folder, out),
             fingerprint=keys.export,
         ),
     ]

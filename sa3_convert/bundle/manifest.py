@@ -67,8 +67,9 @@ class Artifact(FileEntry):
     floor_db: float | None = None
     companion: FileEntry | None = None
     """Weights that stand in a file of their own (`.weight` of MNN, `.data` of ONNX)."""
-    included: bool = True
-    """False when only the hash is kept."""
+    kept_at: str | None = None
+    """Folder, relative to the bundle, of a file that is left out of it: the reference ONNX is several times its size.
+    The hash says whether it is still the right one."""
     fingerprint: str | None = None
     """Of everything that went into it, by content."""
 
@@ -160,12 +161,14 @@ class Bundle:
 
     def file(self, component: Component | None, kind: ArtifactKind = "mnn") -> Path:
         """Return the path of an artifact's file; `check` tells whether it is what the manifest says."""
-        artifact = self.artifact(component, kind)
-        if not artifact.included:
-            raise BundleError(
-                f"Bundle {self.path} keeps only the hash of {artifact.path}. Convert without --no-reference to have it."
-            )
-        return self.path / artifact.path
+        return self._locate(self.artifact(component, kind))
+
+    def _locate(self, artifact: Artifact, entry: FileEntry | None = None) -> Path:
+        """Return where an artifact's file, or its companion, stands."""
+        entry = entry or artifact
+        if artifact.kept_at is None:
+            return self.path / entry.path
+        return self.path / artifact.kept_at / Path(entry.path).name
 
     def check(self, components: tuple[Component, ...] | None = None, kinds: tuple[str, ...] = ("mnn",)) -> None:
         """Compare files with the manifest: presence, size, SHA-256. Files without a component are always checked.
@@ -179,16 +182,20 @@ class Bundle:
                 artifact.kind not in kinds or (components is not None and artifact.component not in components)
             ):
                 continue
-            if artifact.included:
-                for entry in artifact.files:
-                    self._check_file(entry)
+            for entry in artifact.files:
+                self._check_file(artifact, entry)
 
-    def _check_file(self, entry: FileEntry) -> None:
-        file = self.path / entry.path
+    def _check_file(self, artifact: Artifact, entry: FileEntry) -> None:
+        file = self._locate(artifact, entry)
         try:
             size = file.stat().st_size
         except OSError:
-            raise BundleError(f"{file} is missing although the manifest lists it. Convert again.") from None
+            why = (
+                "although the manifest lists it. Convert again."
+                if artifact.kept_at is None
+                else "where the bundle's conversion kept it. Convert again (--with-reference puts it into the bundle)."
+            )
+            raise BundleError(f"{file} is missing {why}") from None
         if size != entry.bytes or sha256_file(file) != entry.sha256:
             raise BundleError(f"{file} is not the file that the manifest describes (size or SHA-256). Convert again.")
 

@@ -25,6 +25,9 @@ def convert(
     cache: Annotated[
         Path | None, typer.Option("--cache", metavar="DIR", help="Where stages are kept; beside --out when not given.")
     ] = None,
+    with_reference: Annotated[
+        bool, typer.Option("--with-reference", help="Copy the reference ONNX into the bundle, to verify it elsewhere.")
+    ] = False,
     threads: ThreadsOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan with sizes and stop.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Redo everything; replace another bundle.")] = False,
@@ -45,6 +48,7 @@ def convert(
         cache=cache or out.absolute().parent / ".sa3-convert-cache",
         components=tuple(component or ()),
         force=force,
+        with_reference=with_reference,
         threads=threads,
     )
     stderr.print(f"{checkpoint}: {request.checkpoint.variant_name}; recipe {resolved.name}: {resolved.description}")

@@ -41,9 +41,9 @@ def bundle_engine(bundle: Bundle, name: EngineName, options: Mapping[str, Any], 
             else f"There is no engine {name!r}. There are: {known}."
         )
     files = {
-        artifact.component: bundle.path / artifact.path
+        artifact.component: bundle.file(artifact.component, kind)
         for artifact in bundle.manifest.artifacts
-        if artifact.component is not None and artifact.kind == kind and artifact.included
+        if artifact.component is not None and artifact.kind == kind
     }
     if check:
         bundle.check(tuple(files), kinds=(kind,))
