@@ -61,9 +61,11 @@ class DynamicTanh(nn.Module):
 class ExpoFourierFeatures(nn.Module):
     """cos and sin of 2π·f·t at log-spaced frequencies f = 0.5 … 10000.
 
-    The highest phases reach 6·10⁴ rad, where neighbouring float32 numbers lie 4·10⁻³ rad apart: any other order of the
-    multiplications gives other features ("phase noise" of up to that size, −50 dB on the highest ones). The order here,
-    (t·f)·2π, is the reference's, and the result is bitwise its own. Below float32 the features are meaningless.
+    The highest phases reach 6·10⁴ rad, where neighbouring float32 numbers lie 4·10⁻³ rad apart, so the features carry
+    phase noise: up to 6·10⁻³ against exact arithmetic, 68 dB over all of them. Any other order of the multiplications
+    has other noise: with f·2π folded into one constant the golden DiT agrees to 2.8·10⁻⁴ of its peak (73 dB) instead of
+    4·10⁻⁷ (128 dB). The order here, (t·f)·2π, is the reference's; up to the rounding of sin and cos the result is its
+    own. Below float32 the features are meaningless.
     """
 
     frequencies: Tensor

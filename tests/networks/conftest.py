@@ -11,25 +11,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sa3_convert.checkpoint.layout import CheckpointLayout, read_layout
+from sa3_convert.checkpoint.layout import CheckpointLayout
+from sa3_convert.checkpoint.reader import Checkpoint
 from sa3_convert.components import Component
 from sa3_convert.networks.build import build_network
 from sa3_convert.networks.dit import Padding
 from tests.conftest import GOLDEN, Golden
-from tests.networks.weights import component_state
 
 DIT_INPUTS = ("x", "t", "cross_attn_cond", "global_embed", "local_add_cond", "padding_mask")
 
 
 @cache
-def _layout(family: str) -> CheckpointLayout:
-    return read_layout(GOLDEN / family / "checkpoint")
+def _checkpoint(family: str) -> Checkpoint:
+    return Checkpoint.open(GOLDEN / family / "checkpoint")
 
 
 @cache
 def _network(family: str, component: Component, padding: Padding) -> nn.Module:
-    state = component_state(GOLDEN / family / "checkpoint", component)
-    return build_network(component, _layout(family), state, padding=padding)
+    return build_network(component, layout_of(family), state_of(family, component), padding=padding)
 
 
 def network(family: str | Path, component: Component, padding: Padding = "key_mask") -> Any:
@@ -37,7 +36,11 @@ def network(family: str | Path, component: Component, padding: Padding = "key_ma
 
 
 def layout_of(family: str) -> CheckpointLayout:
-    return _layout(family)
+    return _checkpoint(family).layout
+
+
+def state_of(family: str, component: Component) -> dict[str, Tensor]:
+    return _checkpoint(family).state(component)
 
 
 def tensor(golden: Golden, name: str) -> Tensor:

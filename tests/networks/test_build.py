@@ -8,9 +8,7 @@ import torch
 from sa3_convert.components import Component
 from sa3_convert.errors import CheckpointError, UsageError
 from sa3_convert.networks.build import build_network
-from tests.conftest import Golden
-from tests.networks.conftest import layout_of
-from tests.networks.weights import component_state
+from tests.networks.conftest import layout_of, state_of
 
 
 @pytest.fixture(params=list(Component))
@@ -20,8 +18,8 @@ def component(request: pytest.FixtureRequest) -> Component:
 
 
 @pytest.fixture
-def state(golden_small: Golden, component: Component) -> dict[str, torch.Tensor]:
-    return component_state(golden_small.checkpoint, component)
+def state(component: Component) -> dict[str, torch.Tensor]:
+    return state_of("small", component)
 
 
 State = dict[str, torch.Tensor]
@@ -72,10 +70,10 @@ def test_many_problems_are_told_briefly(component: Component, state: State) -> N
         build_network(component, layout_of("small"), state | extra)
 
 
-def test_the_weights_of_medium_do_not_fit_the_layout_of_small(golden_medium: Golden) -> None:
+def test_the_weights_of_medium_do_not_fit_the_layout_of_small() -> None:
     for component in (Component.DIT, Component.DECODER):
         with pytest.raises(CheckpointError, match=r"Is model_config\.json of another checkpoint"):
-            build_network(component, layout_of("small"), component_state(golden_medium.checkpoint, component))
+            build_network(component, layout_of("small"), state_of("medium", component))
 
 
 @pytest.mark.parametrize("absent", [Component.TEXT_ENCODER, Component.NUMBER_CONDITIONER, Component.DIT])

@@ -38,7 +38,8 @@ def masked_block(block: Block, x: Tensor, reach: int) -> Tensor:
     def attended(query: Tensor, key: Tensor) -> Tensor:
         query, key = rotate(attention.q_norm(query), *tables), rotate(attention.k_norm(key), *tables)
         logits = (query @ key.transpose(-1, -2) * attention.head_dim**-0.5).masked_fill(hidden, -torch.inf)
-        return torch.softmax(logits, dim=-1) @ v
+        weighted: Tensor = torch.softmax(logits, dim=-1) @ v
+        return weighted
 
     difference = attended(q, k) - attended(q_diff, k_diff)
     x = x + attention.to_out(difference.transpose(0, 1).flatten(1))
