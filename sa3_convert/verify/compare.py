@@ -47,8 +47,16 @@ def verify_component(
 
 
 def run_samples(session: Session, samples: Iterable[Sample]) -> list[Outputs]:
-    """Return the outputs of every sample, in order; they are small beside any model."""
-    return [session.run(sample.feeds) for sample in samples]
+    """Return the outputs of every sample, in order; they are small beside any model.
+
+    Raises:
+        VerificationError: the model does not take these inputs: it is of another component or another layout.
+
+    """
+    try:
+        return [session.run(sample.feeds) for sample in samples]
+    except ValueError as error:
+        raise VerificationError(f"A model does not take the inputs that its component should: {error}.") from None
 
 
 def compare_runs(

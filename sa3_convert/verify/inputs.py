@@ -109,15 +109,16 @@ def _dit(random: np.random.Generator, layout: CheckpointLayout, seed: int, laten
     # The latent length is rounded up to a pair, so one or two positions at the end are padding; inputs shorter than
     # the window that a batch shares have more.
     padded = min(latents // 4, (0, 1, 2, latents // 4)[seed % 4])
-    seconds = _normal(random, dit.cond_token_dim) * np.float32(0.6)
+    seconds = _normal(random, max(dit.cond_token_dim, dit.global_cond_dim)) * np.float32(0.6)
     local = np.zeros((1, dit.local_add_cond_dim, latents), np.float32)
     if seed % 3 == 2:  # inpainting: the first third is kept
         local[:, 0, : latents // 3] = 1
-        local[:, 1:] = (clean * local[:, :1])[:, : dit.local_add_cond_dim - 1]
+        kept = min(dit.io_channels, dit.local_add_cond_dim - 1)
+        local[:, 1 : 1 + kept] = (clean * local[:, :1])[:, :kept]
     feeds = {
         "x": ((1 - t) * clean + t * noise).astype(np.float32),
         "t": np.array([t], np.float32),
-        "cross_attn_cond": _text_encoding(random, text.max_length, dit.cond_token_dim, seconds),
+        "cross_attn_cond": _text_encoding(random, text.max_length, seconds[: dit.cond_token_dim]),
         "global_embed": seconds[None, : dit.global_cond_dim],
         "local_add_cond": local,
         "padding_mask": _leading_ones(latents, latents - padded, np.float32),
@@ -166,10 +167,9 @@ def patched(audio: NDArray[np.float32], patch_size: int) -> NDArray[np.float32]:
     return pieces.reshape(1, channels * patch_size, -1)
 
 
-def _text_encoding(
-    random: np.random.Generator, tokens: int, width: int, seconds: NDArray[np.float32]
-) -> NDArray[np.float32]:
+def _text_encoding(random: np.random.Generator, tokens: int, seconds: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return [1, tokens + 1, width]: RMS-normalised rows, one learned row repeated as padding, the duration's row."""
+    width = seconds.size
     count = int(tokens ** random.uniform(0.3, 0.95))
     rows = random.standard_normal((count, width))
     rows /= np.sqrt(np.mean(rows**2, axis=1, keepdims=True))

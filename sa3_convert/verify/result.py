@@ -1,7 +1,7 @@
 """What a verification found: per case and output, summed up per component and per bundle, judged by a floor."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
 from operator import add
@@ -80,6 +80,10 @@ class ComponentFidelity:
         """The figures over all elements of all cases taken as one array."""
         return reduce(add, (m.sums for m in self.measurements)).fidelity()
 
+    def over(self, cases: Collection[str]) -> "ComponentFidelity":
+        """Return the measurements of some cases."""
+        return ComponentFidelity(self.component, tuple(m for m in self.measurements if m.case in cases))
+
     def shortfall(self, floor_db: float) -> str | None:
         """Return what is wrong if the worst signal-to-noise ratio is below the floor, else None."""
         worst = self.worst_case
@@ -109,18 +113,40 @@ class ComponentFidelity:
         }
 
 
+CLAIM_CEILING_DB = 80.0
+"""Above this the figures are rounding of float arithmetic, which differs between machines."""
+CLAIM_SLACK_DB = 1.0
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A component's figures beside what was asked of it."""
+    """A component's figures beside what was asked of it and what its bundle claims."""
 
     fidelity: ComponentFidelity
     floor_db: float
     precision: str
+    claimed_db: float | None = None
+    """The manifest's ratio, measured on the quick cases when the model was converted."""
+    measured_db: float | None = None
+    """The ratio on the same cases now."""
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is wrong, a sentence each."""
+        found = [self.fidelity.shortfall(self.floor_db)]
+        if self.claimed_db is not None and self.measured_db is not None:
+            least = min(self.claimed_db, CLAIM_CEILING_DB) - CLAIM_SLACK_DB
+            if self.measured_db < least:
+                found.append(
+                    f"{self.fidelity.component.value}: the manifest claims {self.claimed_db:.2f} dB, the same inputs "
+                    f"now give {self.measured_db:.2f} dB. Its figures are not of this file; convert again."
+                )
+        return tuple(problem for problem in found if problem is not None)
 
     @property
     def passed(self) -> bool:
-        """Whether the worst case reaches the floor."""
-        return self.fidelity.shortfall(self.floor_db) is None
+        """Whether the worst case reaches the floor and the manifest's claim is true."""
+        return not self.problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +159,12 @@ class BundleFidelity:
 
     @property
     def passed(self) -> bool:
-        """Whether every model reaches its floor."""
+        """Whether every model passed."""
         return all(v.passed for v in self.verdicts)
 
     def check(self) -> None:
         """Raise VerificationError naming every model that falls short, and the floor it would pass with."""
-        problems = [p for v in self.verdicts if (p := v.fidelity.shortfall(v.floor_db)) is not None]
+        problems = [problem for verdict in self.verdicts for problem in verdict.problems]
         if problems:
             raise VerificationError("\n".join(problems))
 
@@ -149,7 +175,14 @@ class BundleFidelity:
             "recipe": self.recipe,
             "passed": self.passed,
             "components": [
-                {"precision": v.precision, "floor_db": v.floor_db, "passed": v.passed, **v.fidelity.to_data()}
+                {
+                    "precision": v.precision,
+                    "floor_db": v.floor_db,
+                    "claimed_db": v.claimed_db,
+                    "passed": v.passed,
+                    "problems": list(v.problems),
+                    **v.fidelity.to_data(),
+                }
                 for v in self.verdicts
             ],
         }

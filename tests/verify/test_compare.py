@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from sa3_convert.components import Component
 from sa3_convert.errors import VerificationError
+from sa3_convert.session import Arrays
 from sa3_convert.verify.compare import verify_component
 from sa3_convert.verify.metrics import MAX_DB
 from tests.verify.sessions import LAYOUT, Change, StandIn
@@ -122,6 +123,17 @@ def test_a_reference_that_breaks_the_contract_fails_even_if_the_target_agrees() 
             LAYOUT,
             lengths=(2,),
             seeds=(0,),
+        )
+
+
+def test_a_model_that_does_not_take_the_components_inputs_fails() -> None:
+    class Picky(StandIn):
+        def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+            raise ValueError("other.onnx takes seconds, not latents")
+
+    with pytest.raises(VerificationError, match="takes seconds, not latents"):
+        verify_component(
+            Picky(Component.DECODER), StandIn(Component.DECODER), Component.DECODER, LAYOUT, lengths=(2,), seeds=(0,)
         )
 
 

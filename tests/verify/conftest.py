@@ -1,0 +1,55 @@
+"""A real bundle of two small components, converted once."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sa3_convert.bundle.manifest import Bundle
+from sa3_convert.checkpoint.reader import Checkpoint
+from sa3_convert.components import Component
+from sa3_convert.convert import ConvertRequest, convert
+from sa3_convert.recipe import Recipe
+from tests.conftest import GOLDEN
+
+COMPONENTS = (Component.NUMBER_CONDITIONER, Component.DIT)
+
+
+def make_recipe(floor_db: float = 30.0) -> Recipe:
+    part = {"weights": {"bits": 8}, "floor_db": floor_db}
+    return Recipe.model_validate(
+        {"schema": 1, "name": "int8", "description": "", "components": dict.fromkeys(COMPONENTS, part)}
+    )
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundle")
+    request = ConvertRequest(
+        checkpoint=Checkpoint.open(GOLDEN / "small" / "checkpoint"),
+        recipe=make_recipe(),
+        out=folder / "int8",
+        cache=folder / "cache",
+        components=COMPONENTS,
+        with_reference=True,
+        threads=2,
+    )
+    convert(request, lambda event: None)
+    return folder / "int8"
+
+
+@pytest.fixture
+def copy_of(converted: Path, tmp_path: Path) -> Callable[[], Path]:
+    """Return a function that makes a fresh copy of the bundle's folder."""
+    count = iter(range(10_000))
+
+    def copy() -> Path:
+        return Path(shutil.copytree(converted, tmp_path / f"copy{next(count)}"))
+
+    return copy
+
+
+@pytest.fixture
+def bundle(copy_of: Callable[[], Path]) -> Bundle:
+    return Bundle.open(copy_of())
