@@ -23,7 +23,8 @@ def decoded(
 
     Args:
         session: the decoder.
-        latents: [1, C, T] float32; an odd T is padded as the decoder needs it and the audio cut again.
+        latents: [1, C, T] float32; if T is not a multiple of what the decoder works on (SAME-S: odd), zero latents are
+            appended and their audio is cut off. The reference pads one layer later, so its end differs a little.
         layout: the autoencoder's dimensions.
         samples: how many samples are wanted, default all T · downsampling ratio; what lies beyond is not computed.
         window: latents per run, at least what the decoder reaches; see `Reach.smallest_window`.

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sa3_convert.checkpoint.layout import CheckpointLayout
+from sa3_convert.checkpoint.variants import defaults_of
 from sa3_convert.errors import UsageError
 from sa3_convert.runtime.lengths import Region, check_regions, lengths
 from sa3_convert.runtime.prompts import check_prompt
@@ -93,14 +94,12 @@ class GenerateRequest:
 
         """
         lengths(layout, self.seconds)
-        if layout.objective is None:
-            raise UsageError("This model is an autoencoder alone; it cannot generate.")
-        distilled = layout.objective == "rf_denoiser"
+        model = defaults_of(layout)
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         defaults = {
-            "steps": 8 if distilled else 50,
-            "sampler": "pingpong" if distilled else "euler",
-            "cfg_scale": 1.0 if distilled else 7.0,
+            "steps": model.steps,
+            "sampler": model.sampler,
+            "cfg_scale": model.guidance,
             "init_noise_level": 1.0 if self.init_audio is None else _DEFAULT_INIT_NOISE,
         }
         return ResolvedRequest(**values | {key: value for key, value in defaults.items() if values[key] is None})
