@@ -48,10 +48,12 @@ def unused_name(wanted: str, taken: set[str]) -> str:
     return name
 
 
-def depends_on_inputs(graph: ir.Graph) -> set[ir.Value]:
-    """Return the values that are computed from a graph input: its content or its shape."""
+def depends_on_inputs(graph: ir.Graph, *, by_content: bool = False) -> set[ir.Value]:
+    """Return the values that are computed from a graph input; with `by_content`, not from its shape alone."""
     found = set(graph.inputs)
     for node in graph:
+        if by_content and node.op_type in ("Shape", "Size"):
+            continue
         if any(value in found for value in node.inputs if value is not None):
             found.update(node.outputs)
     return found

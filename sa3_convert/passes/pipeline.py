@@ -1,4 +1,4 @@
-"""Which passes run for a component and a recipe, in order, from reference ONNX to the ONNX that MNN's converter gets."""
+"""Which passes run for a component and a recipe, in order: from the reference ONNX to the one that is converted."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,7 +44,9 @@ def apply_passes(model: ir.Model, component: Component, recipe: ComponentRecipe)
         passes += [("make_fp16_safe", make_fp16_safe), ("round_to_half", round_to_half)]
     rewrites = tuple((name, rewrite(model)) for name, rewrite in passes)
     if ("quantise_embedding", 0) in rewrites:
-        raise ConversionError(f"{component.value}: the recipe asks for an {recipe.embedding} embedding; none was found.")
+        raise ConversionError(
+            f"{component.value}: the recipe asks for an {recipe.embedding} embedding; none was found."
+        )
     refuse_hazards(model)
     return PassReport(rewrites)
 

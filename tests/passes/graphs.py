@@ -58,17 +58,26 @@ def run_mnn(model: ir.Model, feeds: Feeds, folder: Path, *flags: str) -> list[ND
         FileNotFoundError: the converter wrote nothing.
 
     """
-    import MNN.expr
-    import MNN.nn
+    return run_file(mnn_of(model, folder, *flags), feeds, [out.name or "" for out in model.graph.outputs])
 
+
+def mnn_of(model: ir.Model, folder: Path, *flags: str) -> Path:
+    """Convert; raises FileNotFoundError when the converter wrote nothing."""
     number = len(list(folder.iterdir()))
     onnx_path, mnn_path = folder / f"{number}.onnx", folder / f"{number}.mnn"
     onnx.save(checked(model), onnx_path)
     convert(onnx_path, mnn_path, *flags)
     if not mnn_path.exists():
         raise FileNotFoundError(mnn_path)
+    return mnn_path
+
+
+def run_file(mnn_path: Path, feeds: Feeds, outputs: list[str]) -> list[NDArray[Any]]:
+    import MNN.expr
+    import MNN.nn
+
     dtypes = {np.dtype("float32"): MNN.expr.float, np.dtype("int32"): MNN.expr.int}
-    module = MNN.nn.load_module_from_file(str(mnn_path), list(feeds), [out.name for out in model.graph.outputs])
+    module = MNN.nn.load_module_from_file(str(mnn_path), list(feeds), outputs)
     variables = [
         MNN.expr.const(np.ascontiguousarray(array), list(array.shape), MNN.expr.NCHW, dtypes[array.dtype])
         for array in feeds.values()
@@ -76,6 +85,22 @@ def run_mnn(model: ir.Model, feeds: Feeds, folder: Path, *flags: str) -> list[ND
     results = module.forward(variables)
     plain = [MNN.expr.convert(v, MNN.expr.NCHW) if v.data_format == MNN.expr.NC4HW4 else v for v in results]
     return [np.array(value.read(), copy=True) for value in plain]
+
+
+def run_file_apart(mnn_path: Path, feeds: Feeds, output: str) -> NDArray[Any]:
+    """Run in a process of its own, for what depends on what memory happens to hold."""
+    given, result = mnn_path.with_suffix(".npz"), mnn_path.with_suffix(".npy")
+    np.savez(given, **feeds)
+    program = (
+        "import sys, pathlib, numpy; from tests.passes.graphs import run_file;"
+        "path, given, output, result = sys.argv[1:];"
+        "numpy.save(result, run_file(pathlib.Path(path), dict(numpy.load(given)), [output])[0])"
+    )
+    arguments = [str(mnn_path), str(given), output, str(result)]
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", program, *arguments], cwd=root, capture_output=True, check=True)
+    array: NDArray[Any] = np.load(result)
+    return array
 
 
 def signal_to_noise_db(reference: NDArray[Any], target: NDArray[Any]) -> float:
