@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sa3_convert.checkpoint.layout import AutoencoderLayout, SameLayout
+from sa3_convert.checkpoint.dimensions import AutoencoderLayout, SameLayout
 from sa3_convert.networks.same import Resampler
 
 

@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from sa3_convert.checkpoint.layout import CheckpointLayout
+from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.components import Component
 from sa3_convert.errors import CheckpointError, UsageError
 from sa3_convert.networks.autoencoder import Decoder, Encoder

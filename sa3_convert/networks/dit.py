@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sa3_convert.checkpoint.layout import DitLayout
+from sa3_convert.checkpoint.dimensions import DitLayout
 from sa3_convert.networks.layers import MASKED, ExpoFourierFeatures, FeedForward, RmsNorm, attend, rotary_tables, rotate
 
 Padding = Literal["key_mask", "value_zeroing"]

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from sa3_convert.checkpoint.layout import NumberConditionerLayout
+from sa3_convert.checkpoint.dimensions import NumberConditionerLayout
 from sa3_convert.networks.layers import ExpoFourierFeatures
 
 

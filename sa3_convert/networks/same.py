@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sa3_convert.checkpoint.layout import SameLayout
+from sa3_convert.checkpoint.dimensions import SameLayout
 from sa3_convert.networks.layers import MASKED, Derived, DynamicTanh, FeedForward, attend, rotary_tables, rotate
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sa3_convert.checkpoint.layout import TextEncoderLayout
+from sa3_convert.checkpoint.dimensions import TextEncoderLayout
 from sa3_convert.networks.layers import MASKED, Derived, attend, rms_normalised, rotary_tables, rotate
 
 

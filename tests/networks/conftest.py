@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sa3_convert.checkpoint.layout import CheckpointLayout
+from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.checkpoint.reader import Checkpoint
 from sa3_convert.components import Component
 from sa3_convert.networks.build import build_network
