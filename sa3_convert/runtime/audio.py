@@ -1,10 +1,12 @@
 """Audio files in and out, through libsndfile and soxr."""
 
 import contextlib
+import io
 import json
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
 import soundfile
@@ -188,17 +190,43 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
     """
     try:
-        with soundfile.SoundFile(path) as file:
-            values = json.loads(file.comment)
+        with path.open("rb") as stream:
+            comment = _wav_comment(stream) if stream.read(4) == b"RIFF" else None
+        if comment is None:
+            with soundfile.SoundFile(path) as file:
+                comment = file.comment
+        values = json.loads(comment)
     except OSError as error:
         raise AudioError(f"{path} cannot be read: {error.strerror or error}.") from None
     except soundfile.LibsndfileError as error:
         raise AudioError(f"{path} cannot be read as audio: {error.error_string}") from None
-    except json.JSONDecodeError:
+    except ValueError:
         values = None
     if not isinstance(values, dict):
         raise AudioError(f"{path} holds no settings of this tool.")
     return values
+
+
+def _wav_comment(stream: BinaryIO) -> str | None:
+    """Return the comment of a RIFF file; libsndfile writes one of any length but reads none beyond 2 KB."""
+    stream.seek(12)
+    for name, size in _riff_chunks(stream):
+        if name == b"LIST" and stream.read(4) == b"INFO":
+            information = io.BytesIO(stream.read(max(size - 4, 0)))
+            for key, length in _riff_chunks(information):
+                if key == b"ICMT":
+                    return information.read(length).rstrip(b"\0").decode("utf-8")
+    return None
+
+
+def _riff_chunks(stream: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Yield name and size of each chunk, the stream at its content; the caller may read from it."""
+    position = stream.tell()
+    while len(header := stream.read(8)) == 8:
+        name, size = struct.unpack("<4sI", header)
+        yield name, size
+        position += 8 + size + size % 2
+        stream.seek(position)
 
 
 def _container(path: Path, sample_format: SampleFormat) -> str:
