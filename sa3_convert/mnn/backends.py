@@ -32,8 +32,10 @@ def load_mnn() -> ModuleType:
         raise BackendError(f"MNN's Python package cannot be imported ({error}). Install it: pip install MNN.") from None
 
 
+@functools.cache
 def has_backend(backend: Backend) -> bool:
-    """Ask the runtime whether it can run on this backend here."""
+    """Ask the runtime, once per process, whether it can run on this backend here."""
+    # Once, because each call takes a reference to True that it does not own: some hundreds end the interpreter.
     with capture_stdout():
         _, present = load_mnn().Interpreter.createRuntime([{"backend": backend.upper()}])
     return bool(present[0])

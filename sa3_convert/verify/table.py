@@ -1,7 +1,8 @@
-"""A verification as a table for the terminal."""
+"""Verification and bisection as tables for the terminal."""
 
 from rich.table import Table
 
+from sa3_convert.verify.bisect_result import BisectResult, limit_db
 from sa3_convert.verify.result import BundleFidelity, ComponentFidelity, Measurement, Verdict
 
 
@@ -48,3 +49,28 @@ def _row(verdict: Verdict) -> tuple[str, ...]:
         f"{worst.max_abs_error:.2e}",
         "[green]ok[/]" if verdict.passed else "[red]failed[/]",
     )
+
+
+def render_bisect(result: BisectResult, reach: int = 4) -> Table:
+    """Return the operators around the one to blame, or around the one with the most error of its own."""
+    centre = result.suspect or result.worst
+    lost = len(result.incomparable)
+    table = Table(title=result.verdict(), caption=f"{lost} tensors are not comparable: fused, or their names were lost")
+    for name in ("ONNX name", "ONNX operators", "MNN operator", "stored", "shape"):
+        table.add_column(name)
+    for name in ("dB in", "dB out", "own dB", "allowed"):
+        table.add_column(name, justify="right")
+    for operator in result.around(centre, reach):
+        table.add_row(
+            f"▶ {operator.name}" if operator is centre else f"  {operator.name}",
+            "+".join(operator.onnx_operators),
+            operator.mnn_operator,
+            operator.stored,
+            "×".join(str(size) for size in operator.shape),
+            f"{operator.error_in_db:.1f}",
+            f"{operator.error_out_db:.1f}",
+            f"{operator.own_error_db:.1f}",
+            f"{limit_db(operator.stored):.0f}",
+            style="bold red" if operator is result.suspect else None,
+        )
+    return table
