@@ -1,0 +1,141 @@
+import builtins
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sa3_convert.components import Component
+from sa3_convert.errors import BackendError, BundleError, CheckpointError, ModelFileError
+from sa3_convert.runtime.engines import EngineName, MnnEngine, Models, OrtEngine
+from sa3_convert.runtime.opening import checkpoint_parts
+from sa3_convert.session import Session
+from tests.runtime.conftest import Parts, StandIn
+
+
+class FakeEngine:
+    """Loads stand-ins and counts."""
+
+    name: EngineName = "mnn"
+    settings: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.loaded: list[StandIn] = []
+
+    def load(self, component: Component) -> StandIn:
+        self.loaded.append(StandIn(component.value, lambda: np.zeros(1)))
+        return self.loaded[-1]
+
+
+def test_a_model_is_freed_after_its_block() -> None:
+    engine = FakeEngine()
+    with Models(engine).use(Component.DIT) as session:
+        assert session is engine.loaded[0]
+        assert not engine.loaded[0].closed
+    assert engine.loaded[0].closed
+
+
+def test_a_model_is_freed_when_its_stage_fails() -> None:
+    engine = FakeEngine()
+
+    def fail() -> None:
+        with Models(engine).use(Component.DIT):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert engine.loaded[0].closed
+
+
+def test_models_that_are_kept_are_loaded_once_and_freed_at_the_end() -> None:
+    engine = FakeEngine()
+    models = Models(engine, keep_loaded=True)
+    for _ in range(2):
+        with models.use(Component.DIT):
+            pass
+    assert len(engine.loaded) == 1
+    assert not engine.loaded[0].closed
+    models.close()
+    assert engine.loaded[0].closed
+
+
+def test_a_session_that_needs_no_closing_is_fine(small: Parts) -> None:
+    with Models(small.engine).use(Component.NUMBER_CONDITIONER) as session:
+        assert not hasattr(session, "close")
+
+
+@pytest.mark.parametrize("engine", ["mnn", "ort"])
+def test_a_component_that_the_bundle_lacks_is_named(small: Parts, engine: str) -> None:
+    made = MnnEngine(small.layout, {}) if engine == "mnn" else OrtEngine({})
+    with pytest.raises(BundleError, match="component 'encoder'"):
+        made.load(Component.ENCODER)
+
+
+@pytest.mark.parametrize("engine", ["mnn", "ort"])
+@pytest.mark.parametrize("content", [None, b"", b"garbage" * 100])
+def test_a_damaged_model_file_is_told(small: Parts, tmp_path: Path, engine: str, content: bytes | None) -> None:
+    path = tmp_path / "dit.model"
+    if content is not None:
+        path.write_bytes(content)
+    files = {Component.DIT: path}
+    made = MnnEngine(small.layout, files, threads=1) if engine == "mnn" else OrtEngine(files)
+    with pytest.raises(ModelFileError):
+        made.load(Component.DIT)
+
+
+def test_a_backend_that_is_not_there_is_never_replaced(small: Parts, tmp_path: Path) -> None:
+    path = tmp_path / "dit.mnn"
+    path.write_bytes(b"x" * 100)
+    with pytest.raises(BackendError, match="CUDA"):
+        MnnEngine(small.layout, {Component.DIT: path}, backend="cuda").load(Component.DIT)
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Make imports of packages fail, as where they are not installed."""
+    real = builtins.__import__
+
+    def missing(name: str, *arguments: Any, **options: Any) -> Any:
+        if name.split(".")[0] in names:
+            raise ImportError(f"No module named {name!r}")
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    for module in [m for m in sys.modules if m == "sa3_convert.ort"]:
+        monkeypatch.delitem(sys.modules, module)
+
+
+def test_a_missing_onnx_runtime_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hide(monkeypatch, "onnxruntime")
+    with pytest.raises(BackendError, match="pip install onnxruntime"):
+        OrtEngine({Component.DIT: tmp_path / "dit.onnx"}).load(Component.DIT)
+
+
+def test_a_missing_torch_says_what_to_install(monkeypatch: pytest.MonkeyPatch, small: Parts) -> None:
+    hide(monkeypatch, "torch")
+    with pytest.raises(BackendError, match="pip install torch"):
+        small.engine.load(Component.DIT)
+
+
+def test_a_torch_session_is_strict_about_its_inputs(small: Parts) -> None:
+    session: Session = small.engine.load(Component.NUMBER_CONDITIONER)
+    with pytest.raises(ValueError, match="takes seconds"):
+        session.run({"second": np.zeros(1, np.float32)})
+
+
+def test_engines_say_what_they_run_with(small: Parts) -> None:
+    mnn = MnnEngine(small.layout, {}, threads=2, memory="low")
+    assert mnn.settings == {
+        "engine": "mnn",
+        "backend": "cpu",
+        "threads": 2,
+        "memory": "low",
+        "precision": "high",
+    }
+    assert OrtEngine({}, threads=1).settings["engine"] == "onnxruntime"
+    assert small.engine.settings["padding"] == "key_mask"
+
+
+def test_a_checkpoint_that_is_none_is_told(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError):
+        checkpoint_parts(tmp_path / "nothing", {})

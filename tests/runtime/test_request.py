@@ -1,0 +1,151 @@
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sa3_convert.errors import UsageError
+from sa3_convert.runtime.request import GenerateRequest, ResolvedRequest
+from tests.runtime.conftest import Parts
+
+AUDIO = np.zeros((2, 100), np.float32)
+SETTINGS = st.fixed_dictionaries(
+    {"prompt": st.text("abc é🎷", max_size=20)},
+    optional={
+        "seconds": st.floats(0.1, 100),
+        "seed": st.integers(0, (1 << 64) - 1),
+        "steps": st.none() | st.integers(1, 1000),
+        "sampler": st.sampled_from([None, "pingpong", "euler", "rk4", "dpmpp"]),
+        "cfg_scale": st.none() | st.floats(0, 20),
+        "apg_scale": st.floats(0, 1),
+        "negative_prompt": st.none() | st.text("abc", max_size=5),
+    },
+)
+
+
+def as_dict(request: GenerateRequest) -> dict[str, Any]:
+    return {f.name: getattr(request, f.name) for f in dataclasses.fields(request)}
+
+
+@given(settings=SETTINGS)
+def test_settings_survive_json(settings: dict[str, Any]) -> None:
+    request = GenerateRequest(**settings)
+    assert as_dict(GenerateRequest.from_json(json.loads(json.dumps(request.to_json())))) == as_dict(request)
+
+
+def test_audio_files_and_regions_survive_json() -> None:
+    request = GenerateRequest(
+        "pad",
+        init_audio=Path("a.wav"),
+        init_noise_level=0.5,
+        inpaint_audio=Path("b.flac"),
+        inpaint=((1.0, 2.0), (3.0, 4.5)),
+    )
+    assert as_dict(GenerateRequest.from_json(json.loads(json.dumps(request.to_json())))) == as_dict(request)
+
+
+def test_a_resolved_request_replays_as_itself(small: Parts) -> None:
+    resolved = GenerateRequest("pad", init_audio=Path("a.wav")).resolved(small.layout)
+    again = GenerateRequest.from_json(resolved.to_json()).resolved(small.layout)
+    assert as_dict(again) == as_dict(resolved)
+
+
+def test_samples_cannot_be_written_down() -> None:
+    with pytest.raises(ValueError, match="init_audio is an array"):
+        GenerateRequest("pad", init_audio=AUDIO).to_json()
+
+
+def test_a_distilled_model_takes_few_steps_without_guidance(small: Parts) -> None:
+    resolved = GenerateRequest("pad").resolved(small.layout)
+    assert isinstance(resolved, ResolvedRequest)
+    assert (resolved.sampler, resolved.steps, resolved.cfg_scale) == ("pingpong", 8, 1.0)
+
+
+def test_a_base_model_takes_many_steps_with_guidance(base: Parts) -> None:
+    resolved = GenerateRequest("pad").resolved(base.layout)
+    assert (resolved.sampler, resolved.steps, resolved.cfg_scale) == ("euler", 50, 7.0)
+
+
+def test_what_was_set_is_kept(base: Parts) -> None:
+    resolved = GenerateRequest("pad", steps=3, sampler="rk4", cfg_scale=0.0).resolved(base.layout)
+    assert (resolved.sampler, resolved.steps, resolved.cfg_scale) == ("rk4", 3, 0.0)
+
+
+def test_initial_audio_is_noised_by_nine_tenths_by_default(small: Parts) -> None:
+    assert GenerateRequest("pad", init_audio=AUDIO).resolved(small.layout).init_noise_level == 0.9
+    assert GenerateRequest("pad", init_audio=AUDIO, init_noise_level=0.3).resolved(small.layout).init_noise_level == 0.3
+
+
+def test_a_duration_beyond_the_model_is_refused_when_resolved(small: Parts) -> None:
+    request = GenerateRequest("pad", seconds=121)
+    with pytest.raises(UsageError, match="limit"):
+        request.resolved(small.layout)
+
+
+def test_an_autoencoder_alone_cannot_generate(small: Parts) -> None:
+    alone = dataclasses.replace(small.layout, objective=None)
+    with pytest.raises(UsageError, match="autoencoder alone"):
+        GenerateRequest("pad").resolved(alone)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt": "a\x00"}, "control character"),
+        ({"negative_prompt": "a\x00"}, "negative prompt"),
+        ({"seconds": 0.0}, "positive"),
+        ({"seconds": -1.0}, "positive"),
+        ({"seconds": float("nan")}, "positive"),
+        ({"seed": -1}, "Seed -1"),
+        ({"seed": 1 << 64}, "Seed"),
+        ({"steps": 0}, "0 steps"),
+        ({"steps": 1001}, "1 to 1000"),
+        ({"sampler": "ddim"}, "no sampler 'ddim'. There are: pingpong"),
+        ({"cfg_scale": float("inf")}, "cfg_scale"),
+        ({"apg_scale": float("nan")}, "apg_scale"),
+        ({"init_noise_level": 0.5}, "needs init_audio"),
+        ({"init_audio": AUDIO, "init_noise_level": 0.0}, "above 0"),
+        ({"init_audio": AUDIO, "init_noise_level": 1.1}, "at most 1"),
+        ({"init_audio": AUDIO, "init_noise_level": float("nan")}, "init_noise_level"),
+        ({"inpaint": ((0.0, 1.0),)}, "need inpaint_audio"),
+        ({"inpaint_audio": AUDIO}, "at least one region"),
+        ({"inpaint_audio": AUDIO, "inpaint": ((5.0, 2.0),)}, "5:2 ends before"),
+        ({"inpaint_audio": AUDIO, "inpaint": ((5.0, 11.0),)}, "outside"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        GenerateRequest(**{"prompt": "pad", **settings})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "'prompt' is missing"),
+        ({"prompt": "a", "promt": "b"}, "'promt'. Perhaps you meant 'prompt'"),
+        ({"prompt": "a", "zzz": 1}, "no setting 'zzz'"),
+        ({"prompt": 3}, "prompt is 3, expected text"),
+        ({"prompt": None}, "prompt is None"),
+        ({"prompt": "a", "seconds": "10"}, "seconds is '10', expected a number"),
+        ({"prompt": "a", "seconds": True}, "seconds is True"),
+        ({"prompt": "a", "seconds": None}, "seconds is None"),
+        ({"prompt": "a", "steps": 2.5}, "whole number"),
+        ({"prompt": "a", "seed": True}, "seed is True"),
+        ({"prompt": "a", "inpaint": [1, 2]}, "list of"),
+        ({"prompt": "a", "inpaint": [[1, 2, 3]]}, "list of"),
+        ({"prompt": "a", "inpaint": [[1, "2"]]}, "list of"),
+        ({"prompt": "a", "inpaint": None}, "list of"),
+        ({"prompt": "a", "sampler": "x"}, "no sampler"),
+    ],
+)
+def test_json_of_the_wrong_kind_is_refused_by_key(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        GenerateRequest.from_json(values)
+
+
+def test_whole_numbers_are_numbers() -> None:
+    assert GenerateRequest.from_json({"prompt": "a", "seconds": 10}).seconds == 10.0
