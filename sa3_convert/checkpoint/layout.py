@@ -135,14 +135,16 @@ def _same(left_name: str, left: int, right_name: str, right: int) -> None:
 
 
 def _conditioners(configs: Any) -> tuple[Section, Section]:
+    types = {"prompt": "t5gemma", "seconds_total": "number"}
     found: dict[str, Section] = {}
     for index, entry in enumerate(configs if isinstance(configs, list) else []):
         section = Section(entry, f"model.conditioning.configs[{index}]")
         identifier = section.raw("id")
-        wanted = {"prompt": "t5gemma", "seconds_total": "number"}.get(identifier)
-        if wanted is None:
-            raise CheckpointError(f"Conditioner {identifier!r} is not supported; known: prompt, seconds_total.")
-        section.only("type", wanted)
+        if not isinstance(identifier, str) or identifier not in types:
+            raise CheckpointError(f"Conditioner {identifier!r} is not supported; known: {', '.join(types)}.")
+        if identifier in found:
+            raise CheckpointError(f"model.conditioning.configs has two conditioners {identifier!r}.")
+        section.only("type", types[identifier])
         found[identifier] = section.section("config")
         section.finish()
     for identifier in ("prompt", "seconds_total"):
@@ -331,19 +333,7 @@ def _same_half(section: Section, channels_key: str, kind: str) -> SameLayout:
     depth = config.one_of_list("transformer_depths", maximum=_DEEPEST)
     stride = config.one_of_list("strides")
     sinusoidal = config.one_of_list("sinusoidal_blocks", [0], minimum=0) if kind == "decoder" else 0
-    window = config.raw("sliding_window", None)
-    chunk_size: int | None = None
-    if window is None:
-        chunk_size = config.integer("chunk_size", 128)
-        config.only("chunk_midpoint_shift", True, False)
-        if chunk_size % (2 * stride):
-            raise CheckpointError(f"{kind}: chunk_size {chunk_size} is no even multiple of the stride {stride}.")
-        if depth < 2:
-            raise CheckpointError(f"{kind}: transformer_depths [{depth}] leaves no layers to shift.")
-    elif not (isinstance(window, list) and len(window) == 2 and all(isinstance(w, int) and w > 0 for w in window)):
-        raise CheckpointError(f"{kind}: sliding_window is {window!r}, expected two positive integers.")
-    else:
-        config.ignore("chunk_size", "chunk_midpoint_shift")
+    chunk_size, sliding_window = _attention_span(config, kind, stride, depth)
     layout = SameLayout(
         io_channels=config.integer(channels_key),
         width=config.integer("channels", 128) * config.one_of_list("c_mults"),
@@ -352,7 +342,7 @@ def _same_half(section: Section, channels_key: str, kind: str) -> SameLayout:
         depth=depth,
         head_dim=config.integer("dim_heads", 128),
         chunk_size=chunk_size,
-        sliding_window=None if window is None else (window[0], window[1]),
+        sliding_window=sliding_window,
         mapping_kernel=3 if config.flag("conv_mapping", False) else 1,
         ff_mult=config.number("ff_mult", 3, positive=True),
         # The reference makes layer i sinusoidal when depth - i < sinusoidal_blocks, so blocks - 1 layers are.
@@ -361,4 +351,25 @@ def _same_half(section: Section, channels_key: str, kind: str) -> SameLayout:
     config.finish()
     if layout.width % layout.head_dim:
         raise CheckpointError(f"{kind}: width {layout.width} is no multiple of dim_heads {layout.head_dim}.")
+    if layout.width == layout.io_channels:
+        # The reference leaves the mapping convolution out then.
+        raise CheckpointError(f"{kind}: width {layout.width} equal to the audio-side channels is not supported.")
     return layout
+
+
+def _attention_span(config: Section, kind: str, stride: int, depth: int) -> tuple[int | None, tuple[int, int] | None]:
+    """Return (chunk_size, None) for attention in shifted chunks, (None, groups to each side) for a sliding window."""
+    window = config.raw("sliding_window", None)
+    if window is not None:
+        config.ignore("chunk_size", "chunk_midpoint_shift")
+        pair = isinstance(window, list) and len(window) == 2
+        if not pair or not all(type(side) is int and 0 < side < _DEEPEST for side in window):
+            raise CheckpointError(f"{kind}: sliding_window is {window!r}, expected two positive integers.")
+        return None, (window[0], window[1])
+    chunk_size = config.integer("chunk_size", 128)
+    config.only("chunk_midpoint_shift", True, False)
+    if chunk_size % (2 * stride):
+        raise CheckpointError(f"{kind}: chunk_size {chunk_size} is no even multiple of the stride {stride}.")
+    if depth < 2:
+        raise CheckpointError(f"{kind}: transformer_depths [{depth}] leaves no layers to shift.")
+    return chunk_size, None

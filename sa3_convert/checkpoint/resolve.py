@@ -21,11 +21,11 @@ def resolve_checkpoint(text: str) -> Path:
 
     """
     path = Path(text).expanduser()
-    if path.exists():
+    if text and path.exists():
         return path
     match = _HUB_ID.fullmatch(text)
     if match is None:
-        raise CheckpointError(f"Checkpoint {text} does not exist.{_hint(text)}")
+        raise CheckpointError(f"Checkpoint {text!r} does not exist.{_hint(text)}")
     hub_id, revision = match["id"], match["revision"]
     pinned = next((variant.revision for variant in VARIANTS.values() if variant.hub_id == hub_id), None)
     candidates = [revision] if revision else [pinned, "main"]

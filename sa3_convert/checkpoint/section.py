@@ -1,7 +1,6 @@
 """JSON configuration read so that nothing is silently left out: each key is taken once, the rest is refused by name."""
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,8 @@ class Section:
     def number(self, key: str, default: Any = ..., *, positive: bool = False) -> float:
         """Take a finite number."""
         value = self.raw(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        sound = isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
+        if not sound:
             raise CheckpointError(f"{self._where}.{key} is {value!r}, expected a number.")
         if positive and value <= 0:
             raise CheckpointError(f"{self._where}.{key} is {value!r}, expected a positive number.")
@@ -102,5 +102,5 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None

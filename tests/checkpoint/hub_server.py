@@ -1,0 +1,152 @@
+"""A stand-in for the hub: the few addresses that downloading uses, and the faults that networks have."""
+
+import hashlib
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+_RESOLVE = re.compile(r"/(?P<id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+_MODEL = re.compile(r"/api/models/(?P<id>[^/]+/[^/]+)(/revision/(?P<revision>[^/]+))?")
+
+
+@dataclass
+class Hub:
+    """What the server has and how it misbehaves."""
+
+    files: dict[str, bytes]
+    hub_id: str
+    address: str = ""
+    gated: bool = False
+    revisions: dict[str, str] = field(default_factory=lambda: {"main": COMMIT})
+    break_at: dict[str, int] = field(default_factory=dict)
+    """File → bytes after which its transfer breaks."""
+    recovers: bool = False
+    """Whether the server works on after a break."""
+    corrupt: set[str] = field(default_factory=set)
+    requests: list[tuple[str, str, str | None]] = field(default_factory=list)
+    """Method, path, Range."""
+    broken: bool = False
+
+    def transfers(self, name: str) -> list[str | None]:
+        """Return the Range of each transfer of a file."""
+        gets = [(_RESOLVE.fullmatch(path), where) for method, path, where in self.requests if method == "GET"]
+        return [where for match, where in gets if match is not None and match["file"] == name]
+
+
+def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self) -> None:
+            self._answer()
+
+        def do_GET(self) -> None:
+            self._answer()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def _answer(self) -> None:
+            path = unquote(self.path.split("?")[0])
+            hub.requests.append((self.command, path, self.headers.get("Range")))
+            if match := _MODEL.fullmatch(path):
+                self._model(match["id"], match["revision"] or "main")
+            elif match := _RESOLVE.fullmatch(path):
+                self._file(match["id"], match["revision"], match["file"])
+            else:
+                self._refuse(404)
+
+        def _refuse(self, status: int, code: str | None = None) -> None:
+            self.send_response(status)
+            if code is not None:
+                self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def _model(self, hub_id: str, revision: str) -> None:
+            if hub_id != hub.hub_id:
+                return self._refuse(404, "RepoNotFound")
+            commit = hub.revisions.get(revision)
+            if commit is None:
+                return self._refuse(404, "RevisionNotFound")
+            body = f'{{"id": "{hub_id}", "sha": "{commit}", "siblings": []}}'.encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+            return None
+
+        def _file(self, hub_id: str, revision: str, name: str) -> None:
+            if hub_id != hub.hub_id:
+                return self._refuse(404, "RepoNotFound")
+            if hub.gated:
+                return self._refuse(403, "GatedRepo")
+            if revision not in hub.revisions.values():
+                return self._refuse(404, "RevisionNotFound")
+            if name not in hub.files:
+                return self._refuse(404, "EntryNotFound")
+            if hub.broken:
+                return self._refuse(500)
+            content = hub.files[name]
+            start = self._start(len(content))
+            self.send_response(206 if start else 200)
+            self.send_header("X-Repo-Commit", revision)
+            self.send_header("ETag", f'"{_etag(name, content)}"')
+            self.send_header("Content-Length", str(len(content) - start))
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            self.end_headers()
+            if self.command == "GET":
+                self._send(name, content, start)
+            return None
+
+        def _start(self, size: int) -> int:
+            match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
+            return min(int(match[1]), size) if match else 0
+
+        def _send(self, name: str, content: bytes, start: int) -> None:
+            if name in hub.corrupt:
+                content = bytes([content[0] ^ 1]) + content[1:]
+            limit = hub.break_at.pop(name, None)
+            if limit is None:
+                self.wfile.write(content[start:])
+                return
+            self.wfile.write(content[start:limit])
+            self.wfile.flush()
+            hub.broken = not hub.recovers
+            self.close_connection = True
+
+    return Handler
+
+
+def _etag(name: str, content: bytes) -> str:
+    """Return what the hub gives: the SHA-256 of large files, git's blob hash of the others."""
+    if name.endswith(".safetensors"):
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@contextmanager
+def serve(folder: Path, hub_id: str, **settings: Any) -> Iterator[Hub]:
+    """Serve the files of a folder as one repository."""
+    files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    hub = Hub(files, hub_id, **settings)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
+    server.daemon_threads = True
+    hub.address = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,223 @@
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sa3_convert.checkpoint.layout import read_layout
+from sa3_convert.checkpoint.published import model_config, text_encoder_config
+from sa3_convert.checkpoint.variants import VARIANTS
+from sa3_convert.errors import CheckpointError
+from tests.checkpoint.conftest import edit_json
+from tests.conftest import GOLDEN
+
+Config = dict[str, Any]
+
+
+def write_configs(folder: Path, config: Config, text_encoder: Config) -> Path:
+    (folder / "t5gemma-b-b-ul2").mkdir(parents=True, exist_ok=True)
+    (folder / "model_config.json").write_text(json.dumps(config))
+    (folder / "t5gemma-b-b-ul2" / "config.json").write_text(json.dumps(text_encoder))
+    return folder
+
+
+def dit(config: Config) -> Config:
+    return config["model"]["diffusion"]["config"]
+
+
+def decoder(config: Config) -> Config:
+    return config["model"]["pretransform"]["config"]["decoder"]["config"]
+
+
+def test_published_small_has_the_published_dimensions(tmp_path: Path) -> None:
+    variant = VARIANTS["small-music"]
+    layout = read_layout(write_configs(tmp_path, model_config(variant, "full"), text_encoder_config(variant, "full")))
+    assert layout.dit is not None
+    assert layout.text_encoder is not None
+    assert (layout.dit.embed_dim, layout.dit.depth, layout.dit.num_heads, layout.dit.head_dim) == (1024, 20, 16, 64)
+    assert (layout.dit.ff_dim, layout.dit.local_add_cond_dim, layout.dit.num_memory_tokens) == (4096, 257, 64)
+    assert not layout.dit.differential
+    auto = layout.autoencoder
+    assert (auto.latent_dim, auto.downsampling_ratio) == (256, 4096)
+    assert (auto.decoder.width, auto.decoder.depth, auto.decoder.mapping_kernel, auto.encoder.mapping_kernel) == (
+        768,
+        6,
+        3,
+        1,
+    )
+    assert (auto.decoder.chunk_size, auto.decoder.sliding_window) == (32, None)
+    assert auto.decoder.sinusoidal_from == auto.decoder.depth
+    assert (layout.text_encoder.vocab_size, layout.text_encoder.max_length) == (256000, 256)
+    assert layout.sample_size >= 120 * layout.sample_rate
+
+
+def test_published_medium_has_the_published_dimensions(tmp_path: Path) -> None:
+    variant = VARIANTS["medium"]
+    layout = read_layout(write_configs(tmp_path, model_config(variant, "full"), text_encoder_config(variant, "full")))
+    assert layout.dit is not None
+    assert (layout.dit.embed_dim, layout.dit.depth, layout.dit.differential) == (1536, 24, True)
+    decoder = layout.autoencoder.decoder
+    assert (decoder.width, decoder.depth, decoder.sliding_window, decoder.chunk_size) == (1536, 12, (1, 1), None)
+    # Blocks 5 to 11 take the sine of their gate.
+    assert (decoder.sinusoidal_from, decoder.mapping_kernel) == (5, 1)
+
+
+@pytest.mark.parametrize("family", ["small", "medium"])
+def test_golden_checkpoints_are_read(family: str) -> None:
+    layout = read_layout(GOLDEN / family / "checkpoint")
+    assert layout.objective == "rf_denoiser"
+    assert layout.source_id == f"example/{family}"
+
+
+@pytest.mark.parametrize("name", ["same-s", "same-l"])
+def test_an_autoencoder_alone_has_no_other_parts(tmp_path: Path, name: str) -> None:
+    (tmp_path / "model_config.json").write_text(json.dumps(model_config(VARIANTS[name], "full")))
+    layout = read_layout(tmp_path)
+    assert layout.autoencoder.latent_dim == 256
+    assert (layout.dit, layout.text_encoder, layout.number_conditioner, layout.objective) == (None,) * 4
+
+
+@pytest.mark.parametrize("kind", ["diffusion_cond", "diffusion_cond_inpaint"])
+def test_both_names_of_the_diffusion_model_are_taken(copy: Path, kind: str) -> None:
+    edit_json(copy / "model_config.json", lambda c: c.update(model_type=kind))
+    assert read_layout(copy).dit is not None
+
+
+def test_what_the_reference_never_reads_does_not_matter(copy: Path) -> None:
+    def add(config: Config) -> None:
+        config["training"] = {"learning_rate": 1}
+        config["dataset"] = "x"
+        config["model"]["discriminator"] = {}
+        config["model"]["diffusion"]["comment"] = "x"
+
+    expected = read_layout(copy)
+    edit_json(copy / "model_config.json", add)
+    assert read_layout(copy) == expected
+
+
+@pytest.mark.parametrize("spelling", ["rope_theta", "rope_parameters"])
+def test_theta_is_found_in_both_places(copy: Path, spelling: str) -> None:
+    def put(config: Config) -> None:
+        config["encoder"].pop("rope_parameters")
+        theta = {"rope_theta": 500.0}
+        config["encoder"].update(theta if spelling == "rope_theta" else {"rope_parameters": theta})
+
+    edit_json(copy / "t5gemma-b-b-ul2" / "config.json", put)
+    text_encoder = read_layout(copy).text_encoder
+    assert text_encoder is not None
+    assert text_encoder.rope_theta == 500.0
+
+
+UNSUPPORTED: dict[str, tuple[Callable[[Config], object], str]] = {
+    "kind": (lambda c: c.update(model_type="lm"), "model_type is 'lm'"),
+    "objective": (lambda c: c["model"]["diffusion"].update(diffusion_objective="v"), "diffusion_objective is 'v'"),
+    "conditioner": (
+        lambda c: c["model"]["conditioning"]["configs"].append({"id": "bpm", "type": "number", "config": {}}),
+        "'bpm' is not supported",
+    ),
+    "conditioner absent": (lambda c: c["model"]["conditioning"]["configs"].pop(), "no conditioner 'seconds_total'"),
+    "padding": (
+        lambda c: c["model"]["conditioning"]["configs"][0]["config"].pop("padding_mode"),
+        "padding_mode is 'zero'",
+    ),
+    "fourier": (
+        lambda c: c["model"]["conditioning"]["configs"][1]["config"].pop("fourier_features_type"),
+        "fourier_features_type is 'learned'",
+    ),
+    "shift": (
+        lambda c: c["model"]["diffusion"].update(sampling_distribution_shift_options={"type": "full"}),
+        "sampling_distribution_shift_options",
+    ),
+    "dit key": (lambda c: dit(c).update(new_trick=1), "dit.*new_trick|config.new_trick"),
+    "dit setting": (lambda c: dit(c).update(timestep_features_type="learned"), "timestep_features_type is 'learned'"),
+    "norm": (lambda c: dit(c)["attn_kwargs"].update(qk_norm="ln"), "qk_norm is 'ln'"),
+    "heads": (lambda c: dit(c).update(num_heads=3), "no multiple of num_heads 3"),
+    "contradiction": (lambda c: dit(c).update(io_channels=16), "contradicts itself"),
+    "string for a number": (lambda c: dit(c).update(depth="2"), "depth is '2'"),
+    "too deep": (lambda c: dit(c).update(depth=10**9), "depth is 1000000000"),
+    "text for a flag": (lambda c: dit(c)["attn_kwargs"].update(differential="no"), "expected true or false"),
+    "snake": (lambda c: decoder(c).update(use_snake=True), "use_snake is True"),
+    "same key": (lambda c: decoder(c).update(new_trick=1), "new_trick"),
+    "strides": (lambda c: decoder(c).update(strides=[4, 4]), "strides is .*one integer"),
+    "chunk": (lambda c: decoder(c).update(chunk_size=40), "chunk_size 40"),
+    "window": (lambda c: decoder(c).update(sliding_window=[1]), "sliding_window is"),
+    "bottleneck": (
+        lambda c: c["model"]["pretransform"]["config"]["bottleneck"].update(type="vae"),
+        "type is 'vae'",
+    ),
+    "list for an object": (lambda c: c.update(model=[]), "expected an object"),
+    "missing": (lambda c: c.pop("sample_rate"), "no 'sample_rate'"),
+}
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_unsupported_settings_are_refused_by_name(copy: Path, case: str) -> None:
+    edit, message = UNSUPPORTED[case]
+    edit_json(copy / "model_config.json", lambda c: edit(c) and None)
+    with pytest.raises(CheckpointError, match=message):
+        read_layout(copy)
+
+
+UNSUPPORTED_TEXT: dict[str, tuple[Callable[[Config], object], str]] = {
+    "window": (lambda c: c["encoder"].update(sliding_window=8), "sliding_window 8 is shorter"),
+    "activation": (lambda c: c["encoder"].update(hidden_activation="silu"), "hidden_activation is 'silu'"),
+    "width": (lambda c: c["encoder"].update(hidden_size=32), "contradicts itself"),
+    "rope": (lambda c: c["encoder"]["rope_parameters"].update(rope_type="yarn"), "rope_type is 'yarn'"),
+    "infinity": (lambda c: c["encoder"].update(query_pre_attn_scalar=float("inf")), "expected a number"),
+    "zero": (lambda c: c["encoder"].update(query_pre_attn_scalar=0), "expected a positive number"),
+    "no encoder": (lambda c: c.pop("encoder"), "expected an object"),
+}
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED_TEXT)
+def test_unsupported_text_encoders_are_refused_by_name(copy: Path, case: str) -> None:
+    edit, message = UNSUPPORTED_TEXT[case]
+    edit_json(copy / "t5gemma-b-b-ul2" / "config.json", lambda c: edit(c) and None)
+    with pytest.raises(CheckpointError, match=message):
+        read_layout(copy)
+
+
+def leaves(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    found = [leaf for key, value in items for leaf in leaves(value, (*path, key))]
+    return [path, *found] if path else found
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+TOY_CONFIG = model_config(VARIANTS["small-music"], "toy")
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(path=st.sampled_from(leaves(TOY_CONFIG)), value=JSON)
+def test_any_value_anywhere_is_read_or_refused(tmp_path: Path, path: tuple[Any, ...], value: Any) -> None:
+    config = json.loads(json.dumps(TOY_CONFIG))
+    parent = config
+    for key in path[:-1]:
+        parent = parent[key]
+    parent[path[-1]] = value
+    write_configs(tmp_path, config, text_encoder_config(VARIANTS["small-music"], "toy"))
+    # Anything but a CheckpointError is a failure.
+    with contextlib.suppress(CheckpointError):
+        read_layout(tmp_path)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(max_size=80) | JSON.map(lambda data: json.dumps(data).encode()))
+def test_any_bytes_are_read_or_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model_config.json").write_bytes(content)
+    with pytest.raises(CheckpointError):
+        read_layout(tmp_path)
+
+
+def test_json_too_deep_to_parse_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model_config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="cannot be read as JSON"):
+        read_layout(tmp_path)
