@@ -1,0 +1,95 @@
+"""Bisect a model of a bundle, at sampled inputs or at inputs from a file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sa3_convert.bundle.manifest import Bundle
+from sa3_convert.checkpoint.layout import CheckpointLayout
+from sa3_convert.components import Component, Length, contract
+from sa3_convert.errors import InputError
+from sa3_convert.session import Arrays
+from sa3_convert.verify.bisect import bisect
+from sa3_convert.verify.bisect_result import BisectResult
+from sa3_convert.verify.inputs import sample_inputs
+
+DEFAULT_LATENTS: Mapping[Component, int] = {
+    Component.TEXT_ENCODER: 1,
+    Component.NUMBER_CONDITIONER: 1,
+    Component.DIT: 108,
+    Component.DECODER: 16,
+    Component.ENCODER: 16,
+}
+
+
+def bisect_bundle(
+    bundle: Bundle,
+    component: Component,
+    *,
+    seed: int = 0,
+    latents: int | None = None,
+    feeds: Arrays | None = None,
+    threads: int | None = None,
+) -> BisectResult:
+    """Compare the intermediate tensors of a bundle's model with those of its reference.
+
+    Args:
+        bundle: its files are checked against its manifest first.
+        component: which model.
+        seed: of the sampled inputs; the cases of a verification name theirs.
+        latents: T of the sampled inputs; None is a length that takes seconds.
+        feeds: inputs to use instead of sampled ones; see `read_feeds`.
+        threads: of either engine; None is one per processor.
+
+    Raises:
+        BundleError: the bundle lacks the component, or a file is not what the manifest says.
+        ModelFileError: a file cannot be loaded or run.
+        VerificationError: the two have no tensor in common.
+
+    """
+    reference, target = bundle.file(component, "onnx"), bundle.file(component, "mnn")
+    bundle.check((component,), kinds=("mnn", "onnx"))
+    if feeds is None:
+        length = latents or DEFAULT_LATENTS[component]
+        feeds = sample_inputs(component, bundle.layout, seed=seed, latents=length).feeds
+    return bisect(reference, target, feeds, threads=threads)
+
+
+def read_feeds(path: Path, component: Component, layout: CheckpointLayout) -> dict[str, NDArray[Any]]:
+    """Read a component's inputs from a `.npz` file and hold them to the contract.
+
+    Raises:
+        InputError: the file is missing or damaged, an input is missing or unknown, or is of another dtype or shape.
+
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            feeds: dict[str, NDArray[Any]] = {name: archive[name] for name in archive.files}
+    # A plain .npy file gives an array, which has no files.
+    except (OSError, ValueError, EOFError, BadZipFile, AttributeError, TypeError) as error:
+        raise InputError(f"{path} is no .npz file of inputs: {error}") from None
+    ports = contract(component, layout).inputs
+    wanted = {port.name for port in ports}
+    if feeds.keys() != wanted:
+        raise InputError(f"{path} holds {', '.join(feeds) or 'nothing'}; {component.value} takes {', '.join(wanted)}.")
+    lengths: set[int] = set()
+    for port in ports:
+        array = feeds[port.name]
+        fits = array.ndim == len(port.shape) and str(array.dtype) == port.dtype and np.isfinite(array).all()
+        for size, dimension in zip(array.shape, port.shape, strict=False):
+            if isinstance(dimension, Length):
+                fits &= size > 0 and size % dimension.factor == 0
+                lengths.add(size // dimension.factor)
+            else:
+                fits &= size == dimension
+        if not fits or len(lengths) > 1:
+            shape = [f"{d.factor}·T" if isinstance(d, Length) else d for d in port.shape]
+            raise InputError(
+                f"{path}: {port.name} is {array.dtype} {list(array.shape)}; {component.value} takes {port.dtype} "
+                f"{shape}, finite, with one T for all inputs."
+            )
+    return feeds
