@@ -47,10 +47,18 @@ def onnx_from_module(module: nn.Module, contract: Contract, path: Path, *, multi
     parameters |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
     simplify(model, parameters)
     give_readable_names(model, parameters)
-    common.ClearMetadataAndDocStringPass()(model)
+    _forget_origin(model)
     model.graph.name = path.stem
-    model.producer_name, model.producer_version = _PRODUCER, None
     _write(model, contract, path)
+
+
+def _forget_origin(model: ir.Model) -> None:
+    """Remove torch's notes: stack traces of this machine, and what would differ between two exports."""
+    common.ClearMetadataAndDocStringPass()(model)
+    graph = model.graph
+    for value in [*graph.inputs, *graph.initializers.values(), *(out for node in graph for out in node.outputs)]:
+        value.metadata_props.clear()
+    model.producer_name, model.producer_version = _PRODUCER, None
 
 
 def _write(model: ir.Model, contract: Contract, path: Path) -> None:
@@ -60,6 +68,8 @@ def _write(model: ir.Model, contract: Contract, path: Path) -> None:
         data = data_path(temporary)
         ir.save(model, temporary, external_data=data.name, size_threshold_bytes=INLINE_BELOW)
         check_onnx(temporary, contract)
+        if data.exists() and data.stat().st_size == 0:
+            data.unlink()
         for file in filter(Path.exists, (temporary, data)):
             with file.open("rb+") as stream:
                 os.fsync(stream.fileno())

@@ -23,8 +23,9 @@ from sa3_convert.errors import ConversionError
 OPSET = 18
 """The last one in which norms and attention decompose into operators that MNN has."""
 
-EXAMPLE_UNITS = 12
-"""The traced example's length, in units; anything but the lengths 0 and 1, which torch treats apart."""
+EXAMPLE_UNITS = 13
+"""The traced example's length, in units: a prime, so that a network that needs an undeclared multiple cannot be traced,
+and none of the lengths 0 and 1, which torch treats apart."""
 
 LENGTH = sympy.Symbol("T", integer=True, positive=True)
 
@@ -185,6 +186,8 @@ def _declare(graph: ir.Graph, contract: Contract, multiple: int) -> None:
         graph.insert_before(graph[0], node)
         value.replace_all_uses_with(node.outputs[0])
     for value, port in zip(graph.outputs, contract.outputs, strict=True):
+        if value.shape is None or [str(dim) for dim in value.shape] != [str(dim) for dim in _shape(port)]:
+            raise ConversionError(f"The network returns {value.shape}; its contract says {port.name} {_shape(port)}.")
         value.name, value.shape = port.name, _shape(port)
 
 
