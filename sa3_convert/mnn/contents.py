@@ -103,6 +103,8 @@ class ModelStorage:
     mnn_version: str | None
     source: str | None
     """Framework that it was converted from."""
+    label: str | None
+    """The word that the converter was given for it (`--bizCode`)."""
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     operators: tuple[OperatorStorage, ...]
@@ -162,6 +164,7 @@ class ModelStorage:
             "overhead_bytes": self.overhead_bytes,
             "mnn_version": self.mnn_version,
             "source": self.source,
+            "label": self.label,
             "inputs": [_port(port) for port in self.inputs],
             "outputs": [_port(port) for port in self.outputs],
             "operators": dict(sorted(Counter(operator.type for operator in self.operators).items())),

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from sa3_convert.errors import ModelFileError, UsageError
 from sa3_convert.mnn.codebook import Codebook, Packed, read_dense, read_sparse
 from sa3_convert.mnn.contents import ModelStorage
-from sa3_convert.mnn.file import ModelBytes
+from sa3_convert.mnn.file import ModelBytes, unusable
 from sa3_convert.mnn.storage import read_storage
 from sa3_convert.mnn.weights import WeightStorage
 
 _GROUPS: Final = 1 << 17
 """Groups of eight packed indices that are unpacked at a time."""
-_LARGEST_SPARSE: Final = 1 << 28
-"""A sparse weight may be larger than its file; this many elements take 1 GiB."""
+_LARGEST_SPARSE: Final = 1 << 26
+"""A sparse weight may be larger than its file; this many elements take 256 MiB."""
 _DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "fp16": np.dtype("<f2"),
     "fp32": np.dtype("<f4"),
@@ -58,8 +58,13 @@ def dequantised_weight(path: Path, operator: str, *, storage: ModelStorage | Non
     if found is None or len(found.weights) != 1:
         names = [named.name for named in storage.operators if len(named.weights) == 1]
         raise UsageError(f"{path} has no layer {operator!r} with a weight; it has: {', '.join(names[:20])}.")
-    with ModelBytes(path) as model:
-        return _decoded(model, found.weights[0]).reshape(found.weights[0].shape)
+    weight = found.weights[0]
+    try:
+        # Scales of a damaged file may overflow; the numbers are reported as they come.
+        with ModelBytes(path) as model, np.errstate(all="ignore"):
+            return _decoded(model, weight).reshape(weight.shape)
+    except ModelFileError as fault:
+        raise unusable(path, fault) from None
 
 
 def constant_values(path: Path, name: str, *, storage: ModelStorage | None = None) -> NDArray[Any]:
@@ -76,7 +81,7 @@ def constant_values(path: Path, name: str, *, storage: ModelStorage | None = Non
         raise UsageError(f"{path} has no constant {name!r}.")
     dtype = _DTYPES.get(found.type)
     if found.values is None or dtype is None or found.values.bytes != found.elements * dtype.itemsize:
-        raise ModelFileError(f"{path} holds no readable values for constant {name!r} ({found.type}).")
+        raise unusable(path, ModelFileError(f"it holds no readable values for constant {name!r} ({found.type})"))
     with ModelBytes(path) as model:
         values: NDArray[Any] = np.frombuffer(model.read(found.values), dtype)
         return values.reshape(found.shape)
@@ -84,7 +89,7 @@ def constant_values(path: Path, name: str, *, storage: ModelStorage | None = Non
 
 def _decoded(model: ModelBytes, weight: WeightStorage) -> NDArray[np.float32]:
     if weight.activations_too:
-        raise ModelFileError(f"{model.path} calculates this layer with integers; its weights alone are no numbers.")
+        raise ModelFileError("the layer calculates with integers, so its weights alone are no numbers")
     match weight.stored:
         case "float":
             return np.frombuffer(model.read(weight.payload), "<f4").astype(np.float32)
@@ -135,7 +140,7 @@ def _sparse(model: ModelBytes, weight: WeightStorage, scales: NDArray[np.float32
     )
     assert book.steps is not None
     if book.elements > _LARGEST_SPARSE:
-        raise ModelFileError(f"{model.path} has a sparse weight of {book.elements} elements.")
+        raise ModelFileError(f"a sparse weight has {book.elements} elements")
     out = np.zeros((weight.rows, book.elements // weight.rows), np.float32)
     if not weight.symmetric:
         # What is left out is the integer nearest to zero, rounded half away from it.
@@ -148,7 +153,7 @@ def _sparse(model: ModelBytes, weight: WeightStorage, scales: NDArray[np.float32
     indices = np.concatenate([piece for _, piece in _unpacked(model, weight, book.indices)])
     positions = np.cumsum(steps, dtype=np.int64)
     if positions[-1] >= book.elements:
-        raise ModelFileError(f"{model.path} has a sparse weight with entries beyond its shape.")
+        raise ModelFileError("a sparse weight has entries beyond its shape")
     flat = out.reshape(-1)
     flat[positions] = _looked_up(_sorted_values(book), indices)
     return flat
@@ -157,10 +162,10 @@ def _sparse(model: ModelBytes, weight: WeightStorage, scales: NDArray[np.float32
 def _sparse_floats(model: ModelBytes, weight: WeightStorage) -> NDArray[np.float32]:
     assert weight.indices is not None
     if weight.elements > _LARGEST_SPARSE:
-        raise ModelFileError(f"{model.path} has a sparse weight of {weight.elements} elements.")
+        raise ModelFileError(f"a sparse weight has {weight.elements} elements")
     positions = np.frombuffer(model.read(weight.indices), "<u4")
     if positions.size and int(positions.max()) >= weight.elements:
-        raise ModelFileError(f"{model.path} has a sparse weight with entries beyond its shape.")
+        raise ModelFileError("a sparse weight has entries beyond its shape")
     out = np.zeros(weight.elements, np.float32)
     out[positions] = np.frombuffer(model.read(weight.payload), "<f4")
     return out
@@ -172,7 +177,7 @@ def _sorted_values(book: Codebook) -> NDArray[np.float32]:
 
 def _looked_up(values: NDArray[np.float32], indices: NDArray[np.uint8]) -> NDArray[np.float32]:
     if int(indices.max(initial=0)) >= values.size:
-        raise ModelFileError(f"a weight uses value {int(indices.max())} of {values.size}.")
+        raise ModelFileError(f"a weight uses value {int(indices.max())} of {values.size}")
     return values[indices]
 
 

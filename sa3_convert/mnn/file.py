@@ -18,6 +18,11 @@ def weight_path(model: Path) -> Path:
     return model.with_name(f"{model.name}.weight")
 
 
+def unusable(path: Path, fault: ModelFileError) -> ModelFileError:
+    """Return the error for the user: which file, what is wrong with it, what to do."""
+    return ModelFileError(f"{path} cannot be used as an MNN model: {fault}. Convert it or fetch it again.")
+
+
 class ModelBytes:
     """An open model file. Reads what it is asked for and nothing else."""
 
@@ -32,6 +37,8 @@ class ModelBytes:
             self.size = stream.seek(0, 2)
             if self.size < _SMALLEST:
                 raise ModelFileError(f"it has only {self.size} bytes")
+            if self.size % 4:
+                raise ModelFileError(f"it was cut off or added to: {self.size} bytes are no whole number of words")
             self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         self.buffer = Buffer(self._map)
         return self
@@ -82,7 +89,10 @@ class ModelBytes:
             return self._map[position : position + size]
         stream = self._open_external()
         stream.seek(position)
-        return stream.read(size)
+        data = stream.read(size)
+        if len(data) != size:
+            raise ModelFileError(f"{weight_path(self.path).name} became shorter while it was read")
+        return data
 
     def _open_external(self) -> BinaryIO:
         if self._external is None:

@@ -17,6 +17,7 @@ from sa3_convert.errors import ModelFileError
 DECODED_LIMIT: Final = 16 << 20
 """Bytes of structure, names and dimensions that may be decoded; a model of 10,000 operators needs about two million."""
 _TABLE_COST: Final = 32
+_VTABLE_LIMIT: Final = 1 << 10
 _NAME_LIMIT: Final = 1 << 16
 
 _U16: Final = struct.Struct("<H")
@@ -66,7 +67,8 @@ class Buffer:
 
     def unpack(self, form: struct.Struct, position: int) -> int | float | bool:
         """Return the scalar at a position."""
-        self.check(position, form.size)
+        if position < 0 or position + form.size > self._size:
+            self.check(position, form.size)
         value: int | float | bool = form.unpack_from(self._data, position)[0]
         return value
 
@@ -80,11 +82,12 @@ class Buffer:
         vtable = position - int(self.unpack(_I32, position))
         vtable_size = int(self.unpack(_U16, vtable))
         table_size = int(self.unpack(_U16, vtable + 2)) if vtable_size >= 4 else 0
-        if vtable_size < 4 or vtable_size % 2 or table_size < 4:
+        if not 4 <= vtable_size <= _VTABLE_LIMIT or vtable_size % 2 or table_size < 4:
             raise ModelFileError(f"what should be a table at byte {position} is none")
         self.check(vtable, vtable_size)
         self.check(position, table_size)
-        return Table(self, position, table_size, vtable, (vtable_size - 4) // 2)
+        fields = struct.unpack_from(f"<{vtable_size // 2 - 2}H", self._data, vtable + 4)
+        return Table(self, position, table_size, fields)
 
     def vector(self, position: int, item_size: int) -> tuple[int, int]:
         """Return start and length of the vector whose offset stands at `position`."""
@@ -103,20 +106,17 @@ class Buffer:
 class Table:
     """One table; fields are asked for by their number in the schema."""
 
-    __slots__ = ("_buffer", "_fields", "_position", "_size", "_vtable")
+    __slots__ = ("_buffer", "_fields", "_position", "_size")
 
-    def __init__(self, buffer: Buffer, position: int, size: int, vtable: int, fields: int) -> None:
+    def __init__(self, buffer: Buffer, position: int, size: int, fields: tuple[int, ...]) -> None:
         self._buffer = buffer
         self._position = position
         self._size = size
-        self._vtable = vtable
         self._fields = fields
 
     def _field(self, number: int, size: int) -> int | None:
         """Return where a field stands, or None if it is absent."""
-        if number >= self._fields:
-            return None
-        offset = int(self._buffer.unpack(_U16, self._vtable + 4 + 2 * number))
+        offset = self._fields[number] if number < len(self._fields) else 0
         if offset == 0:
             return None
         if offset < 4 or offset + size > self._size:
@@ -195,4 +195,7 @@ class Table:
         if size > _NAME_LIMIT:
             raise ModelFileError(f"a name at byte {start} has {size} bytes")
         self._buffer.spend(_TABLE_COST)
-        return self._buffer.slice(start, size).decode("utf-8", errors="replace")
+        text = self._buffer.slice(start, size + 1)
+        if text[-1]:
+            raise ModelFileError(f"a name at byte {start} does not end")
+        return text[:-1].decode("utf-8", errors="replace")

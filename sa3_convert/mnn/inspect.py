@@ -60,14 +60,14 @@ def _totals(storage: ModelStorage) -> Table:
 
 
 def _layers(storage: ModelStorage) -> Table:
-    table = _table("Layers", "name", "weight", "stored")
+    table = _table("Layers", "name", "weight", "stored", "scale per")
     _add_numbers(table, "size", "scales")
     for operator, weight in storage.weighted():
         scales = f"{_size(weight.scale_bytes)} {weight.scale_type}" if weight.scales else ""
         name = Text(_plain(layer_name(operator.name)))
         if operator.type != "Convolution":
             name.append(f" ({operator.type})", style="dim")
-        table.add_row(name, _weight_shape(weight), _scheme(weight), _size(weight.payload.bytes), scales)
+        table.add_row(name, _weight_shape(weight), *_scheme(weight), _size(weight.payload.bytes), scales)
     return table
 
 
@@ -76,14 +76,14 @@ def _weight_shape(weight: WeightStorage) -> str:
     return "×".join(str(size) for size in (weight.shape[:2] if is_linear else weight.shape))
 
 
-def _scheme(weight: WeightStorage) -> str:
-    sparse = " sparse" if weight.stored.startswith("sparse") else ""
+def _scheme(weight: WeightStorage) -> tuple[str, str]:
+    stored = weight.type + (" sparse" if weight.stored.startswith("sparse") else "")
     if weight.symmetric is None:
-        return weight.type + sparse
-    granularity = "per layer" if weight.rows < weight.shape[0] else "per channel"
+        return stored, ""
+    granularity = "layer" if weight.rows < weight.shape[0] else "channel"
     if weight.block_size is not None:
-        granularity = f"block {weight.block_size}"
-    return f"{weight.type}{sparse} {'symmetric' if weight.symmetric else 'asymmetric'} {granularity}"
+        granularity = f"{weight.block_size} inputs"
+    return f"{stored} {'sym' if weight.symmetric else 'asym'}", granularity
 
 
 def _constants(storage: ModelStorage) -> Table:

@@ -13,6 +13,7 @@ from typing import Final
 class Net(IntEnum):
     """The root table."""
 
+    LABEL = 0
     EXTRA_INFO = 2
     OPERATORS = 3
     OUTPUT_NAMES = 4

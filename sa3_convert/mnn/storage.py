@@ -13,7 +13,7 @@ from typing import Final
 
 from sa3_convert.errors import ModelFileError
 from sa3_convert.mnn.contents import ConstantStorage, ModelStorage, OperatorStorage, ParameterStorage, Port
-from sa3_convert.mnn.file import ModelBytes, open_regular, weight_path
+from sa3_convert.mnn.file import ModelBytes, open_regular, unusable, weight_path
 from sa3_convert.mnn.flatbuffer import Extent, Table
 from sa3_convert.mnn.schema import (
     BLOB_FIELDS,
@@ -35,6 +35,8 @@ from sa3_convert.mnn.schema import (
 from sa3_convert.mnn.weights import LayerWeights, layer_weights
 
 _INTEGER_LAYERS: Final = frozenset({"ConvInt8", "DepthwiseConvInt8"})
+_MAX_RANK: Final = 16
+"""MNN's own limit is nine dimensions."""
 _PIECE: Final = 1 << 22
 
 
@@ -51,8 +53,8 @@ def read_storage(path: Path) -> ModelStorage:
     try:
         with ModelBytes(path) as model:
             return _Reader(model).read()
-    except ModelFileError as error:
-        raise ModelFileError(f"{path} cannot be used as an MNN model: {error}. Convert it or fetch it again.") from None
+    except ModelFileError as fault:
+        raise unusable(path, fault) from None
 
 
 def content_digest(path: Path) -> str:
@@ -131,6 +133,7 @@ class _Reader:
             weight_file_bytes=self._model.external_size,
             mnn_version=None if extra is None else extra.string(EXTRA_INFO_VERSION),
             source=SOURCES[source] if 0 <= source < len(SOURCES) else None,
+            label=net.string(Net.LABEL),
             inputs=tuple(self._inputs),
             outputs=tuple(Port(name) for name in net.strings(Net.OUTPUT_NAMES) or self._loose_ends()),
             operators=tuple(self._operators),
@@ -202,8 +205,8 @@ class _Reader:
 
     def _constant(self, table: Table, name: str, graph: str) -> ConstantStorage:
         shape = table.integers(Blob.DIMENSIONS)
-        if any(size < 0 for size in shape):
-            raise ModelFileError(f"constant {name!r} has the shape {list(shape)}")
+        if len(shape) > _MAX_RANK or any(size < 0 for size in shape):
+            raise ModelFileError(f"constant {name!r} has the shape {list(shape[:_MAX_RANK])}")
         number = table.integer(Blob.TYPE, default=1)
         kind, size = DATA_TYPES.get(number, (f"type {number}", 0))
         elements = math.prod(shape)

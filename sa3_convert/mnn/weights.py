@@ -84,10 +84,10 @@ class Geometry:
 
     def shape(self, elements: int) -> tuple[int, ...]:
         """Return [out, in per group, kernel…] of a weight of so many elements."""
-        unit = self.outputs * math.prod(self.kernel)
-        if self.outputs < 1 or any(size < 1 for size in self.kernel) or elements % unit:
+        unit = self.outputs * math.prod(self.kernel[:3])
+        if len(self.kernel) > 3 or self.outputs < 1 or any(size < 1 for size in self.kernel) or elements % unit:
             raise ModelFileError(
-                f"{elements} weights do not divide into {self.outputs} outputs with kernel {list(self.kernel)}"
+                f"{elements} weights do not divide into {self.outputs} outputs with kernel {list(self.kernel[:3])}"
             )
         return (self.outputs, elements // unit, *self.kernel)
 
