@@ -67,14 +67,16 @@ def audit(storage: ModelStorage, recipe: ComponentRecipe) -> AuditSummary:
     flow = _Flow(storage)
     scheme = recipe.weights
     layers = [(layer_name(operator.name), weight) for operator, weight in storage.weighted()]
+    hidden = list(_hidden_weight_faults(storage, flow, recipe))
     if scheme is not None:
-        if not layers:
+        if not layers and not hidden:
             raise ConversionError(f"{storage.path.name} has no layers with weights, but the recipe quantises weights.")
-        check_rules(scheme, [name for name, _ in layers])
+        if layers:
+            check_rules(scheme, [name for name, _ in layers])
     tables = list(flow.token_tables())
     faults = [
         *_layer_faults(layers, recipe),
-        *_hidden_weight_faults(storage, flow, recipe),
+        *hidden,
         *_table_faults(tables, recipe),
         *_constant_faults(storage, recipe, {table.name for table in tables}),
     ]
