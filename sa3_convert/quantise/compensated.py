@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sa3_convert.quantise.grid import Floats, Grid, least_squares_grid, round_least_squares
+from sa3_convert.quantise.grid import Floats, Grid, least_squares_grid, to_grid
 
 DAMPING: Final = 0.01
 """Share of the mean of diag(H) that is added to it, so that directions which calibration did not excite stay put."""
@@ -42,7 +42,9 @@ def round_error_compensated(weight: Floats, hessian: NDArray[np.float64], grid: 
         raise ValueError(f"weight {weight.shape} and hessian {hessian.shape} do not belong together")
     original = torch.from_numpy(np.ascontiguousarray(weight, dtype=np.float32))
     length = grid.group_length(weight.shape)
-    lo, step = least_squares_grid(original.reshape(-1, length), grid)
+    rows = original.reshape(-1, length)
+    lo, step = least_squares_grid(rows, grid)
+    fallback = to_grid(rows, lo, step, grid)
     groups = weight.shape[1] // length
     # One column of (lo, step) per input channel, so that columns can be taken in any order.
     lo = lo.reshape(-1, groups).repeat_interleave(length, dim=1)
@@ -54,7 +56,6 @@ def round_error_compensated(weight: Floats, hessian: NDArray[np.float64], grid: 
     codes = codes[:, torch.argsort(order)]
     values = (lo + step * codes).reshape(-1, length)
     kept = _has_both_ends(codes.reshape(-1, length), grid)
-    fallback = torch.from_numpy(round_least_squares(weight, grid)).reshape(-1, length)
     result: Floats = torch.where(kept, values, fallback).reshape(weight.shape).numpy()
     return result
 
@@ -65,7 +66,8 @@ def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
     diagonal = damped.diagonal()
     diagonal += max(DAMPING * float(diagonal.mean()), torch.finfo(torch.float32).tiny)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
+    factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
+    return factor
 
 
 def _compensate(

@@ -42,7 +42,7 @@ class Layer:
         """Shape of the weight as [out, in, *kernel]."""
         tensor = self.weight.const_value
         assert tensor is not None
-        shape = tuple(int(size) for size in tensor.shape)
+        shape = tuple(tensor.shape.numpy())
         return shape[::-1] if self.transposed else shape
 
     @property
@@ -69,7 +69,7 @@ class Layer:
             return ir.Tensor(np.ascontiguousarray(rewritten.T if transposed else rewritten), name=original.name)
 
         self.weight.const_value = ir.LazyTensor(
-            evaluate, dtype=ir.DataType.FLOAT, shape=ir.Shape(list(original.shape)), name=original.name
+            evaluate, dtype=ir.DataType.FLOAT, shape=ir.Shape(original.shape.numpy()), name=original.name
         )
 
 

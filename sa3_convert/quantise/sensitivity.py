@@ -8,7 +8,7 @@ rounded. Errors of different layers are taken as independent: their energies add
 All of it is kept as JSON, keyed by what it depends on, so that the next plan for the same checkpoint costs nothing.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -86,27 +86,21 @@ def stored_bytes(shape: tuple[int, ...], grid: Grid) -> int:
 
 
 def measure_gains(
-    network: nn.Module,
-    weights: Mapping[str, str],
-    moments: Moments,
-    samples: Sequence[Sample],
-    tick: Callable[[str], None] | None = None,
-) -> dict[str, float]:
+    network: nn.Module, weights: Mapping[str, str], moments: Moments, samples: Sequence[Sample]
+) -> Iterator[tuple[str, float]]:
     """Run the network once per layer and sample with that layer rounded.
 
     Args:
         network: the component's, fp32; its parameters are changed and put back.
         weights: parameter name by layer name.
-        moments: Σ x·xᵀ by layer name, over the same samples.
+        moments: Σ x·xᵀ by layer name, in use.
         samples: what the component meets in use.
-        tick: called with each layer's name when it is done.
 
-    Returns:
-        Output energy (share of the output's own) per energy at the layer's output, by layer.
+    Yields:
+        (layer name, output error as a share of the output's energy per energy at the layer's output).
 
     """
     baselines = [_baseline(network, sample) for sample in samples]
-    gains = {}
     for layer, parameter_name in weights.items():
         parameter = network.get_parameter(parameter_name)
         original = parameter.data
@@ -117,10 +111,7 @@ def measure_gains(
             shares = [_error_share(network, baseline) for baseline in baselines]
         finally:
             parameter.data = original
-        gains[layer] = float(np.mean(shares)) / local if local > 0 else 0.0
-        if tick is not None:
-            tick(layer)
-    return gains
+        yield layer, float(np.mean(shares)) / local if local > 0 else 0.0
 
 
 def local_energy(difference: Floats, moments: NDArray[np.float32] | None) -> float:

@@ -1,0 +1,65 @@
+"""Bundles for the tests, converted once per session: exports are by far the longest part, so all share one cache."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sa3_convert.bundle.manifest import Bundle
+from sa3_convert.checkpoint.reader import Checkpoint
+from sa3_convert.checkpoint.synthetic import synthesize
+from sa3_convert.convert import ConvertRequest, Outcome, StageEvent, convert
+from sa3_convert.recipe import Recipe, load_recipe
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints") / "toy"
+    synthesize(folder, "small-music", "toy", 0, "gaussian")
+    return folder
+
+
+class Runs:
+    """What a conversion did, stage by stage."""
+
+    def __init__(self) -> None:
+        self.events: list[StageEvent] = []
+
+    def __call__(self, event: StageEvent) -> None:
+        self.events.append(event)
+
+    def done(self) -> set[tuple[str, str]]:
+        """Return the (component, stage) pairs that were made anew."""
+        return {(e.component.value, e.stage) for e in self.events if e.state == "done"}
+
+
+Convert = Callable[..., tuple[Outcome, Runs]]
+
+
+@pytest.fixture(scope="session")
+def converted(cache: Path) -> Convert:
+    def run(checkpoint: Path, recipe: str | Recipe, out: Path, **options: object) -> tuple[Outcome, Runs]:
+        runs = Runs()
+        chosen = load_recipe(CONFIGS / f"{recipe}.yaml") if isinstance(recipe, str) else recipe
+        settings = {"cache": cache, "threads": 2} | options
+        request = ConvertRequest(checkpoint=Checkpoint.open(checkpoint), recipe=chosen, out=out, **settings)  # type: ignore[arg-type]
+        return convert(request, runs), runs
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def toy_fp32(converted: Convert, toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return converted(toy, "fp32", tmp_path_factory.mktemp("fp32"))[0].bundle
+
+
+@pytest.fixture(scope="session")
+def toy_int8(converted: Convert, toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return converted(toy, "int8", tmp_path_factory.mktemp("int8"))[0].bundle
