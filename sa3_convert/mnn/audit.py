@@ -29,6 +29,9 @@ _VIEWS: Final = frozenset(
      "Transpose", "Unsqueeze"}
 )  # fmt: skip
 _UNPACKING_STEPS: Final = 5
+_STRUCTURE_BYTES: Final = 1 << 16
+_STRUCTURE_BYTES_PER_OPERATOR: Final = 1 << 10
+"""Names and geometry of an operator take about 130 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,7 @@ def audit(storage: ModelStorage, recipe: ComponentRecipe) -> AuditSummary:
         *hidden,
         *_table_faults(tables, recipe),
         *_constant_faults(storage, recipe, {table.name for table in tables}),
+        *_unknown_faults(storage),
     ]
     if faults:
         shown = faults[:_SHOWN] + ([f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else [])
@@ -127,7 +131,7 @@ def _hidden_weight_faults(storage: ModelStorage, flow: "_Flow", recipe: Componen
     for operator in storage.operators:
         name = layer_name(operator.name)
         bits = None if recipe.weights is None else recipe.weights.for_layer(name)[0]
-        if operator.type in _LAYERS and not operator.weights:
+        if operator.type in _LAYERS and operator.weight is None:
             if len(operator.inputs) < 2:
                 yield f"layer {name}: holds no weights"
             elif bits is not None:
@@ -158,6 +162,12 @@ def _constant_faults(storage: ModelStorage, recipe: ComponentRecipe, tables: set
             yield f"constant {constant.name} {list(constant.shape)}: has no values"
         elif constant.is_float and constant.values is not None and constant.type != recipe.floats:
             yield f"constant {constant.name} {list(constant.shape)}: {constant.type} instead of {recipe.floats}"
+
+
+def _unknown_faults(storage: ModelStorage) -> Iterator[str]:
+    """Yield a fault when much of the file is nothing that is known: weights in a form that is not read."""
+    if storage.overhead_bytes > _STRUCTURE_BYTES + _STRUCTURE_BYTES_PER_OPERATOR * len(storage.operators):
+        yield f"{storage.overhead_bytes:,} bytes of the file are neither weights nor constants as they are known here"
 
 
 class _Flow:

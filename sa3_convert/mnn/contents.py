@@ -71,13 +71,8 @@ class OperatorStorage:
     """Which function, of a unary or binary operator."""
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    weights: tuple[WeightStorage, ...]
+    weight: WeightStorage | None
     parameters: tuple[ParameterStorage, ...]
-
-    @property
-    def weight(self) -> WeightStorage | None:
-        """Its weight; the first of a fused operator's."""
-        return self.weights[0] if self.weights else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,13 +126,13 @@ class ModelStorage:
     def operator(self, name: str) -> OperatorStorage | None:
         """Return the operator with weights of a name, else any of that name."""
         named = [operator for operator in self.operators if operator.name == name]
-        return next((operator for operator in named if operator.weights), named[0] if named else None)
+        return next((operator for operator in named if operator.weight), named[0] if named else None)
 
     def weighted(self) -> Iterator[tuple[OperatorStorage, WeightStorage]]:
         """Yield every weight with its operator."""
         for operator in self.operators:
-            for weight in operator.weights:
-                yield operator, weight
+            if operator.weight is not None:
+                yield operator, operator.weight
 
     def totals(self) -> Mapping[str, TypeTotal]:
         """Return sums per stored type, largest first."""
@@ -229,7 +224,7 @@ def _operator(operator: OperatorStorage) -> dict[str, Any]:
         **({"function": operator.function} if operator.function else {}),
         "inputs": list(operator.inputs),
         "outputs": list(operator.outputs),
-        **({"weights": [_weight(weight) for weight in operator.weights]} if operator.weights else {}),
+        **({"weight": _weight(operator.weight)} if operator.weight else {}),
         **({"parameters": [_parameter(item) for item in operator.parameters]} if operator.parameters else {}),
     }
 

@@ -55,10 +55,10 @@ def dequantised_weight(path: Path, operator: str, *, storage: ModelStorage | Non
     """
     storage = storage or read_storage(path)
     found = storage.operator(operator)
-    if found is None or len(found.weights) != 1:
-        names = [named.name for named in storage.operators if len(named.weights) == 1]
+    if found is None or found.weight is None:
+        names = [named.name for named, _ in storage.weighted()]
         raise UsageError(f"{path} has no layer {operator!r} with a weight; it has: {', '.join(names[:20])}.")
-    weight = found.weights[0]
+    weight = found.weight
     try:
         # Scales of a damaged file may overflow; the numbers are reported as they come.
         with ModelBytes(path) as model, np.errstate(all="ignore"):

@@ -22,7 +22,7 @@ def render(storage: ModelStorage) -> Group:
     Names come from the file: control characters in them are shown as `·` and markup is not interpreted.
     """
     parts: list[RenderableType] = [_headline(storage), _ports(storage), _totals(storage)]
-    if any(operator.weights for operator in storage.operators):
+    if any(storage.weighted()):
         parts.append(_layers(storage))
     if storage.constants:
         parts.append(_constants(storage))
@@ -104,7 +104,7 @@ def _others(storage: ModelStorage) -> Text:
     counts = Counter(
         f"{operator.type}({operator.function})" if operator.function else operator.type
         for operator in storage.operators
-        if not operator.weights and operator.type not in ("Const", "Input")
+        if operator.weight is None and operator.type not in ("Const", "Input")
     )
     return Text("Other operators: " + (", ".join(f"{count} {kind}" for kind, count in counts.most_common()) or "none"))
 

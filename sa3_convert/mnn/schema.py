@@ -64,7 +64,6 @@ class Kind(IntEnum):
     CONVOLUTION_3D = 80
     LAYER_NORM = 88
     GROUP_NORM = 95
-    FUSED_LINEAR = 103
 
 
 class Input(IntEnum):
@@ -160,9 +159,6 @@ class Int8(IntEnum):
     WEIGHT = 0
     BIAS = 1
     SCALES = 2
-
-
-FUSED_LINEAR_MEMBERS: Final = 0
 
 
 @dataclass(frozen=True, slots=True)

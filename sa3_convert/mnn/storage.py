@@ -156,16 +156,17 @@ class _Reader:
         operator_type = OPERATOR_NAMES.get(number, f"#{number}")
         self._check_external_path(table)
         parameter = table.table(Op.PARAMETER)
-        layers: tuple[LayerWeights, ...] = ()
+        layer = LayerWeights(None, None)
         parameters: list[ParameterStorage] = []
         if parameter is not None:
-            layers = layer_weights(self._model, kind, parameter, integer_layer=operator_type in _INTEGER_LAYERS)
+            layer = layer_weights(self._model, kind, parameter, integer_layer=operator_type in _INTEGER_LAYERS)
             parameters = list(self._parameters(kind, parameter))
             if kind == Kind.BLOB:
                 self._constants.append(self._constant(parameter, outputs[0] if outputs else name, graph.name))
             elif kind == Kind.INPUT and operator_type == "Input" and not graph.name:
                 self._inputs.append(_input(parameter, outputs[0] if outputs else name))
-        biases = [ParameterStorage("bias", "fp32", b.bytes // 4, b) for layer in layers if (b := layer.bias)]
+        if layer.bias is not None:
+            parameters.append(ParameterStorage("bias", "fp32", layer.bias.bytes // 4, layer.bias))
         self._operators.append(
             OperatorStorage(
                 name=name,
@@ -174,8 +175,8 @@ class _Reader:
                 function=_function(kind, parameter),
                 inputs=graph.named(table.integers(Op.INPUTS)),
                 outputs=outputs,
-                weights=tuple(layer.weight for layer in layers if layer.weight is not None),
-                parameters=(*biases, *parameters),
+                weight=layer.weight,
+                parameters=tuple(parameters),
             )
         )
 

@@ -12,7 +12,6 @@ from sa3_convert.mnn.file import ModelBytes
 from sa3_convert.mnn.flatbuffer import Extent, Table
 from sa3_convert.mnn.schema import (
     CONVOLUTION_3D_EXTERNAL,
-    FUSED_LINEAR_MEMBERS,
     Common,
     Common3D,
     Convolution,
@@ -100,8 +99,8 @@ class LayerWeights:
     bias: Extent | None
 
 
-def layer_weights(model: ModelBytes, kind: int, table: Table, *, integer_layer: bool) -> tuple[LayerWeights, ...]:
-    """Return the weights of a parameter table: none if its kind has none, several for fused layers.
+def layer_weights(model: ModelBytes, kind: int, table: Table, *, integer_layer: bool) -> LayerWeights:
+    """Return the weight and bias of a parameter table.
 
     Args:
         model: the file.
@@ -115,16 +114,13 @@ def layer_weights(model: ModelBytes, kind: int, table: Table, *, integer_layer: 
     """
     match kind:
         case Kind.CONVOLUTION_2D:
-            return (_convolution(model, table, integer_layer=integer_layer),)
+            return _convolution(model, table, integer_layer=integer_layer)
         case Kind.CONVOLUTION_3D:
-            return (_convolution_3d(model, table),)
+            return _convolution_3d(model, table)
         case Kind.INNER_PRODUCT:
-            return (_inner_product(model, table),)
-        case Kind.FUSED_LINEAR:
-            members = table.tables(FUSED_LINEAR_MEMBERS)
-            return tuple(_convolution(model, member, integer_layer=False) for member in members)
+            return _inner_product(model, table)
         case _:
-            return ()
+            return LayerWeights(None, None)
 
 
 def _convolution(model: ModelBytes, table: Table, *, integer_layer: bool) -> LayerWeights:

@@ -30,7 +30,7 @@ class TargetGraph:
         operator = self._producer[name]
         while operator.type in ("Reshape", "ConvertTensor") and operator.inputs:
             before = self._producer.get(operator.inputs[0])
-            if before is None or (not before.weights and before.type not in ("Reshape", "ConvertTensor")):
+            if before is None or (before.weight is None and before.type not in ("Reshape", "ConvertTensor")):
                 break
             operator = before
         return operator.type if operator.function is None else f"{operator.type} {operator.function}"
@@ -52,7 +52,7 @@ class TargetGraph:
         return min(kinds, key=_bits)
 
     def _kinds(self, operator: OperatorStorage) -> set[str]:
-        kinds = {weight.type for weight in operator.weights}
+        kinds = set() if operator.weight is None else {operator.weight.type}
         for source in operator.inputs:
             constant = self._constants.get(source)
             # Whole numbers of a table that is gathered from; int32 and int64 are shapes and indices.

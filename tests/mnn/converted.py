@@ -106,6 +106,16 @@ class Converter:
             self._made[key] = target
         return self._made[key]
 
+    def from_json(self, content: dict[str, Any]) -> Path:
+        """Return the model that MNN writes for its own JSON form: for operators that no ONNX graph becomes."""
+        folder = self._folder / f"json{len(list(self._folder.iterdir()))}"
+        folder.mkdir()
+        source, target = folder / "model.json", folder / "model.mnn"
+        source.write_text(json.dumps(content))
+        run_worker(["convert", "-f", "JSON", "--modelFile", str(source), "--MNNModel", str(target)], folder, timeout=60)
+        assert target.is_file()
+        return target
+
     def dump(self, model: Path) -> dict[str, Any]:
         """Return MNN's own account of a model."""
         folder = self._folder / f"dump{len(list(self._folder.iterdir()))}"

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
@@ -11,6 +12,7 @@ from sa3_convert.mnn.audit import audit
 from sa3_convert.mnn.contents import ModelStorage
 from sa3_convert.mnn.convert import mnn_from_onnx
 from sa3_convert.mnn.storage import read_storage
+from sa3_convert.passes.quantise_embedding import quantise_embedding
 from sa3_convert.recipe import ComponentRecipe, WeightScheme
 from tests.mnn.converted import Converter, gaussian, save_graph
 
@@ -127,6 +129,26 @@ def test_what_was_not_asked_for_is_refused_by_name(
         audit(stored(converter, graph, *flags), recipe)
 
 
+@pytest.mark.parametrize("embedding", ["int8", "int4"])
+@pytest.mark.parametrize("floats", ["fp32", "fp16"])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_quantised_embedding_is_told_from_one_of_other_bits(
+    graph: Path, tmp_path: Path, embedding: str, floats: str, bits: int | None
+) -> None:
+    recipe = integers(4, embedding=embedding, floats=floats)
+    if bits is None:
+        recipe = recipe.model_copy(update={"weights": None})
+    model = ir.load(graph)
+    assert quantise_embedding(model, embedding, half_scales=floats == "fp16") == 1
+    ir.save(model, tmp_path / "network.onnx")
+    mnn_from_onnx(tmp_path / "network.onnx", tmp_path / "network.mnn", recipe)
+    storage = read_storage(tmp_path / "network.mnn")
+    assert [table.type for table in audit(storage, recipe).tables] == [embedding]
+    for other in {"int8", "int4", "float"} - {embedding}:
+        with pytest.raises(ConversionError, match=f"embedding table.*: {embedding} instead of "):
+            audit(storage, recipe.model_copy(update={"embedding": other}))
+
+
 def test_a_rule_that_matches_nothing_is_refused(converter: Converter, graph: Path) -> None:
     recipe = integers(4, layers=[{"match": "sideways", "bits": 8}])
     with pytest.raises(ConversionError, match="'sideways' matches none of the 3"):
@@ -198,7 +220,7 @@ def test_a_convolution_whose_weight_is_computed_is_refused(converter: Converter,
 
 def test_a_convolution_without_weights_is_refused(converter: Converter, graph: Path) -> None:
     storage = stored(converter, graph, "--benchmarkModel")
-    emptied = replace(storage, operators=tuple(replace(operator, weights=()) for operator in storage.operators))
+    emptied = replace(storage, operators=tuple(replace(operator, weight=None) for operator in storage.operators))
     with pytest.raises(ConversionError, match="layer up: holds no weights"):
         audit(emptied, FLOAT32)
 
@@ -208,6 +230,12 @@ def test_a_constant_without_values_is_refused(converter: Converter, graph: Path)
     emptied = replace(storage, constants=tuple(replace(constant, values=None) for constant in storage.constants))
     with pytest.raises(ConversionError, match="has no values"):
         audit(emptied, FLOAT32)
+
+
+def test_bytes_that_nothing_accounts_for_are_refused(converter: Converter, graph: Path) -> None:
+    storage = stored(converter, graph)
+    with pytest.raises(ConversionError, match="bytes of the file are neither weights nor constants"):
+        audit(replace(storage, bytes=storage.bytes + 200_000), FLOAT32)
 
 
 def test_float_constants_that_stayed_fp32_are_refused(converter: Converter, tmp_path: Path) -> None:

@@ -267,7 +267,7 @@ def test_two_gigabytes_take_little_memory(converter: Converter, tmp_path: Path) 
     small = converter(linear_graph(tmp_path / "linear.onnx", gaussian(64, 16)))
     model = copy_of(small, tmp_path)
     data = bytearray(model.read_bytes())
-    (operator,) = [i for i, o in enumerate(read_storage(model).operators) if o.weights]
+    (operator,) = [i for i, o in enumerate(read_storage(model).operators) if o.weight]
     root = follow(data, 0)
     table = follow(data, vector_item(data, root, Net.OPERATORS, operator))
     field = field_position(data, follow(data, field_position(data, table, Op.PARAMETER)), Convolution.WEIGHT)
@@ -324,7 +324,7 @@ def test_weights_that_share_bytes_are_counted_once(converter: Converter, mixed: 
     model = copy_of(converter(mixed), tmp_path)
     whole = read_storage(model)
     with file_of(model) as data:
-        first, second = [i for i, o in enumerate(whole.operators) if o.weights][:2]
+        first, second = [i for i, o in enumerate(whole.operators) if o.weight][:2]
         tables = [follow(data, vector_item(data, follow(data, 0), Net.OPERATORS, index)) for index in (first, second)]
         fields = [
             field_position(data, follow(data, field_position(data, table, Op.PARAMETER)), Convolution.BIAS)
