@@ -92,6 +92,32 @@ class AudioWriter:
                 self._file.write(self._quantiser(block).T << (32 - self._quantiser.bits))
 
 
+class PcmStream:
+    """Raw samples to a pipe: little-endian, channels interleaved, flushed after every chunk.
+
+    Args:
+        stream: open for writing bytes.
+        sample_format: 16-bit or 24-bit integers, or 32-bit floating point.
+        dither: see `Quantiser`; floating point is never dithered.
+
+    """
+
+    def __init__(self, stream: BinaryIO, *, sample_format: SampleFormat = "pcm16", dither: bool = False) -> None:
+        self._stream = stream
+        self._quantiser = Quantiser(_BITS[sample_format], dither=dither) if sample_format != "float" else None
+
+    def write(self, audio: Floats) -> None:
+        """Append [2, n] samples within ±1."""
+        if self._quantiser is None:
+            data = audio.T.astype("<f4").tobytes()
+        else:
+            integers = np.ascontiguousarray(self._quantiser(audio).T.astype("<i4"))
+            width = self._quantiser.bits // 8
+            data = integers.view(np.uint8).reshape(-1, 4)[:, :width].tobytes()
+        self._stream.write(data)
+        self._stream.flush()
+
+
 class Quantiser:
     """Rounds floating-point samples to integers.
 

@@ -1,3 +1,4 @@
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from sa3_convert.errors import AudioError, UsageError
 from sa3_convert.runtime import audio as audio_module
 from sa3_convert.runtime.audio import (
+    PcmStream,
     Quantiser,
     audio_writer,
     check_output_path,
@@ -171,6 +173,21 @@ def test_dither_keeps_a_tone_below_one_step_audible() -> None:
 def test_dither_is_the_same_in_every_run_however_it_is_cut() -> None:
     first = Quantiser(16, dither=True)(tone())
     np.testing.assert_array_equal(first, Quantiser(16, dither=True)(tone()))
+
+
+@pytest.mark.parametrize("sample_format", ["pcm16", "pcm24", "float"])
+def test_raw_samples_on_a_pipe_are_those_of_the_file(tmp_path: Path, sample_format: Any) -> None:
+    path = tmp_path / "out.wav"
+    write_audio(path, tone(), RATE, sample_format=sample_format, dither=True)
+    pipe = io.BytesIO()
+    stream = PcmStream(pipe, sample_format=sample_format, dither=True)
+    stream.write(tone())
+    (raw := tmp_path / "out.raw").write_bytes(pipe.getvalue())
+    subtype = soundfile.info(path).subtype
+    samples, _ = soundfile.read(
+        raw, channels=2, samplerate=RATE, subtype=subtype, format="RAW", endian="LITTLE", dtype="float32"
+    )
+    np.testing.assert_array_equal(samples.T, read(path), strict=True)
 
 
 def test_metadata_comes_back(tmp_path: Path) -> None:

@@ -8,6 +8,9 @@ import pytest
 
 from sa3_convert.components import Component
 from sa3_convert.errors import BackendError, BundleError, CheckpointError, ModelFileError
+from sa3_convert.export.component import export_component
+from sa3_convert.mnn.convert import mnn_from_onnx
+from sa3_convert.recipe import ComponentRecipe
 from sa3_convert.runtime.engines import EngineName, MnnEngine, Models, OrtEngine
 from sa3_convert.runtime.opening import checkpoint_parts
 from sa3_convert.session import Session
@@ -84,11 +87,28 @@ def test_a_damaged_model_file_is_told(small: Parts, tmp_path: Path, engine: str,
         made.load(Component.DIT)
 
 
-def test_a_backend_that_is_not_there_is_never_replaced(small: Parts, tmp_path: Path) -> None:
-    path = tmp_path / "dit.mnn"
-    path.write_bytes(b"x" * 100)
+@pytest.fixture(scope="module")
+def converted(small: Parts, tmp_path_factory: pytest.TempPathFactory) -> dict[Component, Path]:
+    """The number conditioner, which is the quickest to convert, as ONNX and as MNN (`.mnn` beside it)."""
+    path = tmp_path_factory.mktemp("models") / "number_conditioner.onnx"
+    export_component(small.engine.checkpoint, Component.NUMBER_CONDITIONER, path)
+    mnn_from_onnx(path, path.with_suffix(".mnn"), ComponentRecipe(floor_db=100))
+    return {Component.NUMBER_CONDITIONER: path}
+
+
+def test_a_backend_that_is_not_there_is_never_replaced(small: Parts, converted: dict[Component, Path]) -> None:
+    files = {component: path.with_suffix(".mnn") for component, path in converted.items()}
     with pytest.raises(BackendError, match="CUDA"):
-        MnnEngine(small.layout, {Component.DIT: path}, backend="cuda").load(Component.DIT)
+        MnnEngine(small.layout, files, backend="cuda").load(Component.NUMBER_CONDITIONER)
+
+
+def test_all_engines_compute_the_same(small: Parts, converted: dict[Component, Path]) -> None:
+    files = {component: path.with_suffix(".mnn") for component, path in converted.items()}
+    feeds = {"seconds": np.array([12.5], np.float32)}
+    expected = small.engine.load(Component.NUMBER_CONDITIONER).run(feeds)["embedding"]
+    for engine in (MnnEngine(small.layout, files, threads=1), OrtEngine(converted, threads=1)):
+        actual = engine.load(Component.NUMBER_CONDITIONER).run(feeds)["embedding"]
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
 def hide(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:

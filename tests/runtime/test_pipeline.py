@@ -1,7 +1,6 @@
 """The pipeline's own doing, with models that are stand-ins."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,70 +8,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from sa3_convert.checkpoint.layout import CheckpointLayout
 from sa3_convert.components import Component
 from sa3_convert.errors import AudioError, BundleError, OutputRejectedError, UsageError
 from sa3_convert.runtime.audio import write_audio
-from sa3_convert.runtime.engines import EngineName
 from sa3_convert.runtime.events import AudioChunk, Report, Started, Stepped
 from sa3_convert.runtime.noise import TorchGenerator
-from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.request import GenerateRequest
-from tests.runtime.conftest import Parts, StandIn
+from tests.runtime.conftest import Parts
+from tests.runtime.fakes import FakeEngine, decode, pipeline
 
 Floats = NDArray[np.float32]
-
-
-def _decode(latents: Floats) -> Floats:
-    """Each latent's first two channels, held, as the two channels of the audio."""
-    return 0.1 * np.repeat(latents[:, :2], 4096, axis=2)
-
-
-def _functions() -> dict[Component, tuple[str, Callable[..., Any]]]:
-    return {
-        Component.TEXT_ENCODER: (
-            "last_hidden_state",
-            lambda input_ids, attention_mask: np.repeat(input_ids[:, :, None], 64, axis=2).astype(np.float32),
-        ),
-        Component.NUMBER_CONDITIONER: ("embedding", lambda seconds: np.full((1, 1, 64), seconds[0], np.float32)),
-        Component.DIT: ("out", lambda x, **_: np.float32(0.5) * x),
-        Component.DECODER: ("audio", _decode),
-        Component.ENCODER: ("encoder_latent", lambda patched_audio: patched_audio[:, :32, ::16]),
-    }
-
-
-class FakeEngine:
-    """Loads stand-ins; remembers which and that they were closed."""
-
-    name: EngineName = "mnn"
-
-    def __init__(self, lacking: tuple[Component, ...] = (), **replaced: Callable[..., Any]) -> None:
-        self.lacking = lacking
-        self.replaced = replaced
-        self.loaded: list[tuple[Component, StandIn]] = []
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        return {"engine": "fake"}
-
-    def load(self, component: Component) -> StandIn:
-        if component in self.lacking:
-            raise BundleError(f"no {component.value}")
-        output, function = _functions()[component]
-        session = StandIn(output, self.replaced.get(component.value, function))
-        self.loaded.append((component, session))
-        return session
-
-    def feeds(self, component: Component) -> list[dict[str, NDArray[Any]]]:
-        return [feed for found, session in self.loaded if found is component for feed in session.feeds]
-
-    @property
-    def order(self) -> list[Component]:
-        return [component for component, _ in self.loaded]
-
-
-def pipeline(parts: Parts, engine: FakeEngine, layout: CheckpointLayout | None = None, **options: Any) -> Pipeline:
-    return Pipeline(layout or parts.layout, engine, parts.tokenizer, parts.bottleneck, **options)
 
 
 def test_stages_load_one_model_at_a_time_in_order_and_free_it(small: Parts) -> None:
@@ -157,13 +102,13 @@ def test_a_consumer_that_stops_frees_the_models(small: Parts) -> None:
 
 
 def test_audio_beyond_full_scale_is_clipped(small: Parts) -> None:
-    engine = FakeEngine(decoder=lambda latents: 100 * _decode(latents))
+    engine = FakeEngine(decoder=lambda latents: 100 * decode(latents))
     result = pipeline(small, engine).generate(GenerateRequest("pad", seconds=1, steps=1), allow=["clipping"])
     assert np.abs(result.audio).max() == 1
 
 
 def test_output_that_is_no_audio_is_rejected(small: Parts) -> None:
-    silent = pipeline(small, FakeEngine(decoder=lambda latents: 0 * _decode(latents)))
+    silent = pipeline(small, FakeEngine(decoder=lambda latents: 0 * decode(latents)))
     with pytest.raises(OutputRejectedError, match="silence"):
         silent.generate(GenerateRequest("pad", seconds=1, steps=1))
     assert not silent.generate(GenerateRequest("pad", seconds=1, steps=1), allow=["silence"]).audio.any()

@@ -1,0 +1,244 @@
+"""Many generations from one JSONL file: checked as a whole before the first, resumable after the last that was done.
+
+Each line holds the settings of one generation as `GenerateRequest.from_json` reads them, and optionally `output`, the
+name of its file. `results.jsonl` beside the files gets one line per generation that was finished or rejected. A
+generation counts as done when such a line holds exactly its settings and its file is whole.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sa3_convert.errors import InputError, OutputRejectedError, Sa3Error, UsageError
+from sa3_convert.files import sha256_file
+from sa3_convert.runtime.audio import SampleFormat, audio_writer, check_output_path
+from sa3_convert.runtime.checks import OutputCheck
+from sa3_convert.runtime.events import AudioChunk, Report, StageName
+from sa3_convert.runtime.pipeline import Pipeline
+from sa3_convert.runtime.request import GenerateRequest
+
+RESULTS = "results.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class BatchItem:
+    """One generation of a batch."""
+
+    line: int
+    """In the batch file, from 1."""
+    request: GenerateRequest
+    output: str
+    """File name within the batch's folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchOptions:
+    """What all generations of a batch share."""
+
+    folder: Path
+    sample_format: SampleFormat = "pcm16"
+    dither: bool = False
+    allow: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] | None = None
+    """Written into every file, beside its settings."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """What became of one generation; a line of `results.jsonl`."""
+
+    line: int
+    output: str
+    request: Mapping[str, Any]
+    """Its settings, every default filled in."""
+    error: str | None = None
+    """Why its output was rejected; then there is no file."""
+    file_sha256: str | None = None
+    audio_sha256: str | None = None
+    """Of the samples alone, which equal settings with different seeds must not share."""
+    seconds: Mapping[StageName, float] | None = None
+    warnings: tuple[str, ...] = ()
+    reused: bool = False
+    """Done by an earlier run."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the line's content."""
+        names = ("line", "output", "request", "error", "file_sha256", "audio_sha256", "seconds", "warnings")
+        return {name: getattr(self, name) for name in names}
+
+
+def read_batch(path: Path, defaults: Mapping[str, Any] | None = None) -> list[BatchItem]:
+    """Read a batch file and check every line of it.
+
+    Args:
+        path: the JSONL file; empty lines are skipped.
+        defaults: settings for lines that do not have their own.
+
+    Raises:
+        InputError: the file cannot be read, holds no line, or a line is no JSON object.
+        UsageError: a setting is not valid or two lines have one output; the message names the line.
+
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    items = [_read_line(path, number, text, defaults or {}) for number, text in enumerate(lines, 1) if text.strip()]
+    if not items:
+        raise InputError(f"{path} holds no generation. Write one JSON object with a prompt per line.")
+    seen: dict[str, int] = {}
+    for item in items:
+        if item.output in seen:
+            raise UsageError(f"{path}: lines {seen[item.output]} and {item.line} both write {item.output!r}.")
+        seen[item.output] = item.line
+    return items
+
+
+def _read_line(path: Path, number: int, text: str, defaults: Mapping[str, Any]) -> BatchItem:
+    where = f"{path}, line {number}"
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{where} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{where} is no JSON object.")
+    output = values.pop("output", f"{number:04d}.wav")
+    try:
+        if not isinstance(output, str) or Path(output).name != output or output.startswith("."):
+            raise UsageError(f"output is {output!r}, expected a plain file name.")
+        check_output_path(Path(output), "pcm16")
+        return BatchItem(number, GenerateRequest.from_json({**defaults, **values}), output)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
+
+
+def run_batch(pipeline: Pipeline, items: Sequence[BatchItem], options: BatchOptions) -> Iterator[BatchResult]:
+    """Generate what is not done yet, and yield each result when its file and its line are written.
+
+    A rejected output does not end the batch; its result says why.
+
+    Raises:
+        UsageError: a request does not suit the model; found before the first generation.
+        AudioError: given audio cannot be used, or a file cannot be written.
+
+    """
+    settings = [_resolved(pipeline, item) for item in items]
+    for item in items:
+        check_output_path(options.folder / item.output, options.sample_format)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    done = _done(options.folder)
+    audio: dict[str, BatchResult] = {}
+    for item, request in zip(items, settings, strict=True):
+        found = done.get(item.output)
+        if found is not None and found.request == request:
+            result = found
+        else:
+            result = _generate(pipeline, item, request, options, audio)
+            _append(options.folder / RESULTS, result)
+        if result.audio_sha256 is not None:
+            audio.setdefault(result.audio_sha256, result)
+        yield result
+
+
+def _resolved(pipeline: Pipeline, item: BatchItem) -> dict[str, Any]:
+    try:
+        return item.request.resolved(pipeline.layout).to_json()
+    except UsageError as error:
+        raise UsageError(f"Line {item.line}: {error}") from None
+
+
+def _generate(
+    pipeline: Pipeline,
+    item: BatchItem,
+    request: dict[str, Any],
+    options: BatchOptions,
+    audio: Mapping[str, BatchResult],
+) -> BatchResult:
+    path = options.folder / item.output
+    digest = hashlib.sha256()
+    report: Report | None = None
+    metadata = {**(options.metadata or {}), "request": request}
+    try:
+        with audio_writer(
+            path,
+            pipeline.layout.sample_rate,
+            sample_format=options.sample_format,
+            dither=options.dither,
+            metadata=metadata,
+        ) as writer:
+            for event in pipeline.stream(item.request, allow=options.allow):
+                if isinstance(event, AudioChunk):
+                    writer.write(event.samples)
+                    digest.update(event.samples.T.tobytes())
+                elif isinstance(event, Report):
+                    report = event
+            _refuse_duplicate(request, audio.get(digest.hexdigest()), options.allow)
+    except OutputRejectedError as error:
+        # A file of an earlier run under this name was made from other settings.
+        path.unlink(missing_ok=True)
+        return BatchResult(item.line, item.output, request, error=str(error))
+    except Sa3Error as error:
+        raise type(error)(f"Line {item.line}: {error}") from None
+    assert report is not None
+    return BatchResult(
+        item.line,
+        item.output,
+        request,
+        file_sha256=sha256_file(path),
+        audio_sha256=digest.hexdigest(),
+        seconds=dict(report.seconds),
+        warnings=report.warnings,
+    )
+
+
+def _refuse_duplicate(request: dict[str, Any], same: BatchResult | None, allow: Collection[str]) -> None:
+    """Reject audio that equals that of a generation with another seed."""
+    if same is not None and same.request["seed"] != request["seed"]:
+        OutputCheck(allow).duplicate(same.request["seed"], request["seed"])
+
+
+def _append(path: Path, result: BatchResult) -> None:
+    with path.open("ab+") as stream:
+        # A line that a killed run left half-written must not swallow this one.
+        if stream.tell() and _last_byte(path) != b"\n":
+            stream.write(b"\n")
+        stream.write(json.dumps(result.to_json(), ensure_ascii=False).encode() + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _last_byte(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        stream.seek(-1, os.SEEK_END)
+        return stream.read(1)
+
+
+def _done(folder: Path) -> dict[str, BatchResult]:
+    """Return the results of earlier runs whose files are whole, by output."""
+    found: dict[str, BatchResult] = {}
+    try:
+        lines = (folder / RESULTS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise InputError(f"{folder / RESULTS} cannot be read: {error}") from None
+    for line in lines:
+        try:
+            values = json.loads(line)
+            result = BatchResult(**{**values, "warnings": tuple(values["warnings"]), "reused": True})
+        except (ValueError, KeyError, TypeError):
+            # Half a line, from a run that was killed; its generation is made again.
+            continue
+        found[result.output] = result
+    return {output: result for output, result in found.items() if _is_whole(folder / output, result)}
+
+
+def _is_whole(path: Path, result: BatchResult) -> bool:
+    try:
+        return result.file_sha256 is not None and sha256_file(path) == result.file_sha256
+    except OSError:
+        return False
