@@ -16,6 +16,7 @@ from pathlib import Path
 
 from sa3_convert.errors import ConversionError
 from sa3_convert.fingerprint import version_of
+from sa3_convert.mnn.file import weight_path
 from sa3_convert.mnn.identity import set_content_uuid
 from sa3_convert.mnn.isolated import TIMEOUT_SECONDS, WORKER, last_lines, run_worker
 from sa3_convert.mnn.layer_rules import apply_rules, read_layers, scheme_flags
@@ -123,11 +124,6 @@ def mnn_from_mnn_fp16(source: Path, target: Path, *, converter: Converter = DEFA
         _take_final_name(made, target)
 
 
-def weight_file(model: Path) -> Path:
-    """Return where MNN looks for the weights of a model that does not hold them itself."""
-    return model.with_name(f"{model.name}.weight")
-
-
 def _first_pass(source: OnnxInput, made: Path, recipe: ComponentRecipe, converter: Converter, folder: Path) -> str:
     flags = ["-f", "ONNX", "--modelFile", str(source.path), "--MNNModel", str(made)]
     scheme = recipe.weights
@@ -143,14 +139,14 @@ def _first_pass(source: OnnxInput, made: Path, recipe: ComponentRecipe, converte
         wanted = folder / "layers-by-rule.json"
         apply_rules(scheme, listed, wanted)
         made.unlink()
-        weight_file(made).unlink(missing_ok=True)
+        weight_path(made).unlink(missing_ok=True)
         output = converter.run([*flags, *scheme_flags(scheme, wanted)], folder)
         _check_written(made, output)
     return output
 
 
 def _fp16_pass(source: Path, made: Path, converter: Converter, folder: Path) -> str:
-    if weight_file(source).exists() or weight_file(made).exists():
+    if weight_path(source).exists() or weight_path(made).exists():
         raise ConversionError(
             "More than 2000 MB of float weights: MNN keeps them in a separate file, and its second pass, which "
             "`floats: fp16` beside quantised weights needs, leaves an unusable one. Use `floats: fp32`."
@@ -193,7 +189,7 @@ def _workplace(target: Path, source_bytes: int) -> Iterator[Path]:
 
 
 def _take_final_name(made: Path, target: Path) -> None:
-    weights, final_weights = weight_file(made), weight_file(target)
+    weights, final_weights = weight_path(made), weight_path(target)
     has_weights = weights.exists()
     for file in (made, *([weights] if has_weights else [])):
         file.chmod(0o644)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from sa3_convert.errors import BackendError, ModelFileError
 from sa3_convert.mnn.backends import Backend, forward_type_name, load_mnn, require_backend
 from sa3_convert.mnn.capture import capture_stdout
+from sa3_convert.mnn.storage import read_storage
 from sa3_convert.session import Arrays
 
 Level = Literal["normal", "high", "low"]
@@ -83,7 +84,8 @@ class MnnSession:
         self._recent: list[str] = []
         self._mnn: Any = load_mnn()
         self._stale = False
-        _check_file(path)
+        # MNN trusts a file: a damaged one can end the process, and missing or short weights are read as noise.
+        read_storage(path)
         require_backend(backend)
         config = {
             "backend": backend.upper(),
@@ -183,11 +185,6 @@ class MnnSession:
                 f"{self._path} is not a model that MNN can load; it is damaged or was made for another version of MNN"
                 f"{self._said()}"
             )
-        # MNN goes on without the weights when it does not find them.
-        if any(f"{self._path.name}.weight" in line for line in captured.lines):
-            raise ModelFileError(
-                f"{self._path} keeps its weights in {self._path.name}.weight, which is missing{self._said()}"
-            )
         return interpreter, session
 
     def _declared(self, names: Sequence[str] | None) -> dict[str, DeclaredPort]:
@@ -286,15 +283,6 @@ class MnnSession:
 def usable_processors() -> int:
     """Return how many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _check_file(path: Path) -> None:
-    if not path.is_file():
-        raise ModelFileError(f"{path} does not exist. Convert the checkpoint first.")
-    weights = path.with_name(f"{path.name}.weight")
-    # An empty file of weights is read as far as it goes, and the result is noise.
-    if weights.exists() and weights.stat().st_size == 0:
-        raise ModelFileError(f"{weights} is empty. Convert the checkpoint again.")
 
 
 def _fits(shape: tuple[int, ...], declared: tuple[int, ...]) -> bool:
