@@ -1,6 +1,7 @@
 """Text to audio and its variations: the stages in order, each loading what it needs and letting go of it."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Self
 
@@ -135,7 +136,7 @@ class Pipeline:
         assert report is not None
         return Generation(np.concatenate(chunks, axis=1), self.layout.sample_rate, report)
 
-    def stream(self, request: GenerateRequest, *, allow: Collection[str] = ()) -> Iterator[Event]:
+    def stream(self, request: GenerateRequest, *, allow: Collection[str] = ()) -> Generator[Event, None, None]:
         """Generate, and yield what happens as it happens: stages, denoising steps, audio, and a report at the end.
 
         Audio chunks come as they are decoded. Closing the iterator stops the work and frees the models.
@@ -172,19 +173,19 @@ class Pipeline:
 
         yield Started("denoise")
         latents: Floats | None = None
-        steps = self.denoise(settings, sizes, prompted, unprompted, local, start)
-        while (step := notes.timed_next(steps, "denoise")) is not None:
-            latents = step.latents
-            yield Stepped(step, settings.steps)
+        with closing(self.denoise(settings, sizes, prompted, unprompted, local, start)) as steps:
+            while (step := notes.timed_next(steps, "denoise")) is not None:
+                latents = step.latents
+                yield Stepped(step, settings.steps)
         assert latents is not None
 
         yield Started("decode")
         done = 0
-        chunks = self.decode(latents, sizes.samples)
-        while (audio := notes.timed_next(chunks, "decode")) is not None:
-            check.add(audio)
-            yield AudioChunk(done, np.clip(audio[0], -1, 1))
-            done += audio.shape[2]
+        with closing(self.decode(latents, sizes.samples)) as chunks:
+            while (audio := notes.timed_next(chunks, "decode")) is not None:
+                check.add(audio)
+                yield AudioChunk(done, np.clip(audio[0], -1, 1))
+                done += audio.shape[2]
         check.finish(sizes.samples)
         engine = self._models.engine.settings
         yield Report(settings, sizes, latents, notes.seconds, engine, tuple(notes.warnings))
@@ -256,7 +257,7 @@ class Pipeline:
         unprompted: Conditioning | None,
         local: Floats,
         initial: Floats | None,
-    ) -> Iterator[Step]:
+    ) -> Generator[Step, None, None]:
         """Yield the steps from noise, or noised initial latents, to latents [1, C, T]."""
         generator = TorchGenerator(request.seed)
         start = generator.randn((1, self._channels, sizes.latents))
@@ -277,7 +278,7 @@ class Pipeline:
                 )
             yield from SAMPLERS[request.sampler](velocity, start, sigmas(request.steps, sigma_max), generator.randn)
 
-    def decode(self, latents: Floats, samples: int | None = None) -> Iterator[Floats]:
+    def decode(self, latents: Floats, samples: int | None = None) -> Generator[Floats, None, None]:
         """Yield the audio of latents [1, C, T], [1, 2, n] at a time, not clipped; see `autoencode.decoded`."""
         with self._models.use(Component.DECODER) as decoder:
             yield from autoencode.decoded(

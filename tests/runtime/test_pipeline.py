@@ -96,7 +96,7 @@ def test_a_consumer_that_stops_frees_the_models(small: Parts) -> None:
     for event in stream:
         if isinstance(event, Stepped):
             break
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert len(engine.feeds(Component.DIT)) == 1
     assert all(session.closed for _, session in engine.loaded)
 
