@@ -12,7 +12,7 @@ import typer
 
 from sa3_convert.cli.app import run as sa3_convert
 
-PROMPTS = {"small-music": "warm analog synth pad with slow attack, 90 BPM", "small-sfx": "footsteps on gravel"}
+PROMPTS = {"small-music": "warm analog pad", "small-sfx": "footsteps on gravel"}
 SECONDS = "3"
 
 

@@ -79,7 +79,8 @@ _ALPHA = Uniform(0.5, 1.0)
 _GAIN = Uniform(0.5, 1.5)
 _LEARNED_TOKEN = Normal(0.3)
 _MEMORY_TOKEN = Normal(0.5)
-_EMBEDDING = Embedding(0.05)
+_EMBEDDING_STD, _EMBEDDING_WIDTH = 0.05, 768
+"""Of the published width. The model multiplies its embedding by √width, so a narrower one has rows of the same size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +227,8 @@ def _same_block(name: str, half: SameLayout) -> Named:
 
 
 def _gemma_half(name: str, text: TextEncoderLayout, *, cross: bool) -> Named:
-    yield f"{name}.embed_tokens.weight", (text.vocab_size, text.hidden_size), _EMBEDDING
+    embedding = Embedding(_EMBEDDING_STD * math.sqrt(_EMBEDDING_WIDTH / text.hidden_size))
+    yield f"{name}.embed_tokens.weight", (text.vocab_size, text.hidden_size), embedding
     yield f"{name}.norm.weight", (text.hidden_size,), _VECTOR
     attentions = ("self_attn", "cross_attn") if cross else ("self_attn",)
     for index in range(text.num_layers):

@@ -1,5 +1,7 @@
 """What the commands print while they work and when they are done: progress on stderr, results on stdout."""
 
+import sys
+
 from rich.console import Console
 from rich.table import Table
 
@@ -8,8 +10,11 @@ from sa3_convert.convert import ConvertRequest, StageEvent
 from sa3_convert.plan import Step, bytes_needed
 from sa3_convert.verify.result import Verdict
 
-stdout = Console(highlight=False, soft_wrap=False)
-stderr = Console(stderr=True, highlight=False)
+_PIPED_WIDTH = 140
+"""Columns for tables that go to a file or a log, where nothing says how wide it is."""
+
+stdout = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 _VERBS = {"read": "reading", "export": "exporting", "mnn": "converting", "verify": "verifying"}
 

@@ -60,9 +60,9 @@ def convert(
     outcome = make_bundle(request, show_stage)
     stdout.print(bundle_table(outcome.bundle))
     if outcome.up_to_date:
-        stdout.print(f"{out} is up to date; nothing was done.")
+        typer.echo(f"{out} is up to date; nothing was done.")
     else:
-        stdout.print(f'Next: sa3-convert run {out} --prompt "warm analog synth pad" --seconds 10 -o out.wav')
+        typer.echo(f'Next: sa3-convert run {out} --prompt "warm analog synth pad" --seconds 10 -o out.wav')
 
 
 def export(
