@@ -12,10 +12,11 @@ add up without rounding: what follows sees the same c as in float32, bit for bit
 
 Put together are
 - constants that the input of a Sin or Cos is made with: factors, divisors and summands, through reshapes and casts,
+- divisors whose reciprocal half does not hold exactly, anywhere: the converter turns x / c into x · (1/c),
 - constants outside half's range: a magnitude above 65504, and factors that are all below half's normal range.
 
 Nothing is done with
-- constants that half holds exactly, and phases that depend on no input: they are folded before they are halved,
+- other constants that half holds exactly, and phases that depend on no input: they are folded before they are halved,
 - what a Linear or convolution inside a phase uses: its rounding is that of any other weight,
 - summands between 6·10⁻⁸ and 6·10⁻⁵, such as the eps of a norm: they move by less than 6·10⁻⁸,
 - bounds of Clip, which MNN keeps in float32.
@@ -52,9 +53,8 @@ def make_fp16_safe(model: ir.Model) -> int:
 
     """
     uses = _phase_uses(model.graph)
-    for use in _out_of_range_uses(model.graph):
-        if use not in uses:
-            uses.append(use)
+    uses += [use for use in _divisor_uses(model.graph) if use not in uses]
+    uses += [use for use in _out_of_range_uses(model.graph) if use not in uses]
     if not uses:
         return 0
     assembly = _Assembly(model.graph)
@@ -99,6 +99,21 @@ def _phase_uses(graph: ir.Graph) -> list[_Use]:
                 found[_Use(node, index)] = None
             pending.append(used)
     return list(found)
+
+
+def _divisor_uses(graph: ir.Graph) -> list[_Use]:
+    at_run_time = _graph.depends_on_inputs(graph)
+    found = []
+    for node in graph:
+        if node.op_type != "Div" or node.outputs[0] not in at_run_time:
+            continue
+        tensor = _graph.constant_tensor(node.inputs[1])
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size > _LARGEST_CONSTANT:
+            continue
+        divisor = np.asarray(tensor.numpy(), np.float32)
+        if divisor.all() and not is_exact_in_half(np.float32(1) / divisor):
+            found.append(_Use(node, 1))
+    return found
 
 
 def _is_inexact(value: ir.Value) -> bool:

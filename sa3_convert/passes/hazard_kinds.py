@@ -225,7 +225,7 @@ HAZARD_KINDS: tuple[HazardKind, ...] = (
         "resize-linear-1d",
         "wrong",
         _CPU,
-        "linear Resize of one dimension gives zeros in about every second process that runs the same file",
+        "linear Resize of one dimension gives zeros in about every third process that runs the same file",
         "give it a second spatial dimension of 1, or interpolate with a MatMul",
         _resizes_one_dimension,
     ),

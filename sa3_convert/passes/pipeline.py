@@ -1,11 +1,12 @@
 """Which passes run for a component and a recipe, in order: from the reference ONNX to the one that is converted."""
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import onnx_ir as ir
+from google.protobuf.message import DecodeError
 
 from sa3_convert.components import Component
 from sa3_convert.errors import ConversionError, ModelFileError
@@ -15,6 +16,9 @@ from sa3_convert.passes.half import round_to_half
 from sa3_convert.passes.hazards import refuse_hazards
 from sa3_convert.passes.quantise_embedding import quantise_embedding
 from sa3_convert.recipe import ComponentRecipe
+
+_EXTERNAL_FROM_BYTES = 256
+"""Larger weights go to the data file; small constants, shapes among them, stay readable in the graph."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,40 +33,104 @@ class PassReport:
 
 
 def apply_passes(model: ir.Model, component: Component, recipe: ComponentRecipe) -> PassReport:
-    """Rewrite a reference graph in place for MNN.
+    """Rewrite a reference graph in place for MNN, and lint it.
+
+    Weights that are rounded are computed when the model is saved.
 
     Raises:
         ConversionError: a hazard is left, or a pass that the recipe asks for found nothing to do.
 
     """
-    passes: list[tuple[str, Callable[[ir.Model], int]]] = [("fuse_weight_norm", fuse_weight_norm)]
-    if recipe.embedding != "float":
-        kind: Literal["int8", "int4"] = recipe.embedding
-        half = recipe.floats == "fp16"
-        passes.append(("quantise_embedding", lambda m: quantise_embedding(m, kind, half_scales=half)))
-    if recipe.floats == "fp16":
-        passes += [("make_fp16_safe", make_fp16_safe), ("round_to_half", round_to_half)]
-    rewrites = tuple((name, rewrite(model)) for name, rewrite in passes)
-    if ("quantise_embedding", 0) in rewrites:
-        raise ConversionError(
-            f"{component.value}: the recipe asks for an {recipe.embedding} embedding; none was found."
-        )
+    rewrites = tuple((name, rewrite(model)) for name, rewrite in _passes(component, recipe))
+    for name, count in rewrites:
+        if not count and name in ("quantise_embedding", "round_weights"):
+            what = "token table" if name == "quantise_embedding" else "linear or convolution"
+            raise ConversionError(f"{component.value}: the recipe asks for {name}, but the graph has no {what} for it.")
     refuse_hazards(model)
     return PassReport(rewrites)
 
 
+def _passes(component: Component, recipe: ComponentRecipe) -> list[tuple[str, Callable[[ir.Model], int]]]:
+    half = recipe.floats == "fp16"
+    passes: list[tuple[str, Callable[[ir.Model], int]]] = [("fuse_weight_norm", fuse_weight_norm)]
+    if recipe.embedding != "float":
+        kind = recipe.embedding
+        passes.append(("quantise_embedding", lambda model: quantise_embedding(model, kind, half_scales=half)))
+    if half:
+        passes += [("make_fp16_safe", make_fp16_safe), ("round_to_half", round_to_half)]
+    scheme = recipe.weights
+    if scheme is not None and scheme.rounding == "least_squares":
+        from sa3_convert.passes.round_weights import round_weights
+
+        passes.append(("round_weights", lambda model: round_weights(model, scheme)))
+    elif scheme is not None and scheme.rounding == "error_compensated":
+        raise ConversionError(
+            f"{component.value}: rounding: error_compensated needs calibration activations, which a conversion does "
+            "not collect; use least_squares."
+        )
+    return passes
+
+
 def onnx_for_mnn(reference: Path, target: Path, component: Component, recipe: ComponentRecipe) -> PassReport:
-    """Rewrite the ONNX file `reference` into `target`, weights as external data; they are never all in memory.
+    """Rewrite the ONNX file `reference` into `target` and `target`.data; weights are never all in memory.
+
+    `target` appears only when it is complete; what stood there is replaced.
 
     Raises:
-        ModelFileError: `reference` is missing or no ONNX file.
-        ConversionError: see `apply_passes`.
+        ModelFileError: `reference` is missing, damaged or no ONNX file, or its weights are.
+        ConversionError: see `apply_passes`; or `target` cannot be written.
+
+    """
+    model = load_onnx(reference)
+    report = apply_passes(model, component, recipe)
+    data_name = f"{target.name}.data"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent) as folder:
+            written = Path(folder) / target.name
+            ir.save(model, written, external_data=data_name, size_threshold_bytes=_EXTERNAL_FROM_BYTES)
+            # Only a file has external data, and only there is it a hazard.
+            refuse_hazards(load_onnx(written))
+            # The graph goes first and comes last: without it the data file is nothing.
+            target.unlink(missing_ok=True)
+            (target.parent / data_name).unlink(missing_ok=True)
+            data = written.with_name(data_name)
+            if data.exists() and data.stat().st_size:
+                data.replace(target.parent / data_name)
+            written.replace(target)
+    except OSError as error:
+        raise ConversionError(f"{target} cannot be written: {error}") from None
+    return report
+
+
+def load_onnx(path: Path) -> ir.Model:
+    """Load an ONNX file; its weights stay in their file, mapped when they are needed.
+
+    Raises:
+        ModelFileError: it is missing, damaged or no ONNX file, or its external data is missing or too short.
 
     """
     try:
-        model = ir.load(reference)
-    except (OSError, ValueError) as error:
-        raise ModelFileError(f"{reference} cannot be read as ONNX: {error}") from None
-    report = apply_passes(model, component, recipe)
-    ir.save(model, target, external_data=f"{target.name}.data", size_threshold_bytes=256)
-    return report
+        model = ir.load(path.resolve())
+    except FileNotFoundError:
+        raise ModelFileError(f"{path} does not exist.") from None
+    except (OSError, ValueError, DecodeError) as error:
+        raise ModelFileError(f"{path} cannot be read as ONNX: {error}") from None
+    if not model.graph.outputs:
+        raise ModelFileError(f"{path} holds no ONNX graph.")
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            _check_external(path, tensor)
+    return model
+
+
+def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
+    data = Path(tensor.path)
+    if not data.is_file():
+        raise ModelFileError(f"{path} needs {data.name} beside it for its weights; it is not there.")
+    end = (tensor.offset or 0) + tensor.nbytes
+    if data.stat().st_size < end:
+        raise ModelFileError(
+            f"{data} is cut short: {tensor.name!r} ends at byte {end}, the file at {data.stat().st_size}."
+        )

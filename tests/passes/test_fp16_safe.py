@@ -127,6 +127,7 @@ def test_a_second_run_finds_nothing() -> None:
 
 UNTOUCHED: dict[str, tuple[str, dict[str, NDArray[np.generic] | np.generic]]] = {
     "an exact factor": ("p = Mul(t, k)  y = Sin(p)", {"k": np.float32(384)}),
+    "a power of two as divisor": ("y = Div(t, k)", {"k": np.float32(256)}),
     "no sine behind it": ("p = Mul(t, k)  y = Tanh(p)", {"k": TWO_PI}),
     "a phase without inputs": ("p = Mul(m, k)  s = Sin(p)  y = Mul(s, t)", {"k": TWO_PI, "m": np.float32([[2]])}),
     "a linear in front": ("l = MatMul(t, w)  p = Add(l, b)  y = Sin(p)", {"w": FREQUENCIES[:1, None], "b": TWO_PI}),
@@ -162,6 +163,17 @@ def test_numbers_outside_half_survive_in_mnn(body: str, number: float, feeds: Fe
     np.testing.assert_array_equal(run_ort(model, feeds)[0], reference)
     np.testing.assert_allclose(run_mnn(model, feeds, tmp_path, "--fp16")[0], reference, rtol=1e-6, strict=True)
     assert not np.allclose(spoilt, reference, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("divisor", [384.0, 50.0, 0.3])
+def test_the_converter_cannot_halve_the_reciprocal_of_a_divisor(divisor: float, tmp_path: Path) -> None:
+    model = graph("(float[1, 3] x) => (float[1, 3] y) { y = Div(x, k) }", k=np.float32(divisor))
+    feeds = {"x": np.array([[173.3, -2, 0.1]], np.float32)}
+    (reference,) = run_ort(model, feeds)
+    spoilt = run_mnn(model, feeds, tmp_path, "--fp16")[0]
+    assert make_fp16_safe(model) == 1
+    assert signal_to_noise_db(reference, spoilt) < 90
+    assert signal_to_noise_db(reference, run_mnn(model, feeds, tmp_path, "--fp16")[0]) > 130
 
 
 def test_a_weight_beyond_half_is_refused() -> None:
