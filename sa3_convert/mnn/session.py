@@ -265,7 +265,7 @@ class MnnSession:
         host = self._host_tensor(np.zeros(shape, self._dtype(name, tensor)))
         if not tensor.copyToHostTensor(host):
             raise ModelFileError(f"{self._path}: MNN could not copy {name} {list(shape)}{self._said()}")
-        return np.array(host.getNumpyData()).reshape(shape)
+        return np.array(host.getNumpyData().reshape(shape))
 
     def _open(self) -> Any:
         if self._interpreter is None:
