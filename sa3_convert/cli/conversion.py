@@ -56,7 +56,8 @@ def convert(
     if dry_run:
         stdout.print(plan_table(request, steps))
         return
-    stderr.print(resolved.to_yaml().rstrip(), style="dim")
+    if any(step.todo for step in steps):
+        stderr.print(resolved.to_yaml().rstrip(), style="dim")
     outcome = make_bundle(request, show_stage)
     stdout.print(bundle_table(outcome.bundle))
     if outcome.up_to_date:
