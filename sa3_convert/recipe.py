@@ -84,7 +84,7 @@ class ComponentRecipe(_Strict):
     """Everything that is not quantised: norms, biases, unquantised weights, and the embedding if it stays float."""
     embedding: EmbeddingType = "float"
     """The text encoder's token table; other components have none."""
-    floor_db: float = Field(gt=0)
+    floor_db: float = Field(gt=0, allow_inf_nan=False)
     """Least signal-to-noise ratio, in dB, against ONNX Runtime on the fp32 reference."""
 
     @property
@@ -140,7 +140,8 @@ def load_recipe(path: Path) -> Recipe:
         raise RecipeError(
             f"Recipe {path} does not exist. The ones that come with the project are in configs/."
         ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    # yaml lets a ValueError pass for a date or a number that cannot be, and ends deep nesting with a RecursionError.
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise RecipeError(f"Recipe {path} cannot be read: {error}") from None
     try:
         return Recipe.model_validate(data)

@@ -177,15 +177,22 @@ def _accept(made: Path, expected: Ports, output: str, converter: Converter, fold
 @contextlib.contextmanager
 def _workplace(target: Path, source_bytes: int) -> Iterator[Path]:
     """Yield an empty folder beside the target, so on the same file system, that is gone afterwards."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target.parent).free
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+    except OSError as error:
+        raise ConversionError(f"{target.parent} cannot be made a folder to write into: {error}.") from None
     if free < source_bytes:
         raise ConversionError(
             f"{target.parent} has {free / 2**20:.0f} MiB of disk left; converting needs at least the "
             f"{source_bytes / 2**20:.0f} MiB that the converter's scratch file takes. Free some, or write elsewhere."
         )
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent) as folder:
-        yield Path(folder)
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+    except OSError as error:
+        raise ConversionError(f"{target.parent} cannot be written into: {error}.") from None
+    with folder as path:
+        yield Path(path)
 
 
 def _take_final_name(made: Path, target: Path) -> None:

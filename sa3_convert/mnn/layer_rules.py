@@ -49,7 +49,7 @@ def read_layers(path: Path) -> list[dict[str, Any]]:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        layers = [layer for algorithm in found.get("algo", ()) for layer in algorithm["quantParams"]["layer"]]
+        layers = [layer for algorithm in found.get("algo", ()) for layer in algorithm["quantParams"].get("layer", ())]
         names = [layer["opName"] for layer in layers]
     except FileNotFoundError:
         names = []
