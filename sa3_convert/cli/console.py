@@ -1,11 +1,13 @@
 """What the commands print while they work and when they are done: progress on stderr, results on stdout."""
 
 import sys
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from sa3_convert.bundle.manifest import Bundle
+from sa3_convert.components import Component
 from sa3_convert.convert import ConvertRequest, StageEvent
 from sa3_convert.plan import Step, bytes_needed
 from sa3_convert.verify.result import Verdict
@@ -15,6 +17,9 @@ _PIPED_WIDTH = 140
 
 stdout = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+if TYPE_CHECKING:
+    from sa3_convert.quantise.planner import Plan
 
 _VERBS = {"read": "reading", "export": "exporting", "mnn": "converting", "verify": "verifying"}
 
@@ -85,4 +90,30 @@ def plan_table(request: ConvertRequest, steps: list[Step]) -> Table:
     table.add_row(
         "total", "", *(f"{size / 2**20:.2f}" for size in totals), f"{bytes_needed(steps) / 2**20:.0f} MiB of room"
     )
+    return table
+
+
+def planned_table(component: Component, plan: "Plan") -> Table:
+    """Return how many layers a plan stores at each precision, and which layers it keeps highest."""
+    table = Table(
+        title=f"{component.value}: {(plan.allocation.size + plan.fixed_bytes) / 2**20:.2f} MiB", title_justify="left"
+    )
+    for name in ("bits", "block"):
+        table.add_column(name)
+    for name in ("layers", "MiB", "share of the error"):
+        table.add_column(name, justify="right")
+    table.add_column("for example")
+    groups: dict[tuple[int, int], list[str]] = {}
+    for layer, option in plan.allocation.chosen.items():
+        groups.setdefault((option.bits or 16, option.block_size or 0), []).append(layer)
+    for (bits, block), layers in sorted(groups.items(), reverse=True):
+        chosen = [plan.allocation.chosen[layer] for layer in layers]
+        table.add_row(
+            "fp16" if bits == 16 else str(bits),
+            str(block) if block else "channel",
+            str(len(layers)),
+            f"{sum(option.size for option in chosen) / 2**20:.2f}",
+            f"{sum(option.error for option in chosen) / max(plan.allocation.error, 1e-30):.0%}",
+            ", ".join(layers[:2]) + (", …" if len(layers) > 2 else ""),
+        )
     return table

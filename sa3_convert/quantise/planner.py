@@ -121,7 +121,7 @@ def measure(
     gains = _gains(checkpoint, component, moments, kept.with_suffix(".partial"), tick)
     state = checkpoint.state(component)
     layers = {}
-    for index, (layer, parameter) in enumerate(_weights(checkpoint, component).items()):
+    for index, (layer, parameter) in enumerate(layers_to_measure(checkpoint, component).items()):
         weight = state[parameter].numpy()
         found = candidates(weight, gains[layer], moments.get(layer), all_grids())
         layers[layer] = LayerSensitivity(shape=tuple(weight.shape), gain=gains[layer], candidates=found)
@@ -142,7 +142,7 @@ def plan_component(
 
     """
     shapes = {name: entry.shape for name, entry in checkpoint.stored(component).items()}
-    weights = set(_weights(checkpoint, component).values())
+    weights = set(layers_to_measure(checkpoint, component).values())
     float_bytes = 2 if base.floats == "fp16" else 4
     fixed = sum(float_bytes * int(np.prod(shape)) for name, shape in shapes.items() if name not in weights)
     options = sensitivity.options()
@@ -181,7 +181,7 @@ def exactly(layers: Iterable[str]) -> str:
     return "^(" + "|".join(re.escape(layer) for layer in sorted(layers)) + ")$"
 
 
-def _weights(checkpoint: "Checkpoint", component: Component) -> dict[str, str]:
+def layers_to_measure(checkpoint: "Checkpoint", component: Component) -> dict[str, str]:
     """Return the parameter name by layer name of every plain linear and convolution."""
     return {
         name.removesuffix(".weight"): name
@@ -197,7 +197,7 @@ def _gains(
     known: dict[str, float] = {}
     with contextlib.suppress(OSError, ValueError):
         known = json.loads(partial.read_text(encoding="utf-8"))
-    weights = _weights(checkpoint, component)
+    weights = layers_to_measure(checkpoint, component)
     network = build_network(component, checkpoint.layout, checkpoint.state(component))
     samples = [
         sample_inputs(component, checkpoint.layout, seed=CALIBRATION_SEED + seed, latents=latents)

@@ -8,6 +8,7 @@ rounded. Errors of different layers are taken as independent: their energies add
 All of it is kept as JSON, keyed by what it depends on, so that the next plan for the same checkpoint costs nothing.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -25,6 +26,7 @@ from sa3_convert.verify.inputs import Sample
 
 PROBE: Final = Grid(bits=4, symmetric=False, block_size=None)
 """The rounding with which gains are measured: large enough to stand out of float32, small enough to be linear."""
+SAMPLED_ROWS: Final = 64
 BLOCKS: Final = (None, 128, 64, 32)
 BITS: Final = (2, 3, 4, 5, 6, 7, 8)
 
@@ -125,20 +127,23 @@ def local_energy(difference: Floats, moments: NDArray[np.float32] | None) -> flo
 def candidates(
     weight: Floats, gain: float, moments: NDArray[np.float32] | None, grids: Iterable[Grid]
 ) -> tuple[Candidate, ...]:
-    """Return every precision of a layer with its size and predicted error."""
-    found = []
+    """Return every precision of a layer with its size and predicted error.
+
+    The error of a large weight is taken from `SAMPLED_ROWS` of its output channels, evenly spread, and scaled up.
+    """
+    rows = weight[:: max(1, len(weight) // SAMPLED_ROWS)]
+    factor = gain * len(weight) / len(rows)
+
+    def made(bits: int | None, block: int | None, size: int, rounded: Floats) -> Candidate:
+        error = factor * local_energy(rounded - rows, moments)
+        return Candidate(bits=bits, block_size=block, size=size, error=error)
+
+    found = [made(None, None, 2 * weight.size, rows.astype(np.float16).astype(np.float32))]
     for grid in grids:
-        rounded = round_as_converter(weight, grid) if grid.bits == 8 else round_least_squares(weight, grid)
-        error = gain * local_energy(rounded - weight, moments)
-        block = grid.block_size if grid.group_length(weight.shape) < int(np.prod(weight.shape[1:])) else None
-        if block == grid.block_size:
-            found.append(
-                Candidate(bits=grid.bits, block_size=block, size=stored_bytes(weight.shape, grid), error=error)
-            )
-    half = weight.astype(np.float16).astype(np.float32)
-    found.append(
-        Candidate(bits=None, block_size=None, size=2 * weight.size, error=gain * local_energy(half - weight, moments))
-    )
+        # A block that is the whole channel, or that the converter does not honour, is no candidate of its own.
+        if grid.block_size is None or grid.group_length(weight.shape) < math.prod(weight.shape[1:]):
+            size = stored_bytes(weight.shape, grid)
+            found.append(made(grid.bits, grid.block_size, size, round_least_squares(rows, grid)))
     return tuple(found)
 
 
