@@ -154,6 +154,39 @@ def test_a_tensor_that_is_not_there_is_told(converter: Converter) -> None:
         read_storage(path)
 
 
+def sparse(rows: int, columns: int, step: int) -> dict[str, Any]:
+    """Return a sparse weight of one entry of value 1, `step` after the start; its shape is stored in 32 bits."""
+    shape = [2, *rows.to_bytes(4, "little"), *columns.to_bytes(4, "little")]
+    head = [*shape, 1, 0, 0, 0, 8, step, 2, 0, 1, 0x80]
+    buffer = [byte - 256 if byte > 127 else byte for byte in head]
+    alpha = [1.0, 2.0]
+    return {"type": 2, "shapeInt32": True, "quantScale": 1.0, "buffer": buffer, "alpha": alpha}
+
+
+def test_a_sparse_weight_is_zero_but_for_its_entries(converter: Converter) -> None:
+    path = converter.from_json(model(convolution(quanParameter=sparse(2, 4, 6))))
+    assert dequantised_weight(path, "layer").reshape(-1).tolist() == [0, 0, 0, 0, 0, 0, 2, 0]
+
+
+def test_a_sparse_weight_with_an_entry_beyond_its_shape_is_told(converter: Converter) -> None:
+    path = converter.from_json(model(convolution(quanParameter=sparse(2, 4, 200))))
+    with pytest.raises(ModelFileError, match="entries beyond its shape"):
+        dequantised_weight(path, "layer")
+
+
+def test_a_sparse_weight_too_large_for_its_entries_is_told(converter: Converter) -> None:
+    path = converter.from_json(model(convolution(quanParameter=sparse(2, 1 << 30, 6))))
+    with pytest.raises(ModelFileError, match="a sparse weight of 2147483648 elements has 1 entries"):
+        read_storage(path)
+
+
+def test_positions_beyond_a_sparse_float_weight_are_told(converter: Converter) -> None:
+    quantised = {"index": [0, 9], "alpha": [1.0, 2.0], "weightSize": 8}
+    path = converter.from_json(model(convolution(quanParameter=quantised)))
+    with pytest.raises(ModelFileError, match="entries beyond its shape"):
+        dequantised_weight(path, "layer")
+
+
 def test_an_indexed_value_that_the_codebook_lacks_is_told(converter: Converter) -> None:
     codebook = {"type": 1, "buffer": [2, 2, 0, 4, 0, 3, -1, 0, 1, -1, -1], "alpha": [1, 2], "quantScale": 1.0}
     path = converter.from_json(model(convolution(quanParameter=codebook)))

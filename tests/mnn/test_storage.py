@@ -262,6 +262,16 @@ def test_a_truncated_model_is_told(converter: Converter, mixed: Path, tmp_path: 
         read_storage(model)
 
 
+@pytest.mark.parametrize("size", [-1, 1, 3])
+def test_a_model_of_a_few_bytes_more_or_less_is_told(
+    converter: Converter, mixed: Path, tmp_path: Path, size: int
+) -> None:
+    model = copy_of(converter(mixed), tmp_path)
+    os.truncate(model, model.stat().st_size + size)
+    with pytest.raises(ModelFileError, match="cut off or added to"):
+        read_storage(model)
+
+
 def test_two_gigabytes_take_little_memory(converter: Converter, tmp_path: Path) -> None:
     """A file of 1.9 GiB, most of it a hole: its one weight is moved to the end and grown to fill it."""
     small = converter(linear_graph(tmp_path / "linear.onnx", gaussian(64, 16)))
