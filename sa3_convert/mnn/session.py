@@ -83,7 +83,6 @@ class MnnSession:
         self._messages: dict[str, None] = {}
         self._recent: list[str] = []
         self._mnn: Any = load_mnn()
-        self._stale = False
         # MNN trusts a file: a damaged one can end the process, and missing or short weights are read as noise.
         read_storage(path)
         require_backend(backend)
@@ -163,7 +162,6 @@ class MnnSession:
                 code = self._interpreter.runSession(self._session)
             self._note(captured.lines)
             if code != 0:
-                self._stale = True
                 raise ModelFileError(f"{self._path} failed with error code {code} on {_shapes(feeds)}{self._said()}")
             return {name: self._fetch(name, feeds) for name in self._outputs}
 
@@ -244,15 +242,13 @@ class MnnSession:
         """Give the session the feeds' shapes; there is no cache of shapes, so only when one changed."""
         tensors = {name: self._input_tensor(name) for name in feeds}
         changed = [name for name, tensor in tensors.items() if tuple(tensor.getShape()) != feeds[name].shape]
-        if not changed and not self._stale:
+        if not changed:
             return
-        self._stale = True
         for name in changed:
             self._interpreter.resizeTensor(tensors[name], feeds[name].shape)
         with capture_stdout() as captured:
             self._interpreter.resizeSession(self._session)
         self._note(captured.lines)
-        self._stale = False
 
     def _fetch(self, name: str, feeds: Arrays) -> NDArray[Any]:
         """Copy an output to an array of its own, in the order of dimensions that the graph declares."""
