@@ -73,6 +73,15 @@ def attribute_int(node: ir.Node, name: str, default: int) -> int:
     return default if attribute is None else int(attribute.as_int())
 
 
+def is_shifted_by_its_maximum(value: ir.Value) -> bool:
+    """Whether a value is x − ReduceMax(x)."""
+    subtract = value.producer()
+    if subtract is None or subtract.op_type != "Sub" or subtract.inputs[1] is None:
+        return False
+    maximum = subtract.inputs[1].producer()
+    return maximum is not None and maximum.op_type == "ReduceMax" and maximum.inputs[0] is subtract.inputs[0]
+
+
 def remove_unused(graph: ir.Graph, values: Iterable[ir.Value | None]) -> None:
     """Remove what produces `values` as far as nothing uses it: nodes, what they alone used, and initialisers."""
     pending = [value for value in values if value is not None]

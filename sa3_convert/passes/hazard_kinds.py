@@ -172,11 +172,7 @@ def _gathers_from_the_end(node: ir.Node, facts: Facts) -> bool:
 def _softmax_without_maximum(node: ir.Node, facts: Facts) -> bool:
     if node.op_type not in ("Softmax", "LogSoftmax") or facts.target_mnn == "3.6":
         return False
-    shifted = None if node.inputs[0] is None else node.inputs[0].producer()
-    if shifted is None or shifted.op_type != "Sub" or shifted.inputs[1] is None:
-        return True
-    maximum = shifted.inputs[1].producer()
-    return maximum is None or maximum.op_type != "ReduceMax" or maximum.inputs[0] is not shifted.inputs[0]
+    return node.inputs[0] is None or not _graph.is_shifted_by_its_maximum(node.inputs[0])
 
 
 def _weight_is_a_norm(node: ir.Node, facts: Facts) -> bool:
@@ -322,7 +318,7 @@ HAZARD_KINDS: tuple[HazardKind, ...] = (
         "info",
         "up to 3.5.0, CUDA, from the source",
         "rows whose maximum is below about −70 come out wrong on axes longer than 32",
-        "subtract the row's maximum first",
+        "subtract_row_maximum, or convert for 3.6",
         _softmax_without_maximum,
     ),
     HazardKind(

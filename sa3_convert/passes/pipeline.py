@@ -13,8 +13,10 @@ from sa3_convert.errors import ConversionError, ModelFileError
 from sa3_convert.passes.fp16_safe import make_fp16_safe
 from sa3_convert.passes.fuse_weight_norm import fuse_weight_norm
 from sa3_convert.passes.half import round_to_half
+from sa3_convert.passes.hazard_kinds import MnnVersion
 from sa3_convert.passes.hazards import refuse_hazards
 from sa3_convert.passes.quantise_embedding import quantise_embedding
+from sa3_convert.passes.safe_softmax import subtract_row_maximum
 from sa3_convert.recipe import ComponentRecipe
 
 _EXTERNAL_FROM_BYTES = 256
@@ -32,27 +34,39 @@ class PassReport:
         return dict(self.rewrites)
 
 
-def apply_passes(model: ir.Model, component: Component, recipe: ComponentRecipe) -> PassReport:
+def apply_passes(
+    model: ir.Model, component: Component, recipe: ComponentRecipe, *, target_mnn: MnnVersion = "3.6"
+) -> PassReport:
     """Rewrite a reference graph in place for MNN, and lint it.
 
     Weights that are rounded are computed when the model is saved.
+
+    Args:
+        model: rewritten in place.
+        component: what the graph computes, for messages.
+        recipe: how it is to be stored.
+        target_mnn: the oldest MNN that the result must be right on; before 3.6, CUDA needs another Softmax.
 
     Raises:
         ConversionError: a hazard is left, or a pass that the recipe asks for found nothing to do.
 
     """
-    rewrites = tuple((name, rewrite(model)) for name, rewrite in _passes(component, recipe))
+    rewrites = tuple((name, rewrite(model)) for name, rewrite in _passes(component, recipe, target_mnn))
     for name, count in rewrites:
         if not count and name in ("quantise_embedding", "round_weights"):
             what = "token table" if name == "quantise_embedding" else "linear or convolution"
             raise ConversionError(f"{component.value}: the recipe asks for {name}, but the graph has no {what} for it.")
-    refuse_hazards(model)
+    refuse_hazards(model, target_mnn=target_mnn)
     return PassReport(rewrites)
 
 
-def _passes(component: Component, recipe: ComponentRecipe) -> list[tuple[str, Callable[[ir.Model], int]]]:
+def _passes(
+    component: Component, recipe: ComponentRecipe, target_mnn: MnnVersion
+) -> list[tuple[str, Callable[[ir.Model], int]]]:
     half = recipe.floats == "fp16"
     passes: list[tuple[str, Callable[[ir.Model], int]]] = [("fuse_weight_norm", fuse_weight_norm)]
+    if target_mnn != "3.6":
+        passes.append(("subtract_row_maximum", subtract_row_maximum))
     if recipe.embedding != "float":
         kind = recipe.embedding
         passes.append(("quantise_embedding", lambda model: quantise_embedding(model, kind, half_scales=half)))
@@ -71,7 +85,9 @@ def _passes(component: Component, recipe: ComponentRecipe) -> list[tuple[str, Ca
     return passes
 
 
-def onnx_for_mnn(reference: Path, target: Path, component: Component, recipe: ComponentRecipe) -> PassReport:
+def onnx_for_mnn(
+    reference: Path, target: Path, component: Component, recipe: ComponentRecipe, *, target_mnn: MnnVersion = "3.6"
+) -> PassReport:
     """Rewrite the ONNX file `reference` into `target` and `target`.data; weights are never all in memory.
 
     `target` appears only when it is complete; what stood there is replaced.
@@ -82,7 +98,7 @@ def onnx_for_mnn(reference: Path, target: Path, component: Component, recipe: Co
 
     """
     model = load_onnx(reference)
-    report = apply_passes(model, component, recipe)
+    report = apply_passes(model, component, recipe, target_mnn=target_mnn)
     data_name = f"{target.name}.data"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +106,7 @@ def onnx_for_mnn(reference: Path, target: Path, component: Component, recipe: Co
             written = Path(folder) / target.name
             ir.save(model, written, external_data=data_name, size_threshold_bytes=_EXTERNAL_FROM_BYTES)
             # Only a file has external data, and only there is it a hazard.
-            refuse_hazards(load_onnx(written))
+            refuse_hazards(load_onnx(written), target_mnn=target_mnn)
             # The graph goes first and comes last: without it the data file is nothing.
             target.unlink(missing_ok=True)
             (target.parent / data_name).unlink(missing_ok=True)
