@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import pytest
@@ -169,10 +170,30 @@ def test_a_long_list_of_faults_is_cut(converter: Converter, graph: Path) -> None
 
 
 def test_a_whole_channel_is_enough_when_the_block_is_larger(converter: Converter, graph: Path) -> None:
-    recipe = integers(4, block_size=64)
     storage = stored(converter, graph, *INT4, "--weightQuantBlock", "64")
     assert [weight.block_size for _, weight in storage.weighted()] == [None, 64, None]
-    assert audit(storage, recipe).quantised == 3
+    assert audit(storage, integers(4, block_size=64)).quantised == 3
+    assert audit(stored(converter, graph, *INT4), integers(4, block_size=256)).quantised == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"rows": 1}, "layer up: 1 scales for 128 output channels"),
+        ({"activations_too": True}, "layer up: calculates with integers"),
+    ],
+    ids=str,
+)
+def test_forms_that_the_converter_never_gives_are_refused(
+    converter: Converter, graph: Path, change: dict[str, Any], fault: str
+) -> None:
+    storage = stored(converter, graph, *INT4)
+    changed = tuple(
+        replace(operator, weight=replace(operator.weight, **change)) if operator.weight else operator
+        for operator in storage.operators
+    )
+    with pytest.raises(ConversionError, match=fault):
+        audit(replace(storage, operators=changed), integers(4))
 
 
 def test_a_product_with_a_stacked_constant_is_an_unquantised_weight(converter: Converter, tmp_path: Path) -> None:
