@@ -1,9 +1,9 @@
 """Bundles under the names that existing clients read: the published hub tree, or all files in one flat folder.
 
 Names follow the published card. A name states a precision only where the audited file has it: a text encoder of eight
-bits is never written as `…_int4`. The autoencoder and the text encoder are the same in the variants of a family, so
-equal files are written once, and where bundles of several precisions offer one published name, the one of fewest bits
-takes it, as on the card.
+bits is never written as `…_int4`. The variants of a family share the autoencoder, so equal files are written once, and
+where bundles of several precisions offer one published name, the one of fewest bits takes it, as on the card. The text
+encoders differ by the padding embedding inside them: with several variants each gets its own, beside its DiT.
 """
 
 import shutil
@@ -20,6 +20,9 @@ from sa3_convert.files import link_or_copy, sha256_file
 
 Layout = Literal["hub", "flat"]
 
+_SHARED = (Component.TEXT_ENCODER, Component.DECODER, Component.ENCODER)
+"""Components for which the published tree has one file for all variants."""
+
 
 @dataclass(frozen=True, slots=True)
 class Published:
@@ -34,17 +37,20 @@ class Published:
     """Digest of the checkpoint's tensors behind it."""
 
 
-def published_path(variant: str, component: Component, precision: str) -> str:
+def published_path(variant: str, component: Component, precision: str, *, own: bool = False) -> str:
     """Return a model's path in the published hub tree.
 
     Args:
         variant: name of the checkpoint's variant, such as `small-music`.
         component: the component.
         precision: its audited precision, such as `int8`.
+        own: whether the variant has weights of its own where the tree has one file for all variants.
 
     """
     family = "sfx" if "sfx" in variant else "music" if "music" in variant else variant.removesuffix("-base")
     base = "_base" if variant.endswith("-base") else ""
+    if own:
+        return f"{family}/{precision}/{component.value}_{family}{base}_{precision}.mnn"
     match component:
         case Component.TEXT_ENCODER:
             return "shared/text_encoder.mnn" if precision.startswith("fp") else f"shared/text_encoder_{precision}.mnn"
@@ -70,17 +76,18 @@ def published_files(bundles: Sequence[Bundle]) -> list[Published]:
 
     """
     chosen: dict[str, Published] = {}
+    own = {component for component in _SHARED if len({_weights_digest(b, component) for b in bundles}) > 1}
     for bundle in bundles:
         tier = _tier(bundle)
         for artifact in bundle.manifest.artifacts:
-            for path, entry in _paths(bundle, artifact, tier):
+            for path, entry in _paths(bundle, artifact, tier, own=artifact.component in own):
                 offered = Published(
                     path=path,
                     source=bundle.path / entry.path,
                     entry=entry,
                     origin=str(bundle.path),
                     bits=int((artifact.precision or "fp32").lstrip("intfp")),
-                    weights=_weights_digest(bundle, artifact),
+                    weights=_weights_digest(bundle, artifact.component),
                 )
                 chosen[path] = _preferred(chosen.get(path), offered)
     return [chosen[path] for path in sorted(chosen)]
@@ -94,13 +101,13 @@ def _tier(bundle: Bundle) -> str:
     raise BundleError(f"Bundle {bundle.path} has neither a DiT nor a decoder to publish.")
 
 
-def _weights_digest(bundle: Bundle, artifact: Artifact) -> str | None:
+def _weights_digest(bundle: Bundle, component: Component | None) -> str | None:
     digests = bundle.manifest.checkpoint.get("digests", {})
-    digest = digests.get(artifact.component.value) if artifact.component else None
+    digest = digests.get(component.value) if component else None
     return digest if isinstance(digest, str) else None
 
 
-def _paths(bundle: Bundle, artifact: Artifact, tier: str) -> list[tuple[str, FileEntry]]:
+def _paths(bundle: Bundle, artifact: Artifact, tier: str, *, own: bool) -> list[tuple[str, FileEntry]]:
     if artifact.kind in ("tokenizer", "bottleneck_params"):
         return [(f"shared/{Path(artifact.path).name}", artifact)]
     if artifact.kind != "mnn" or artifact.component is None:
@@ -109,7 +116,7 @@ def _paths(bundle: Bundle, artifact: Artifact, tier: str) -> list[tuple[str, Fil
     if artifact.component is Component.NUMBER_CONDITIONER:
         # Part of its tier by name; a fifth of a megabyte in any precision.
         precision = tier
-    path = published_path(bundle.manifest.variant, artifact.component, precision)
+    path = published_path(bundle.manifest.variant, artifact.component, precision, own=own)
     found: list[tuple[str, FileEntry]] = [(path, artifact)]
     if artifact.companion is not None:
         found.append((f"{path}.weight", artifact.companion))

@@ -20,8 +20,10 @@ def synthesize(
 ) -> None:
     """Write a checkpoint in the published format with seeded random weights."""
     from sa3_convert.checkpoint.synthetic import synthesize as write
+    from sa3_convert.cli.transfer import transfer
 
-    write(folder, variant, size, seed, weights)
+    with transfer("writing") as progress:
+        write(folder, variant, size, seed, weights, progress)
     total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     typer.echo(f"{folder}: {variant} at {size} size, seed {seed}, {weights} weights, {total / 2**20:.1f} MiB")
 
@@ -32,12 +34,12 @@ def fetch(
         str, typer.Argument(metavar="HUB_ID", help="For example stabilityai/stable-audio-3-small-music.")
     ],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put it.")],
-    revision: Annotated[
-        str | None, typer.Option(help="Commit to download; the newest one is looked up and named.")
-    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit to download; the pinned one when not given.")] = None,
 ) -> None:
     """Download a published checkpoint at a pinned revision; an interrupted download resumes."""
     from sa3_convert.checkpoint.hub import fetch as download
+    from sa3_convert.cli.transfer import transfer
 
-    download(hub_id, folder, revision)
-    typer.echo(f"{folder}: {hub_id}")
+    with transfer("downloading") as progress:
+        fetched = download(hub_id, folder, revision, progress)
+    typer.echo(f"{folder}: {fetched.hub_id} at {fetched.revision}, {fetched.nbytes / 2**20:.1f} MiB")

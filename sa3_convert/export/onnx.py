@@ -45,7 +45,8 @@ def onnx_from_module(module: nn.Module, contract: Contract, path: Path, *, multi
     model = traced(module, contract, multiple)
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     parameters |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
-    simplify(model, parameters)
+    # Tables that follow from parameters are not kept twice when they are equal; parameters are.
+    simplify(model, module.state_dict().keys())
     give_readable_names(model, parameters)
     _forget_origin(model)
     model.graph.name = path.stem

@@ -16,6 +16,8 @@ from sa3_convert.recipe import WeightScheme
 
 LINEAR_SUFFIX: Final = "__matmul_converted"
 """What MNN appends to the ONNX output's name when it makes a 1×1 convolution of a MatMul or Gemm."""
+BIAS_SUFFIX: Final = ".add"
+"""What the exporter appends to a linear's name for the Add of its bias, which MNN merges into the convolution."""
 
 _NO_BLOCK: Final = -1
 _SHOWN: Final = 5
@@ -23,7 +25,7 @@ _SHOWN: Final = 5
 
 def layer_name(operator: str) -> str:
     """Return the ONNX name of a layer, which rules match, for the name of its operator in a `.mnn` file."""
-    return operator.removesuffix(LINEAR_SUFFIX)
+    return operator.removesuffix(LINEAR_SUFFIX).removesuffix(BIAS_SUFFIX)
 
 
 def scheme_flags(scheme: WeightScheme, layers: Path) -> list[str]:

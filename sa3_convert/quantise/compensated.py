@@ -40,7 +40,7 @@ def round_error_compensated(weight: Floats, hessian: NDArray[np.float64], grid: 
     """
     if weight.ndim != 2 or hessian.shape != (weight.shape[1], weight.shape[1]):
         raise ValueError(f"weight {weight.shape} and hessian {hessian.shape} do not belong together")
-    original = torch.from_numpy(np.ascontiguousarray(weight, dtype=np.float32))
+    original = torch.from_numpy(np.array(weight, dtype=np.float32))
     length = grid.group_length(weight.shape)
     rows = original.reshape(-1, length)
     lo, step = least_squares_grid(rows, grid)

@@ -108,7 +108,7 @@ def least_squares_grid(rows: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, to
 
 def _by_rows(weight: Floats, grid: Grid, rounded: Callable[[torch.Tensor], torch.Tensor]) -> Floats:
     length = grid.group_length(weight.shape)
-    flat = torch.from_numpy(np.ascontiguousarray(weight, dtype=np.float32)).reshape(-1, length)
+    flat = torch.from_numpy(np.array(weight, dtype=np.float32)).reshape(-1, length)
     result = torch.empty_like(flat)
     step = max(1, _ROWS // length)
     for start in range(0, len(flat), step):

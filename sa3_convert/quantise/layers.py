@@ -13,8 +13,6 @@ import onnx_ir as ir
 
 from sa3_convert.quantise.grid import Floats
 
-MNN_SUFFIX: Final = "__matmul_converted"
-"""What MNN appends to the ONNX output's name when it turns a MatMul into a convolution."""
 _SHARED_TOO_OFTEN: Final = 4
 
 

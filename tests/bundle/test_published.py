@@ -70,6 +70,20 @@ def test_contradicting_models_of_one_name_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "hub").exists()
 
 
+def test_variants_with_text_encoders_of_their_own_keep_them_apart(tmp_path: Path) -> None:
+    bundles = [
+        make_bundle(tmp_path / v, v, salt=v, digests={"text_encoder": v, "decoder": v, "encoder": v})
+        for v in ("small-music", "small-sfx")
+    ]
+    export_bundles(bundles, tmp_path / "hub", "hub")
+    names = tree(tmp_path / "hub")
+    assert {"music/int8/text_encoder_music_int8.mnn", "sfx/int8/text_encoder_sfx_int8.mnn"} <= names
+    assert "shared/text_encoder_int8.mnn" not in names
+    for variant, family in (("small-music", "music"), ("small-sfx", "sfx")):
+        published = (tmp_path / "hub" / family / "int8" / f"text_encoder_{family}_int8.mnn").read_bytes()
+        assert published == (tmp_path / variant / "text_encoder.mnn").read_bytes()
+
+
 def test_a_target_with_files_is_refused(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "b")
     with pytest.raises(UsageError, match="not empty"):
