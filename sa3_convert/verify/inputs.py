@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from sa3_convert.checkpoint.layout import CheckpointLayout
 from sa3_convert.components import SPECS, Component, contract
+from sa3_convert.runtime.autoencode import patched
 from sa3_convert.runtime.schedule import sigmas
 
 SAMPLER_STEPS = 8
@@ -133,7 +134,7 @@ def _decoder(random: np.random.Generator, layout: CheckpointLayout, seed: int, l
 def _encoder(random: np.random.Generator, layout: CheckpointLayout, seed: int, latents: int) -> _Made:
     auto = layout.autoencoder
     audio = _audio(random, auto.audio_channels, latents * auto.downsampling_ratio, layout.sample_rate)
-    return {"patched_audio": patched(audio, auto.patch_size)}, _WHOLE
+    return {"patched_audio": patched(audio[None], auto.patch_size)}, _WHOLE
 
 
 _MAKERS = {
@@ -158,13 +159,6 @@ def text_regions(count: int, max_length: int) -> tuple[Region, ...]:
 def noise_level(index: int) -> float:
     """Return `t` at one of the sampler's `SAMPLER_STEPS` evaluations, in an order that starts spread out."""
     return float(sigmas(SAMPLER_STEPS)[index * 3 % SAMPLER_STEPS])
-
-
-def patched(audio: NDArray[np.float32], patch_size: int) -> NDArray[np.float32]:
-    """Return audio [C, N·patch_size] as the encoder takes it: [1, C·patch_size, N], a channel's samples together."""
-    channels = audio.shape[0]
-    pieces = audio.reshape(channels, -1, patch_size).transpose(0, 2, 1)
-    return pieces.reshape(1, channels * patch_size, -1)
 
 
 def _text_encoding(random: np.random.Generator, tokens: int, seconds: NDArray[np.float32]) -> NDArray[np.float32]:

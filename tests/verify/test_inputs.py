@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from sa3_convert.checkpoint.layout import read_layout
 from sa3_convert.components import SPECS, Component, contract
-from sa3_convert.verify.inputs import SAMPLER_STEPS, noise_level, patched, sample_inputs, text_regions
+from sa3_convert.verify.inputs import SAMPLER_STEPS, noise_level, sample_inputs, text_regions
 from tests.conftest import GOLDEN
 
 LAYOUT = read_layout(GOLDEN / "small" / "checkpoint")
@@ -110,11 +110,6 @@ def test_text_rows_have_unit_root_mean_square_and_padding_repeats_one_row() -> N
     scale = np.sqrt((rows**2).mean(axis=1))
     assert scale[0] == pytest.approx(1, abs=1e-5)
     np.testing.assert_array_equal(rows[-2], rows[-3])
-
-
-def test_patches_keep_a_channels_samples_together() -> None:
-    audio = np.arange(12, dtype=np.float32).reshape(2, 6)
-    assert patched(audio, 3)[0].tolist() == [[0, 3], [1, 4], [2, 5], [6, 9], [7, 10], [8, 11]]
 
 
 def test_audio_is_band_limited_and_within_full_scale() -> None:

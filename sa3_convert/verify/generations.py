@@ -1,0 +1,52 @@
+"""A bundle's generations on both sides: which cases, and the sides and store that they need."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from sa3_convert.bundle.manifest import Bundle
+from sa3_convert.components import Component
+from sa3_convert.errors import BundleError
+from sa3_convert.runtime.opening import bundle_engine
+from sa3_convert.verify.generation import GenerationCase, all_cases
+from sa3_convert.verify.prompts import PROMPTS
+from sa3_convert.verify.reference_store import ReferenceStore
+from sa3_convert.verify.sides import References, Side
+
+STEPS = 8
+FULL_CASES: tuple[GenerationCase, ...] = all_cases(range(len(PROMPTS)), (0, 1), (2.0, 5.0, 10.0))
+"""What a full verification generates."""
+END_TO_END_CASES: tuple[GenerationCase, ...] = all_cases((0, 1, 2, 6), (0,), (5.0,))
+"""What is decoded on both sides and beside the chaos floor."""
+
+
+@contextlib.contextmanager
+def both_sides(
+    bundle: Bundle, *, store: Path | None = None, steps: int = STEPS, threads: int | None = None
+) -> Iterator[tuple[References, Side]]:
+    """Open a bundle's references and its target.
+
+    Args:
+        bundle: its files are checked against its manifest first.
+        store: where reference outputs are kept for the next time; None keeps them until the block ends.
+        steps: of the denoising loop.
+        threads: of either engine; None is one per processor.
+
+    Raises:
+        BundleError: a file is not what the manifest says, or the bundle cannot generate.
+
+    """
+    for component in (Component.TEXT_ENCODER, Component.NUMBER_CONDITIONER, Component.DIT):
+        bundle.artifact(component)
+    if bundle.layout.objective is None:
+        raise BundleError(f"Bundle {bundle.path} holds an autoencoder alone; it cannot generate.")
+    reference = Side(bundle, bundle_engine(bundle, "onnxruntime", {"threads": threads}))
+    target = Side(bundle, bundle_engine(bundle, "mnn", {"threads": threads}))
+    with contextlib.ExitStack() as stack:
+        folder = store or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sa3-references-")))
+        try:
+            yield References(reference, ReferenceStore(folder), steps), target
+        finally:
+            reference.close()
+            target.close()

@@ -1,0 +1,72 @@
+"""Reference outputs, computed once and kept by what they depend on, in a folder of bounded size."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sa3_convert.files import atomic_path
+from sa3_convert.fingerprint import fingerprint, version_of
+
+Arrays = dict[str, NDArray[Any]]
+
+DEFAULT_LIMIT = 2 << 30
+
+
+class ReferenceStore:
+    """Arrays by a fingerprint of everything that they were computed from.
+
+    Args:
+        folder: where they are kept; made when needed.
+        limit: bytes; the entries that were not used for longest are dropped first.
+
+    """
+
+    def __init__(self, folder: Path, limit: int = DEFAULT_LIMIT) -> None:
+        self._folder = folder
+        self._limit = limit
+        self.computed = 0
+        """How many entries were not there and had to be computed."""
+
+    def get(self, compute: Callable[[], Mapping[str, NDArray[Any]]], **parts: Any) -> Arrays:
+        """Return the arrays that belong to `parts`, computing them if they are not there or are damaged.
+
+        Args:
+            compute: returns the arrays.
+            **parts: JSON-ready; everything that the arrays depend on (the runtime's version is added).
+
+        """
+        path = self._folder / f"{fingerprint(**parts, onnxruntime=version_of('onnxruntime'))}.npz"
+        found = _read(path)
+        if found is not None:
+            os.utime(path)
+            return found
+        arrays = dict(compute())
+        self.computed += 1
+        with atomic_path(path) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, **arrays)  # type: ignore[arg-type]  # the stubs take names for options
+        self._drop_oldest(path)
+        return arrays
+
+    def _drop_oldest(self, newest: Path) -> None:
+        files = sorted(self._folder.glob("*.npz"), key=lambda file: file.stat().st_mtime, reverse=True)
+        total = 0
+        for file in files:
+            total += file.stat().st_size
+            if total > self._limit and file != newest:
+                file.unlink()
+
+
+def _read(path: Path) -> Arrays | None:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except FileNotFoundError:
+        return None
+    # A damaged entry is worth no more than a missing one: it is computed again.
+    except (OSError, ValueError, EOFError, BadZipFile):
+        return None
