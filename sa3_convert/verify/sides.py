@@ -1,6 +1,5 @@
 """The two sides of an end-to-end comparison: the stages of generation, on the reference or on the target."""
 
-import gc
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,8 +46,11 @@ class Side:
 
     def close(self) -> None:
         """Free the model that is loaded."""
+        if self._loaded is not None:
+            close = getattr(self._loaded[1], "close", None)
+            if close is not None:
+                close()
         self._loaded = None
-        gc.collect()
 
     def tokens(self, case: GenerationCase) -> Tokens:
         """Return the case's prompt as token ids."""
