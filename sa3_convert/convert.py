@@ -261,18 +261,14 @@ def mnn_stage(
     reference: Path, component: Component, recipe: ComponentRecipe, request: ConvertRequest, folder: Path
 ) -> dict[str, Any]:
     """Rewrite the reference for MNN, convert it, and audit the file that comes out."""
-    from sa3_convert.mnn.audit import audit
     from sa3_convert.mnn.convert import mnn_from_onnx
-    from sa3_convert.mnn.storage import read_storage
     from sa3_convert.passes.pipeline import onnx_for_mnn
 
     target = folder / f"{component.value}.mnn"
     with tempfile.TemporaryDirectory(prefix="onnx-", dir=folder) as scratch:
         prepared = Path(scratch) / reference.name
         passes = onnx_for_mnn(reference, prepared, component, recipe)
-        mnn_from_onnx(prepared, target, recipe)
-    storage = read_storage(target)
-    audit(storage, recipe)
+        storage = mnn_from_onnx(prepared, target, recipe)
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     return {"storage": storage.summary(), "passes": passes.counts(), "detail": f"{size / 2**20:.1f} MiB"}
 

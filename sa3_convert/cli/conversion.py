@@ -106,12 +106,9 @@ def mnn(
     recipe: RecipeOption = DEFAULT_RECIPE,
 ) -> None:
     """Stage 3: MNN's converter, judged by the file that it wrote."""
-    from sa3_convert.mnn.audit import audit
     from sa3_convert.mnn.convert import mnn_from_onnx
-    from sa3_convert.mnn.storage import read_storage
     from sa3_convert.recipe import load_recipe
 
     chosen = load_recipe(recipe).for_component(component)
     mnn_from_onnx(source, out, chosen)
-    audit(read_storage(out), chosen)
     typer.echo(f"{out}: {out.stat().st_size / 2**20:.2f} MiB, holds what {recipe} asks for")

@@ -14,13 +14,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sa3_convert.errors import ConversionError
+from sa3_convert.errors import ConversionError, ModelFileError
 from sa3_convert.fingerprint import version_of
+from sa3_convert.mnn.audit import audit
+from sa3_convert.mnn.contents import ModelStorage
 from sa3_convert.mnn.file import weight_path
 from sa3_convert.mnn.identity import set_content_uuid
 from sa3_convert.mnn.isolated import TIMEOUT_SECONDS, WORKER, last_lines, run_worker
 from sa3_convert.mnn.layer_rules import apply_rules, read_layers, scheme_flags
 from sa3_convert.mnn.onnx_input import OnnxInput, Ports, read_onnx_input
+from sa3_convert.mnn.storage import read_storage
 from sa3_convert.recipe import ComponentRecipe
 
 _COMMON_FLAGS = (
@@ -76,8 +79,8 @@ def converter_version() -> str:
 
 def mnn_from_onnx(
     onnx_path: Path, mnn_path: Path, recipe: ComponentRecipe, *, converter: Converter = DEFAULT_CONVERTER
-) -> None:
-    """Convert one ONNX file; the same input, recipe and version of MNN give the same bytes.
+) -> ModelStorage:
+    """Convert one ONNX file and audit the result; the same input, recipe and version of MNN give the same bytes.
 
     With integer weights and `floats: fp16` it takes two passes, because `--fp16` cancels the quantisation when both are
     asked for at once. Above 2000 MB of float weights MNN keeps them in `<mnn_path>.weight`; the two files belong
@@ -90,8 +93,12 @@ def mnn_from_onnx(
         recipe: how weights and floats are stored.
         converter: how the converter is started.
 
+    Returns:
+        What the file holds.
+
     Raises:
-        ConversionError: anything went wrong; the message holds the converter's last lines.
+        ConversionError: anything went wrong (the message holds the converter's last lines), or the file does not hold
+            what the recipe asks for (the message names the layer).
 
     """
     source = read_onnx_input(onnx_path.absolute())
@@ -103,7 +110,13 @@ def mnn_from_onnx(
             made.rename(quantised)
             output = _fp16_pass(quantised, made, converter, folder)
         _accept(made, source.ports, output, converter, folder)
+        try:
+            storage = read_storage(made)
+        except ModelFileError as error:
+            raise ConversionError(f"MNN's converter wrote a damaged file: {error}") from None
+        audit(storage, recipe)
         _take_final_name(made, mnn_path)
+    return storage
 
 
 def mnn_from_mnn_fp16(source: Path, target: Path, *, converter: Converter = DEFAULT_CONVERTER) -> None:
