@@ -36,14 +36,15 @@ def estimate_model_bytes(shapes: dict[str, tuple[int, ...]], recipe: ComponentRe
         count = _count(shape)
         if name == "embed_tokens.weight":
             bits = {"float": 8 * float_bytes, "int8": 8, "int4": 4}[recipe.embedding]
-            total += count * bits // 8 + (4 * shape[0] if recipe.embedding != "float" else 0)
+            total += count * bits // 8 + (float_bytes * shape[0] if recipe.embedding != "float" else 0)
         elif recipe.weights is not None and len(shape) >= 2 and min(shape[:2]) > 1:
             bits_of_layer, block = recipe.weights.for_layer(name)
             if bits_of_layer is None:
                 total += count * float_bytes
             else:
                 groups = shape[0] * (1 if block is None else max(1, shape[1] // block))
-                total += count * bits_of_layer // 8 + groups * (4 if recipe.weights.symmetric else 8)
+                numbers = groups * (1 if recipe.weights.symmetric else 2)
+                total += count * bits_of_layer // 8 + numbers * (2 if recipe.weights.scales == "fp16" else 4)
         else:
             total += count * float_bytes
     return total

@@ -19,6 +19,7 @@ from sa3_convert.errors import RecipeError
 FloatType = Literal["fp32", "fp16"]
 EmbeddingType = Literal["float", "int8", "int4"]
 Rounding = Literal["converter", "least_squares", "error_compensated"]
+ScaleType = Literal["fp32", "fp16"]
 Bits = Annotated[int, Field(ge=2, le=8)]
 
 
@@ -62,6 +63,8 @@ class WeightScheme(_Strict):
     block_size: int | None = None
     """Input channels that share one scale; None is one scale per output channel."""
     rounding: Rounding = "converter"
+    scales: ScaleType = "fp32"
+    """Scales and minima. Small blocks have many: with FP16, blocks of 16 cost what blocks of 32 do with FP32."""
     layers: tuple[LayerRule, ...] = ()
 
     _block = field_validator("block_size")(_checked_block_size)

@@ -71,7 +71,14 @@ def test_defaults_are_written_out_in_the_resolved_recipe(tmp_path: Path) -> None
     resolved = yaml.safe_load(load_recipe(write(tmp_path, data())).to_yaml())
     assert resolved["schema"] == 1
     assert resolved["components"]["dit"] == {
-        "weights": {"bits": 8, "symmetric": False, "block_size": None, "rounding": "converter", "layers": []},
+        "weights": {
+            "bits": 8,
+            "symmetric": False,
+            "block_size": None,
+            "rounding": "converter",
+            "scales": "fp32",
+            "layers": [],
+        },
         "floats": "fp32",
         "embedding": "float",
         "floor_db": 30.0,
@@ -191,7 +198,7 @@ def test_plain_data_of_a_component_is_the_same_after_a_round_trip() -> None:
 scalars = st.none() | st.booleans() | st.integers(-3, 130) | st.floats(allow_nan=True) | st.text(max_size=8)
 keys = st.sampled_from(
     [*(c.value for c in Component), "schema", "name", "description", "components", "weights", "bits", "symmetric",
-     "block_size", "rounding", "layers", "match", "floats", "embedding", "floor_db"]
+     "block_size", "rounding", "scales", "layers", "match", "floats", "embedding", "floor_db"]
 ) | st.text(max_size=4)  # fmt: skip
 anything = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4), max_leaves=12
@@ -224,6 +231,7 @@ schemes = st.builds(
     symmetric=st.booleans(),
     block_size=st.none() | st.integers(1, 16).map(lambda n: 16 * n),
     rounding=st.sampled_from(["converter", "least_squares", "error_compensated"]),
+    scales=st.sampled_from(["fp32", "fp16"]),
     layers=st.lists(
         st.builds(LayerRule, match=st.sampled_from(["a", r"\.b$", "^c"]), bits=st.none() | st.integers(2, 8)),
         max_size=3,

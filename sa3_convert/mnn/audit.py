@@ -115,6 +115,8 @@ def _scheme_faults(name: str, weight: WeightStorage, scheme: WeightScheme, block
     if weight.symmetric != scheme.symmetric:
         stored, wanted = ("symmetric", "asymmetric") if weight.symmetric else ("asymmetric", "symmetric")
         yield f"layer {name}: {stored} instead of {wanted}"
+    if weight.scale_type != scheme.scales:
+        yield f"layer {name}: {weight.scale_type} scales instead of {scheme.scales}"
     outputs, inputs = weight.shape[:2]
     stored_block = weight.block_size or inputs
     if weight.rows < outputs:

@@ -39,6 +39,7 @@ def scheme_flags(scheme: WeightScheme, layers: Path) -> list[str]:
         str(scheme.block_size or _NO_BLOCK),
         "--compressionParamsFile",
         str(layers),
+        *(["--weightQuantScaleBit", "16"] if scheme.scales == "fp16" else []),
     ]
 
 

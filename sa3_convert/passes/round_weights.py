@@ -36,7 +36,7 @@ def round_weights(model: ir.Model, scheme: WeightScheme) -> int:
         bits, block_size = scheme.for_layer(layer.name)
         if bits is None:
             continue
-        grid = Grid(bits, scheme.symmetric, block_size)
+        grid = Grid(bits, scheme.symmetric, block_size, half_scales=scheme.scales == "fp16")
         known = grids.setdefault(layer.weight, grid)
         if known != grid:
             raise ConversionError(

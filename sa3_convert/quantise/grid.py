@@ -10,6 +10,9 @@ and the weights are replaced by the grid's values. Because both ends of the grid
 (asymmetric: its lowest and highest, symmetric: its largest magnitude), the converter finds the very same grid and its
 own rounding changes nothing. A group in which a chosen grid would lose its ends keeps the converter's own.
 
+MNN can store lo and step as float16. It cuts their last bits off after it has chosen the codes, which shifts levels.
+The search then goes only through grids whose numbers float16 holds, so what was planned still is what is stored.
+
 The search alternates, from several clipped starts, between rounding to the nearest level and the closed-form least
 squares fit of (lo, step) or step to the codes (Lloyd's iteration restricted to uniform grids).
 """
@@ -40,6 +43,8 @@ class Grid:
     symmetric: bool
     block_size: int | None
     """Input channels per group; None, or a size that the converter does not honour, means whole output channels."""
+    half_scales: bool = False
+    """Whether lo and step are stored as float16."""
 
     def group_length(self, shape: tuple[int, ...]) -> int:
         """Return the number of weights that share a scale, for a weight of shape [out, in, *kernel].
@@ -65,7 +70,13 @@ class Grid:
 
 def round_as_converter(weight: Floats, grid: Grid) -> Floats:
     """Return the weight as MNN's converter would store it; shape [out, in, *kernel]."""
-    return _by_rows(weight, grid, lambda rows: to_grid(rows, *_extreme_grid(rows, grid), grid))
+
+    def rounded(rows: torch.Tensor) -> torch.Tensor:
+        lo, step = _extreme_grid(rows, grid)
+        codes = _codes(rows, lo, step, grid)
+        return _towards_zero(lo) + _towards_zero(step) * codes if grid.half_scales else lo + step * codes
+
+    return _by_rows(weight, grid, rounded)
 
 
 def round_least_squares(weight: Floats, grid: Grid) -> Floats:
@@ -86,7 +97,7 @@ def least_squares_grid(rows: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, to
         Two tensors [groups, 1]; lo is zero for a symmetric grid.
 
     """
-    first_lo, first_step = _extreme_grid(rows, grid)
+    first_lo, first_step = (_storable(number, grid) for number in _extreme_grid(rows, grid))
     best_lo, best_step = first_lo, first_step
     best_error = _error(rows, first_lo, first_step, grid)
     for start in STARTS if grid.bits < 8 else STARTS[:2]:
@@ -97,7 +108,7 @@ def least_squares_grid(rows: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, to
             lo = first_lo + (first_step - step) * (grid.top / 2)
         for _ in range(ITERATIONS):
             codes = _codes(rows, lo, step, grid)
-            lo, step = _fit(rows, codes, lo, step, grid)
+            lo, step = (_storable(number, grid) for number in _fit(rows, codes, lo, step, grid))
             error = _error(rows, lo, step, grid)
             better = (error < best_error) & _reproducible(rows, lo, step, grid)
             best_error = torch.where(better, error, best_error)
@@ -123,6 +134,17 @@ def _extreme_grid(rows: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.T
         return torch.zeros_like(peak), peak / grid.top
     lo, hi = rows.amin(dim=1, keepdim=True), rows.amax(dim=1, keepdim=True)
     return lo, (hi - lo) / grid.top
+
+
+def _storable(numbers: torch.Tensor, grid: Grid) -> torch.Tensor:
+    return numbers.half().float() if grid.half_scales else numbers
+
+
+def _towards_zero(numbers: torch.Tensor) -> torch.Tensor:
+    """Return what MNN keeps of float32 numbers as float16: the bits that fit, below 2⁻¹⁴ multiples of 2⁻²⁴."""
+    cut = (numbers.view(torch.int32) & ~0x1FFF).view(torch.float32)
+    small = (numbers * 2.0**24).trunc_() / 2.0**24
+    return torch.where(numbers.abs() < 2.0**-14, small, cut)
 
 
 def _codes(rows: torch.Tensor, lo: torch.Tensor, step: torch.Tensor, grid: Grid) -> torch.Tensor:

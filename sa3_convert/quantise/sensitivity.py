@@ -81,10 +81,11 @@ class _Baseline:
 
 
 def stored_bytes(shape: tuple[int, ...], grid: Grid) -> int:
-    """Return the bytes that MNN stores for a quantised weight: packed codes, and float32 scales (and offsets)."""
+    """Return the bytes that MNN stores for a quantised weight: packed codes, and scales (and minima)."""
     count = int(np.prod(shape, dtype=np.int64))
     groups = count // grid.group_length(shape)
-    return -(-count * grid.bits // 8) + groups * (4 if grid.symmetric else 8)
+    numbers = groups * (1 if grid.symmetric else 2)
+    return -(-count * grid.bits // 8) + numbers * (2 if grid.half_scales else 4)
 
 
 def measure_gains(

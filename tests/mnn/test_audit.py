@@ -77,6 +77,9 @@ def stored(converter: Converter, graph: Path, *flags: str, then: tuple[str, ...]
         integers(5, block_size=32, symmetric=True),
         integers(4, layers=[{"match": "^up$", "bits": None}, {"match": "out", "bits": 8, "block_size": 16}]),
         integers(4, floats="fp16", layers=[{"match": "down", "bits": None}]),
+        integers(8, block_size=16, scales="fp16"),
+        integers(4, symmetric=True, scales="fp16", floats="fp16"),
+        integers(4, scales="fp16", layers=[{"match": "out", "bits": 8, "block_size": 16}]),
     ],
     ids=lambda recipe: recipe.model_dump_json(exclude={"floor_db"}, exclude_defaults=True),
 )
@@ -101,6 +104,8 @@ def test_the_summary_names_what_was_kept_float(graph: Path, tmp_path: Path) -> N
         (("--fp16",), integers(4, floats="fp16"), r"layer up: fp16 instead of int4"),
         ((*INT4, "--fp16"), integers(4, floats="fp16"), r"layer up: fp16 instead of int4"),
         (("--weightQuantBits", "8"), integers(4), r"layer out: int8 instead of int4"),
+        (INT4, integers(4, scales="fp16"), r"layer up: fp32 scales instead of fp16"),
+        ((*INT4, "--weightQuantScaleBit", "16"), integers(4), r"layer out: fp16 scales instead of fp32"),
         (INT4, integers(8), r"layer down: int4 instead of int8"),
         (INT4, FLOAT32, r"layer up: int4 instead of fp32"),
         (("--fp16",), FLOAT32, r"layer up: fp16 instead of fp32"),

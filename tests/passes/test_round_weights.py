@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from sa3_convert.errors import ConversionError
 from sa3_convert.passes.round_weights import round_weights
 from sa3_convert.quantise.grid import Grid, round_as_converter
-from sa3_convert.recipe import LayerRule, WeightScheme
+from sa3_convert.recipe import LayerRule, ScaleType, WeightScheme
 from tests.passes.graphs import graph, run_mnn, run_ort, signal_to_noise_db
 
 RNG = np.random.default_rng(0)
@@ -32,14 +32,17 @@ def stored(model: ir.Model, name: str) -> NDArray[Any]:
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("scales", ["fp32", "fp16"])
 @pytest.mark.parametrize(("bits", "block_size"), [(8, None), (4, None), (4, 32)])
 def test_the_converter_stores_exactly_what_was_planned(
-    bits: int, block_size: int | None, symmetric: bool, tmp_path: Path
+    bits: int, block_size: int | None, scales: ScaleType, symmetric: bool, tmp_path: Path
 ) -> None:
     model = two_linears()
-    assert round_weights(model, WeightScheme(bits=bits, symmetric=symmetric, block_size=block_size)) == 2
+    scheme = WeightScheme(bits=bits, symmetric=symmetric, block_size=block_size, scales=scales)
+    assert round_weights(model, scheme) == 2
     flags = ["--weightQuantBits", str(bits), f"--weightQuantAsymmetric={int(not symmetric)}"]
     flags += ["--weightQuantBlock", str(block_size)] if block_size else []
+    flags += ["--weightQuantScaleBit", "16"] if scales == "fp16" else []
     (target,) = run_mnn(model, {"x": X}, tmp_path, *flags)
     assert signal_to_noise_db(run_ort(model, {"x": X})[0], target) > 100
 
