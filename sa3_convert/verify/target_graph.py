@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 from sa3_convert.mnn.contents import ModelStorage, OperatorStorage
 
+_TABLE_TYPES = ("int8", "uint8")
 _NAMES_ARE_NOT_VALUES = frozenset({"Const", "Input"})
 
 
@@ -19,6 +20,7 @@ class TargetGraph:
             for name in operator.outputs
         }
         self._constants = {c.name: c for c in storage.constants if not c.graph}
+        self._half = "fp16" in storage.totals()
 
     @property
     def tensors(self) -> Collection[str]:
@@ -38,6 +40,7 @@ class TargetGraph:
     def stored(self, name: str, given: Collection[str]) -> str:
         """Return the coarsest type of the weights and constants between a tensor and the tensors in `given`."""
         kinds = {"fp32"}
+        unpacked = False
         seen: set[str] = set()
         waiting = [name]
         while waiting:
@@ -48,15 +51,21 @@ class TargetGraph:
             operator = self._producer.get(tensor)
             if operator is not None:
                 kinds |= self._kinds(operator)
+                # Two numbers to a byte are taken apart with a floor, for which whole bytes have no use.
+                unpacked |= operator.function == "floor"
                 waiting += [source for source in operator.inputs if source not in given]
-        return min(kinds, key=_bits)
+        coarsest = min(kinds, key=_bits)
+        return "int4" if unpacked and coarsest in _TABLE_TYPES else coarsest
 
     def _kinds(self, operator: OperatorStorage) -> set[str]:
         kinds = set() if operator.weight is None else {operator.weight.type}
+        # Among half floats, a norm's gain is rounded to half as well, although MNN stores it as float32.
+        if self._half and operator.parameters:
+            kinds.add("fp16")
         for source in operator.inputs:
             constant = self._constants.get(source)
             # Whole numbers of a table that is gathered from; int32 and int64 are shapes and indices.
-            if constant is not None and (constant.is_float or constant.type in ("int8", "uint8")):
+            if constant is not None and (constant.is_float or constant.type in _TABLE_TYPES):
                 kinds.add(constant.type)
         return kinds
 

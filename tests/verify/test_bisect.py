@@ -115,6 +115,17 @@ def test_a_half_precision_fourier_table_is_found_by_what_it_does_later(tmp_path:
     assert "which cos turns into" in result.verdict()
 
 
+def test_a_gain_that_was_rounded_with_the_other_half_floats_is_no_fault(tmp_path: Path) -> None:
+    def rounded(constants: Weights) -> None:
+        constants["norm.gamma"] = constants["norm.gamma"].astype(np.float16).astype(np.float32)
+
+    result = bisected(tmp_path, change=rounded, floats="fp16")
+    norm = next(o for o in result.operators if o.name == "norm")
+    assert norm.stored == "fp16"
+    assert 60 < norm.own_error_db < 90
+    assert not norm.is_faulty
+
+
 def unfused_weight_norm(net: Net) -> str:
     """As the exporter writes it: MNN reduces over all axes when they are an input."""
     net("Transpose", "channels", net("Add", "shifted", "x", "t"), perm=[0, 2, 1])
