@@ -10,7 +10,6 @@ import fcntl
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,18 +28,16 @@ from sa3_convert.bundle.manifest import (
     Manifest,
 )
 from sa3_convert.checkpoint.layout import TEXT_ENCODER_FOLDER
-from sa3_convert.components import Component, components_of, contract
+from sa3_convert.components import Component, components_of
 from sa3_convert.errors import BundleError, ConversionError, UsageError
 from sa3_convert.files import atomic_path, link_or_copy, write_text
-from sa3_convert.fingerprint import fingerprint, source_digest, version_of
-from sa3_convert.recipe import ComponentRecipe, Recipe, plain
+from sa3_convert.recipe import Recipe
 from sa3_convert.stage_cache import CachedResult, StageCache
+from sa3_convert.stages import MOMENTS, Keys, Stage, calibrate_stage, export_stage, mnn_stage, stage_keys, verify_stage
 from sa3_convert.tools import tool_versions
 
 if TYPE_CHECKING:
     from sa3_convert.checkpoint.reader import Checkpoint
-
-Stage = Literal["read", "export", "mnn", "verify"]
 
 REFERENCE_FOLDER = "reference"
 """Where a bundle keeps its reference ONNX files."""
@@ -58,15 +55,6 @@ class StageEvent:
 
 
 Report = Callable[[StageEvent], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Keys:
-    """Fingerprints of a component's stages; each contains the one before."""
-
-    export: str
-    mnn: str
-    verify: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,32 +119,6 @@ def convert(request: ConvertRequest, report: Report) -> Outcome:
         made = {c: _make_component(request, cache, c, keys[c], report) for c in selected}
         bundle = _assemble(request, existing, keys, made)
     return Outcome(bundle, up_to_date=False)
-
-
-def stage_keys(checkpoint: "Checkpoint", component: Component, recipe: ComponentRecipe) -> Keys:
-    """Return the fingerprints of a component's stages: weights, dimensions, recipe, our code, and the tools."""
-    export = fingerprint(
-        component=component.value,
-        weights=checkpoint.digest(component),
-        contract=repr(contract(component, checkpoint.layout)),
-        layout=repr(checkpoint.layout),
-        code=source_digest("networks", "export", "components"),
-        tools=[version_of(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript")],
-    )
-    storage = {name: value for name, value in plain(recipe).items() if name != "floor_db"}
-    mnn = fingerprint(
-        export=export,
-        recipe=storage,
-        code=source_digest("passes", "mnn"),
-        tools=[version_of(name) for name in ("MNN", "onnx-ir")],
-    )
-    verify = fingerprint(
-        mnn=mnn,
-        floor_db=recipe.floor_db,
-        code=source_digest("verify", "ort", "session"),
-        tools=[version_of("onnxruntime")],
-    )
-    return Keys(export, mnn, verify)
 
 
 def is_up_to_date(bundle: Bundle, request: ConvertRequest, keys: Mapping[Component, Keys]) -> bool:
@@ -240,57 +202,21 @@ def _make_component(
 
     export = staged("export", keys.export, lambda folder: export_stage(request.checkpoint, component, folder))
     reference = export.file(f"{component.value}.onnx")
-    mnn = staged("mnn", keys.mnn, lambda folder: mnn_stage(reference, component, recipe, request, folder))
+    moments: Path | None = None
+    if keys.calibrate is not None:
+        calibrated = staged(
+            "calibrate",
+            keys.calibrate,
+            lambda folder: calibrate_stage(reference, request.checkpoint, component, folder, request.threads),
+        )
+        moments = calibrated.file(MOMENTS)
+    mnn = staged("mnn", keys.mnn, lambda folder: mnn_stage(reference, component, recipe, moments, folder))
     target = mnn.file(f"{component.value}.mnn")
-    verify = staged("verify", keys.verify, lambda _: verify_stage(reference, target, component, recipe, request))
+    layout, threads = request.checkpoint.layout, request.threads
+    verify = staged(
+        "verify", keys.verify, lambda _: verify_stage(reference, target, component, recipe, layout, threads)
+    )
     return _Made(export, mnn, verify)
-
-
-def export_stage(checkpoint: "Checkpoint", component: Component, folder: Path) -> dict[str, Any]:
-    """Export one component's reference ONNX into `folder`."""
-    from sa3_convert.export.component import export_component
-
-    checkpoint.check_values(component)
-    path = folder / f"{component.value}.onnx"
-    export_component(checkpoint, component, path)
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    return {"bytes": size, "detail": f"{size / 2**20:.1f} MiB"}
-
-
-def mnn_stage(
-    reference: Path, component: Component, recipe: ComponentRecipe, request: ConvertRequest, folder: Path
-) -> dict[str, Any]:
-    """Rewrite the reference for MNN, convert it, and audit the file that comes out."""
-    from sa3_convert.mnn.convert import mnn_from_onnx
-    from sa3_convert.passes.pipeline import onnx_for_mnn
-
-    target = folder / f"{component.value}.mnn"
-    with tempfile.TemporaryDirectory(prefix="onnx-", dir=folder) as scratch:
-        prepared = Path(scratch) / reference.name
-        passes = onnx_for_mnn(reference, prepared, component, recipe)
-        storage = mnn_from_onnx(prepared, target, recipe)
-    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-    return {"storage": storage.summary(), "passes": passes.counts(), "detail": f"{size / 2**20:.1f} MiB"}
-
-
-def verify_stage(
-    reference: Path, target: Path, component: Component, recipe: ComponentRecipe, request: ConvertRequest
-) -> dict[str, Any]:
-    """Run target and reference on the same inputs; below the floor is an error, so no result is kept."""
-    from sa3_convert.verify.component import verify_files
-
-    result = verify_files(reference, target, component, request.checkpoint.layout, quick=True, threads=request.threads)
-    result.check_floor(recipe.floor_db)
-    worst = result.worst
-    return {
-        "fidelity": {
-            "signal_to_noise_db": worst.signal_to_noise_db,
-            "cosine": worst.cosine,
-            "max_abs_error": worst.max_abs_error,
-        },
-        "cases": result.to_data(),
-        "detail": f"{worst.signal_to_noise_db:.1f} dB",
-    }
 
 
 def _assemble(

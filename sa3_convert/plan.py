@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 from sa3_convert.bundle.manifest import MANIFEST, Bundle
 from sa3_convert.components import Component
-from sa3_convert.convert import ConvertRequest, Keys, stage_keys
+from sa3_convert.convert import ConvertRequest
 from sa3_convert.errors import BundleError, InputError
 from sa3_convert.recipe import ComponentRecipe
 from sa3_convert.stage_cache import StageCache
+from sa3_convert.stages import Keys, Stage, stage_keys
 
 if TYPE_CHECKING:
     pass
@@ -21,8 +22,8 @@ class Step:
 
     component: Component
     keys: Keys
-    todo: tuple[str, ...]
-    """Stages that have to run: `export`, `mnn`, `verify`; empty when the bundle has it already."""
+    todo: tuple[Stage, ...]
+    """Stages that have to run; empty when the bundle has it already."""
     reference_bytes: int
     model_bytes: int
     """Estimated from the tensors' shapes."""
@@ -83,9 +84,9 @@ def plan(request: ConvertRequest) -> list[Step]:
     return steps
 
 
-def _todo(request: ConvertRequest, cache: StageCache, component: Component, keys: Keys) -> tuple[str, ...]:
+def _todo(request: ConvertRequest, cache: StageCache, component: Component, keys: Keys) -> tuple[Stage, ...]:
     if request.force:
-        return ("export", "mnn", "verify")
+        return tuple(stage for stage, _ in keys.in_order())
     if (request.out / MANIFEST).exists():
         try:
             bundle = Bundle.open(request.out)
@@ -94,8 +95,7 @@ def _todo(request: ConvertRequest, cache: StageCache, component: Component, keys
                 return ()
         except BundleError:
             pass
-    stages = (("export", keys.export), ("mnn", keys.mnn), ("verify", keys.verify))
-    return tuple(stage for stage, key in stages if not cache.has(stage, key))
+    return tuple(stage for stage, key in keys.in_order() if not cache.has(stage, key))
 
 
 def bytes_needed(steps: list[Step]) -> int:

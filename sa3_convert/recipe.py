@@ -91,6 +91,11 @@ class ComponentRecipe(_Strict):
     """Least signal-to-noise ratio, in dB, against ONNX Runtime on the fp32 reference."""
 
     @property
+    def needs_calibration(self) -> bool:
+        """Whether rounding looks at what reaches the layers in use."""
+        return self.weights is not None and self.weights.rounding == "error_compensated"
+
+    @property
     def precision(self) -> str:
         """Short name for the manifest: the type of the bulk of the weights."""
         return self.floats if self.weights is None else f"int{self.weights.bits}"

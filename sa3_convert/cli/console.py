@@ -21,7 +21,13 @@ stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 if TYPE_CHECKING:
     from sa3_convert.quantise.planner import Plan
 
-_VERBS = {"read": "reading", "export": "exporting", "mnn": "converting", "verify": "verifying"}
+_VERBS = {
+    "read": "reading",
+    "export": "exporting",
+    "calibrate": "calibrating",
+    "mnn": "converting",
+    "verify": "verifying",
+}
 
 
 def show_stage(event: StageEvent) -> None:
@@ -32,7 +38,7 @@ def show_stage(event: StageEvent) -> None:
             stderr.print(f"{name} {_VERBS[event.stage]} …", end="\r")
         return
     time = "unchanged" if event.state == "reused" else f"{event.seconds:.1f} s"
-    stderr.print(f"{name} {event.stage:<7} {time:>10}  {event.detail:<24}")
+    stderr.print(f"{name} {event.stage:<9} {time:>10}  {event.detail:<24}")
 
 
 def show_verdict(verdict: Verdict) -> None:

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
@@ -18,6 +19,9 @@ from sa3_convert.passes.hazards import refuse_hazards
 from sa3_convert.passes.quantise_embedding import quantise_embedding
 from sa3_convert.passes.safe_softmax import subtract_row_maximum
 from sa3_convert.recipe import ComponentRecipe
+
+if TYPE_CHECKING:
+    from sa3_convert.quantise.moments import Calibration
 
 _EXTERNAL_FROM_BYTES = 256
 """Larger weights go to the data file; small constants, shapes among them, stay readable in the graph."""
@@ -35,7 +39,12 @@ class PassReport:
 
 
 def apply_passes(
-    model: ir.Model, component: Component, recipe: ComponentRecipe, *, target_mnn: MnnVersion = "3.6"
+    model: ir.Model,
+    component: Component,
+    recipe: ComponentRecipe,
+    *,
+    calibration: "Calibration | None" = None,
+    target_mnn: MnnVersion = "3.6",
 ) -> PassReport:
     """Rewrite a reference graph in place for MNN, and lint it.
 
@@ -45,13 +54,15 @@ def apply_passes(
         model: rewritten in place.
         component: what the graph computes, for messages.
         recipe: how it is to be stored.
+        calibration: of the graph's own component, for error-compensated rounding.
         target_mnn: the oldest MNN that the result must be right on; before 3.6, CUDA needs another Softmax.
 
     Raises:
-        ConversionError: a hazard is left, or a pass that the recipe asks for found nothing to do.
+        ConversionError: a hazard is left, a pass that the recipe asks for found nothing to do, or it needs a
+            calibration that is not given.
 
     """
-    rewrites = tuple((name, rewrite(model)) for name, rewrite in _passes(component, recipe, target_mnn))
+    rewrites = tuple((name, rewrite(model)) for name, rewrite in _passes(component, recipe, calibration, target_mnn))
     for name, count in rewrites:
         if not count and name in ("quantise_embedding", "round_weights"):
             what = "token table" if name == "quantise_embedding" else "linear or convolution"
@@ -61,7 +72,7 @@ def apply_passes(
 
 
 def _passes(
-    component: Component, recipe: ComponentRecipe, target_mnn: MnnVersion
+    component: Component, recipe: ComponentRecipe, calibration: "Calibration | None", target_mnn: MnnVersion
 ) -> list[tuple[str, Callable[[ir.Model], int]]]:
     half = recipe.floats == "fp16"
     passes: list[tuple[str, Callable[[ir.Model], int]]] = [("fuse_weight_norm", fuse_weight_norm)]
@@ -73,20 +84,27 @@ def _passes(
     if half:
         passes += [("make_fp16_safe", make_fp16_safe), ("round_to_half", round_to_half)]
     scheme = recipe.weights
-    if scheme is not None and scheme.rounding == "least_squares":
+    if scheme is not None and scheme.rounding != "converter":
+        if recipe.needs_calibration and calibration is None:
+            raise ConversionError(
+                f"{component.value}: rounding: error_compensated needs calibration, which `convert` collects. "
+                "Use that, or rounding: least_squares."
+            )
         from sa3_convert.passes.round_weights import round_weights
 
-        passes.append(("round_weights", lambda model: round_weights(model, scheme)))
-    elif scheme is not None and scheme.rounding == "error_compensated":
-        raise ConversionError(
-            f"{component.value}: rounding: error_compensated needs calibration activations, which a conversion does "
-            "not collect; use least_squares."
-        )
+        known = calibration if recipe.needs_calibration else None
+        passes.append(("round_weights", lambda model: round_weights(model, scheme, known)))
     return passes
 
 
 def onnx_for_mnn(
-    reference: Path, target: Path, component: Component, recipe: ComponentRecipe, *, target_mnn: MnnVersion = "3.6"
+    reference: Path,
+    target: Path,
+    component: Component,
+    recipe: ComponentRecipe,
+    *,
+    calibration: "Calibration | None" = None,
+    target_mnn: MnnVersion = "3.6",
 ) -> PassReport:
     """Rewrite the ONNX file `reference` into `target` and `target`.data; weights are never all in memory.
 
@@ -98,7 +116,7 @@ def onnx_for_mnn(
 
     """
     model = load_onnx(reference)
-    report = apply_passes(model, component, recipe, target_mnn=target_mnn)
+    report = apply_passes(model, component, recipe, calibration=calibration, target_mnn=target_mnn)
     data_name = f"{target.name}.data"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
@@ -13,10 +13,8 @@ from numpy.typing import NDArray
 from sa3_convert.files import link_or_copy
 from sa3_convert.ort import OrtSession
 from sa3_convert.quantise.layers import quantisable_layers
+from sa3_convert.quantise.moments import Moments
 from sa3_convert.verify.inputs import Sample
-
-Moments = Mapping[str, NDArray[np.float32]]
-"""Σ x·xᵀ per layer name, [in, in] float32, over the positions that mean something."""
 
 _AT_ONCE: Final = 64
 """Activations that are held at the same time."""

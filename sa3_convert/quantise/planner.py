@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from sa3_convert.components import Component
-from sa3_convert.convert import export_stage, stage_keys
 from sa3_convert.errors import UsageError
 from sa3_convert.files import write_text
 from sa3_convert.fingerprint import fingerprint, source_digest
 from sa3_convert.networks.build import build_network
 from sa3_convert.quantise.allocation import Allocation, allocate, smallest_for_error
-from sa3_convert.quantise.calibration import Moments, collect_moments
+from sa3_convert.quantise.calibrate import CALIBRATION_SEED, calibration_samples
+from sa3_convert.quantise.calibration import collect_moments
+from sa3_convert.quantise.moments import Moments
 from sa3_convert.quantise.sensitivity import (
     LayerSensitivity,
     Sensitivity,
@@ -29,7 +30,8 @@ from sa3_convert.quantise.sensitivity import (
 )
 from sa3_convert.recipe import ComponentRecipe, LayerRule, WeightScheme
 from sa3_convert.stage_cache import StageCache
-from sa3_convert.verify.inputs import Sample, sample_inputs
+from sa3_convert.stages import export_stage, stage_keys
+from sa3_convert.verify.inputs import sample_inputs
 
 if TYPE_CHECKING:
     from sa3_convert.checkpoint.reader import Checkpoint
@@ -37,8 +39,6 @@ if TYPE_CHECKING:
 Tick = Callable[[str, int, int], None]
 """(what, done, of how many)."""
 
-CALIBRATION_SEED: Final = 1000
-"""First seed of calibration; verification uses small ones, so a plan is never judged on what it was made from."""
 _CASES: Final = {
     Component.TEXT_ENCODER: ((0, 0), (1, 0), (2, 0)),
     Component.NUMBER_CONDITIONER: tuple((seed, 0) for seed in range(8)),
@@ -47,7 +47,6 @@ _CASES: Final = {
     Component.DECODER: ((0, 32),),
     Component.ENCODER: ((0, 32),),
 }
-_CALIBRATION_RUNS: Final = {Component.TEXT_ENCODER: 32, Component.DIT: 16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +76,6 @@ class Plan:
     def bound_db(self) -> float:
         """No plan of this size is better than this, by the same measurements."""
         return -10 * float(np.log10(max(self.allocation.bound, 1e-30)))
-
-
-def calibration_samples(component: Component, checkpoint: "Checkpoint") -> list[Sample]:
-    """Return inputs that are not among those of any verification."""
-    runs = _CALIBRATION_RUNS.get(component, 4)
-    latents = 0 if component is Component.TEXT_ENCODER else 64
-    seeds = range(CALIBRATION_SEED, CALIBRATION_SEED + runs)
-    return [sample_inputs(component, checkpoint.layout, seed=seed, latents=latents) for seed in seeds]
 
 
 def measure(
@@ -146,6 +137,12 @@ def plan_component(
     float_bytes = 2 if base.floats == "fp16" else 4
     fixed = sum(float_bytes * int(np.prod(shape)) for name, shape in shapes.items() if name not in weights)
     options = sensitivity.options()
+    smallest = fixed + sum(min(option.size for option in choices) for choices in options.values())
+    if target.size is not None and target.size < smallest:
+        raise UsageError(
+            f"No plan for {component.value} is smaller than {smallest / 2**20:.2f} MiB; "
+            f"{target.size / 2**20:.2f} MiB were asked for."
+        )
     if target.size is not None:
         allocation = allocate(options, target.size - fixed)
     elif target.snr_db is not None:

@@ -20,8 +20,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from sa3_convert.quantise.allocation import Option
-from sa3_convert.quantise.calibration import Moments
 from sa3_convert.quantise.grid import Floats, Grid, round_as_converter, round_least_squares
+from sa3_convert.quantise.moments import Moments, local_energy
 from sa3_convert.verify.inputs import Sample
 
 PROBE: Final = Grid(bits=4, symmetric=False, block_size=None)
@@ -115,14 +115,6 @@ def measure_gains(
         finally:
             parameter.data = original
         yield layer, float(np.mean(shares)) / local if local > 0 else 0.0
-
-
-def local_energy(difference: Floats, moments: NDArray[np.float32] | None) -> float:
-    """Return tr(ΔW·M·ΔWᵀ); without moments (a convolution with a kernel) the inputs count as white."""
-    flat = difference.reshape(difference.shape[0], -1)
-    if moments is None:
-        return float(np.square(flat, dtype=np.float64).sum())
-    return float(np.einsum("ij,ij->", flat @ moments, flat, dtype=np.float64))
 
 
 def candidates(

@@ -1,0 +1,137 @@
+"""The stages of one component's conversion: what each depends on, and what it makes."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from sa3_convert.checkpoint.layout import CheckpointLayout
+from sa3_convert.components import Component, contract
+from sa3_convert.fingerprint import fingerprint, source_digest, version_of
+from sa3_convert.recipe import ComponentRecipe, plain
+
+if TYPE_CHECKING:
+    from sa3_convert.checkpoint.reader import Checkpoint
+
+Stage = Literal["read", "export", "calibrate", "mnn", "verify"]
+
+MOMENTS: Final = "moments.safetensors"
+"""What the calibrate stage leaves."""
+_ROUNDING: Final = tuple(f"quantise/{name}" for name in ("grid", "layers", "moments", "compensated", "rounding"))
+"""Modules that decide where weights are rounded to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Fingerprints of a component's stages; each contains the one before."""
+
+    export: str
+    calibrate: str | None
+    """None when the recipe needs no calibration."""
+    mnn: str
+    verify: str
+
+    def in_order(self) -> tuple[tuple[Stage, str], ...]:
+        """Return the stages that the component goes through, each with its fingerprint."""
+        calibrate: tuple[tuple[Stage, str], ...] = () if self.calibrate is None else (("calibrate", self.calibrate),)
+        return (("export", self.export), *calibrate, ("mnn", self.mnn), ("verify", self.verify))
+
+
+def stage_keys(checkpoint: "Checkpoint", component: Component, recipe: ComponentRecipe) -> Keys:
+    """Return the fingerprints of a component's stages: weights, dimensions, recipe, our code, and the tools."""
+    export = fingerprint(
+        component=component.value,
+        weights=checkpoint.digest(component),
+        contract=repr(contract(component, checkpoint.layout)),
+        layout=repr(checkpoint.layout),
+        code=source_digest("networks", "export", "components"),
+        tools=[version_of(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript")],
+    )
+    calibrate = None
+    if recipe.needs_calibration:
+        calibrate = fingerprint(
+            export=export,
+            code=source_digest(
+                "quantise/calibrate", "quantise/calibration", "quantise/layers", "quantise/moments", "verify/inputs"
+            ),
+            tools=[version_of("onnxruntime")],
+        )
+    storage = {name: value for name, value in plain(recipe).items() if name != "floor_db"}
+    mnn = fingerprint(
+        export=calibrate or export,
+        recipe=storage,
+        code=source_digest("passes", "mnn", *_ROUNDING),
+        tools=[version_of(name) for name in ("MNN", "onnx-ir")],
+    )
+    verify = fingerprint(
+        mnn=mnn,
+        floor_db=recipe.floor_db,
+        code=source_digest("verify", "ort", "session"),
+        tools=[version_of("onnxruntime")],
+    )
+    return Keys(export, calibrate, mnn, verify)
+
+
+def export_stage(checkpoint: "Checkpoint", component: Component, folder: Path) -> dict[str, Any]:
+    """Export one component's reference ONNX into `folder`."""
+    from sa3_convert.export.component import export_component
+
+    checkpoint.check_values(component)
+    path = folder / f"{component.value}.onnx"
+    export_component(checkpoint, component, path)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    return {"bytes": size, "detail": f"{size / 2**20:.1f} MiB"}
+
+
+def calibrate_stage(
+    reference: Path, checkpoint: "Checkpoint", component: Component, folder: Path, threads: int | None
+) -> dict[str, Any]:
+    """Collect what reaches each linear of the reference in use."""
+    from sa3_convert.quantise.calibrate import calibrate
+
+    path = folder / MOMENTS
+    calibrate(reference, component, checkpoint, path, threads=threads)
+    return {"detail": f"{path.stat().st_size / 2**20:.1f} MiB"}
+
+
+def mnn_stage(
+    reference: Path, component: Component, recipe: ComponentRecipe, moments: Path | None, folder: Path
+) -> dict[str, Any]:
+    """Rewrite the reference for MNN, convert it, and audit the file that comes out."""
+    from sa3_convert.mnn.convert import mnn_from_onnx
+    from sa3_convert.passes.pipeline import onnx_for_mnn
+    from sa3_convert.quantise.moments import Calibration
+
+    target = folder / f"{component.value}.mnn"
+    with tempfile.TemporaryDirectory(prefix="onnx-", dir=folder) as scratch:
+        prepared = Path(scratch) / reference.name
+        calibration = None if moments is None else Calibration(moments)
+        passes = onnx_for_mnn(reference, prepared, component, recipe, calibration=calibration)
+        storage = mnn_from_onnx(prepared, target, recipe)
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    return {"storage": storage.summary(), "passes": passes.counts(), "detail": f"{size / 2**20:.1f} MiB"}
+
+
+def verify_stage(
+    reference: Path,
+    target: Path,
+    component: Component,
+    recipe: ComponentRecipe,
+    layout: CheckpointLayout,
+    threads: int | None,
+) -> dict[str, Any]:
+    """Run target and reference on the same inputs; below the floor is an error, so no result is kept."""
+    from sa3_convert.verify.component import verify_files
+
+    result = verify_files(reference, target, component, layout, quick=True, threads=threads)
+    result.check_floor(recipe.floor_db)
+    worst = result.worst
+    return {
+        "fidelity": {
+            "signal_to_noise_db": worst.signal_to_noise_db,
+            "cosine": worst.cosine,
+            "max_abs_error": worst.max_abs_error,
+        },
+        "cases": result.to_data(),
+        "detail": f"{worst.signal_to_noise_db:.1f} dB",
+    }

@@ -1,0 +1,53 @@
+"""Error-compensated rounding in a whole conversion: a stage of its own, kept until the reference changes."""
+
+from pathlib import Path
+
+from sa3_convert.checkpoint.reader import Checkpoint
+from sa3_convert.components import Component
+from sa3_convert.convert import ConvertRequest, StageEvent, convert
+from sa3_convert.plan import plan
+from sa3_convert.recipe import ComponentRecipe, Recipe, Rounding, WeightScheme
+
+TEXT_ENCODER = Component.TEXT_ENCODER
+
+
+def request(checkpoint: Path, cache: Path, out: Path, *, bits: int = 8, rounding: Rounding) -> ConvertRequest:
+    scheme = WeightScheme(bits=bits, block_size=16, rounding=rounding)
+    recipe = Recipe(
+        schema_version=1,
+        name=f"int{bits}-{rounding.replace('_', '-')}",
+        description="One component.",
+        components={TEXT_ENCODER: ComponentRecipe(weights=scheme, floor_db=10)},
+    )
+    opened = Checkpoint.open(checkpoint)
+    return ConvertRequest(opened, recipe, out, cache, components=(TEXT_ENCODER,), threads=1)
+
+
+def made_anew(asked: ConvertRequest) -> list[str]:
+    events: list[StageEvent] = []
+    convert(asked, events.append)
+    return [event.stage for event in events if event.state == "done"]
+
+
+def test_calibration_runs_once_and_only_for_recipes_that_ask_for_it(toy: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    plain = request(toy, cache, tmp_path / "plain", rounding="least_squares")
+    assert made_anew(plain) == ["export", "mnn", "verify"]
+
+    compensated = request(toy, cache, tmp_path / "int8", rounding="error_compensated")
+    assert [step.todo for step in plan(compensated)] == [("calibrate", "mnn", "verify")]
+    assert made_anew(compensated) == ["calibrate", "mnn", "verify"]
+    assert [step.todo for step in plan(compensated)] == [()]
+    assert made_anew(compensated) == []
+
+    fewer_bits = request(toy, cache, tmp_path / "int6", bits=6, rounding="error_compensated")
+    assert made_anew(fewer_bits) == ["mnn", "verify"]
+
+
+def test_calibration_that_was_damaged_is_collected_again(toy: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    assert "calibrate" in made_anew(request(toy, cache, tmp_path / "first", rounding="error_compensated"))
+    (moments,) = cache.glob("calibrate/*/moments.safetensors")
+    moments.write_bytes(b"damaged")
+    again = request(toy, cache, tmp_path / "second", bits=6, rounding="error_compensated")
+    assert made_anew(again) == ["calibrate", "mnn", "verify"]
