@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+pytest_plugins = ["tests.bundles"]
 GOLDEN = Path(__file__).parent / "golden"
 
 

@@ -59,8 +59,7 @@ def run(arguments: list[str]) -> int:
         _complain(str(error), error)
         return error.exit_code
     except KeyboardInterrupt:
-        _complain("Interrupted; nothing half-written was left behind.")
-        return INTERRUPTED
+        result = INTERRUPTED
     except (typer.Abort, typer.Exit) as leave:
         return getattr(leave, "exit_code", 1)
     except OSError as error:
@@ -80,6 +79,9 @@ def run(arguments: list[str]) -> int:
             error,
         )
         return 70
+    if result == INTERRUPTED:
+        # Typer turns an interrupt into this result, without a word.
+        _complain("Interrupted; nothing half-written was left behind.")
     return result if isinstance(result, int) else 0
 
 

@@ -1,84 +1,180 @@
-"""What `run` does: drive the pipeline, show where it is, write the file when it is whole."""
+"""What `run` does: events of generations into files or standard output, progress and results for the terminal."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sa3_convert.bundle.manifest import Bundle
 from sa3_convert.cli.console import stderr, stdout
+from sa3_convert.cli.standard_output import pcm_to_standard_output
+from sa3_convert.errors import OutputRejectedError
 from sa3_convert.files import write_text
 from sa3_convert.runtime.audio import SampleFormat, audio_writer, check_output_path
+from sa3_convert.runtime.batch import RESULTS, BatchOptions, BatchResult, read_batch, run_batch
 from sa3_convert.runtime.engines import EngineName
 from sa3_convert.runtime.events import AudioChunk, Report, Started, Stepped
+from sa3_convert.runtime.lengths import lengths
+from sa3_convert.runtime.opening import KINDS
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.request import GenerateRequest
+from sa3_convert.runtime.wav_stream import check_growing_path, growing_wav
 
 _STAGES = {"text": "reading the prompt", "encode": "encoding audio", "denoise": "denoising", "decode": "decoding"}
 
 
-def generate_to_file(
-    bundle: Path,
-    request: GenerateRequest,
-    output: Path,
-    *,
-    engine: EngineName,
-    options: Mapping[str, Any],
-    sample_format: SampleFormat,
-    dither: bool,
-    allow: tuple[str, ...],
-    json_file: Path | None,
-) -> None:
-    """Generate one piece into `output`; the file appears when it is whole and has passed its checks."""
-    check_output_path(output, sample_format)
-    with Pipeline.from_bundle(bundle, engine, **options) as pipeline:
-        manifest = Bundle.open(bundle).manifest
-        rate = pipeline.layout.sample_rate
-        metadata = {
-            "request": request.to_json(),
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What generates, and where the audio goes."""
+
+    bundle: Path
+    engine: EngineName
+    options: Mapping[str, Any]
+    """Of the engine."""
+    output: Path | None
+    """A file, for batches a folder; None is standard output."""
+    sample_format: SampleFormat
+    dither: bool
+    allow: tuple[str, ...]
+    json_file: Path | None
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what files tell about the models that made them."""
+        manifest = Bundle.open(self.bundle).manifest
+        kind = KINDS[self.engine]
+        return {
             "variant": manifest.variant,
             "recipe": manifest.recipe,
-            "models": {a.component.value: a.sha256 for a in manifest.artifacts if a.component and a.kind == "mnn"},
+            "models": {a.component.value: a.sha256 for a in manifest.artifacts if a.component and a.kind == kind},
         }
-        report: Report | None = None
-        peak = 0.0
-        with (
-            audio_writer(output, rate, sample_format=sample_format, dither=dither, metadata=metadata) as writer,
-            _progress() as progress,
-        ):
-            task = progress.add_task("starting", total=None)
-            for event in pipeline.stream(request, allow=allow):
-                if isinstance(event, Started):
-                    progress.update(task, description=_STAGES[event.stage], total=None, completed=0)
-                elif isinstance(event, Stepped):
-                    progress.update(task, total=event.steps, advance=1)
-                elif isinstance(event, AudioChunk):
-                    writer.write(event.samples)
-                    peak = max(peak, float(np.abs(event.samples).max(initial=0.0)))
-                else:
-                    report = event
-    assert report is not None
+
+
+class _Writer(Protocol):
+    def write(self, audio: NDArray[np.float32]) -> None: ...
+
+
+def generate_one(target: Target, request: GenerateRequest, *, stream: bool) -> None:
+    """Generate one piece; a file takes its name when it is whole and has passed its checks.
+
+    Args:
+        target: a bundle, and a file or standard output.
+        request: what to generate.
+        stream: hand the audio on while it is made.
+
+    """
+    if target.output is not None:
+        check_growing_path(target.output) if stream else check_output_path(target.output, target.sample_format)
+    with Pipeline.from_bundle(target.bundle, target.engine, **target.options) as pipeline:
+        metadata = {"request": request.to_json()} | target.metadata()
+        with _writer(target, pipeline, request, metadata, stream) as writer:
+            report, peak = _played(pipeline, request, writer, target.allow)
     for warning in report.warnings:
         stderr.print(f"Note: {warning}")
-    if json_file is not None:
+    if target.json_file is not None:
         data = metadata | {
             "request": report.request.to_json(),
             "engine": dict(report.engine),
             "seconds": dict(report.seconds),
         }
-        write_text(json_file, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        write_text(target.json_file, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
     total = sum(report.seconds.values())
     stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
+    rate = pipeline.layout.sample_rate
     length = report.lengths.samples / rate
-    stdout.print(
-        f"{output}: {length:.2f} s of audio at {rate} Hz, peak {peak:.3f}, seed {report.request.seed}, "
-        f"{report.request.steps} {report.request.sampler} steps\n"
+    _console(target).print(
+        f"{target.output or 'standard output'}: {length:.2f} s of audio at {rate} Hz, peak {peak:.3f}, "
+        f"seed {report.request.seed}, {report.request.steps} {report.request.sampler} steps\n"
         f"in {total:.1f} s ({stages}), {length / total:.2f} × real time, on {_described(report.engine)}",
         soft_wrap=True,
     )
+
+
+def generate_batch(target: Target, batch: Path, defaults: Mapping[str, Any], *, keep_loaded: bool) -> None:
+    """Generate what a batch file lists and an earlier run has not done, a line on standard output for each.
+
+    Raises:
+        OutputRejectedError: after the last line, if any output failed its checks.
+
+    """
+    assert target.output is not None
+    items = read_batch(batch, defaults)
+    rejected = 0
+    with Pipeline.from_bundle(target.bundle, target.engine, keep_loaded=keep_loaded, **target.options) as pipeline:
+        options = BatchOptions(target.output, target.sample_format, target.dither, target.allow, target.metadata())
+        with _progress() as progress:
+            task = progress.add_task("generating", total=len(items))
+            for result in run_batch(pipeline, items, options):
+                progress.update(task, advance=1)
+                for warning in result.warnings:
+                    stderr.print(f"Note on line {result.line}: {warning}")
+                stdout.print(_result_line(result), soft_wrap=True)
+                rejected += result.error is not None
+    if rejected:
+        raise OutputRejectedError(
+            f"{rejected} of {len(items)} outputs failed their checks; {target.output / RESULTS} says why. The others "
+            "are there."
+        )
+
+
+def _result_line(result: BatchResult) -> str:
+    if result.error is not None:
+        return f"line {result.line}: {result.output}: rejected: {result.error}"
+    seconds = sum((result.seconds or {}).values())
+    done = "done by an earlier run" if result.reused else f"{seconds:.1f} s"
+    return f"line {result.line}: {result.output}: seed {result.request['seed']}, {done}"
+
+
+@contextlib.contextmanager
+def _writer(
+    target: Target, pipeline: Pipeline, request: GenerateRequest, metadata: Mapping[str, Any], stream: bool
+) -> Iterator[_Writer]:
+    """Yield what takes the audio: a file, a growing file, or standard output."""
+    rate = pipeline.layout.sample_rate
+    how: dict[str, Any] = {"sample_format": target.sample_format, "dither": target.dither}
+    if target.output is None:
+        with pcm_to_standard_output(rate, **how) as pcm:
+            yield pcm
+    elif stream:
+        samples = lengths(pipeline.layout, request.seconds).samples
+        with growing_wav(target.output, rate, samples, metadata=metadata, **how) as growing:
+            yield growing
+    else:
+        with audio_writer(target.output, rate, metadata=metadata, **how) as file:
+            yield file
+
+
+def _played(
+    pipeline: Pipeline, request: GenerateRequest, writer: _Writer, allow: tuple[str, ...]
+) -> tuple[Report, float]:
+    """Run a generation with progress; return its report and the peak of its audio."""
+    report: Report | None = None
+    peak = 0.0
+    with _progress() as progress, contextlib.closing(pipeline.stream(request, allow=allow)) as events:
+        task = progress.add_task("starting", total=None)
+        for event in events:
+            if isinstance(event, Started):
+                progress.update(task, description=_STAGES[event.stage], total=None, completed=0)
+            elif isinstance(event, Stepped):
+                progress.update(task, total=event.steps, advance=1)
+            elif isinstance(event, AudioChunk):
+                writer.write(event.samples)
+                peak = max(peak, float(np.abs(event.samples).max(initial=0.0)))
+            else:
+                report = event
+    assert report is not None
+    return report, peak
+
+
+def _console(target: Target) -> Console:
+    """Return where results are told: standard output, unless the audio goes there."""
+    return stderr if target.output is None else stdout
 
 
 def _described(engine: Mapping[str, Any]) -> str:

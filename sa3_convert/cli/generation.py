@@ -1,12 +1,13 @@
 """`run`: prompts to audio."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import typer
 
+from sa3_convert.cli import run_options as o
 from sa3_convert.cli.options import BundleArgument, ThreadsOption
-from sa3_convert.errors import UsageError
+from sa3_convert.errors import InputError, UsageError
 
 
 def register(app: typer.Typer) -> None:
@@ -16,45 +17,36 @@ def register(app: typer.Typer) -> None:
 
 def run(
     bundle: BundleArgument,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.wav", help="Where to write the audio.")],
-    prompt: Annotated[str | None, typer.Option(help="What to generate.")] = None,
-    seconds: Annotated[float, typer.Option(help="Duration.")] = 10.0,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps; what suits the model when not given.")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same start noise everywhere.")] = 0,
-    sampler: Annotated[
-        Literal["pingpong", "euler", "rk4", "dpmpp"] | None, typer.Option(help="What suits the model when not given.")
-    ] = None,
-    cfg_scale: Annotated[float | None, typer.Option(help="Guidance; 1 is none.")] = None,
-    apg_scale: Annotated[float, typer.Option(help="Share of the guidance's parallel part that is removed.")] = 1.0,
-    negative_prompt: Annotated[str | None, typer.Option(help="What guidance moves away from.")] = None,
-    init_audio: Annotated[Path | None, typer.Option(metavar="FILE", help="Start from this audio.")] = None,
-    init_noise_level: Annotated[float | None, typer.Option(help="How much of it is replaced by noise.")] = None,
-    inpaint_audio: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep this audio but --inpaint.")] = None,
-    inpaint: Annotated[
-        list[str] | None, typer.Option(metavar="START:END", help="Seconds to generate anew; several times.")
-    ] = None,
-    engine: Annotated[Literal["mnn", "onnxruntime"], typer.Option(help="What runs the models.")] = "mnn",
-    memory: Annotated[
-        Literal["normal", "high", "low"], typer.Option(help="MNN: low keeps weights quantised in memory.")
-    ] = "normal",
-    sample_format: Annotated[
-        Literal["pcm16", "pcm24", "float"], typer.Option("--format", help="How samples are stored.")
-    ] = "pcm16",
-    dither: Annotated[bool, typer.Option("--dither", help="Dither integer samples.")] = False,
-    allow: Annotated[
-        list[str] | None, typer.Option(metavar="CHECK", help="Waive an output check: silence, clipping, …")
-    ] = None,
-    from_file: Annotated[
-        Path | None, typer.Option("--from", metavar="FILE.json", help="Settings written by --json; replays them.")
-    ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write settings and times.")] = None,
+    output: o.OutputOption = None,
+    prompt: o.PromptOption = None,
+    seconds: o.SecondsOption = None,
+    steps: o.StepsOption = None,
+    seed: o.SeedOption = None,
+    sampler: o.SamplerOption = None,
+    cfg_scale: o.CfgScaleOption = None,
+    apg_scale: o.ApgScaleOption = None,
+    negative_prompt: o.NegativePromptOption = None,
+    init_audio: o.InitAudioOption = None,
+    init_noise_level: o.InitNoiseOption = None,
+    inpaint_audio: o.InpaintAudioOption = None,
+    inpaint: o.InpaintOption = None,
+    batch: o.BatchOption = None,
+    stream: o.StreamOption = False,
+    keep_loaded: o.KeepLoadedOption = False,
+    engine: o.EngineOption = "mnn",
+    memory: o.MemoryOption = "normal",
+    precision: o.PrecisionOption = "high",
+    backend: o.BackendOption = "cpu",
+    sample_format: o.FormatOption = "pcm16",
+    dither: o.DitherOption = False,
+    allow: o.AllowOption = None,
+    from_file: o.FromOption = None,
+    json_file: o.SideFileOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Generate audio: from text, from audio, or anew within audio."""
-    from sa3_convert.cli.generating import generate_to_file
-    from sa3_convert.runtime.request import GenerateRequest
-
-    settings: dict[str, Any] = {
+    given: dict[str, Any] = {
+        "prompt": prompt,
         "seconds": seconds,
         "steps": steps,
         "seed": seed,
@@ -62,56 +54,78 @@ def run(
         "cfg_scale": cfg_scale,
         "apg_scale": apg_scale,
         "negative_prompt": negative_prompt,
-        "init_audio": init_audio,
+        "init_audio": None if init_audio is None else str(init_audio),
         "init_noise_level": init_noise_level,
-        "inpaint_audio": inpaint_audio,
-        "inpaint": tuple(_region(text) for text in inpaint or ()),
+        "inpaint_audio": None if inpaint_audio is None else str(inpaint_audio),
+        "inpaint": [_region(text) for text in inpaint] if inpaint else None,
     }
-    if from_file is not None:
-        if prompt is not None:
-            raise UsageError("--from brings its own prompt and settings; leave --prompt away.")
-        request = _replayed(from_file)
-    elif prompt is None:
-        raise UsageError('Give --prompt "what to generate", or --from FILE.json.')
-    else:
-        request = GenerateRequest(prompt=prompt, **settings)
+    settings = {name: value for name, value in given.items() if value is not None}
+    _check_mode(output, batch, stream, keep_loaded, from_file, json_file)
+
+    from sa3_convert.cli.generating import Target, generate_batch, generate_one
+
     options: dict[str, Any] = {} if threads is None else {"threads": threads}
     if engine == "mnn":
-        options["memory"] = memory
-    generate_to_file(
-        bundle,
-        request,
-        output,
-        engine=engine,
-        options=options,
-        sample_format=sample_format,
-        dither=dither,
-        allow=tuple(allow or ()),
-        json_file=json_file,
-    )
+        options |= {"memory": memory, "precision": precision, "backend": backend}
+    elif (memory, precision, backend) != ("normal", "high", "cpu"):
+        raise UsageError("--memory, --precision and --backend are settings of --engine mnn.")
+    target = Target(bundle, engine, options, output, sample_format, dither, tuple(allow or ()), json_file)
+    if batch is not None:
+        generate_batch(target, batch, settings, keep_loaded=keep_loaded)
+    else:
+        generate_one(target, _request(settings, from_file), stream=stream)
 
 
-def _region(text: str) -> tuple[float, float]:
+def _check_mode(
+    output: Path | None,
+    batch: Path | None,
+    stream: bool,
+    keep_loaded: bool,
+    from_file: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Refuse options that contradict each other."""
+    if batch is not None:
+        if output is None:
+            raise UsageError("--batch writes several files; name their folder with -o DIR.")
+        clash = [
+            name for name, is_given in (("--stream", stream), ("--from", from_file), ("--json", json_file)) if is_given
+        ]
+        if clash:
+            raise UsageError(f"{clash[0]} is for one generation; --batch keeps settings and times in results.jsonl.")
+    elif keep_loaded:
+        raise UsageError("--keep-loaded is for --batch; one generation uses each model once.")
+    elif output is None and not stream:
+        raise UsageError("Say where to write with -o FILE.wav, or give --stream to write samples to standard output.")
+
+
+def _region(text: str) -> list[float]:
     start, colon, end = text.partition(":")
     try:
         if not colon:
             raise ValueError
-        return float(start), float(end)
+        return [float(start), float(end)]
     except ValueError:
         raise UsageError(f"--inpaint {text!r} is no region; write START:END in seconds, such as 2.5:4.") from None
 
 
-def _replayed(path: Path) -> Any:
-    import json
-
-    from sa3_convert.errors import InputError
+def _request(settings: dict[str, Any], from_file: Path | None) -> Any:
+    """Return the request that the options, or a file of `--json`, describe."""
     from sa3_convert.runtime.request import GenerateRequest
 
+    if from_file is None:
+        if "prompt" not in settings:
+            raise UsageError('Give --prompt "what to generate", --from FILE.json, or --batch FILE.jsonl.')
+        return GenerateRequest.from_json(settings)
+    if settings:
+        name = next(iter(settings)).replace("_", "-")
+        raise UsageError(f"--from brings its own prompt and settings; leave --{name} away.")
+    import json
+
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        settings = data["request"]
-        if not isinstance(settings, dict):
+        found = json.loads(from_file.read_text(encoding="utf-8"))["request"]
+        if not isinstance(found, dict):
             raise TypeError
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{path} cannot be read as the settings that `run --json` writes.") from None
-    return GenerateRequest.from_json(settings)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(f"{from_file} cannot be read as the settings that `run --json` writes.") from None
+    return GenerateRequest.from_json(found)

@@ -1,9 +1,7 @@
 """Audio files in and out, through libsndfile and soxr."""
 
 import contextlib
-import io
 import json
-import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
@@ -15,6 +13,7 @@ from numpy.typing import NDArray
 
 from sa3_convert.errors import AudioError, UsageError
 from sa3_convert.files import atomic_path
+from sa3_convert.runtime import riff
 
 Floats = NDArray[np.float32]
 SampleFormat = Literal["pcm16", "pcm24", "float"]
@@ -165,17 +164,19 @@ def audio_writer(
 
     """
     container = _container(path, sample_format)
+    comment = None if metadata is None else json.dumps(metadata, ensure_ascii=True)
     try:
-        with (
-            atomic_path(path) as temporary,
-            soundfile.SoundFile(
+        with atomic_path(path) as temporary:
+            with soundfile.SoundFile(
                 temporary, "w", rate, _CHANNELS, format=container, subtype=_SUBTYPES[sample_format]
-            ) as file,
-        ):
-            if metadata is not None:
-                file.software = "sa3-convert"
-                file.comment = json.dumps(metadata, ensure_ascii=True)
-            yield AudioWriter(file, sample_format, dither)
+            ) as file:
+                if comment is not None and container != "WAV":
+                    file.software = "sa3-convert"
+                    file.comment = comment
+                yield AudioWriter(file, sample_format, dither)
+            if comment is not None and container == "WAV":
+                with temporary.open("rb+") as stream:
+                    riff.append_chunk(stream, riff.information_chunk(comment))
     except OSError as error:
         raise AudioError(f"{path} cannot be written: {error.strerror or error}.") from None
     except soundfile.LibsndfileError as error:
@@ -217,7 +218,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open("rb") as stream:
-            comment = _wav_comment(stream) if stream.read(4) == b"RIFF" else None
+            comment = riff.read_comment(stream) if stream.read(4) == b"RIFF" else None
         if comment is None:
             with soundfile.SoundFile(path) as file:
                 comment = file.comment
@@ -231,28 +232,6 @@ def read_metadata(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise AudioError(f"{path} holds no settings of this tool.")
     return values
-
-
-def _wav_comment(stream: BinaryIO) -> str | None:
-    """Return the comment of a RIFF file; libsndfile writes one of any length but reads none beyond 2 KB."""
-    stream.seek(12)
-    for name, size in _riff_chunks(stream):
-        if name == b"LIST" and stream.read(4) == b"INFO":
-            information = io.BytesIO(stream.read(max(size - 4, 0)))
-            for key, length in _riff_chunks(information):
-                if key == b"ICMT":
-                    return information.read(length).rstrip(b"\0").decode("utf-8")
-    return None
-
-
-def _riff_chunks(stream: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Yield name and size of each chunk, the stream at its content; the caller may read from it."""
-    position = stream.tell()
-    while len(header := stream.read(8)) == 8:
-        name, size = struct.unpack("<4sI", header)
-        yield name, size
-        position += 8 + size + size % 2
-        stream.seek(position)
 
 
 def _container(path: Path, sample_format: SampleFormat) -> str:

@@ -15,7 +15,7 @@ from sa3_convert.runtime.engines import Engine, EngineName, MnnEngine, OrtEngine
 
 TOKENIZER = "tokenizer.json"
 
-_KINDS: Mapping[EngineName, ArtifactKind] = {"mnn": "mnn", "onnxruntime": "onnx"}
+KINDS: Mapping[EngineName, ArtifactKind] = {"mnn": "mnn", "onnxruntime": "onnx"}
 
 
 def bundle_engine(bundle: Bundle, name: EngineName, options: Mapping[str, Any], *, check: bool = True) -> Engine:
@@ -32,7 +32,7 @@ def bundle_engine(bundle: Bundle, name: EngineName, options: Mapping[str, Any], 
         BundleError: files are missing or are not what the manifest says.
 
     """
-    kind = _KINDS.get(name)
+    kind = KINDS.get(name)
     if kind is None:
         known = ", ".join(get_args(EngineName))
         raise UsageError(

@@ -12,7 +12,7 @@ from sa3_convert.components import Component
 from sa3_convert.errors import ConversionError, UsageError, VerificationError
 from sa3_convert.files import sha256_file
 from sa3_convert.recipe import LayerRule, Recipe, WeightScheme, load_recipe
-from tests.conversion.conftest import CONFIGS, Convert
+from tests.bundles import CONFIGS, Convert
 
 
 def with_component(recipe: Recipe, component: Component, **changes: object) -> Recipe:

@@ -15,8 +15,8 @@ from sa3_convert.recipe import ComponentRecipe
 from sa3_convert.runtime.engines import EngineName, MnnEngine, OrtEngine
 from sa3_convert.runtime.opening import bundle_engine
 from sa3_convert.runtime.pipeline import Pipeline
+from tests.bundles import Convert
 from tests.conftest import Golden, assert_close_to_peak, load_golden
-from tests.conversion.conftest import Convert
 from tests.runtime.conftest import golden_request, open_parts, weights_of
 
 ENGINES: list[EngineName] = ["mnn", "onnxruntime"]

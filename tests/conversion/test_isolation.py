@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conversion.conftest import CONFIGS
+from tests.bundles import CONFIGS
 
 GUARD = """
 import os, subprocess, sys

@@ -11,7 +11,7 @@ from sa3_convert.checkpoint.synthetic import synthesize
 from sa3_convert.convert import ConvertRequest, Outcome, StageEvent, convert
 from sa3_convert.recipe import Recipe, load_recipe
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @pytest.fixture(scope="session")

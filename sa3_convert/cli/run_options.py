@@ -1,0 +1,82 @@
+"""Options of `run`, by what they are about."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+EngineChoice = Literal["mnn", "onnxruntime"]
+Sampler = Literal["pingpong", "euler", "rk4", "dpmpp"]
+Format = Literal["pcm16", "pcm24", "float"]
+
+OutputOption = Annotated[
+    Path | None,
+    typer.Option("-o", "--output", metavar="FILE.wav", help="Where to write the audio; with --batch a folder."),
+]
+PromptOption = Annotated[str | None, typer.Option("--prompt", help="What to generate.")]
+SecondsOption = Annotated[float | None, typer.Option("--seconds", help="Duration; 10 when not given.")]
+StepsOption = Annotated[
+    int | None, typer.Option("--steps", help="Denoising steps; what suits the model when not given.")
+]
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", help="The same seed gives the same start noise everywhere; 0 when not given.")
+]
+SamplerOption = Annotated[Sampler | None, typer.Option("--sampler", help="What suits the model when not given.")]
+CfgScaleOption = Annotated[float | None, typer.Option("--cfg-scale", help="Guidance; 1 is none.")]
+ApgScaleOption = Annotated[
+    float | None,
+    typer.Option("--apg-scale", help="Share of the guidance's parallel part that is removed; 1 when not given."),
+]
+NegativePromptOption = Annotated[str | None, typer.Option("--negative-prompt", help="What guidance moves away from.")]
+InitAudioOption = Annotated[Path | None, typer.Option("--init-audio", metavar="FILE", help="Start from this audio.")]
+InitNoiseOption = Annotated[
+    float | None, typer.Option("--init-noise-level", help="How much of it is replaced by noise; 0.9 when not given.")
+]
+InpaintAudioOption = Annotated[
+    Path | None, typer.Option("--inpaint-audio", metavar="FILE", help="Keep this audio but --inpaint.")
+]
+InpaintOption = Annotated[
+    list[str] | None,
+    typer.Option("--inpaint", metavar="START:END", help="Seconds to generate anew; several times."),
+]
+BatchOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--batch",
+        metavar="FILE.jsonl",
+        help="One generation per line, a JSON object of settings (prompt, seconds, seed, …, output); other options are "
+        "the defaults. What an interrupted run has done is not done again.",
+    ),
+]
+StreamOption = Annotated[
+    bool,
+    typer.Option(
+        "--stream",
+        help="Hand audio on while it is decoded: raw samples to standard output, or with -o a WAV that grows as "
+        "FILE.wav.partial.",
+    ),
+]
+KeepLoadedOption = Annotated[
+    bool, typer.Option("--keep-loaded", help="With --batch: keep all models in memory from one line to the next.")
+]
+EngineOption = Annotated[
+    EngineChoice,
+    typer.Option("--engine", help="What runs the models."),
+]
+MemoryOption = Annotated[
+    Literal["normal", "high", "low"], typer.Option("--memory", help="MNN: low keeps weights quantised in memory.")
+]
+PrecisionOption = Annotated[
+    Literal["normal", "high", "low"], typer.Option("--precision", help="MNN: high computes in float32.")
+]
+BackendOption = Annotated[Literal["cpu", "cuda", "opencl", "vulkan"], typer.Option("--backend", help="MNN: runs on.")]
+FormatOption = Annotated[Format, typer.Option("--format", help="How samples are stored.")]
+DitherOption = Annotated[bool, typer.Option("--dither", help="Dither integer samples.")]
+AllowOption = Annotated[
+    list[str] | None,
+    typer.Option("--allow", metavar="CHECK", help="Waive an output check: silence, clipping, … (several times)."),
+]
+FromOption = Annotated[
+    Path | None, typer.Option("--from", metavar="FILE.json", help="Settings written by --json; replays them.")
+]
+SideFileOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write settings and times.")]

@@ -1,0 +1,287 @@
+"""`run` as a user runs it: files, batches, streams, bad input, interruption."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+import sa3_convert.cli.app as cli
+from sa3_convert.bundle.manifest import Bundle
+from sa3_convert.runtime.audio import read_metadata
+
+SHORT = ["--prompt", "pad", "--seconds", "0.5", "--steps", "2", "--threads", "2"]
+
+
+def process(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "sa3_convert", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
+
+
+def complaint(capsys: pytest.CaptureFixture[str]) -> str:
+    """Return what an error said: one paragraph on standard error, nothing on standard output."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    assert captured.err.startswith("sa3-convert: ")
+    return captured.err
+
+
+@pytest.fixture
+def run(toy_int8: Bundle) -> Callable[..., int]:
+    return lambda *arguments: cli.run(["run", str(toy_int8.path), *arguments])
+
+
+@pytest.fixture
+def batch(tmp_path: Path) -> Callable[..., Path]:
+    def write(*lines: Any) -> Path:
+        path = tmp_path / "batch.jsonl"
+        path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+        return path
+
+    return write
+
+
+def test_settings_are_written_and_replay_to_the_same_samples(run: Callable[..., int], tmp_path: Path) -> None:
+    assert run(*SHORT, "--seed", "7", "-o", str(tmp_path / "a.wav"), "--json", str(tmp_path / "a.json")) == 0
+    assert run("--from", str(tmp_path / "a.json"), "-o", str(tmp_path / "b.wav"), "--threads", "2") == 0
+    first, second = (soundfile.read(tmp_path / name)[0] for name in ("a.wav", "b.wav"))
+    np.testing.assert_array_equal(first, second)
+    assert json.loads((tmp_path / "a.json").read_text())["request"]["seed"] == 7
+
+
+def test_a_stream_to_a_file_gives_the_same_samples_and_metadata(run: Callable[..., int], tmp_path: Path) -> None:
+    assert run(*SHORT, "-o", str(tmp_path / "whole.wav")) == 0
+    assert run(*SHORT, "--stream", "-o", str(tmp_path / "grown.wav")) == 0
+    whole, grown = (soundfile.read(tmp_path / name)[0] for name in ("whole.wav", "grown.wav"))
+    np.testing.assert_array_equal(grown, whole)
+    assert read_metadata(tmp_path / "grown.wav") == read_metadata(tmp_path / "whole.wav")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grown.wav", "whole.wav"]
+
+
+def test_a_stream_to_standard_output_is_samples_and_nothing_else(
+    run: Callable[..., int], toy_int8: Bundle, tmp_path: Path
+) -> None:
+    assert run(*SHORT, "-o", str(tmp_path / "a.wav")) == 0
+    expected, _ = soundfile.read(tmp_path / "a.wav", dtype="int16")
+    samples, messages = process("run", str(toy_int8.path), *SHORT, "--stream").communicate()
+    np.testing.assert_array_equal(np.frombuffer(samples, "<i2").reshape(-1, 2), expected)
+    assert b"s16le, 2 channels, 44100 Hz" in messages
+    assert b"0.50 s of audio" in messages
+
+
+def test_a_reader_that_goes_away_ends_the_stream_with_one_paragraph(toy_int8: Bundle) -> None:
+    running = process("run", str(toy_int8.path), *SHORT, "--seconds", "20", "--stream")
+    assert running.stdout is not None
+    assert running.stderr is not None
+    running.stdout.read(100)
+    running.stdout.close()
+    message = running.stderr.read()
+    running.stderr.close()
+    assert running.wait() == 3
+    assert b"closed the pipe" in message
+    assert b"Exception" not in message
+
+
+def test_a_batch_writes_a_file_and_a_line_each_and_the_second_time_nothing(
+    run: Callable[..., int], batch: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = batch({"prompt": "drums", "seed": 1, "output": "drums.flac"}, {"seed": 2})
+    arguments = ("--batch", str(file), *SHORT, "-o", str(tmp_path / "out"), "--keep-loaded")
+    assert run(*arguments) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[:2] for line in out] == [["line 1", " drums.flac"], ["line 2", " 0002.wav"]]
+    assert soundfile.info(tmp_path / "out" / "drums.flac").frames == 22050
+    lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [line["request"]["prompt"] for line in lines] == ["drums", "pad"]
+
+    assert run(*arguments) == 0
+    assert capsys.readouterr().out.count("done by an earlier run") == 2
+
+
+def test_a_batch_with_a_rejected_output_makes_the_others_and_is_exit_8(
+    run: Callable[..., int], batch: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Only a seed's low 32 bits count, so the second line's audio is the first one's.
+    file = batch({"seed": 1}, {"seed": 1 + (1 << 32)}, {"seed": 3})
+    assert run("--batch", str(file), *SHORT, "-o", str(tmp_path / "out")) == 8
+    captured = capsys.readouterr()
+    assert "line 2: 0002.wav: rejected" in captured.out
+    assert "1 of 3 outputs" in captured.err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0001.wav", "0003.wav", "results.jsonl"]
+
+
+@pytest.mark.parametrize("stream", [(), ("--stream",)])
+def test_an_interrupt_leaves_no_file(toy_int8: Bundle, tmp_path: Path, stream: tuple[str, ...]) -> None:
+    long = ("--prompt", "pad", "--seconds", "60", "--steps", "1000", "--threads", "1")
+    output = tmp_path / "out" / "x.wav"
+    running = process("run", str(toy_int8.path), *long, *stream, "-o", str(output), start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (output.parent.is_dir() and any(output.parent.iterdir())):
+        assert running.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(running.pid, signal.SIGINT)
+    _, message = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert message.decode().strip() == "sa3-convert: Interrupted; nothing half-written was left behind."
+    assert list(output.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--prompt", "pad"),
+        ("-o", "x.wav"),
+        ("--prompt", "pad", "-o", "x.mp3"),
+        ("--prompt", "pad", "-o", "x.flac", "--stream"),
+        ("--prompt", "pad", "-o", "x.wav", "--keep-loaded"),
+        ("--prompt", "pad", "-o", "x.wav", "--seconds", "0"),
+        ("--prompt", "pad", "-o", "x.wav", "--seconds", "-1"),
+        ("--prompt", "pad", "-o", "x.wav", "--seconds", "nan"),
+        ("--prompt", "pad", "-o", "x.wav", "--seconds", "1e9"),
+        ("--prompt", "pad", "-o", "x.wav", "--steps", "0"),
+        ("--prompt", "a\x07b", "-o", "x.wav"),
+        ("--prompt", "pad", "-o", "x.wav", "--inpaint", "1-2", "--inpaint-audio", "a.wav"),
+        ("--prompt", "pad", "-o", "x.wav", "--inpaint", "3:2", "--inpaint-audio", "a.wav"),
+        ("--prompt", "pad", "-o", "x.wav", "--inpaint", "2:30", "--inpaint-audio", "a.wav"),
+        ("--prompt", "pad", "-o", "x.wav", "--inpaint", "1:3", "--inpaint", "2:4", "--inpaint-audio", "a.wav"),
+        ("--prompt", "pad", "-o", "x.wav", "--inpaint", "1:3"),
+        ("--prompt", "pad", "-o", "x.wav", "--allow", "everything"),
+        ("--prompt", "pad", "-o", "x.wav", "--from", "x.json"),
+        ("--prompt", "pad", "-o", "x.wav", "--engine", "onnxruntime", "--memory", "low"),
+        ("--batch", "x.jsonl"),
+        ("--batch", "x.jsonl", "-o", "out", "--stream"),
+        ("--batch", "x.jsonl", "-o", "out", "--json", "x.json"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_exit_2_and_writes_nothing(
+    run: Callable[..., int],
+    arguments: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments) == 2
+    complaint(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "cannot be read"),
+        ("", "holds no generation"),
+        ("{", "line 1"),
+        ('{"prompt": "a"}\n[1]', "line 2"),
+        ('{"prompt": "a", "secnds": 3}', "seconds"),
+        ('{"prompt": "a", "seconds": 1e9}', "Line 1"),
+        ('{"prompt": "a", "output": "../a.wav"}', "plain file name"),
+        ('{"prompt": "a", "init_audio": "none.wav"}', "none.wav"),
+    ],
+)
+def test_a_bad_batch_is_told_by_its_line_and_makes_nothing(
+    run: Callable[..., int],
+    batch: Callable[..., Path],
+    content: str | None,
+    expected: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "no.jsonl" if content is None else batch(content)
+    assert run("--batch", str(file), "-o", str(tmp_path / "out")) in (2, 3)
+    assert expected in complaint(capsys)
+    assert list(tmp_path.glob("out/*")) == []
+
+
+def bad_audio(folder: Path, kind: str) -> Path:
+    path = folder / f"{kind}.wav"
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("not audio")
+    elif kind == "eight-channels":
+        soundfile.write(path, np.zeros((100, 8)), 44100)
+    elif kind == "three-hours":
+        soundfile.write(path, np.zeros(3 * 3600 * 100), 100)
+    elif kind == "not-finite":
+        soundfile.write(path, np.full(100, np.nan), 44100, subtype="FLOAT")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "text", "eight-channels", "three-hours", "not-finite"])
+@pytest.mark.parametrize("option", ["--init-audio", "--inpaint-audio"])
+def test_unusable_audio_is_exit_3_and_named(
+    run: Callable[..., int], kind: str, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = bad_audio(tmp_path, kind)
+    region = ("--inpaint", "0:0.2") if option == "--inpaint-audio" else ()
+    assert run(*SHORT, option, str(path), *region, "-o", str(tmp_path / "out.wav")) == 3
+    assert str(path) in complaint(capsys)
+    assert not (tmp_path / "out.wav").exists()
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "[]", '{"request": 3}', "[" * 100_000])
+def test_settings_that_cannot_be_read_are_exit_3(
+    run: Callable[..., int], content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "a.json").write_text(content)
+    assert run("--from", str(tmp_path / "a.json"), "-o", str(tmp_path / "x.wav")) == 3
+    assert "a.json" in complaint(capsys)
+
+
+@pytest.mark.parametrize("prompt", ["", "🎹🥁", "x" * 100_000, "two\nlines\tand a tab"])
+def test_strange_prompts_are_fine(run: Callable[..., int], prompt: str, tmp_path: Path) -> None:
+    arguments = ("--seconds", "0.2", "--steps", "1", "--threads", "2")
+    assert run("--prompt", prompt, *arguments, "-o", str(tmp_path / "x.wav")) == 0
+    assert soundfile.info(tmp_path / "x.wav").frames == 8820
+
+
+def test_a_folder_that_is_no_bundle_is_exit_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["run", str(tmp_path), *SHORT, "-o", str(tmp_path / "x.wav")]) == 3
+    assert "is no bundle" in complaint(capsys)
+
+
+@pytest.fixture
+def copy(toy_int8: Bundle, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(toy_int8.path, tmp_path / "bundle"))
+
+
+@pytest.mark.parametrize("name", ["dit.mnn", "tokenizer.json", "bottleneck_params.json", "manifest.json"])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda p: p.write_bytes(p.read_bytes()[:-5])])
+def test_a_damaged_bundle_is_exit_3_and_the_file_named(
+    copy: Path, name: str, damage: Callable[[Path], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(copy / name)
+    assert cli.run(["run", str(copy), *SHORT, "-o", str(copy.parent / "x.wav")]) == 3
+    assert name in complaint(capsys)
+    assert not (copy.parent / "x.wav").exists()
+
+
+def test_a_bundle_without_encoder_generates_from_text_and_says_what_it_lacks_for_audio(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["artifacts"] = [a for a in manifest["artifacts"] if a["component"] != "encoder"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    output = copy.parent / "x.wav"
+    assert cli.run(["run", str(copy), *SHORT, "-o", str(output)]) == 0
+    capsys.readouterr()
+    assert cli.run(["run", str(copy), *SHORT, "--init-audio", str(output), "-o", str(copy.parent / "y.wav")]) == 3
+    assert "component 'encoder'" in complaint(capsys)
+    assert not (copy.parent / "y.wav").exists()
