@@ -39,7 +39,7 @@ def estimate_model_bytes(shapes: dict[str, tuple[int, ...]], recipe: ComponentRe
             bits = {"float": 8 * float_bytes, "int8": 8, "int4": 4}[recipe.embedding]
             total += count * bits // 8 + (float_bytes * shape[0] if recipe.embedding != "float" else 0)
         elif recipe.weights is not None and len(shape) >= 2 and min(shape[:2]) > 1:
-            bits_of_layer, block = recipe.weights.for_layer(name)
+            bits_of_layer, block = recipe.weights.for_layer(name.removesuffix(".weight"))
             if bits_of_layer is None:
                 total += count * float_bytes
             else:
@@ -69,7 +69,7 @@ def plan(request: ConvertRequest) -> list[Step]:
     steps = []
     for component in request.selected():
         recipe = request.recipe.for_component(component)
-        keys = stage_keys(request.checkpoint, component, recipe)
+        keys = stage_keys(request.checkpoint, component, recipe, ort_int8=request.with_ort_int8)
         shapes = {name: entry.shape for name, entry in request.checkpoint.stored(component).items()}
         steps.append(
             Step(
@@ -91,7 +91,8 @@ def _todo(request: ConvertRequest, cache: StageCache, component: Component, keys
         try:
             bundle = Bundle.open(request.out)
             bundle.check((component,))
-            if bundle.artifact(component).fingerprint == keys.verify:
+            int8 = keys.ort_int8 is None or bundle.artifact(component, "onnx-int8").fingerprint == keys.ort_int8
+            if int8 and bundle.artifact(component).fingerprint == keys.verify:
                 return ()
         except BundleError:
             pass

@@ -9,6 +9,8 @@ Columns of large diag(H) go first, while most columns are left to compensate. It
 correlated; on white inputs it does nothing.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
@@ -52,12 +54,24 @@ def round_error_compensated(weight: Floats, hessian: NDArray[np.float64], grid: 
 
     order = torch.argsort(torch.from_numpy(np.diag(hessian).copy()), descending=True)
     factor = _inverse_factor(torch.from_numpy(hessian)[order][:, order])
-    codes = _compensate(original[:, order].clone(), lo[:, order], step[:, order], factor, grid)
+    with _one_thread():
+        codes = _compensate(original[:, order].clone(), lo[:, order], step[:, order], factor, grid)
     codes = codes[:, torch.argsort(order)]
     values = (lo + step * codes).reshape(-1, length)
     kept = _has_both_ends(codes.reshape(-1, length), grid)
     result: Floats = torch.where(kept, values, fallback).reshape(weight.shape).numpy()
     return result
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch from handing single columns to other threads, which takes four times as long as the work itself."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from sa3_convert.mnn.storage import read_storage
 from sa3_convert.plan import estimate_model_bytes
 from sa3_convert.quantise.grid import Grid
 from sa3_convert.quantise.sensitivity import stored_bytes
-from sa3_convert.recipe import ComponentRecipe, ScaleType, WeightScheme
+from sa3_convert.recipe import ComponentRecipe, LayerRule, ScaleType, WeightScheme
 from tests.mnn.converted import gaussian, save_graph
 
 INPUTS, OUTPUTS = 512, 1024
@@ -35,3 +35,10 @@ def test_a_weight_takes_the_bytes_that_were_counted(
     counted = stored_bytes((OUTPUTS, INPUTS), Grid(bits, symmetric, block, half_scales=scales == "fp16"))
     assert 0 <= weight.payload.bytes + weight.scale_bytes - counted < 300  # a codebook's header and list of values
     assert estimate_model_bytes({"w": (OUTPUTS, INPUTS)}, recipe) == counted
+
+
+def test_a_rule_for_a_layer_counts_for_its_parameter() -> None:
+    rule = LayerRule(match="down_proj$", bits=4)
+    recipe = ComponentRecipe(floor_db=1, weights=WeightScheme(bits=8, layers=(rule,)))
+    shapes = {"mlp.down_proj.weight": (64, 128), "mlp.up_proj.weight": (128, 64)}
+    assert estimate_model_bytes(shapes, recipe) == 64 * 128 // 2 + 64 * 8 + 128 * 64 + 128 * 8
