@@ -25,7 +25,8 @@ def existing_commands() -> set[str]:
 
 
 def documented_commands() -> set[str]:
-    rows = [line for line in README.splitlines() if line.startswith("| `")]
+    section = README.split("\n## Commands\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
     names = {match for row in rows for match in re.findall(r"`(?:sa3-convert )?([a-z ]+?)(?: [A-Z-].*?)?`", row)}
     return {name.strip() for name in names}
 

@@ -1,4 +1,4 @@
-"""`verify` and `inspect`: what a bundle or file really is."""
+"""`verify`, `inspect` and `table`: what a bundle or file really is."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from sa3_convert.cli.options import BundleArgument, ComponentOption, JsonFileOpt
 
 def register(app: typer.Typer) -> None:
     """Add this module's commands."""
-    for command in (verify, inspect):
+    for command in (verify, inspect, table):
         app.command()(command)
 
 
@@ -51,3 +51,13 @@ def inspect(
         typer.echo(storage.to_json())
     else:
         stdout.print(render(storage))
+
+
+def table(
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE…", help="Folders that `convert` made.")],
+) -> None:
+    """Print size and fidelity of each component of several bundles as one Markdown table."""
+    from sa3_convert.bundle.manifest import Bundle
+    from sa3_convert.bundle.table import markdown_table
+
+    typer.echo(markdown_table([Bundle.open(path) for path in bundles]))
