@@ -69,7 +69,7 @@ def plan(request: ConvertRequest) -> list[Step]:
     steps = []
     for component in request.selected():
         recipe = request.recipe.for_component(component)
-        keys = stage_keys(request.checkpoint, component, recipe, ort_int8=request.with_ort_int8)
+        keys = stage_keys(request.checkpoint, component, recipe)
         shapes = {name: entry.shape for name, entry in request.checkpoint.stored(component).items()}
         steps.append(
             Step(
@@ -91,8 +91,7 @@ def _todo(request: ConvertRequest, cache: StageCache, component: Component, keys
         try:
             bundle = Bundle.open(request.out)
             bundle.check((component,))
-            int8 = keys.ort_int8 is None or bundle.artifact(component, "onnx-int8").fingerprint == keys.ort_int8
-            if int8 and bundle.artifact(component).fingerprint == keys.verify:
+            if bundle.artifact(component).fingerprint == keys.verify:
                 return ()
         except BundleError:
             pass
