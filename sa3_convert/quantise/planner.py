@@ -4,7 +4,8 @@ import contextlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 Tick = Callable[[str, int, int], None]
 """(what, done, of how many)."""
 
+WORST_CASE_MARGIN_DB: Final = 6
+"""A plan predicts the mean over inputs; a floor holds for the worst of them."""
 _CASES: Final = {
     Component.TEXT_ENCODER: ((0, 0), (1, 0), (2, 0)),
     Component.NUMBER_CONDITIONER: tuple((seed, 0) for seed in range(8)),
@@ -110,13 +113,7 @@ def measure(
     moments = collect_moments(export.file(f"{component.value}.onnx"), calibration, threads=threads, tick=ran)
     # Both factors are shares of a signal, so the moments count per unit of it; the scale cancels in gain · energy.
     gains = _gains(checkpoint, component, moments, kept.with_suffix(".partial"), tick)
-    state = checkpoint.state(component)
-    layers = {}
-    for index, (layer, parameter) in enumerate(layers_to_measure(checkpoint, component).items()):
-        weight = state[parameter].numpy()
-        found = candidates(weight, gains[layer], moments.get(layer), all_grids())
-        layers[layer] = LayerSensitivity(shape=tuple(weight.shape), gain=gains[layer], candidates=found)
-        tick("rounding", index + 1, len(gains))
+    layers = _candidates(checkpoint, component, gains, moments, tick)
     sensitivity = Sensitivity(fingerprint=key, rounding="least_squares", layers=layers)
     write_text(kept, sensitivity.model_dump_json(indent=1))
     kept.with_suffix(".partial").unlink(missing_ok=True)
@@ -149,7 +146,7 @@ def plan_component(
         allocation = smallest_for_error(options, 10 ** (-target.snr_db / 10))
     else:
         raise UsageError("Give a size (--target-mib) or a fidelity (--min-snr).")
-    floor = max(1.0, round(-10 * float(np.log10(max(allocation.error, 1e-30))) - 2, 1))
+    floor = max(1.0, round(-10 * float(np.log10(max(allocation.error, 1e-30))) - WORST_CASE_MARGIN_DB, 1))
     recipe = base.model_copy(update={"weights": scheme_of(allocation), "floor_db": floor})
     return Plan(recipe, allocation, fixed)
 
@@ -185,6 +182,31 @@ def layers_to_measure(checkpoint: "Checkpoint", component: Component) -> dict[st
         for name, entry in checkpoint.stored(component).items()
         if name.endswith(".weight") and len(entry.shape) >= 2 and not name.startswith("embed_tokens")
     }
+
+
+def _candidates(
+    checkpoint: "Checkpoint", component: Component, gains: Mapping[str, float], moments: Moments, tick: Tick
+) -> dict[str, LayerSensitivity]:
+    """Price every precision of every layer, a layer per processor: the tensors are too small to share one."""
+    state = checkpoint.state(component)
+    weights = layers_to_measure(checkpoint, component)
+    threads = torch.get_num_threads()
+
+    def priced(layer: str) -> LayerSensitivity:
+        weight = state[weights[layer]].numpy()
+        found = candidates(weight, gains[layer], moments.get(layer), all_grids())
+        return LayerSensitivity(shape=tuple(weight.shape), gain=gains[layer], candidates=found)
+
+    layers = {}
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            for layer, sensitivity in zip(weights, pool.map(priced, weights), strict=True):
+                layers[layer] = sensitivity
+                tick("rounding", len(layers), len(weights))
+    finally:
+        torch.set_num_threads(threads)
+    return layers
 
 
 def _gains(
