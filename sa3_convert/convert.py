@@ -33,7 +33,17 @@ from sa3_convert.errors import BundleError, ConversionError, UsageError
 from sa3_convert.files import atomic_path, link_or_copy, write_text
 from sa3_convert.recipe import Recipe
 from sa3_convert.stage_cache import CachedResult, StageCache
-from sa3_convert.stages import MOMENTS, Keys, Stage, calibrate_stage, export_stage, mnn_stage, stage_keys, verify_stage
+from sa3_convert.stages import (
+    MOMENTS,
+    Keys,
+    Stage,
+    calibrate_stage,
+    export_stage,
+    mnn_stage,
+    ort_int8_stage,
+    stage_keys,
+    verify_stage,
+)
 from sa3_convert.tools import tool_versions
 
 if TYPE_CHECKING:
@@ -41,6 +51,8 @@ if TYPE_CHECKING:
 
 REFERENCE_FOLDER = "reference"
 """Where a bundle keeps its reference ONNX files."""
+ORT_INT8_FOLDER = "onnxruntime-int8"
+"""Where a bundle keeps what ONNX Runtime computes with integers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +83,8 @@ class ConvertRequest:
     """Redo everything, and replace a bundle that was made from something else."""
     with_reference: bool = False
     """Copy the reference ONNX files into the bundle instead of leaving them in the cache."""
+    with_ort_int8: bool = False
+    """Also make what the engine `onnxruntime-int8` runs; it is kept where the reference is."""
     threads: int | None = None
 
     def selected(self) -> tuple[Component, ...]:
@@ -112,7 +126,10 @@ def convert(request: ConvertRequest, report: Report) -> Outcome:
     existing = _existing_bundle(request)
     request.out.mkdir(parents=True, exist_ok=True)
     with _lock(request.out):
-        keys = {c: stage_keys(request.checkpoint, c, request.recipe.for_component(c)) for c in selected}
+        keys = {
+            c: stage_keys(request.checkpoint, c, request.recipe.for_component(c), ort_int8=request.with_ort_int8)
+            for c in selected
+        }
         if existing is not None and not request.force and is_up_to_date(existing, request, keys):
             return Outcome(existing, up_to_date=True)
         cache = StageCache(request.cache)
@@ -125,13 +142,18 @@ def is_up_to_date(bundle: Bundle, request: ConvertRequest, keys: Mapping[Compone
     """Tell whether a bundle's files are whole and were made from exactly this."""
     if bundle.manifest.recipe != request.recipe.name or bundle.manifest.tools != tool_versions():
         return False
+    present = {(a.component, a.kind): a for a in bundle.manifest.artifacts}
     for component, key in keys.items():
         if component not in bundle.components or bundle.artifact(component).fingerprint != key.verify:
             return False
-        if (bundle.artifact(component, "onnx").kept_at is None) != request.with_reference:
+        int8 = present.get((component, "onnx-int8"))
+        if key.ort_int8 is not None and (int8 is None or int8.fingerprint != key.ort_int8):
+            return False
+        kept = [a for a in (bundle.artifact(component, "onnx"), int8) if a is not None]
+        if any((a.kept_at is None) != request.with_reference for a in kept):
             return False
     try:
-        bundle.check(tuple(keys), kinds=("mnn", "onnx"))
+        bundle.check(tuple(keys), kinds=("mnn", "onnx", "onnx-int8"))
     except BundleError:
         return False
     return True
@@ -144,7 +166,9 @@ def _existing_bundle(request: ConvertRequest) -> Bundle | None:
         raise UsageError(f"--out {out} is a file; give a folder.")
     if not (out / MANIFEST).exists():
         leftovers = [p.name for p in out.iterdir() if not p.name.startswith(".")] if out.exists() else []
-        known = {RECIPE, TOKENIZER, BOTTLENECK, REFERENCE_FOLDER} | {f"{c.value}.mnn" for c in Component}
+        known = {RECIPE, TOKENIZER, BOTTLENECK, REFERENCE_FOLDER, ORT_INT8_FOLDER} | {
+            f"{c.value}.mnn" for c in Component
+        }
         foreign = sorted(set(leftovers) - known)
         if foreign and not request.force:
             raise UsageError(
@@ -183,6 +207,7 @@ class _Made:
     export: CachedResult
     mnn: CachedResult
     verify: CachedResult
+    ort_int8: CachedResult | None
 
 
 def _make_component(
@@ -216,7 +241,12 @@ def _make_component(
     verify = staged(
         "verify", keys.verify, lambda _: verify_stage(reference, target, component, recipe, layout, threads)
     )
-    return _Made(export, mnn, verify)
+    int8: CachedResult | None = None
+    if keys.ort_int8 is not None:
+        int8 = staged(
+            "ort-int8", keys.ort_int8, lambda folder: ort_int8_stage(reference, component, layout, folder, threads)
+        )
+    return _Made(export, mnn, verify, int8)
 
 
 def _assemble(
@@ -253,27 +283,11 @@ def _assemble(
 
 
 def _component_artifacts(request: ConvertRequest, component: Component, keys: Keys, made: _Made) -> list[Artifact]:
-    recipe = request.recipe.for_component(component)
-    out, name = request.out, component.value
-
-    def entries(result: CachedResult, main: str, companion: str, folder: str) -> tuple[FileEntry, FileEntry | None]:
-        found = [
-            FileEntry(path=folder + file, sha256=result.files[file], bytes=result.file(file).stat().st_size)
-            for file in (main, companion)
-            if file in result.files
-        ]
-        return found[0], found[1] if len(found) > 1 else None
-
-    mnn, mnn_weights = entries(made.mnn, f"{name}.mnn", f"{name}.mnn.weight", "")
-    onnx, onnx_data = entries(made.export, f"{name}.onnx", f"{name}.onnx.data", f"{REFERENCE_FOLDER}/")
-    for entry in filter(None, (mnn, mnn_weights)):
-        link_or_copy(made.mnn.file(entry.path), out / entry.path)
-    if request.with_reference:
-        for entry in filter(None, (onnx, onnx_data)):
-            # A copy: ONNX libraries refuse external data that has a second hard link.
-            with atomic_path(out / entry.path) as temporary:
-                shutil.copyfile(made.export.file(Path(entry.path).name), temporary)
-    return [
+    recipe, name = request.recipe.for_component(component), component.value
+    mnn, weights = _entries(made.mnn, f"{name}.mnn", f"{name}.mnn.weight", "")
+    for entry in filter(None, (mnn, weights)):
+        link_or_copy(made.mnn.file(entry.path), request.out / entry.path)
+    artifacts = [
         Artifact(
             **dict(mnn),
             kind="mnn",
@@ -282,19 +296,53 @@ def _component_artifacts(request: ConvertRequest, component: Component, keys: Ke
             storage=made.mnn.notes["storage"],
             fidelity=Fidelity(**made.verify.notes["fidelity"]),
             floor_db=recipe.floor_db,
-            companion=mnn_weights,
+            companion=weights,
             fingerprint=keys.verify,
         ),
         Artifact(
-            **dict(onnx),
+            **_kept(request, made.export, component, REFERENCE_FOLDER),
             kind="onnx",
             component=component,
             precision="fp32",
-            companion=onnx_data,
-            kept_at=None if request.with_reference else os.path.relpath(made.export.folder, out),
             fingerprint=keys.export,
         ),
     ]
+    if made.ort_int8 is not None:
+        notes = made.ort_int8.notes
+        artifacts.append(
+            Artifact(
+                **_kept(request, made.ort_int8, component, ORT_INT8_FOLDER),
+                kind="onnx-int8",
+                component=component,
+                precision=notes["precision"],
+                fidelity=Fidelity(**notes["fidelity"]),
+                floor_db=notes["floor_db"],
+                fingerprint=keys.ort_int8,
+            )
+        )
+    return artifacts
+
+
+def _kept(request: ConvertRequest, result: CachedResult, component: Component, folder: str) -> dict[str, Any]:
+    """Return how the manifest describes an ONNX that stays in the cache, or is copied if the bundle shall hold it."""
+    name = component.value
+    onnx, data = _entries(result, f"{name}.onnx", f"{name}.onnx.data", f"{folder}/")
+    if request.with_reference:
+        for entry in filter(None, (onnx, data)):
+            # A copy: ONNX libraries refuse external data that has a second hard link.
+            with atomic_path(request.out / entry.path) as temporary:
+                shutil.copyfile(result.file(Path(entry.path).name), temporary)
+    kept_at = None if request.with_reference else os.path.relpath(result.folder, request.out)
+    return dict(onnx) | {"companion": data, "kept_at": kept_at}
+
+
+def _entries(result: CachedResult, main: str, companion: str, folder: str) -> tuple[FileEntry, FileEntry | None]:
+    found = [
+        FileEntry(path=folder + file, sha256=result.files[file], bytes=result.file(file).stat().st_size)
+        for file in (main, companion)
+        if file in result.files
+    ]
+    return found[0], found[1] if len(found) > 1 else None
 
 
 def _shared_artifacts(request: ConvertRequest) -> list[Artifact]:

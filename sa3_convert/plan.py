@@ -69,7 +69,7 @@ def plan(request: ConvertRequest) -> list[Step]:
     steps = []
     for component in request.selected():
         recipe = request.recipe.for_component(component)
-        keys = stage_keys(request.checkpoint, component, recipe)
+        keys = stage_keys(request.checkpoint, component, recipe, ort_int8=request.with_ort_int8)
         shapes = {name: entry.shape for name, entry in request.checkpoint.stored(component).items()}
         steps.append(
             Step(
@@ -91,7 +91,8 @@ def _todo(request: ConvertRequest, cache: StageCache, component: Component, keys
         try:
             bundle = Bundle.open(request.out)
             bundle.check((component,))
-            if bundle.artifact(component).fingerprint == keys.verify:
+            int8 = keys.ort_int8 is None or bundle.artifact(component, "onnx-int8").fingerprint == keys.ort_int8
+            if int8 and bundle.artifact(component).fingerprint == keys.verify:
                 return ()
         except BundleError:
             pass
@@ -101,10 +102,12 @@ def _todo(request: ConvertRequest, cache: StageCache, component: Component, keys
 def bytes_needed(steps: list[Step]) -> int:
     """Return the temporary and lasting room that a plan takes at its peak."""
     lasting = sum(
-        (s.reference_bytes if "export" in s.todo else 0) + (s.model_bytes if "mnn" in s.todo else 0) for s in steps
+        # The integer form has a quarter of the reference's weights, but all of its token table.
+        s.reference_bytes * (("export" in s.todo) + ("ort-int8" in s.todo)) + s.model_bytes * ("mnn" in s.todo)
+        for s in steps
     )
     # While one component is converted, its rewritten ONNX and the converter's scratch file with all weights exist too.
-    passing = max((2 * s.reference_bytes for s in steps if "mnn" in s.todo), default=0)
+    passing = max((2 * s.reference_bytes for s in steps if {"mnn", "ort-int8"} & set(s.todo)), default=0)
     return lasting + passing
 
 

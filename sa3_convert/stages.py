@@ -12,8 +12,9 @@ from sa3_convert.recipe import ComponentRecipe, plain
 
 if TYPE_CHECKING:
     from sa3_convert.checkpoint.reader import Checkpoint
+    from sa3_convert.verify.result import ComponentFidelity
 
-Stage = Literal["read", "export", "calibrate", "mnn", "verify"]
+Stage = Literal["read", "export", "calibrate", "mnn", "verify", "ort-int8"]
 
 MOMENTS: Final = "moments.safetensors"
 """What the calibrate stage leaves."""
@@ -30,14 +31,19 @@ class Keys:
     """None when the recipe needs no calibration."""
     mnn: str
     verify: str
+    ort_int8: str | None = None
+    """None when it is not asked for."""
 
     def in_order(self) -> tuple[tuple[Stage, str], ...]:
         """Return the stages that the component goes through, each with its fingerprint."""
         calibrate: tuple[tuple[Stage, str], ...] = () if self.calibrate is None else (("calibrate", self.calibrate),)
-        return (("export", self.export), *calibrate, ("mnn", self.mnn), ("verify", self.verify))
+        int8: tuple[tuple[Stage, str], ...] = () if self.ort_int8 is None else (("ort-int8", self.ort_int8),)
+        return (("export", self.export), *calibrate, ("mnn", self.mnn), ("verify", self.verify), *int8)
 
 
-def stage_keys(checkpoint: "Checkpoint", component: Component, recipe: ComponentRecipe) -> Keys:
+def stage_keys(
+    checkpoint: "Checkpoint", component: Component, recipe: ComponentRecipe, *, ort_int8: bool = False
+) -> Keys:
     """Return the fingerprints of a component's stages: weights, dimensions, recipe, our code, and the tools."""
     export = fingerprint(
         component=component.value,
@@ -69,7 +75,12 @@ def stage_keys(checkpoint: "Checkpoint", component: Component, recipe: Component
         code=source_digest("verify", "ort", "session"),
         tools=[version_of("onnxruntime")],
     )
-    return Keys(export, calibrate, mnn, verify)
+    int8 = fingerprint(
+        export=export,
+        code=source_digest("quantise/ort_int8", "verify", "ort", "session"),
+        tools=[version_of(name) for name in ("onnx", "onnxruntime")],
+    )
+    return Keys(export, calibrate, mnn, verify, int8 if ort_int8 else None)
 
 
 def export_stage(checkpoint: "Checkpoint", component: Component, folder: Path) -> dict[str, Any]:
@@ -125,6 +136,25 @@ def verify_stage(
 
     result = verify_files(reference, target, component, layout, quick=True, threads=threads)
     result.check_floor(recipe.floor_db)
+    return _notes(result)
+
+
+def ort_int8_stage(
+    reference: Path, component: Component, layout: CheckpointLayout, folder: Path, threads: int | None
+) -> dict[str, Any]:
+    """Quantise the reference for ONNX Runtime and compare the two; below the floor is an error."""
+    from sa3_convert.quantise.ort_int8 import FLOORS_DB, quantise_for_ort
+    from sa3_convert.verify.component import verify_onnx
+
+    target = folder / reference.name
+    quantised = quantise_for_ort(reference, target)
+    result = verify_onnx(reference, target, component, layout, quick=True, threads=threads)
+    floor = FLOORS_DB[component]
+    result.check_floor(floor)
+    return _notes(result) | {"floor_db": floor, "precision": "int8" if quantised else "fp32"}
+
+
+def _notes(result: "ComponentFidelity") -> dict[str, Any]:
     worst = result.worst
     return {
         "fidelity": {

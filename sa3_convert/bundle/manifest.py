@@ -15,7 +15,7 @@ RECIPE = "recipe.yaml"
 TOKENIZER = "tokenizer.json"
 BOTTLENECK = "bottleneck_params.json"
 
-ArtifactKind = Literal["mnn", "onnx", "tokenizer", "bottleneck_params", "recipe"]
+ArtifactKind = Literal["mnn", "onnx", "onnx-int8", "tokenizer", "bottleneck_params", "recipe"]
 
 _LAYOUT: TypeAdapter[CheckpointLayout] = TypeAdapter(CheckpointLayout)
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _VERBS = {
     "read": "reading",
     "export": "exporting",
+    "ort-int8": "quantising",
     "calibrate": "calibrating",
     "mnn": "converting",
     "verify": "verifying",

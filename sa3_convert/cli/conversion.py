@@ -28,6 +28,9 @@ def convert(
     with_reference: Annotated[
         bool, typer.Option("--with-reference", help="Copy the reference ONNX into the bundle, to verify it elsewhere.")
     ] = False,
+    with_ort_int8: Annotated[
+        bool, typer.Option("--with-ort-int8", help="Also quantise for `run --engine onnxruntime-int8`.")
+    ] = False,
     threads: ThreadsOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan with sizes and stop.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Redo everything; replace another bundle.")] = False,
@@ -49,6 +52,7 @@ def convert(
         components=tuple(component or ()),
         force=force,
         with_reference=with_reference,
+        with_ort_int8=with_ort_int8,
         threads=threads,
     )
     stderr.print(f"{checkpoint}: {request.checkpoint.variant_name}; recipe {resolved.name}: {resolved.description}")

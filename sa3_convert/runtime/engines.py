@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sa3_convert.mnn.session import MnnSession
     from sa3_convert.ort import OrtSession
 
-EngineName = Literal["mnn", "onnxruntime", "torch"]
+EngineName = Literal["mnn", "onnxruntime", "onnxruntime-int8", "torch"]
 Level = Literal["normal", "high", "low"]
 Backend = Literal["cpu", "cuda", "opencl", "vulkan"]
 Padding = Literal["key_mask", "value_zeroing"]
@@ -93,12 +93,17 @@ class MnnEngine:
 
 @dataclass(frozen=True)
 class OrtEngine:
-    """Runs ONNX files, as exported or dynamically quantised, on the CPU."""
+    """Runs ONNX files on the CPU: as exported, or quantised and then with all of ONNX Runtime's optimisations."""
 
     files: Mapping[Component, Path]
     threads: int | None = None
     """None is one per physical core."""
-    name: EngineName = field(default="onnxruntime", init=False)
+    quantised: bool = False
+
+    @property
+    def name(self) -> EngineName:
+        """Its name."""
+        return "onnxruntime-int8" if self.quantised else "onnxruntime"
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -114,7 +119,7 @@ class OrtEngine:
                 f"ONNX Runtime cannot be imported ({error}). Install it: pip install onnxruntime, or use --engine mnn."
             ) from None
 
-        return OrtSession(_file(self.files, component, "ONNX"), threads=self.threads)
+        return OrtSession(_file(self.files, component, "ONNX"), threads=self.threads, optimise=self.quantised)
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,17 @@ import numpy as np
 from sa3_convert.bundle.manifest import ArtifactKind, Bundle
 from sa3_convert.checkpoint.layout import TEXT_ENCODER_FOLDER
 from sa3_convert.components import Component
-from sa3_convert.errors import BackendError, UsageError
+from sa3_convert.errors import BackendError, BundleError, UsageError
 from sa3_convert.runtime.bottleneck import Bottleneck
 from sa3_convert.runtime.engines import Engine, EngineName, MnnEngine, OrtEngine, TorchEngine
 
 TOKENIZER = "tokenizer.json"
 
-KINDS: Mapping[EngineName, ArtifactKind] = {"mnn": "mnn", "onnxruntime": "onnx"}
+KINDS: Mapping[EngineName, ArtifactKind] = {
+    "mnn": "mnn",
+    "onnxruntime": "onnx",
+    "onnxruntime-int8": "onnx-int8",
+}
 
 
 def bundle_engine(bundle: Bundle, name: EngineName, options: Mapping[str, Any], *, check: bool = True) -> Engine:
@@ -23,7 +27,7 @@ def bundle_engine(bundle: Bundle, name: EngineName, options: Mapping[str, Any], 
 
     Args:
         bundle: an open bundle.
-        name: "mnn" or "onnxruntime"; torch runs a checkpoint, see `checkpoint_parts`.
+        name: "mnn", "onnxruntime" or "onnxruntime-int8"; torch runs a checkpoint, see `checkpoint_parts`.
         options: keyword arguments of the engine.
         check: compare the files with the manifest first.
 
@@ -49,6 +53,12 @@ def bundle_engine(bundle: Bundle, name: EngineName, options: Mapping[str, Any], 
         bundle.check(tuple(files), kinds=(kind,))
     if name == "mnn":
         return MnnEngine(bundle.layout, files, **options)
+    if name == "onnxruntime-int8":
+        if not files:
+            raise BundleError(
+                f"Bundle {bundle.path} has nothing for the engine onnxruntime-int8. Convert again with --with-ort-int8."
+            )
+        return OrtEngine(files, quantised=True, **options)
     return OrtEngine(files, **options)
 
 

@@ -81,7 +81,8 @@ class Pipeline:
 
         Args:
             path: the bundle's folder.
-            engine: "mnn" or "onnxruntime" (which needs the reference ONNX files in the bundle).
+            engine: "mnn", "onnxruntime" (which needs the reference ONNX files of the bundle) or "onnxruntime-int8"
+                (which needs those that `convert --with-ort-int8` makes).
             check: compare the bundle's files with its manifest first (reads them all once).
             keep_loaded: see the class.
             window: see the class.

@@ -1,0 +1,105 @@
+"""A reference ONNX → one that ONNX Runtime computes with 8-bit integers: weights stored, activations as they come.
+
+What is quantised are the matrix products with constant weights, a scale per output channel: nearly all arithmetic of a
+Stable Audio 3 model. What stays float: products of activations, convolutions (ONNX Runtime's integer ones are slower),
+token tables, and `Gemm`, which the exports use for single vectors only (time and duration after their Fourier features;
+nothing to gain, and their error reaches every latent).
+
+On x86 without VNNI, ONNX Runtime adds products of 8-bit values in 16 bits and may saturate there; such a machine is
+told by a fidelity far below the one in the manifest.
+"""
+
+import contextlib
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+import onnx
+from onnxruntime.quantization import QuantType, quantize_dynamic
+
+from sa3_convert.components import Component
+from sa3_convert.errors import ConversionError
+
+FLOORS_DB: Final[Mapping[Component, float]] = {
+    Component.TEXT_ENCODER: 22,
+    # Nothing of it is quantised.
+    Component.NUMBER_CONDITIONER: 100,
+    Component.DIT: 20,
+    Component.DECODER: 26,
+    Component.ENCODER: 26,
+}
+"""Least signal-to-noise ratio in dB against the reference: what one scale for a whole activation costs, with room for
+weights that are less even than seeded ones (25 to 43 dB)."""
+
+_INTEGER_PRODUCT = "MatMulInteger"
+
+
+def quantise_for_ort(reference: Path, target: Path) -> int:
+    """Write the integer form of a reference ONNX, its weights beside it in `target` + ".data".
+
+    Args:
+        reference: the fp32 ONNX, as exported.
+        target: where to write; its folder is not shared with another conversion.
+
+    Returns:
+        The number of products that are computed with integers; 0 where a component has none to quantise.
+
+    Raises:
+        ConversionError: the file that was written does not hold what it should.
+
+    """
+    wanted, singles = _products(onnx.load(reference, load_external_data=False))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="int8-", dir=target.parent) as scratch, _quiet():
+        # ONNX Runtime writes beside its input, and ONNX refuses weights behind a link: it works on a copy.
+        source = Path(scratch) / reference.name
+        for file in (reference, reference.with_name(reference.name + ".data")):
+            if file.exists():
+                shutil.copyfile(file, source.with_name(file.name))
+        quantize_dynamic(
+            source,
+            target,
+            op_types_to_quantize=["MatMul"],
+            # It splits a Gemm into a product of this name and an addition before it looks at names.
+            nodes_to_exclude=[f"{name}_MatMul" for name in singles],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=True,
+            extra_options={"MatMulConstBOnly": True},
+        )
+    _check(target, wanted, len(singles))
+    return wanted
+
+
+def _products(model: onnx.ModelProto) -> tuple[int, list[str]]:
+    """Return how many MatMuls have constant weights, and the names of the Gemms."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    wanted = sum(node.op_type == "MatMul" and node.input[1] in constants for node in model.graph.node)
+    return wanted, [node.name for node in model.graph.node if node.op_type == "Gemm"]
+
+
+def _check(target: Path, wanted: int, floats: int) -> None:
+    """Judge the quantiser by its file."""
+    model = onnx.load(target, load_external_data=False)
+    found = sum(node.op_type == _INTEGER_PRODUCT for node in model.graph.node)
+    constants = {tensor.name for tensor in model.graph.initializer}
+    left = sum(node.op_type in ("MatMul", "Gemm") and node.input[1] in constants for node in model.graph.node)
+    if found != wanted or left != floats:
+        raise ConversionError(
+            f"ONNX Runtime's quantiser wrote {target} with {found} integer products and {left} float ones with "
+            f"constant weights, where {wanted} and {floats} were asked for. Report it with the version of onnxruntime."
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep advice about pre-processing, which dynamic quantisation does not need, from standard error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
