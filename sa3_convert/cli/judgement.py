@@ -1,4 +1,4 @@
-"""`verify`, `inspect` and `table`: what a bundle or file really is."""
+"""`verify`, `bisect`, `inspect` and `table`: what a bundle or file really is."""
 
 import json
 from pathlib import Path
@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from sa3_convert.cli.options import BundleArgument, ComponentOption, JsonFileOption, ThreadsOption
+from sa3_convert.cli.options import BundleArgument, ComponentOption, JsonFileOption, OneComponentOption, ThreadsOption
 
 
 def register(app: typer.Typer) -> None:
     """Add this module's commands."""
-    for command in (verify, inspect, table):
+    for command in (verify, bisect, inspect, table):
         app.command()(command)
 
 
@@ -35,6 +35,32 @@ def verify(
     if json_file is not None:
         write_text(json_file, json.dumps(result.to_data(), indent=2) + "\n")
     result.check()
+
+
+def bisect(
+    bundle: BundleArgument,
+    component: OneComponentOption,
+    input_file: Annotated[
+        Path | None, typer.Option("--input", metavar="FILE.npz", help="Inputs by name, instead of sampled ones.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampled inputs; a verification names its cases'.")] = 0,
+    latents: Annotated[int | None, typer.Option(min=1, help="T of the sampled inputs.")] = None,
+    json_file: JsonFileOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Name the first operator where a model leaves its reference, with what surrounds it."""
+    from sa3_convert.bundle.manifest import Bundle
+    from sa3_convert.cli.console import stdout
+    from sa3_convert.files import write_text
+    from sa3_convert.verify.bisect_bundle import bisect_bundle, read_feeds
+    from sa3_convert.verify.table import render_bisect
+
+    opened = Bundle.open(bundle)
+    feeds = None if input_file is None else read_feeds(input_file, component, opened.layout)
+    result = bisect_bundle(opened, component, seed=seed, latents=latents, feeds=feeds, threads=threads)
+    stdout.print(render_bisect(result))
+    if json_file is not None:
+        write_text(json_file, json.dumps(result.to_data(), indent=2) + "\n")
 
 
 def inspect(
