@@ -3,6 +3,7 @@
 from rich.table import Table
 
 from sa3_convert.verify.bisect_result import BisectResult, limit_db
+from sa3_convert.verify.distribution import GenerationFidelity
 from sa3_convert.verify.result import BundleFidelity, ComponentFidelity, Measurement, Verdict
 
 
@@ -72,5 +73,27 @@ def render_bisect(result: BisectResult, reach: int = 4) -> Table:
             f"{operator.own_error_db:.1f}",
             f"{limit_db(operator.stored):.0f}",
             style="bold red" if operator is result.suspect else None,
+        )
+    return table
+
+
+def render_generations(result: GenerationFidelity) -> Table:
+    """Return one row per distribution, the case to replay for the worst, and the mean of each denoising step."""
+    table = Table(title=f"Over whole generations of {result.steps} steps, dB")
+    table.add_column("", no_wrap=True)
+    for name in ("cases", "mean", "5 %", "worst"):
+        table.add_column(name, justify="right")
+    table.add_column("worst case")
+    table.add_column("by step")
+    for distribution in result.distributions:
+        found = distribution.summary
+        table.add_row(
+            distribution.name,
+            str(found.count),
+            f"{found.mean:.1f}",
+            f"{found.percentile_5:.1f}",
+            f"{found.worst:.1f}",
+            found.worst_case + ("" if found.worst_step is None else f" step={found.worst_step}"),
+            " ".join(f"{ratio:.0f}" for ratio in distribution.by_step().values()),
         )
     return table

@@ -1,5 +1,6 @@
 """Whole generations on two sides, with models that are functions of their inputs."""
 
+import io
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from rich.console import Console
 
 from sa3_convert.bundle.manifest import Artifact, Bundle, FileEntry, Manifest
 from sa3_convert.components import Component
@@ -23,6 +25,7 @@ from sa3_convert.verify.metrics import MAX_DB
 from sa3_convert.verify.prompts import PROMPTS
 from sa3_convert.verify.reference_store import ReferenceStore
 from sa3_convert.verify.sides import References, Side
+from sa3_convert.verify.table import render_generations
 from tests.conftest import GOLDEN
 from tests.verify.sessions import LAYOUT, StandIn
 
@@ -238,3 +241,15 @@ def test_the_json_of_a_measurement_holds_every_observation(tmp_path: Path) -> No
     forced = next(d for d in data["distributions"] if d["name"] == TEACHER_FORCED)
     assert len(forced["observations"]) == len(CASES) * STEPS
     assert set(forced["by_step"]) == {"0", "1", "2"}
+
+
+def test_the_table_shows_every_distribution_and_its_worst_case(tmp_path: Path) -> None:
+    with sides(tmp_path, {Component.DIT: scaled(1.01)}) as (references, target):
+        result = measure(references, target, CASES)
+    console = Console(file=io.StringIO(), width=160)
+    console.print(render_generations(result))
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert all(d.name in shown for d in result.distributions)
+    assert result.of(FREE_RUNNING).summary.worst_case in shown
+    assert "40 40 40" in shown
