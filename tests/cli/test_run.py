@@ -141,6 +141,27 @@ def test_an_interrupt_leaves_no_file(toy_int8: Bundle, tmp_path: Path, stream: t
     assert list(output.parent.iterdir()) == []
 
 
+def test_an_interrupted_batch_keeps_what_it_has_done_and_goes_on_from_there(
+    toy_int8: Bundle, batch: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = batch({"seed": 1}, {"seed": 2, "seconds": 60, "steps": 1000})
+    arguments = ("run", str(toy_int8.path), "--batch", str(file), *SHORT, "-o", str(tmp_path / "out"))
+    running = process(*arguments, start_new_session=True)
+    assert running.stdout is not None
+    assert running.stdout.readline().startswith(b"line 1: ")
+    os.kill(running.pid, signal.SIGINT)
+    out, message = running.communicate(timeout=60)
+    assert (running.returncode, out) == (130, b"")
+    assert b"Traceback" not in message
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0001.wav", "results.jsonl"]
+
+    batch({"seed": 1}, {"seed": 2})
+    again = subprocess.run([sys.executable, "-m", "sa3_convert", *arguments], capture_output=True, check=True)
+    first, second = again.stdout.decode().splitlines()
+    assert first.endswith("done by an earlier run")
+    assert second.startswith("line 2: 0002.wav: seed 2, ")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
