@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sa3_convert.checkpoint.reader import Checkpoint
     from sa3_convert.verify.result import ComponentFidelity
 
-Stage = Literal["read", "export", "calibrate", "mnn", "verify", "ort-int8"]
+Stage = Literal["export", "calibrate", "mnn", "verify", "ort-int8"]
 
 MOMENTS: Final = "moments.safetensors"
 """What the calibrate stage leaves."""

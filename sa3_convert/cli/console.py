@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from sa3_convert.quantise.planner import Plan
 
 _VERBS = {
-    "read": "reading",
     "export": "exporting",
     "ort-int8": "quantising",
     "calibrate": "calibrating",
