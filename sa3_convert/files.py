@@ -3,12 +3,10 @@
 import contextlib
 import hashlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-
-_CHUNK = 1 << 22
 
 
 def sha256_file(path: Path) -> str:
@@ -21,10 +19,10 @@ def sha256_file(path: Path) -> str:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes the final name only if the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+    # The name is known before the file exists, so there is no moment at which an interrupt could leave it behind.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         yield temporary
         temporary.chmod(0o644)
         with temporary.open("rb+") as stream:
