@@ -19,10 +19,14 @@ def test_the_file_appears_only_at_the_end(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: type[BaseException]) -> None:
+    def fail_half_way() -> None:
+        with atomic_path(tmp_path / "file.txt") as temporary:
+            temporary.write_text("half")
+            raise error
+
     write_text(tmp_path / "file.txt", "old")
-    with pytest.raises(error), atomic_path(tmp_path / "file.txt") as temporary:
-        temporary.write_text("half")
-        raise error
+    with pytest.raises(error):
+        fail_half_way()
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
     assert (tmp_path / "file.txt").read_text() == "old"
 
