@@ -22,11 +22,17 @@ from sa3_convert.runtime.audio import read_metadata
 SHORT = ["--prompt", "pad", "--seconds", "0.5", "--steps", "2", "--threads", "2"]
 
 
+def heed_interrupts() -> None:
+    """Undo what a shell does to commands in the background: they are started deaf to Ctrl-C, and so are their own."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def process(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "sa3_convert", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=heed_interrupts,
         **options,
     )
 
