@@ -254,12 +254,11 @@ def _assemble(
 ) -> Bundle:
     """Put the files in place, the manifest last."""
     out, recipe = request.out, request.recipe
-    kept = [
+    artifacts = [
         artifact
         for artifact in (existing.manifest.artifacts if existing else ())
         if artifact.component is not None and artifact.component not in made
     ]
-    artifacts = list(kept)
     for component, results in made.items():
         artifacts += _component_artifacts(request, component, keys[component], results)
     artifacts += _shared_artifacts(request)

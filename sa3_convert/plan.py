@@ -1,5 +1,6 @@
 """What a conversion will do, how much room it needs, and whether there is enough of it: known before any long work."""
 
+import math
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -34,7 +35,7 @@ def estimate_model_bytes(shapes: dict[str, tuple[int, ...]], recipe: ComponentRe
     float_bytes = 2 if recipe.floats == "fp16" else 4
     total = 0
     for name, shape in shapes.items():
-        count = _count(shape)
+        count = math.prod(shape)
         if name == "embed_tokens.weight":
             bits = {"float": 8 * float_bytes, "int8": 8, "int4": 4}[recipe.embedding]
             total += count * bits // 8 + (float_bytes * shape[0] if recipe.embedding != "float" else 0)
@@ -49,13 +50,6 @@ def estimate_model_bytes(shapes: dict[str, tuple[int, ...]], recipe: ComponentRe
         else:
             total += count * float_bytes
     return total
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def plan(request: ConvertRequest) -> list[Step]:
@@ -76,7 +70,7 @@ def plan(request: ConvertRequest) -> list[Step]:
                 component=component,
                 keys=keys,
                 todo=_todo(request, cache, component, keys),
-                reference_bytes=4 * sum(_count(shape) for shape in shapes.values()),
+                reference_bytes=4 * sum(math.prod(shape) for shape in shapes.values()),
                 model_bytes=estimate_model_bytes(shapes, recipe),
             )
         )

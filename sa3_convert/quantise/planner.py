@@ -73,12 +73,12 @@ class Plan:
     @property
     def predicted_db(self) -> float:
         """Predicted signal-to-noise ratio at the component's output."""
-        return -10 * float(np.log10(max(self.allocation.error, 1e-30)))
+        return _decibels(self.allocation.error)
 
     @property
     def bound_db(self) -> float:
         """No plan of this size is better than this, by the same measurements."""
-        return -10 * float(np.log10(max(self.allocation.bound, 1e-30)))
+        return _decibels(self.allocation.bound)
 
 
 def measure(
@@ -146,9 +146,14 @@ def plan_component(
         allocation = smallest_for_error(options, 10 ** (-target.snr_db / 10))
     else:
         raise UsageError("Give a size (--target-mib) or a fidelity (--min-snr).")
-    floor = max(1.0, round(-10 * float(np.log10(max(allocation.error, 1e-30))) - WORST_CASE_MARGIN_DB, 1))
+    floor = max(1.0, round(_decibels(allocation.error) - WORST_CASE_MARGIN_DB, 1))
     recipe = base.model_copy(update={"weights": scheme_of(allocation), "floor_db": floor})
     return Plan(recipe, allocation, fixed)
+
+
+def _decibels(error: float) -> float:
+    """Return the signal-to-noise ratio of an error that is a share of the signal's energy; finite for none."""
+    return -10 * float(np.log10(max(error, 1e-30)))
 
 
 def scheme_of(allocation: Allocation) -> WeightScheme:

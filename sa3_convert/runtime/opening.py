@@ -6,14 +6,12 @@ from typing import Any, get_args
 
 import numpy as np
 
-from sa3_convert.bundle.manifest import ArtifactKind, Bundle
+from sa3_convert.bundle.manifest import TOKENIZER, ArtifactKind, Bundle
 from sa3_convert.checkpoint.layout import TEXT_ENCODER_FOLDER
 from sa3_convert.components import Component
 from sa3_convert.errors import BackendError, BundleError, UsageError
 from sa3_convert.runtime.bottleneck import Bottleneck
 from sa3_convert.runtime.engines import Engine, EngineName, MnnEngine, OrtEngine, TorchEngine
-
-TOKENIZER = "tokenizer.json"
 
 KINDS: Mapping[EngineName, ArtifactKind] = {
     "mnn": "mnn",
