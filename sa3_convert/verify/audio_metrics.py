@@ -1,6 +1,5 @@
-"""How alike two pieces of audio sound: spectra, envelopes, level, stereo width. Sample-wise errors say little there."""
+"""How alike two pieces of audio sound: spectra, envelopes, loudness, width. Sample-wise errors say little there."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sa3_convert.errors import VerificationError
+from sa3_convert.verify.loudness import loudness
 
 Floats = NDArray[np.float32]
 
@@ -28,9 +28,9 @@ class AudioFidelity:
     """One per entry of `WINDOWS`: root mean square difference of log magnitudes in a frame, mean over frames and
     channels. 0 for the same audio."""
     envelope_correlation: float
-    """Pearson's, of the level in frames of 46 ms; 1 for the same audio."""
-    level_db: float
-    """Level of the target less that of the reference."""
+    """Pearson's, of the level in frames of 2048 samples; 1 for the same audio."""
+    loudness_db: float
+    """Integrated loudness of the target less that of the reference, in LU; see `loudness` for silence."""
     width: float
     """Share of the side signal in the energy, target less reference; between -1 and 1."""
 
@@ -40,12 +40,13 @@ class AudioFidelity:
         return sum(self.spectral_distance_db) / len(self.spectral_distance_db)
 
 
-def compare_audio(reference: Floats, target: Floats) -> AudioFidelity:
+def compare_audio(reference: Floats, target: Floats, sample_rate: int) -> AudioFidelity:
     """Compare two pieces.
 
     Args:
-        reference: [channels, samples] float32, of at least one sample.
+        reference: [channels, samples] float32, of one or two channels and at least one sample.
         target: of the same shape.
+        sample_rate: in Hz.
 
     Raises:
         VerificationError: shapes differ, a piece is empty, or a value is not finite.
@@ -59,7 +60,7 @@ def compare_audio(reference: Floats, target: Floats) -> AudioFidelity:
     return AudioFidelity(
         spectral_distance_db=tuple(spectral_distance(first, second, window) for window in WINDOWS),
         envelope_correlation=_correlation(_envelope(first), _envelope(second)),
-        level_db=_decibels(float((second**2).mean())) - _decibels(float((first**2).mean())),
+        loudness_db=loudness(second, sample_rate) - loudness(first, sample_rate),
         width=_side_share(second) - _side_share(first),
     )
 
@@ -112,7 +113,3 @@ def _side_share(audio: NDArray[np.float64]) -> float:
     middle, side = audio[0] + audio[1], audio[0] - audio[1]
     energy = float((middle**2).sum() + (side**2).sum())
     return float((side**2).sum()) / energy if energy > 0 else 0.0
-
-
-def _decibels(power: float) -> float:
-    return 10 * math.log10(max(power, _SILENCE))

@@ -118,7 +118,7 @@ def generate_both(
                 compare(
                     path.result[..., : path.valid], values[..., : path.valid], what=f"latents ({case.name})"
                 ).cosine,
-                compare_audio(expected[0], heard[0]),
+                compare_audio(expected[0], heard[0], target.layout.sample_rate),
             )
             for values, heard in zip((final, nudged.result), audio, strict=True)
         ]

@@ -9,6 +9,7 @@ from typing import Any
 
 from sa3_convert.components import Component
 from sa3_convert.errors import VerificationError
+from sa3_convert.runtime.engines import EngineName
 from sa3_convert.verify.metrics import Fidelity, Sums
 
 
@@ -129,6 +130,8 @@ class Verdict:
     """The manifest's ratio, measured on the quick cases when the model was converted."""
     measured_db: float | None = None
     """The ratio on the same cases now."""
+    engine: EngineName = "mnn"
+    """What runs the model: a bundle can hold one for MNN and one for ONNX Runtime's integers."""
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -176,6 +179,7 @@ class BundleFidelity:
             "passed": self.passed,
             "components": [
                 {
+                    "engine": v.engine,
                     "precision": v.precision,
                     "floor_db": v.floor_db,
                     "claimed_db": v.claimed_db,

@@ -7,9 +7,15 @@ import pytest
 from numpy.typing import NDArray
 
 from sa3_convert.errors import VerificationError
-from sa3_convert.verify.audio_metrics import WINDOWS, compare_audio, spectral_distance
+from sa3_convert.verify import audio_metrics
+from sa3_convert.verify.audio_metrics import WINDOWS, AudioFidelity, spectral_distance
+from sa3_convert.verify.loudness import SILENCE_LUFS, loudness
 
 RATE = 44100
+
+
+def compare_audio(reference: NDArray[np.float32], target: NDArray[np.float32]) -> AudioFidelity:
+    return audio_metrics.compare_audio(reference, target, RATE)
 
 
 def tone(frequency: float, seconds: float = 0.5, level: float = 0.5) -> NDArray[np.float32]:
@@ -24,21 +30,50 @@ def noise(seed: int = 0, seconds: float = 0.5) -> NDArray[np.float32]:
 def test_audio_is_like_itself_in_every_figure() -> None:
     result = compare_audio(noise(), noise())
     assert result.spectral_distance_db == (0, 0, 0)
-    assert (result.envelope_correlation, result.level_db, result.width) == (pytest.approx(1), 0, 0)
+    assert (result.envelope_correlation, result.loudness_db, result.width) == (pytest.approx(1), 0, 0)
 
 
-def test_half_the_amplitude_is_six_decibels_in_spectrum_and_level() -> None:
+def test_half_the_amplitude_is_six_decibels_in_spectrum_and_loudness() -> None:
     result = compare_audio(noise(), noise() / 2)
-    assert result.level_db == pytest.approx(-20 * math.log10(2), abs=1e-6)
+    assert result.loudness_db == pytest.approx(-20 * math.log10(2), abs=1e-6)
     # A few bins of noise lie near the floor; all others are 6.02 dB apart.
     assert result.mean_spectral_distance_db == pytest.approx(20 * math.log10(2), abs=0.01)
     assert result.envelope_correlation == pytest.approx(1)
 
 
 def test_the_same_level_at_another_pitch_is_far_in_spectrum_only() -> None:
-    result = compare_audio(tone(440), tone(1234))
+    result = compare_audio(tone(440), tone(540))
     assert result.mean_spectral_distance_db > 3
-    assert result.level_db == pytest.approx(0, abs=0.1)
+    assert result.loudness_db == pytest.approx(0, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("levels", "lufs"),
+    [
+        # A full-scale sine of 997 Hz in one channel is -3.01 by the standard's definition, in both 3 dB more.
+        ((1.0, 0.0), -3.01),
+        ((1.0, 1.0), 0.0),
+        ((0.1, 0.1), -20.0),
+        ((0.0, 0.0), SILENCE_LUFS),
+        ((1e-5, 1e-5), SILENCE_LUFS),
+    ],
+)
+def test_loudness_is_the_standards(levels: tuple[float, float], lufs: float) -> None:
+    t = np.arange(3 * RATE) / RATE
+    audio = np.outer(levels, np.sin(2 * math.pi * 997 * t))
+    assert loudness(audio, RATE) == pytest.approx(lufs, abs=0.02)
+
+
+def test_pauses_do_not_count_for_loudness() -> None:
+    played = np.tile(np.sin(np.arange(4 * RATE) * 0.1), (2, 1))
+    paused = np.concatenate([played, np.zeros_like(played)], axis=1)
+    assert loudness(paused, RATE) == pytest.approx(loudness(played, RATE), abs=0.2)
+
+
+@pytest.mark.parametrize("samples", [1, 7, int(0.4 * RATE) - 1, int(0.4 * RATE), int(0.4 * RATE) + 1])
+def test_audio_shorter_than_a_loudness_block_has_one(samples: int) -> None:
+    loud = noise(3, 1).astype(np.float64)[:, :samples]
+    assert loudness(loud, RATE) - loudness(loud / 4, RATE) == pytest.approx(20 * math.log10(4), abs=1e-6)
 
 
 def test_other_noise_of_the_same_kind_is_some_decibels_away() -> None:
@@ -83,7 +118,7 @@ def test_audio_shorter_than_a_window_is_padded() -> None:
 def test_silence_against_sound_is_finite() -> None:
     result = compare_audio(np.zeros((2, 9000), np.float32), noise()[:, :9000])
     assert math.isfinite(result.mean_spectral_distance_db)
-    assert result.level_db > 100
+    assert 50 < result.loudness_db < 100
 
 
 @pytest.mark.parametrize(
