@@ -1,15 +1,32 @@
 """A whole bundle: its files are what the manifest and the recipe say, and each model is close to its reference."""
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from sa3_convert.bundle.manifest import Artifact, Bundle
 from sa3_convert.components import Component
 from sa3_convert.errors import ConversionError, VerificationError
-from sa3_convert.recipe import ComponentRecipe, Recipe, load_recipe
+from sa3_convert.recipe import Recipe, load_recipe
+from sa3_convert.runtime.engines import EngineName
+from sa3_convert.runtime.opening import KINDS, bundle_engine
 from sa3_convert.verify.cases import samples_for
-from sa3_convert.verify.component import verify_files
+from sa3_convert.verify.compare import Outputs, compare_runs, run_samples
+from sa3_convert.verify.inputs import Sample
+from sa3_convert.verify.progress import Report
+from sa3_convert.verify.reference_store import ReferenceStore, digest_of
 from sa3_convert.verify.result import BundleFidelity, Verdict
+
+_REFERENCE: EngineName = "onnxruntime"
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """A model of the bundle, and what is asked of it."""
+
+    component: Component
+    engine: EngineName
+    artifact: Artifact
+    floor_db: float
 
 
 def verify_bundle(
@@ -18,20 +35,25 @@ def verify_bundle(
     components: tuple[Component, ...] = (),
     quick: bool = False,
     threads: int | None = None,
+    store: ReferenceStore | None = None,
+    progress: Report = lambda what, done, total: None,
     report: Callable[[Verdict], None] = lambda _: None,
 ) -> BundleFidelity:
-    """Compare every `.mnn` of a bundle with ONNX Runtime on the reference ONNX in the bundle.
+    """Compare every model of a bundle with ONNX Runtime on the reference ONNX in the bundle.
 
-    The floors and what the files must hold come from the bundle's recipe. The figures that the manifest claims are
-    measured again. All files are checked before the first model
-    is loaded; one model is in memory at a time.
+    Models are the `.mnn` files and, where the bundle has them, the integer forms for ONNX Runtime. The floors and what
+    the files must hold come from the bundle's recipe (for the integer forms from `quantise.ort_int8`). The figures that
+    the manifest claims are measured again. All files are checked before the first model is loaded; one model is in
+    memory at a time.
 
     Args:
         bundle: the bundle.
         components: which ones; empty is all that the bundle has.
         quick: fewer and shorter inputs: what a conversion runs.
-        threads: of either engine; None is one per processor.
-        report: called after each component.
+        threads: of either engine; None leaves it to them.
+        store: where the reference's outputs are kept for the next time; None computes them.
+        progress: called as work goes on.
+        report: called after each model.
 
     Returns:
         The figures; `BundleFidelity.check` raises if one is below its floor.
@@ -47,33 +69,16 @@ def verify_bundle(
         raise VerificationError(f"Bundle {bundle.path} has no model to verify.")
     for component in selected:
         bundle.file(component, "mnn"), bundle.file(component, "onnx")
-    bundle.check(selected, kinds=("mnn", "onnx"))
+    bundle.check(selected, kinds=tuple(KINDS.values()))
     recipe = _recipe(bundle)
-    for component in selected:
-        _check_storage(bundle.path, bundle.artifact(component), recipe.for_component(component))
-    verdicts = []
-    for component in selected:
-        wanted = recipe.for_component(component)
-        fidelity = verify_files(
-            bundle.file(component, "onnx"),
-            bundle.file(component, "mnn"),
-            component,
-            bundle.layout,
-            quick=quick,
-            threads=threads,
-        )
-        claim = bundle.artifact(component).fidelity
-        again = fidelity.over({sample.name for sample in samples_for(component, bundle.layout, quick=True)})
-        verdicts.append(
-            Verdict(
-                fidelity,
-                wanted.floor_db,
-                wanted.precision,
-                claimed_db=None if claim is None else claim.signal_to_noise_db,
-                measured_db=again.worst.signal_to_noise_db,
-            )
-        )
-        report(verdicts[-1])
+    judged = {component: _models(bundle, recipe, component) for component in selected}
+    verdicts: list[Verdict] = []
+    for component, models in judged.items():
+        samples = samples_for(component, bundle.layout, quick=quick)
+        expected = _expected(bundle, component, samples, threads, store, progress)
+        for model in models:
+            verdicts.append(_verdict(bundle, model, samples, expected, threads, progress))
+            report(verdicts[-1])
     return BundleFidelity(bundle.manifest.variant, recipe.name, tuple(verdicts))
 
 
@@ -87,25 +92,107 @@ def _recipe(bundle: Bundle) -> Recipe:
     return recipe
 
 
-def _check_storage(folder: Path, artifact: Artifact, recipe: ComponentRecipe) -> None:
-    """Hold manifest and recipe to what the file's bytes say."""
+def _models(bundle: Bundle, recipe: Recipe, component: Component) -> list[_Judged]:
+    """Return the models of a component, after their files were held to manifest and recipe."""
+    wanted = recipe.for_component(component)
+    models = [_Judged(component, "mnn", bundle.artifact(component), wanted.floor_db)]
+    _check_claims(bundle, models[0].artifact, wanted.precision, wanted.floor_db, "recipe")
+    _check_storage(bundle, recipe, component)
+    if any(a.component is component and a.kind == "onnx-int8" for a in bundle.manifest.artifacts):
+        models.append(_integer_form(bundle, component))
+    return models
+
+
+def _integer_form(bundle: Bundle, component: Component) -> _Judged:
+    from sa3_convert.quantise.ort_int8 import FLOORS_DB, check_integer_form
+
+    artifact, file = bundle.artifact(component, "onnx-int8"), bundle.file(component, "onnx-int8")
+    try:
+        products = check_integer_form(bundle.file(component, "onnx"), file)
+    except ConversionError as error:
+        raise VerificationError(f"{file} is not the integer form of its reference. {error}") from None
+    floor = FLOORS_DB[component]
+    _check_claims(bundle, artifact, "int8" if products else "fp32", floor, "quantiser")
+    return _Judged(component, "onnxruntime-int8", artifact, floor)
+
+
+def _check_claims(bundle: Bundle, artifact: Artifact, precision: str, floor_db: float, source: str) -> None:
+    """Hold what the manifest says of a model to what its recipe or quantiser says."""
+    file = bundle.path / artifact.path
+    if artifact.precision != precision:
+        raise VerificationError(
+            f"{file}: the manifest calls it {artifact.precision}, its {source} makes {precision}. Convert again."
+        )
+    if artifact.floor_db is not None and artifact.floor_db != floor_db:
+        raise VerificationError(
+            f"{file}: the manifest's floor is {artifact.floor_db:g} dB, its {source}'s {floor_db:g} dB. Convert again."
+        )
+
+
+def _check_storage(bundle: Bundle, recipe: Recipe, component: Component) -> None:
+    """Hold manifest and recipe to what the bytes of a `.mnn` say."""
     from sa3_convert.mnn.audit import audit
     from sa3_convert.mnn.storage import read_storage
 
-    file = folder / artifact.path
-    if artifact.precision != recipe.precision:
-        raise VerificationError(
-            f"{file}: the manifest calls it {artifact.precision}, its recipe makes {recipe.precision}. Convert again."
-        )
-    if artifact.floor_db is not None and artifact.floor_db != recipe.floor_db:
-        raise VerificationError(
-            f"{file}: the manifest's floor is {artifact.floor_db:g} dB, its recipe's {recipe.floor_db:g} dB. "
-            "Convert again."
-        )
+    artifact, file = bundle.artifact(component), bundle.file(component)
     storage = read_storage(file)
     try:
-        audit(storage, recipe)
+        audit(storage, recipe.for_component(component))
     except ConversionError as error:
         raise VerificationError(f"{file} does not hold what the bundle's recipe asks for. {error}") from None
     if artifact.storage is not None and artifact.storage != storage.summary():
         raise VerificationError(f"{file} stores its weights otherwise than the manifest says. Convert again.")
+
+
+def _expected(
+    bundle: Bundle,
+    component: Component,
+    samples: list[Sample],
+    threads: int | None,
+    store: ReferenceStore | None,
+    progress: Report,
+) -> list[Outputs]:
+    """Return the reference's outputs, from the store where it has them; the model is loaded when one is missing."""
+    engine = bundle_engine(bundle, _REFERENCE, {"threads": threads}, check=False)
+    session = functools.cache(lambda: engine.load(component))
+
+    def compute(sample: Sample) -> Outputs:
+        return run_samples(session(), [sample])[0]
+
+    hashes = [entry.sha256 for entry in bundle.artifact(component, "onnx").files]
+    outputs = []
+    for done, sample in enumerate(samples):
+        progress(f"reference {component.value}", done, len(samples))
+        if store is None:
+            outputs.append(compute(sample))
+        else:
+            kept = functools.partial(compute, sample)
+            outputs.append(store.get(kept, model=hashes, feeds=digest_of(sample.feeds)))
+    return outputs
+
+
+def _verdict(
+    bundle: Bundle,
+    model: _Judged,
+    samples: list[Sample],
+    expected: list[Outputs],
+    threads: int | None,
+    progress: Report,
+) -> Verdict:
+    component = model.component
+    session = bundle_engine(bundle, model.engine, {"threads": threads}, check=False).load(component)
+    actual = []
+    for done, sample in enumerate(samples):
+        progress(f"{component.value}, {model.engine}", done, len(samples))
+        actual += run_samples(session, [sample])
+    fidelity = compare_runs(component, bundle.layout, samples, expected, actual)
+    claim = model.artifact.fidelity
+    again = fidelity.over({sample.name for sample in samples_for(component, bundle.layout, quick=True)})
+    return Verdict(
+        fidelity,
+        model.floor_db,
+        model.artifact.precision or "",
+        claimed_db=None if claim is None else claim.signal_to_noise_db,
+        measured_db=again.worst.signal_to_noise_db,
+        engine=model.engine,
+    )

@@ -5,7 +5,7 @@ figure is the model's own error at that step. Free-running: the target goes its 
 feed on themselves; what is compared is where it stands after each step.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +14,13 @@ from numpy.typing import NDArray
 
 from sa3_convert.components import Component
 from sa3_convert.errors import VerificationError
-from sa3_convert.runtime.conditioning import conditioning
 from sa3_convert.session import Arrays
 from sa3_convert.verify.distribution_result import Distribution, Observation
 from sa3_convert.verify.generation import GenerationCase, Trajectory, dit_constants, velocity_of
 from sa3_convert.verify.inputs import Region, text_regions
 from sa3_convert.verify.metrics import compare
-from sa3_convert.verify.sides import References, Side
-
-Report = Callable[[str, int, int], None]
-"""(what is being measured, cases done, cases in all)"""
+from sa3_convert.verify.progress import Report
+from sa3_convert.verify.sides import References, Target
 
 TEACHER_FORCED = "dit, teacher-forced"
 FREE_RUNNING = "dit, free-running"
@@ -47,9 +44,11 @@ class GenerationFidelity:
 
 def measure(
     references: References,
-    target: Side,
+    target: Target,
     cases: Sequence[GenerationCase],
     report: Report = lambda what, done, total: None,
+    *,
+    components: Collection[Component] = tuple(Component),
 ) -> GenerationFidelity:
     """Measure every component that the target has.
 
@@ -58,9 +57,10 @@ def measure(
 
     Args:
         references: of the same bundle.
-        target: runs the `.mnn` models.
+        target: the models that are judged.
         cases: what to generate.
         report: called as work goes on.
+        components: which ones, if the target has them.
 
     Raises:
         VerificationError: there are no cases, or an output cannot be compared.
@@ -69,30 +69,27 @@ def measure(
     """
     if not cases:
         raise VerificationError("There are no cases to generate.")
-    _prepare(references, target, cases, report)
-    stages: list[tuple[str, Component, Callable[[References, Side, GenerationCase], Iterator[Observation]]]] = [
-        ("text_encoder", Component.TEXT_ENCODER, _text_encoder),
-        ("number_conditioner", Component.NUMBER_CONDITIONER, _number_conditioner),
-        (TEACHER_FORCED, Component.DIT, _teacher_forced),
-        ("decoder", Component.DECODER, _decoder),
-        ("encoder", Component.ENCODER, _encoder),
-    ]
+    wanted = [c for c in target.side.bundle.components if c in components]
+    _prepare(references, wanted, cases, report)
+    if Component.DIT in wanted:
+        target.embed(cases)
     found = []
-    for name, component, observe in stages:
-        if component not in target.bundle.components:
-            continue
-        observations: dict[tuple[str, int | None], Observation] = {}
-        for done, case in enumerate(cases):
-            report(name, done, len(cases))
-            observations |= {(o.case, o.step): o for o in observe(references, target, case)}
-        found.append(Distribution(name, tuple(observations.values())))
-    found.insert(3, _free_running(references, target, cases, report))
-    target.close()
+    for stage in (stage for stage in _STAGES if stage.component in wanted):
+        # One case stands for all that are the same to this component.
+        distinct = tuple({stage.key(case): case for case in reversed(cases)}.values())[::-1]
+        observations: list[Observation] = []
+        for done, case in enumerate(distinct):
+            report(stage.name, done, len(distinct))
+            observations += stage.observe(references, target, case)
+        found.append(Distribution(stage.name, tuple(observations)))
+    target.side.close()
     return GenerationFidelity(references.steps, tuple(found))
 
 
-def _prepare(references: References, target: Side, cases: Sequence[GenerationCase], report: Report) -> None:
-    """Have every reference computed, model by model."""
+def _prepare(
+    references: References, wanted: Collection[Component], cases: Sequence[GenerationCase], report: Report
+) -> None:
+    """Have the references computed, model by model: each stage builds on those before."""
     stages: list[tuple[Component, Callable[[GenerationCase], object]]] = [
         (Component.TEXT_ENCODER, references.prompt_embedding),
         (Component.NUMBER_CONDITIONER, references.seconds_embedding),
@@ -100,58 +97,68 @@ def _prepare(references: References, target: Side, cases: Sequence[GenerationCas
         (Component.DECODER, references.audio),
         (Component.ENCODER, references.encoded),
     ]
-    for component, compute in stages:
-        if component in target.bundle.components:
-            for done, case in enumerate(cases):
-                report(f"reference {component.value}", done, len(cases))
-                compute(case)
+    last = max((i for i, (component, _) in enumerate(stages) if component in wanted), default=-1)
+    for component, compute in stages[: last + 1]:
+        for done, case in enumerate(cases):
+            report(f"reference {component.value}", done, len(cases))
+            compute(case)
     references.side.close()
 
 
-def _text_encoder(references: References, target: Side, case: GenerationCase) -> Iterator[Observation]:
+def _text_encoder(references: References, target: Target, case: GenerationCase) -> Iterator[Observation]:
     expected, actual = references.prompt_embedding(case), target.prompt_embedding(case)
-    count = int(target.tokens(case).mask.sum())
+    count = int(target.side.tokens(case).mask.sum())
     # The prompt alone; an empty one has nothing but padding.
     region = text_regions(count, expected.shape[1])[0]
-    yield _observed(f"prompt={case.prompt}", region, expected, actual)
+    yield _observed(case, region, expected, actual)
 
 
-def _number_conditioner(references: References, target: Side, case: GenerationCase) -> Iterator[Observation]:
-    expected, actual = references.seconds_embedding(case), target.seconds_embedding(case)
-    yield _observed(f"seconds={case.seconds:g}", Region(), expected, actual)
+def _number_conditioner(references: References, target: Target, case: GenerationCase) -> Iterator[Observation]:
+    yield _observed(case, Region(), references.seconds_embedding(case), target.seconds_embedding(case))
 
 
-def _teacher_forced(references: References, target: Side, case: GenerationCase) -> Iterator[Observation]:
-    path = references.trajectory(case)
-    velocity = velocity_of(target.model(Component.DIT), target.layout, case, references.conditioning(case))
+def _teacher_forced(references: References, target: Target, case: GenerationCase) -> Iterator[Observation]:
+    path, side = references.trajectory(case), target.side
+    velocity = velocity_of(side.model(Component.DIT), side.layout, case, references.conditioning(case))
     for step, (x, t, expected) in enumerate(zip(path.inputs, path.times, path.velocities, strict=True)):
-        yield _observed(case.name, _valid(path), expected, velocity(x, t), step)
+        yield _observed(case, _valid(path), expected, velocity(x, t), step)
 
 
-def _free_running(
-    references: References, target: Side, cases: Sequence[GenerationCase], report: Report
-) -> Distribution:
-    # All conditionings first: text encoder and DiT are not in memory together.
-    prompts = {case.text: target.prompt_embedding(case) for case in cases}
-    seconds = {case.seconds: target.seconds_embedding(case) for case in cases}
-    observations = []
-    for done, case in enumerate(cases):
-        report(FREE_RUNNING, done, len(cases))
-        path = references.trajectory(case)
-        own = target.trajectory(case, conditioning(prompts[case.text], seconds[case.seconds]), steps=references.steps)
-        for step, (expected, actual) in enumerate(zip(path.latents, own.latents, strict=True)):
-            observations.append(_observed(case.name, _valid(path), expected, actual, step))
-    return Distribution(FREE_RUNNING, tuple(observations))
+def _free_running(references: References, target: Target, case: GenerationCase) -> Iterator[Observation]:
+    path = references.trajectory(case)
+    for step, (expected, actual) in enumerate(zip(path.latents, target.latents(case), strict=True)):
+        yield _observed(case, _valid(path), expected, actual, step)
 
 
-def _decoder(references: References, target: Side, case: GenerationCase) -> Iterator[Observation]:
-    actual = target.audio(case, references.trajectory(case).result)
-    yield _observed(case.name, Region(), references.audio(case), actual)
+def _decoder(references: References, target: Target, case: GenerationCase) -> Iterator[Observation]:
+    actual = target.side.audio(case, references.trajectory(case).result)
+    yield _observed(case, Region(), references.audio(case), actual)
 
 
-def _encoder(references: References, target: Side, case: GenerationCase) -> Iterator[Observation]:
-    actual = target.encoded(references.audio(case))
-    yield _observed(case.name, Region(), references.encoded(case), actual)
+def _encoder(references: References, target: Target, case: GenerationCase) -> Iterator[Observation]:
+    actual = target.side.encoded(references.audio(case))
+    yield _observed(case, Region(), references.encoded(case), actual)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """How one distribution is measured."""
+
+    name: str
+    component: Component
+    observe: Callable[[References, Target, GenerationCase], Iterator[Observation]]
+    key: Callable[[GenerationCase], Hashable] = lambda case: case
+    """Cases with the same one are the same to the component."""
+
+
+_STAGES = (
+    _Stage("text_encoder", Component.TEXT_ENCODER, _text_encoder, lambda case: case.text),
+    _Stage("number_conditioner", Component.NUMBER_CONDITIONER, _number_conditioner, lambda case: case.seconds),
+    _Stage(TEACHER_FORCED, Component.DIT, _teacher_forced),
+    _Stage(FREE_RUNNING, Component.DIT, _free_running),
+    _Stage("decoder", Component.DECODER, _decoder),
+    _Stage("encoder", Component.ENCODER, _encoder),
+)
 
 
 def _valid(path: Trajectory) -> Region:
@@ -159,10 +166,10 @@ def _valid(path: Trajectory) -> Region:
 
 
 def _observed(
-    case: str, region: Region, expected: NDArray[Any], actual: NDArray[Any], step: int | None = None
+    case: GenerationCase, region: Region, expected: NDArray[Any], actual: NDArray[Any], step: int | None = None
 ) -> Observation:
-    what = case if step is None else f"{case} step={step}"
-    return Observation(case, compare(region.of(expected), region.of(actual), what=f"output ({what})"), step)
+    what = case.name if step is None else f"{case.name} step={step}"
+    return Observation(case.name, compare(region.of(expected), region.of(actual), what=f"output ({what})"), step)
 
 
 def dit_feeds(references: References, case: GenerationCase, step: int) -> Arrays:

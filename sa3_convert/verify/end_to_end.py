@@ -9,12 +9,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sa3_convert.errors import VerificationError
-from sa3_convert.runtime.conditioning import conditioning
 from sa3_convert.verify.audio_metrics import AudioFidelity, compare_audio
 from sa3_convert.verify.generation import GenerationCase
 from sa3_convert.verify.metrics import compare
-from sa3_convert.verify.sides import References, Side
+from sa3_convert.verify.progress import Report
+from sa3_convert.verify.sides import References, Target
+
+Floats = NDArray[np.float32]
+Heard = Callable[[GenerationCase, str, Floats], None]
+"""(case, "reference", "target" or "chaos", audio [channels, samples])"""
 
 NUDGE = 1e-3
 """Standard deviation of what is added to each draw of noise, whose own is 1."""
@@ -73,9 +80,10 @@ class EndToEnd:
 
 def generate_both(
     references: References,
-    target: Side,
+    target: Target,
     cases: Sequence[GenerationCase],
-    report: Callable[[str, int, int], None] = lambda what, done, total: None,
+    report: Report = lambda what, done, total: None,
+    heard: Heard = lambda case, side, audio: None,
 ) -> EndToEnd:
     """Generate every case on the reference, on the nudged reference and on the target.
 
@@ -85,7 +93,8 @@ def generate_both(
         references: of the same bundle.
         target: runs the `.mnn` models.
         cases: what to generate.
-        report: (what is being done, cases done, cases in all).
+        report: called as work goes on.
+        heard: called with what was generated.
 
     Raises:
         VerificationError: there are no cases, or what comes out cannot be compared.
@@ -100,28 +109,32 @@ def generate_both(
                 report(name, done, len(cases))
                 stage(case, nudge=nudge)
     references.side.close()
-    report("target", 0, len(cases))
-    prompts = {case.text: target.prompt_embedding(case) for case in cases}
-    seconds = {case.seconds: target.seconds_embedding(case) for case in cases}
-    latents = []
+    target.embed(cases)
     for done, case in enumerate(cases):
         report("target", done, len(cases))
-        condition = conditioning(prompts[case.text], seconds[case.seconds])
-        latents.append(target.trajectory(case, condition, steps=references.steps).result)
+        target.latents(case)
     results = []
-    for case, final in zip(cases, latents, strict=True):
-        path, nudged = references.trajectory(case), references.trajectory(case, nudge=NUDGE)
-        expected = references.audio(case)
-        audio = target.audio(case, final), references.audio(case, nudge=NUDGE)
-        divergences = [
-            Divergence(
-                compare(
-                    path.result[..., : path.valid], values[..., : path.valid], what=f"latents ({case.name})"
-                ).cosine,
-                compare_audio(expected[0], heard[0], target.layout.sample_rate),
-            )
-            for values, heard in zip((final, nudged.result), audio, strict=True)
-        ]
-        results.append(EndToEndCase(case.name, *divergences))
-    target.close()
+    for done, case in enumerate(cases):
+        report("target's audio", done, len(cases))
+        results.append(_compared(references, target, case, heard))
+    target.side.close()
     return EndToEnd(tuple(results))
+
+
+def _compared(references: References, target: Target, case: GenerationCase, heard: Heard) -> EndToEndCase:
+    path, nudged = references.trajectory(case), references.trajectory(case, nudge=NUDGE)
+    final = target.latents(case)[-1]
+    audio = {
+        "reference": references.audio(case)[0],
+        "target": target.side.audio(case, final)[0],
+        "chaos": references.audio(case, nudge=NUDGE)[0],
+    }
+    for side, samples in audio.items():
+        heard(case, side, samples)
+
+    def divergence(side: str, latents: Floats) -> Divergence:
+        valid, what = slice(path.valid), f"latents ({case.name}, {side})"
+        cosine = compare(path.result[..., valid], latents[..., valid], what=what).cosine
+        return Divergence(cosine, compare_audio(audio["reference"], audio[side], target.side.layout.sample_rate))
+
+    return EndToEndCase(case.name, divergence("target", final), divergence("chaos", nudged.result))

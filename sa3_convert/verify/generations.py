@@ -8,11 +8,12 @@ from pathlib import Path
 from sa3_convert.bundle.manifest import Bundle
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError
+from sa3_convert.runtime.engines import EngineName
 from sa3_convert.runtime.opening import bundle_engine
 from sa3_convert.verify.generation import GenerationCase, all_cases
 from sa3_convert.verify.prompts import PROMPTS
 from sa3_convert.verify.reference_store import ReferenceStore
-from sa3_convert.verify.sides import References, Side
+from sa3_convert.verify.sides import References, Side, Target
 
 STEPS = 8
 FULL_CASES: tuple[GenerationCase, ...] = all_cases(range(len(PROMPTS)), (0, 1), (2.0, 5.0, 10.0))
@@ -23,15 +24,21 @@ END_TO_END_CASES: tuple[GenerationCase, ...] = all_cases((0, 1, 2, 6), (0,), (5.
 
 @contextlib.contextmanager
 def both_sides(
-    bundle: Bundle, *, store: Path | None = None, steps: int = STEPS, threads: int | None = None
-) -> Iterator[tuple[References, Side]]:
+    bundle: Bundle,
+    *,
+    engine: EngineName = "mnn",
+    store: ReferenceStore | None = None,
+    steps: int = STEPS,
+    threads: int | None = None,
+) -> Iterator[tuple[References, Target]]:
     """Open a bundle's references and its target.
 
     Args:
         bundle: its files are checked against its manifest first.
+        engine: what runs the target.
         store: where reference outputs are kept for the next time; None keeps them until the block ends.
         steps: of the denoising loop.
-        threads: of either engine; None is one per processor.
+        threads: of either engine; None leaves it to them.
 
     Raises:
         BundleError: a file is not what the manifest says, or the bundle cannot generate.
@@ -42,11 +49,12 @@ def both_sides(
     if bundle.layout.objective is None:
         raise BundleError(f"Bundle {bundle.path} holds an autoencoder alone; it cannot generate.")
     reference = Side(bundle, bundle_engine(bundle, "onnxruntime", {"threads": threads}))
-    target = Side(bundle, bundle_engine(bundle, "mnn", {"threads": threads}))
+    target = Side(bundle, bundle_engine(bundle, engine, {"threads": threads}))
     with contextlib.ExitStack() as stack:
-        folder = store or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sa3-references-")))
+        if store is None:
+            store = ReferenceStore(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sa3-references-"))))
         try:
-            yield References(reference, ReferenceStore(folder), steps), target
+            yield References(reference, store, steps), Target(target, steps)
         finally:
             reference.close()
             target.close()

@@ -1,6 +1,6 @@
 """The two sides of an end-to-end comparison: the stages of generation, on the reference or on the target."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,15 @@ from sa3_convert.verify.generation import GenerationCase, Trajectory, denoised, 
 from sa3_convert.verify.reference_store import ReferenceStore
 
 Floats = NDArray[np.float32]
+
+_CODE = (
+    "verify/generation",
+    *(
+        f"runtime/{name}"
+        for name in ("autoencode", "chunks", "conditioning", "lengths", "noise", "samplers", "schedule")
+    ),
+)
+"""What a reference generation depends on besides models and inputs."""
 
 
 class Side:
@@ -66,10 +75,6 @@ class Side:
         """Return [1, 1, D]."""
         return self._run(Component.NUMBER_CONDITIONER, {"seconds": np.array([case.seconds], np.float32)})
 
-    def conditioning(self, case: GenerationCase) -> Conditioning:
-        """Return what the DiT is told."""
-        return conditioning(self.prompt_embedding(case), self.seconds_embedding(case))
-
     def trajectory(
         self, case: GenerationCase, condition: Conditioning, *, steps: int, nudge: float = 0.0
     ) -> Trajectory:
@@ -93,6 +98,48 @@ class Side:
     def _run(self, component: Component, feeds: Arrays) -> Floats:
         (output,) = SPECS[component].contract(self.layout).outputs
         return self.model(component).run(feeds)[output.name]
+
+
+class Target:
+    """What the models that are judged make of each case; what was computed once is not computed again.
+
+    Args:
+        side: runs the models.
+        steps: of the denoising loop.
+
+    """
+
+    def __init__(self, side: Side, steps: int) -> None:
+        self.side, self.steps = side, steps
+        self._prompts: dict[str, Floats] = {}
+        self._seconds: dict[float, Floats] = {}
+        self._latents: dict[GenerationCase, tuple[Floats, ...]] = {}
+
+    def prompt_embedding(self, case: GenerationCase) -> Floats:
+        """Return [1, tokens, D]."""
+        if case.text not in self._prompts:
+            self._prompts[case.text] = self.side.prompt_embedding(case)
+        return self._prompts[case.text]
+
+    def seconds_embedding(self, case: GenerationCase) -> Floats:
+        """Return [1, 1, D]."""
+        if case.seconds not in self._seconds:
+            self._seconds[case.seconds] = self.side.seconds_embedding(case)
+        return self._seconds[case.seconds]
+
+    def embed(self, cases: Iterable[GenerationCase]) -> None:
+        """Compute what the DiT is told in all cases, one model after the other."""
+        cases = tuple(cases)
+        for compute in (self.prompt_embedding, self.seconds_embedding):
+            for case in cases:
+                compute(case)
+
+    def latents(self, case: GenerationCase) -> tuple[Floats, ...]:
+        """Return the latents [1, C, T] after each step of the target's own way from noise."""
+        if case not in self._latents:
+            condition = conditioning(self.prompt_embedding(case), self.seconds_embedding(case))
+            self._latents[case] = self.side.trajectory(case, condition, steps=self.steps).latents
+        return self._latents[case]
 
 
 class References:
@@ -160,5 +207,5 @@ class References:
             "seconds": case.seconds,
             "steps": self.steps,
             "nudge": nudge,
-            "code": source_digest("runtime", "verify/generation"),
+            "code": source_digest(*_CODE),
         }

@@ -24,7 +24,7 @@ from sa3_convert.verify.generation import GenerationCase, all_cases, denoised, r
 from sa3_convert.verify.metrics import MAX_DB
 from sa3_convert.verify.prompts import PROMPTS
 from sa3_convert.verify.reference_store import ReferenceStore
-from sa3_convert.verify.sides import References, Side
+from sa3_convert.verify.sides import References, Side, Target
 from sa3_convert.verify.table import render_generations
 from tests.conftest import GOLDEN
 from tests.verify.sessions import LAYOUT, StandIn
@@ -88,11 +88,14 @@ class StandInEngine:
 @contextmanager
 def sides(
     tmp_path: Path, changes: Mapping[Component, Callable[[NDArray[Any]], NDArray[Any]]] | None = None
-) -> Iterator[tuple[References, Side]]:
+) -> Iterator[tuple[References, Target]]:
     folder = tmp_path / "bundle"
     bundle = make_bundle(folder) if not folder.exists() else make_bundle(tmp_path / "again")
     reference = Side(bundle, StandInEngine())
-    yield References(reference, ReferenceStore(tmp_path / "store"), STEPS), Side(bundle, StandInEngine(changes))
+    yield (
+        References(reference, ReferenceStore(tmp_path / "store"), STEPS),
+        Target(Side(bundle, StandInEngine(changes)), STEPS),
+    )
 
 
 def scaled(factor: float) -> Callable[[NDArray[Any]], NDArray[Any]]:
