@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 import onnx
+from google.protobuf.message import DecodeError
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from sa3_convert.components import Component
@@ -51,7 +52,7 @@ def quantise_for_ort(reference: Path, target: Path) -> int:
         ConversionError: the file that was written does not hold what it should.
 
     """
-    wanted, singles = _products(onnx.load(reference, load_external_data=False))
+    _, singles = _products(reference)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="int8-", dir=target.parent) as scratch, _quiet():
         # ONNX Runtime writes beside its input, and ONNX refuses weights behind a link: it works on a copy.
@@ -70,28 +71,33 @@ def quantise_for_ort(reference: Path, target: Path) -> int:
             use_external_data_format=True,
             extra_options={"MatMulConstBOnly": True},
         )
-    _check(target, wanted, len(singles))
-    return wanted
+    return check_integer_form(reference, target)
 
 
-def _products(model: onnx.ModelProto) -> tuple[int, list[str]]:
+def _products(reference: Path) -> tuple[int, list[str]]:
     """Return how many MatMuls have constant weights, and the names of the Gemms."""
+    model = onnx.load(reference, load_external_data=False)
     constants = {tensor.name for tensor in model.graph.initializer}
     wanted = sum(node.op_type == "MatMul" and node.input[1] in constants for node in model.graph.node)
     return wanted, [node.name for node in model.graph.node if node.op_type == "Gemm"]
 
 
-def _check(target: Path, wanted: int, floats: int) -> None:
-    """Judge the quantiser by its file."""
-    model = onnx.load(target, load_external_data=False)
+def check_integer_form(reference: Path, target: Path) -> int:
+    """Hold an integer form to its reference; returns and raises what `quantise_for_ort` does."""
+    wanted, singles = _products(reference)
+    try:
+        model = onnx.load(target, load_external_data=False)
+    except DecodeError as error:
+        raise ConversionError(f"{target} cannot be read as ONNX: {error}.") from None
     found = sum(node.op_type == _INTEGER_PRODUCT for node in model.graph.node)
     constants = {tensor.name for tensor in model.graph.initializer}
     left = sum(node.op_type in ("MatMul", "Gemm") and node.input[1] in constants for node in model.graph.node)
-    if found != wanted or left != floats:
+    if found != wanted or left != len(singles):
         raise ConversionError(
-            f"ONNX Runtime's quantiser wrote {target} with {found} integer products and {left} float ones with "
-            f"constant weights, where {wanted} and {floats} were asked for. Report it with the version of onnxruntime."
+            f"{target} has {found} integer products and {left} float ones with constant weights, its reference has "
+            f"{wanted} and {len(singles)} to make them of. If it was just made, report it with onnxruntime's version."
         )
+    return wanted
 
 
 @contextlib.contextmanager

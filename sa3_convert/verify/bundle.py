@@ -1,15 +1,15 @@
 """A whole bundle: its files are what the manifest and the recipe say, and each model is close to its reference."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
 
-from sa3_convert.bundle.manifest import Artifact, Bundle
+from sa3_convert.bundle.manifest import Bundle
 from sa3_convert.components import Component
-from sa3_convert.errors import ConversionError, VerificationError
-from sa3_convert.recipe import Recipe, load_recipe
+from sa3_convert.errors import VerificationError
 from sa3_convert.runtime.engines import EngineName
 from sa3_convert.runtime.opening import KINDS, bundle_engine
 from sa3_convert.verify.cases import samples_for
+from sa3_convert.verify.claims import Judged, bundle_recipe, models_of
 from sa3_convert.verify.compare import Outputs, compare_runs, run_samples
 from sa3_convert.verify.inputs import Sample
 from sa3_convert.verify.progress import Report
@@ -17,16 +17,6 @@ from sa3_convert.verify.reference_store import ReferenceStore, digest_of
 from sa3_convert.verify.result import BundleFidelity, Verdict
 
 _REFERENCE: EngineName = "onnxruntime"
-
-
-@dataclass(frozen=True, slots=True)
-class _Judged:
-    """A model of the bundle, and what is asked of it."""
-
-    component: Component
-    engine: EngineName
-    artifact: Artifact
-    floor_db: float
 
 
 def verify_bundle(
@@ -70,8 +60,8 @@ def verify_bundle(
     for component in selected:
         bundle.file(component, "mnn"), bundle.file(component, "onnx")
     bundle.check(selected, kinds=tuple(KINDS.values()))
-    recipe = _recipe(bundle)
-    judged = {component: _models(bundle, recipe, component) for component in selected}
+    recipe = bundle_recipe(bundle)
+    judged = {component: models_of(bundle, recipe, component) for component in selected}
     verdicts: list[Verdict] = []
     for component, models in judged.items():
         samples = samples_for(component, bundle.layout, quick=quick)
@@ -80,68 +70,6 @@ def verify_bundle(
             verdicts.append(_verdict(bundle, model, samples, expected, threads, progress))
             report(verdicts[-1])
     return BundleFidelity(bundle.manifest.variant, recipe.name, tuple(verdicts))
-
-
-def _recipe(bundle: Bundle) -> Recipe:
-    recipe = load_recipe(bundle.file(None, "recipe"))
-    if recipe.name != bundle.manifest.recipe:
-        raise VerificationError(
-            f"Bundle {bundle.path} says that it was made with recipe {bundle.manifest.recipe!r}, and holds recipe "
-            f"{recipe.name!r}. Convert again."
-        )
-    return recipe
-
-
-def _models(bundle: Bundle, recipe: Recipe, component: Component) -> list[_Judged]:
-    """Return the models of a component, after their files were held to manifest and recipe."""
-    wanted = recipe.for_component(component)
-    models = [_Judged(component, "mnn", bundle.artifact(component), wanted.floor_db)]
-    _check_claims(bundle, models[0].artifact, wanted.precision, wanted.floor_db, "recipe")
-    _check_storage(bundle, recipe, component)
-    if any(a.component is component and a.kind == "onnx-int8" for a in bundle.manifest.artifacts):
-        models.append(_integer_form(bundle, component))
-    return models
-
-
-def _integer_form(bundle: Bundle, component: Component) -> _Judged:
-    from sa3_convert.quantise.ort_int8 import FLOORS_DB, check_integer_form
-
-    artifact, file = bundle.artifact(component, "onnx-int8"), bundle.file(component, "onnx-int8")
-    try:
-        products = check_integer_form(bundle.file(component, "onnx"), file)
-    except ConversionError as error:
-        raise VerificationError(f"{file} is not the integer form of its reference. {error}") from None
-    floor = FLOORS_DB[component]
-    _check_claims(bundle, artifact, "int8" if products else "fp32", floor, "quantiser")
-    return _Judged(component, "onnxruntime-int8", artifact, floor)
-
-
-def _check_claims(bundle: Bundle, artifact: Artifact, precision: str, floor_db: float, source: str) -> None:
-    """Hold what the manifest says of a model to what its recipe or quantiser says."""
-    file = bundle.path / artifact.path
-    if artifact.precision != precision:
-        raise VerificationError(
-            f"{file}: the manifest calls it {artifact.precision}, its {source} makes {precision}. Convert again."
-        )
-    if artifact.floor_db is not None and artifact.floor_db != floor_db:
-        raise VerificationError(
-            f"{file}: the manifest's floor is {artifact.floor_db:g} dB, its {source}'s {floor_db:g} dB. Convert again."
-        )
-
-
-def _check_storage(bundle: Bundle, recipe: Recipe, component: Component) -> None:
-    """Hold manifest and recipe to what the bytes of a `.mnn` say."""
-    from sa3_convert.mnn.audit import audit
-    from sa3_convert.mnn.storage import read_storage
-
-    artifact, file = bundle.artifact(component), bundle.file(component)
-    storage = read_storage(file)
-    try:
-        audit(storage, recipe.for_component(component))
-    except ConversionError as error:
-        raise VerificationError(f"{file} does not hold what the bundle's recipe asks for. {error}") from None
-    if artifact.storage is not None and artifact.storage != storage.summary():
-        raise VerificationError(f"{file} stores its weights otherwise than the manifest says. Convert again.")
 
 
 def _expected(
@@ -173,7 +101,7 @@ def _expected(
 
 def _verdict(
     bundle: Bundle,
-    model: _Judged,
+    model: Judged,
     samples: list[Sample],
     expected: list[Outputs],
     threads: int | None,

@@ -2,7 +2,7 @@
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sa3_convert.bundle.manifest import Bundle
@@ -18,8 +18,23 @@ from sa3_convert.verify.sides import References, Side, Target
 STEPS = 8
 FULL_CASES: tuple[GenerationCase, ...] = all_cases(range(len(PROMPTS)), (0, 1), (2.0, 5.0, 10.0))
 """What a full verification generates."""
-END_TO_END_CASES: tuple[GenerationCase, ...] = all_cases((0, 1, 2, 6), (0,), (5.0,))
-"""What is decoded on both sides and beside the chaos floor."""
+_END_TO_END_PROMPTS = (0, 1, 2, 6)
+"""A sound, a piece of music, an effect, and a prompt that is not English."""
+
+
+def end_to_end_cases(cases: Sequence[GenerationCase]) -> tuple[GenerationCase, ...]:
+    """Return those of the cases that are decoded on both sides and beside the chaos floor.
+
+    Of each of four prompts (of the first one, if there are other prompts only) the case of middle duration with the
+    first seed.
+    """
+    prompts = [p for p in _END_TO_END_PROMPTS if any(case.prompt == p for case in cases)] or [cases[0].prompt]
+    chosen = []
+    for prompt in prompts:
+        durations = sorted({case.seconds for case in cases if case.prompt == prompt})
+        middle = durations[len(durations) // 2]
+        chosen.append(next(case for case in cases if (case.prompt, case.seconds) == (prompt, middle)))
+    return tuple(chosen)
 
 
 @contextlib.contextmanager

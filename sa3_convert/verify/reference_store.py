@@ -1,5 +1,6 @@
 """Reference outputs, computed once and kept by what they depend on, in a folder of bounded size."""
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +16,15 @@ from sa3_convert.fingerprint import fingerprint, version_of
 Arrays = dict[str, NDArray[Any]]
 
 DEFAULT_LIMIT = 2 << 30
+
+
+def digest_of(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """Return the hex SHA-256 of arrays: names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape}\0".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 class ReferenceStore:

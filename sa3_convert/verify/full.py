@@ -1,0 +1,100 @@
+"""Everything that can be found out about a bundle, in one call."""
+
+from collections.abc import Collection, Sequence
+
+from sa3_convert.bundle.manifest import Bundle
+from sa3_convert.components import Component
+from sa3_convert.runtime.engines import EngineName
+from sa3_convert.verify.bisect import bisect
+from sa3_convert.verify.bisect_result import BisectResult
+from sa3_convert.verify.bundle import verify_bundle
+from sa3_convert.verify.cases import samples_for
+from sa3_convert.verify.distribution import measure
+from sa3_convert.verify.end_to_end import Heard, generate_both
+from sa3_convert.verify.findings import Findings
+from sa3_convert.verify.generation import GenerationCase
+from sa3_convert.verify.generations import FULL_CASES, STEPS, both_sides, end_to_end_cases
+from sa3_convert.verify.progress import Report
+from sa3_convert.verify.reference_store import ReferenceStore
+from sa3_convert.verify.result import BundleFidelity
+
+
+def verify_fully(
+    bundle: Bundle,
+    *,
+    cases: Sequence[GenerationCase] = FULL_CASES,
+    steps: int = STEPS,
+    components: Collection[Component] = (),
+    engine: EngineName = "mnn",
+    quick: bool = False,
+    store: ReferenceStore | None = None,
+    threads: int | None = None,
+    bisecting: bool = True,
+    report: Report = lambda what, done, total: None,
+    heard: Heard = lambda case, side, audio: None,
+) -> Findings:
+    """Compare each model with its reference on sampled inputs and over whole generations, and generations end to end.
+
+    Models that fall short are bisected at their worst case. One model is in memory at a time.
+
+    Args:
+        bundle: the bundle; it can generate.
+        cases: what to generate.
+        steps: of the denoising loop.
+        components: which models to look at; empty is all. End to end is left out unless all are looked at.
+        engine: what runs the generations; each model is compared on sampled inputs whichever it is for.
+        quick: fewer and shorter sampled inputs.
+        store: where reference outputs are kept for the next time; None computes them anew.
+        threads: of either engine; None leaves it to them.
+        bisecting: whether to bisect models that fall short.
+        report: called as work goes on.
+        heard: called with the audio that was generated end to end.
+
+    Raises:
+        BundleError: a file is missing or is not what the manifest says, or the bundle cannot generate.
+        VerificationError: manifest, recipe and file disagree, or an output cannot be compared. A model that falls short
+            raises nothing: see `BundleFidelity.check`.
+        ModelFileError: a file cannot be loaded or run.
+        UsageError: a duration is beyond the model's limit.
+
+    """
+    wanted = tuple(c for c in bundle.components if not components or c in components)
+    with both_sides(bundle, engine=engine, store=store, steps=steps, threads=threads) as (references, target):
+        fidelity = verify_bundle(bundle, components=wanted, quick=quick, threads=threads, store=store, progress=report)
+        generations = measure(references, target, cases, report, components=wanted)
+        whole = set(wanted) >= {Component.TEXT_ENCODER, Component.NUMBER_CONDITIONER, Component.DIT, Component.DECODER}
+        end_to_end = generate_both(references, target, end_to_end_cases(cases), report, heard) if whole else None
+    return Findings(
+        fidelity,
+        engine=engine,
+        generations=generations,
+        end_to_end=end_to_end,
+        bisections=bisect_failures(bundle, fidelity, threads=threads, report=report) if bisecting else {},
+    )
+
+
+def bisect_failures(
+    bundle: Bundle,
+    fidelity: BundleFidelity,
+    *,
+    threads: int | None = None,
+    report: Report = lambda what, done, total: None,
+) -> dict[Component, BisectResult]:
+    """Bisect every MNN model that fell short, each at its worst case.
+
+    Args:
+        bundle: the bundle.
+        fidelity: what `verify_bundle` found in it.
+        threads: of either engine; None leaves it to them.
+        report: called as work goes on.
+
+    """
+    failed = [v.fidelity for v in fidelity.verdicts if v.engine == "mnn" and not v.passed]
+    found = {}
+    for done, short in enumerate(failed):
+        report("bisecting", done, len(failed))
+        component = short.component
+        samples = {s.name: s for s in samples_for(component, bundle.layout, quick=False)}
+        feeds = samples[short.worst_case.case].feeds
+        found[component] = bisect(bundle.file(component, "onnx"), bundle.file(component, "mnn"), feeds, threads=threads)
+    return found
