@@ -20,6 +20,11 @@ _ENTRY = "entry.json"
 _PARTIAL = ".partial-"
 
 
+def cache_beside(bundle: Path) -> Path:
+    """Return where stages are kept unless told otherwise: bundles in one folder share them."""
+    return bundle.absolute().parent / ".sa3-convert-cache"
+
+
 @dataclass(frozen=True, slots=True)
 class CachedResult:
     """One stage's result: its files and what was noted about them."""

@@ -44,7 +44,7 @@ def show_stage(event: StageEvent) -> None:
 def show_verdict(verdict: Verdict) -> None:
     """Print one line per verified model."""
     fidelity = verdict.fidelity
-    stderr.print(f"{fidelity.component.value:<18} {fidelity.worst.signal_to_noise_db:.1f} dB")
+    stderr.print(f"{fidelity.component.value:<18} {verdict.engine:<16} {fidelity.worst.signal_to_noise_db:.1f} dB")
 
 
 def bundle_table(bundle: Bundle) -> Table:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from sa3_convert.cli.options import CheckpointArgument, ComponentOption, OneComponentOption, ThreadsOption
+from sa3_convert.stage_cache import cache_beside
 
 RecipeOption = Annotated[Path, typer.Option("--recipe", metavar="FILE", help="How to store each component.")]
 DEFAULT_RECIPE = Path("configs/int8.yaml")
@@ -48,7 +49,7 @@ def convert(
         checkpoint=Checkpoint.open(resolve_checkpoint(checkpoint)),
         recipe=resolved,
         out=out,
-        cache=cache or out.absolute().parent / ".sa3-convert-cache",
+        cache=cache or cache_beside(out),
         components=tuple(component or ()),
         force=force,
         with_reference=with_reference,

@@ -2,11 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sa3_convert.cli import verify_options as o
 from sa3_convert.cli.options import BundleArgument, ComponentOption, JsonFileOption, OneComponentOption, ThreadsOption
+from sa3_convert.components import Component
+from sa3_convert.errors import UsageError
+
+if TYPE_CHECKING:
+    from sa3_convert.bundle.manifest import Bundle
+    from sa3_convert.session import Arrays
 
 
 def register(app: typer.Typer) -> None:
@@ -19,22 +26,57 @@ def verify(
     bundle: BundleArgument,
     component: ComponentOption = None,
     json_file: JsonFileOption = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter inputs: what `convert` runs.")] = False,
+    quick: o.QuickOption = False,
+    full: o.FullOption = False,
+    prompts: o.PromptsOption = None,
+    seeds: o.SeedsOption = None,
+    seconds: o.SecondsOption = None,
+    case: o.CasesOption = None,
+    steps: o.StepsOption = 8,
+    engine: o.EngineOption = "mnn",
+    references: o.ReferencesOption = None,
+    references_mib: o.ReferencesMibOption = 2048,
+    bisecting: o.BisectOption = True,
     threads: ThreadsOption = None,
 ) -> None:
-    """Compare every MNN model of a bundle with ONNX Runtime on its fp32 reference."""
+    """Compare every model of a bundle with ONNX Runtime on its fp32 reference."""
+    if not full and any(option is not None for option in (prompts, seeds, seconds, case, references)):
+        raise UsageError("--prompts, --seeds, --seconds, --case and --references choose generations; add --full.")
+    cases = o.chosen_cases(prompts, seeds, seconds, case)
     from sa3_convert.bundle.manifest import Bundle
-    from sa3_convert.cli.console import show_verdict, stdout
+    from sa3_convert.cli.console import show_verdict
+    from sa3_convert.cli.verifying import show_findings, shown_progress
     from sa3_convert.files import write_text
     from sa3_convert.verify.bundle import verify_bundle
-    from sa3_convert.verify.table import render
+    from sa3_convert.verify.findings import Findings
+    from sa3_convert.verify.full import verify_fully
+    from sa3_convert.verify.generations import default_references
+    from sa3_convert.verify.reference_store import ReferenceStore
 
-    opened = Bundle.open(bundle)
-    result = verify_bundle(opened, components=tuple(component or ()), quick=quick, threads=threads, report=show_verdict)
-    stdout.print(render(result))
+    opened, components = Bundle.open(bundle), tuple(component or ())
+    if full:
+        store = ReferenceStore(references or default_references(opened), references_mib << 20)
+        with shown_progress() as report:
+            findings = verify_fully(
+                opened,
+                cases=cases,
+                steps=steps,
+                components=components,
+                engine=engine,
+                quick=quick,
+                store=store,
+                threads=threads,
+                bisecting=bisecting,
+                report=report,
+            )
+    else:
+        findings = Findings(
+            verify_bundle(opened, components=components, quick=quick, threads=threads, report=show_verdict)
+        )
+    show_findings(findings, bundle)
     if json_file is not None:
-        write_text(json_file, json.dumps(result.to_data(), indent=2) + "\n")
-    result.check()
+        write_text(json_file, json.dumps(findings.to_data(), indent=2) + "\n")
+    findings.bundle.check()
 
 
 def bisect(
@@ -45,10 +87,19 @@ def bisect(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampled inputs; a verification names its cases'.")] = 0,
     latents: Annotated[int | None, typer.Option(min=1, help="T of the sampled inputs.")] = None,
+    case: o.CaseOption = None,
+    step: o.StepOption = None,
+    case_steps: o.CaseStepsOption = 8,
+    backend: o.BackendOption = "cpu",
+    references: o.ReferencesOption = None,
     json_file: JsonFileOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Name the first operator where a model leaves its reference, with what surrounds it."""
+    if input_file is not None and case is not None:
+        raise UsageError("--input and --case both say what the model is run with; give one of them.")
+    if case is None and (step is not None or references is not None):
+        raise UsageError("--step and --references belong to a case of a generation; add --case.")
     from sa3_convert.bundle.manifest import Bundle
     from sa3_convert.cli.console import stdout
     from sa3_convert.files import write_text
@@ -56,11 +107,36 @@ def bisect(
     from sa3_convert.verify.table import render_bisect
 
     opened = Bundle.open(bundle)
-    feeds = None if input_file is None else read_feeds(input_file, component, opened.layout)
-    result = bisect_bundle(opened, component, seed=seed, latents=latents, feeds=feeds, threads=threads)
+    feeds: Arrays | None = None
+    if input_file is not None:
+        feeds = read_feeds(input_file, component, opened.layout)
+    elif case is not None:
+        feeds = _feeds_of(opened, component, case, step, steps=case_steps, references=references, threads=threads)
+    result = bisect_bundle(opened, component, seed=seed, latents=latents, feeds=feeds, threads=threads, backend=backend)
     stdout.print(render_bisect(result))
     if json_file is not None:
         write_text(json_file, json.dumps(result.to_data(), indent=2) + "\n")
+
+
+def _feeds_of(
+    bundle: "Bundle",
+    component: Component,
+    case: str,
+    step: int | None,
+    *,
+    steps: int,
+    references: Path | None,
+    threads: int | None,
+) -> "Arrays":
+    """Return what a component is run with in a generation."""
+    from sa3_convert.verify.case_feeds import case_feeds
+    from sa3_convert.verify.generation import GenerationCase
+    from sa3_convert.verify.generations import both_sides, default_references
+    from sa3_convert.verify.reference_store import ReferenceStore
+
+    store = ReferenceStore(references or default_references(bundle))
+    with both_sides(bundle, store=store, steps=steps, threads=threads) as (kept, _):
+        return case_feeds(kept, component, GenerationCase.parse(case), step)
 
 
 def inspect(

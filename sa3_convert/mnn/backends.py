@@ -61,7 +61,7 @@ def require_backend(backend: Backend) -> None:
     if not has_backend(backend):
         raise BackendError(
             f"The installed MNN has no {backend.upper()} backend (or finds no such device); MNN would run on the CPU "
-            f"without saying so. Use --device cpu, or install an MNN built with -DMNN_{backend.upper()}=ON: "
+            f"without saying so. Use --backend cpu, or install an MNN built with -DMNN_{backend.upper()}=ON: "
             "the wheels on PyPI for Linux hold the CPU backend only."
         )
 

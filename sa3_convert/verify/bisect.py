@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from sa3_convert.errors import VerificationError
+from sa3_convert.mnn.backends import Backend
 from sa3_convert.mnn.storage import read_storage
 from sa3_convert.ort import OrtSession
 from sa3_convert.session import Arrays
@@ -33,6 +34,7 @@ def bisect(
     *,
     threads: int | None = None,
     memory_limit: int = 1 << 30,
+    backend: Backend = "cpu",
 ) -> BisectResult:
     """Compare all intermediate tensors that reference and target have in common.
 
@@ -43,23 +45,28 @@ def bisect(
         threads: of either engine; None is one per processor.
         memory_limit: bytes of intermediate tensors that are kept at a time, per side; when they are more, the graph is
             gone through in several runs.
+        backend: what MNN runs the target on.
 
     Raises:
+        BackendError: the installed MNN does not have the backend.
         ModelFileError: a file is missing or damaged, or cannot be run with these feeds.
         VerificationError: the two have no tensor in common.
 
     """
-    return _Bisection(reference, target, feeds, threads, memory_limit).result()
+    runs = TargetRuns(target, feeds, threads, backend)
+    return _Bisection(reference, runs, feeds, threads, memory_limit).result()
 
 
 class _Bisection:
-    def __init__(self, reference: Path, target: Path, feeds: Arrays, threads: int | None, memory_limit: int) -> None:
+    def __init__(
+        self, reference: Path, runs: TargetRuns, feeds: Arrays, threads: int | None, memory_limit: int
+    ) -> None:
         # Whole runs first: a file that is damaged or does not take these feeds fails here, with a message of its own.
         outputs = OrtSession(reference, threads=threads).run(feeds)
-        self._runs = TargetRuns(target, feeds, threads)
+        self._runs = runs
         self._runs.outputs(list(outputs))
         self._graph = ReferenceGraph(reference, feeds, threads)
-        self._stored = TargetGraph(read_storage(target))
+        self._stored = TargetGraph(read_storage(runs.path))
         self._feeds, self._memory_limit = feeds, memory_limit
         self._lost = {name for name in self._graph.tensors if name not in self._stored.tensors}
 

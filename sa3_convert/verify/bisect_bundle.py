@@ -12,6 +12,7 @@ from sa3_convert.bundle.manifest import Bundle
 from sa3_convert.checkpoint.layout import CheckpointLayout
 from sa3_convert.components import Component, Length, contract
 from sa3_convert.errors import InputError
+from sa3_convert.mnn.backends import Backend, require_backend
 from sa3_convert.session import Arrays
 from sa3_convert.verify.bisect import bisect
 from sa3_convert.verify.bisect_result import BisectResult
@@ -34,6 +35,7 @@ def bisect_bundle(
     latents: int | None = None,
     feeds: Arrays | None = None,
     threads: int | None = None,
+    backend: Backend = "cpu",
 ) -> BisectResult:
     """Compare the intermediate tensors of a bundle's model with those of its reference.
 
@@ -44,19 +46,22 @@ def bisect_bundle(
         latents: T of the sampled inputs; None is a length that takes seconds.
         feeds: inputs to use instead of sampled ones; see `read_feeds`.
         threads: of either engine; None is one per processor.
+        backend: what MNN runs the model on.
 
     Raises:
+        BackendError: the installed MNN does not have the backend.
         BundleError: the bundle lacks the component, or a file is not what the manifest says.
         ModelFileError: a file cannot be loaded or run.
         VerificationError: the two have no tensor in common.
 
     """
+    require_backend(backend)
     reference, target = bundle.file(component, "onnx"), bundle.file(component, "mnn")
     bundle.check((component,), kinds=("mnn", "onnx"))
     if feeds is None:
         length = latents or DEFAULT_LATENTS[component]
         feeds = sample_inputs(component, bundle.layout, seed=seed, latents=length).feeds
-    return bisect(reference, target, feeds, threads=threads)
+    return bisect(reference, target, feeds, threads=threads, backend=backend)
 
 
 def read_feeds(path: Path, component: Component, layout: CheckpointLayout) -> dict[str, NDArray[Any]]:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sa3_convert.errors import ModelFileError
+from sa3_convert.mnn.backends import Backend
 from sa3_convert.mnn.session import MnnSession
 from sa3_convert.session import Arrays
 from sa3_convert.verify.bisect_result import OperatorError
@@ -23,12 +24,14 @@ Values = dict[str, NDArray[Any]]
 class TargetRuns:
     """Runs of the target that keep chosen tensors."""
 
-    def __init__(self, path: Path, feeds: Arrays, threads: int | None) -> None:
-        self._path, self._feeds, self._threads = path, feeds, threads
+    def __init__(self, path: Path, feeds: Arrays, threads: int | None, backend: Backend) -> None:
+        self.path, self._feeds, self._threads, self._backend = path, feeds, threads, backend
 
     def outputs(self, names: Sequence[str]) -> Values:
         """Return tensors by name; fails if one cannot be had."""
-        with MnnSession(self._path, inputs=list(self._feeds), outputs=names, threads=self._threads) as session:
+        with MnnSession(
+            self.path, inputs=list(self._feeds), outputs=names, threads=self._threads, backend=self._backend
+        ) as session:
             return session.run(self._feeds)
 
     def available(self, names: Sequence[str]) -> Values:

@@ -12,7 +12,7 @@ from sa3_convert.verify.cases import samples_for
 from sa3_convert.verify.claims import Judged, bundle_recipe, models_of
 from sa3_convert.verify.compare import Outputs, compare_runs, run_samples
 from sa3_convert.verify.inputs import Sample
-from sa3_convert.verify.progress import Report
+from sa3_convert.verify.progress import Report, sampled_stage
 from sa3_convert.verify.reference_store import ReferenceStore, digest_of
 from sa3_convert.verify.result import BundleFidelity, Verdict
 
@@ -90,7 +90,7 @@ def _expected(
     hashes = [entry.sha256 for entry in bundle.artifact(component, "onnx").files]
     outputs = []
     for done, sample in enumerate(samples):
-        progress(f"reference {component.value}", done, len(samples))
+        progress(sampled_stage(component, _REFERENCE), done, len(samples))
         if store is None:
             outputs.append(compute(sample))
         else:
@@ -111,7 +111,7 @@ def _verdict(
     session = bundle_engine(bundle, model.engine, {"threads": threads}, check=False).load(component)
     actual = []
     for done, sample in enumerate(samples):
-        progress(f"{component.value}, {model.engine}", done, len(samples))
+        progress(sampled_stage(component, model.engine), done, len(samples))
         actual += run_samples(session, [sample])
     fidelity = compare_runs(component, bundle.layout, samples, expected, actual)
     claim = model.artifact.fidelity

@@ -9,17 +9,15 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from sa3_convert.components import Component
 from sa3_convert.errors import VerificationError
-from sa3_convert.session import Arrays
 from sa3_convert.verify.distribution_result import Distribution, Observation
-from sa3_convert.verify.generation import GenerationCase, Trajectory, dit_constants, velocity_of
+from sa3_convert.verify.generation import GenerationCase, Trajectory, velocity_of
 from sa3_convert.verify.inputs import Region, text_regions
 from sa3_convert.verify.metrics import compare
-from sa3_convert.verify.progress import Report
+from sa3_convert.verify.progress import Report, reference_stage
 from sa3_convert.verify.sides import References, Target
 
 TEACHER_FORCED = "dit, teacher-forced"
@@ -100,7 +98,7 @@ def _prepare(
     last = max((i for i, (component, _) in enumerate(stages) if component in wanted), default=-1)
     for component, compute in stages[: last + 1]:
         for done, case in enumerate(cases):
-            report(f"reference {component.value}", done, len(cases))
+            report(reference_stage(component), done, len(cases))
             compute(case)
     references.side.close()
 
@@ -170,18 +168,3 @@ def _observed(
 ) -> Observation:
     what = case.name if step is None else f"{case.name} step={step}"
     return Observation(case.name, compare(region.of(expected), region.of(actual), what=f"output ({what})"), step)
-
-
-def dit_feeds(references: References, case: GenerationCase, step: int) -> Arrays:
-    """Return the DiT's inputs at one step of the reference's way: what a bisection of the worst case needs.
-
-    Raises:
-        VerificationError: there is no such step.
-
-    """
-    path = references.trajectory(case)
-    if not 0 <= step < len(path.times):
-        raise VerificationError(f"There is no step {step}; steps are 0 to {len(path.times) - 1}.")
-    x, t = path.inputs[step], path.times[step]
-    constants = dit_constants(references.side.layout, case, references.conditioning(case))
-    return {"x": x, "t": np.array([t], np.float32), **constants}

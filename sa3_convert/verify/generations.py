@@ -10,13 +10,16 @@ from sa3_convert.components import Component
 from sa3_convert.errors import BundleError
 from sa3_convert.runtime.engines import EngineName
 from sa3_convert.runtime.opening import bundle_engine
+from sa3_convert.stage_cache import cache_beside
 from sa3_convert.verify.generation import GenerationCase, all_cases
 from sa3_convert.verify.prompts import PROMPTS
 from sa3_convert.verify.reference_store import ReferenceStore
 from sa3_convert.verify.sides import References, Side, Target
 
 STEPS = 8
-FULL_CASES: tuple[GenerationCase, ...] = all_cases(range(len(PROMPTS)), (0, 1), (2.0, 5.0, 10.0))
+SEEDS = (0, 1)
+DURATIONS = (2.0, 5.0, 10.0)
+FULL_CASES: tuple[GenerationCase, ...] = all_cases(range(len(PROMPTS)), SEEDS, DURATIONS)
 """What a full verification generates."""
 _END_TO_END_PROMPTS = (0, 1, 2, 6)
 """A sound, a piece of music, an effect, and a prompt that is not English."""
@@ -73,3 +76,8 @@ def both_sides(
         finally:
             reference.close()
             target.close()
+
+
+def default_references(bundle: Bundle) -> Path:
+    """Return where a bundle's reference outputs are kept: in the folder of stages that `convert` keeps beside it."""
+    return cache_beside(bundle.path) / "references"

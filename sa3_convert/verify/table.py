@@ -1,14 +1,13 @@
-"""Verification and bisection as tables for the terminal."""
+"""Verification on sampled inputs and bisection as tables for the terminal."""
 
 from rich.table import Table
 
 from sa3_convert.verify.bisect_result import BisectResult, limit_db
-from sa3_convert.verify.distribution import GenerationFidelity
 from sa3_convert.verify.result import BundleFidelity, ComponentFidelity, Measurement, Verdict
 
 
 def render(result: BundleFidelity) -> Table:
-    """Return one row per model: its worst figures, its floor, and whether it passed; 80 columns wide."""
+    """Return one row per model: its worst figures, its floor, and whether it passed; about 80 columns wide."""
     table = Table(title=f"{result.bundle} ({result.recipe}) against ONNX Runtime, fp32")
     table.add_column("component", no_wrap=True)
     table.add_column("as", no_wrap=True)
@@ -42,7 +41,7 @@ def _row(verdict: Verdict) -> tuple[str, ...]:
     worst = fidelity.worst
     return (
         fidelity.component.value,
-        verdict.precision,
+        verdict.precision if verdict.engine == "mnn" else f"{verdict.precision} ORT",
         f"{worst.signal_to_noise_db:.1f}",
         f"{fidelity.mean.signal_to_noise_db:.1f}",
         f"{verdict.floor_db:g}",
@@ -73,27 +72,5 @@ def render_bisect(result: BisectResult, reach: int = 4) -> Table:
             f"{operator.own_error_db:.1f}",
             f"{limit_db(operator.stored):.0f}",
             style="bold red" if operator is result.suspect else None,
-        )
-    return table
-
-
-def render_generations(result: GenerationFidelity) -> Table:
-    """Return one row per distribution, the case to replay for the worst, and the mean of each denoising step."""
-    table = Table(title=f"Over whole generations of {result.steps} steps, dB")
-    table.add_column("", no_wrap=True)
-    for name in ("cases", "mean", "5 %", "worst"):
-        table.add_column(name, justify="right")
-    table.add_column("worst case")
-    table.add_column("by step")
-    for distribution in result.distributions:
-        found = distribution.summary
-        table.add_row(
-            distribution.name,
-            str(found.count),
-            f"{found.mean:.1f}",
-            f"{found.percentile_5:.1f}",
-            f"{found.worst:.1f}",
-            found.worst_case + ("" if found.worst_step is None else f" step={found.worst_step}"),
-            " ".join(f"{ratio:.0f}" for ratio in distribution.by_step().values()),
         )
     return table

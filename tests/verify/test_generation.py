@@ -18,14 +18,15 @@ from sa3_convert.components import Component
 from sa3_convert.errors import UsageError, VerificationError
 from sa3_convert.runtime.engines import EngineName
 from sa3_convert.session import Session
-from sa3_convert.verify.distribution import FREE_RUNNING, TEACHER_FORCED, dit_feeds, measure
+from sa3_convert.verify.case_feeds import case_feeds
+from sa3_convert.verify.distribution import FREE_RUNNING, TEACHER_FORCED, measure
 from sa3_convert.verify.end_to_end import generate_both
+from sa3_convert.verify.full_table import render_generations
 from sa3_convert.verify.generation import GenerationCase, all_cases, denoised, replayed
 from sa3_convert.verify.metrics import MAX_DB
 from sa3_convert.verify.prompts import PROMPTS
 from sa3_convert.verify.reference_store import ReferenceStore
 from sa3_convert.verify.sides import References, Side, Target
-from sa3_convert.verify.table import render_generations
 from tests.conftest import GOLDEN
 from tests.verify.sessions import LAYOUT, StandIn
 
@@ -180,12 +181,12 @@ def test_the_worst_case_and_step_are_named_and_its_inputs_can_be_had_again(tmp_p
         worst = measure(references, target, CASES).of(TEACHER_FORCED).summary
         assert worst.worst_step is not None
         case = GenerationCase.parse(worst.worst_case)
-        feeds = dit_feeds(references, case, worst.worst_step)
+        feeds = case_feeds(references, Component.DIT, case, worst.worst_step)
         path = references.trajectory(case)
         np.testing.assert_array_equal(feeds["x"], path.inputs[worst.worst_step])
         assert feeds["t"][0] == path.times[worst.worst_step]
-        with pytest.raises(VerificationError, match="no step 3"):
-            dit_feeds(references, case, STEPS)
+        with pytest.raises(UsageError, match="no step 3"):
+            case_feeds(references, Component.DIT, case, STEPS)
 
 
 def test_a_second_measurement_runs_no_reference_model(tmp_path: Path) -> None:
@@ -250,9 +251,11 @@ def test_the_table_shows_every_distribution_and_its_worst_case(tmp_path: Path) -
     with sides(tmp_path, {Component.DIT: scaled(1.01)}) as (references, target):
         result = measure(references, target, CASES)
     console = Console(file=io.StringIO(), width=160)
-    console.print(render_generations(result))
+    console.print(render_generations(result, Path("some where")), soft_wrap=True)
     assert isinstance(console.file, io.StringIO)
     shown = console.file.getvalue()
     assert all(d.name in shown for d in result.distributions)
     assert result.of(FREE_RUNNING).summary.worst_case in shown
-    assert "40 40 40" in shown
+    worst = result.of(TEACHER_FORCED).summary
+    replay = f"sa3-convert bisect 'some where' --component dit --case '{worst.worst_case}' --step {worst.worst_step}\n"
+    assert replay in shown
