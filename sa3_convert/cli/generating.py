@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from sa3_convert.bundle.manifest import Bundle
 from sa3_convert.cli.console import stderr, stdout
 from sa3_convert.cli.standard_output import pcm_to_standard_output
-from sa3_convert.errors import OutputRejectedError
+from sa3_convert.errors import OutputRejectedError, UsageError
 from sa3_convert.files import write_text
 from sa3_convert.runtime.audio import SampleFormat, audio_writer, check_output_path
 from sa3_convert.runtime.batch import RESULTS, BatchOptions, BatchResult, read_batch, run_batch
@@ -48,6 +48,8 @@ class Target:
     def metadata(self) -> dict[str, Any]:
         """Return what files tell about the models that made them."""
         manifest = Bundle.open(self.bundle).manifest
+        if self.engine == "torch":
+            return {"variant": manifest.variant, "recipe": None, "models": manifest.checkpoint["digests"]}
         kind = KINDS[self.engine]
         return {
             "variant": manifest.variant,
@@ -71,18 +73,16 @@ def generate_one(target: Target, request: GenerateRequest, *, stream: bool) -> N
     """
     if target.output is not None:
         check_growing_path(target.output) if stream else check_output_path(target.output, target.sample_format)
+    if target.json_file is not None:
+        _check_side_file(target.json_file, target.output)
     with Pipeline.from_bundle(target.bundle, target.engine, **target.options) as pipeline:
-        metadata = {"request": request.to_json()} | target.metadata()
+        metadata = {"request": request.resolved(pipeline.layout).to_json()} | target.metadata()
         with _writer(target, pipeline, request, metadata, stream) as writer:
             report, peak = _played(pipeline, request, writer, target.allow)
     for warning in report.warnings:
         stderr.print(f"Note: {warning}")
     if target.json_file is not None:
-        data = metadata | {
-            "request": report.request.to_json(),
-            "engine": dict(report.engine),
-            "seconds": dict(report.seconds),
-        }
+        data = metadata | {"engine": dict(report.engine), "seconds": dict(report.seconds)}
         write_text(target.json_file, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
     total = sum(report.seconds.values())
     stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
@@ -94,6 +94,14 @@ def generate_one(target: Target, request: GenerateRequest, *, stream: bool) -> N
         f"in {total:.1f} s ({stages}), {length / total:.2f} × real time, on {_described(report.engine)}",
         soft_wrap=True,
     )
+
+
+def _check_side_file(path: Path, output: Path | None) -> None:
+    """Check, before any long work, that settings can be written under a name."""
+    if path.is_dir():
+        raise UsageError(f"--json {path} is a folder. Name a file.")
+    if output is not None and path.absolute() == output.absolute():
+        raise UsageError(f"--json {path} would replace the audio of that name. Name another file.")
 
 
 def generate_batch(target: Target, batch: Path, defaults: Mapping[str, Any], *, keep_loaded: bool) -> None:

@@ -34,6 +34,7 @@ def run(
     stream: o.StreamOption = False,
     keep_loaded: o.KeepLoadedOption = False,
     engine: o.EngineOption = "mnn",
+    checkpoint: o.CheckpointOption = None,
     memory: o.MemoryOption = "normal",
     precision: o.PrecisionOption = "high",
     backend: o.BackendOption = "cpu",
@@ -69,6 +70,10 @@ def run(
         options |= {"memory": memory, "precision": precision, "backend": backend}
     elif (memory, precision, backend) != ("normal", "high", "cpu"):
         raise UsageError("--memory, --precision and --backend are settings of --engine mnn.")
+    if (engine == "torch") != (checkpoint is not None):
+        raise UsageError("--engine torch and --checkpoint DIR belong together.")
+    if checkpoint is not None:
+        options["checkpoint"] = checkpoint
     target = Target(bundle, engine, options, output, sample_format, dither, tuple(allow or ()), json_file)
     if batch is not None:
         generate_batch(target, batch, settings, keep_loaded=keep_loaded)

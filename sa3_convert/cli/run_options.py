@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-EngineChoice = Literal["mnn", "onnxruntime", "onnxruntime-int8"]
+EngineChoice = Literal["mnn", "onnxruntime", "onnxruntime-int8", "torch"]
 Sampler = Literal["pingpong", "euler", "rk4", "dpmpp"]
 Format = Literal["pcm16", "pcm24", "float"]
 
@@ -61,7 +61,14 @@ KeepLoadedOption = Annotated[
 ]
 EngineOption = Annotated[
     EngineChoice,
-    typer.Option("--engine", help="What runs the models; onnxruntime-int8 needs `convert --with-ort-int8`."),
+    typer.Option(
+        "--engine",
+        help="What runs the models; onnxruntime-int8 needs `convert --with-ort-int8`, torch needs --checkpoint.",
+    ),
+]
+CheckpointOption = Annotated[
+    Path | None,
+    typer.Option("--checkpoint", metavar="DIR", help="For --engine torch: what the bundle was made from."),
 ]
 MemoryOption = Annotated[
     Literal["normal", "high", "low"], typer.Option("--memory", help="MNN: low keeps weights quantised in memory.")

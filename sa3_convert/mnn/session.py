@@ -5,7 +5,6 @@ releases the GIL while it runs, reports its backend, its memory and an error cod
 file plus the weights once, where a Module that frees the file's copy (`rearrange`) peaks at three times the file.
 """
 
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from sa3_convert.errors import BackendError, ModelFileError
 from sa3_convert.mnn.backends import Backend, forward_type_name, load_mnn, require_backend
 from sa3_convert.mnn.capture import capture_stdout
 from sa3_convert.mnn.storage import read_storage
+from sa3_convert.processors import default_threads
 from sa3_convert.session import Arrays
 
 Level = Literal["normal", "high", "low"]
@@ -54,7 +54,7 @@ class MnnSession:
         inputs: the names of its inputs, all of them; None takes them from the file.
         outputs: names of the outputs that `run` returns, None for all; intermediate tensors that survived conversion
             work as well.
-        threads: None is one per processor that this process may use.
+        threads: None is one per usable core.
         memory: "normal" unpacks quantised weights to float when loading; "low" keeps them and quantises activations.
         precision: matters on GPUs and ARM; x86 computes in float32 whatever it says.
         backend: where to run.
@@ -88,7 +88,7 @@ class MnnSession:
         require_backend(backend)
         config = {
             "backend": backend.upper(),
-            "numThread": threads or usable_processors(),
+            "numThread": threads or default_threads(),
             "memory": _LEVELS[memory],
             "precision": _LEVELS[precision],
             "power": _POWER_NORMAL,
@@ -274,11 +274,6 @@ class MnnSession:
 
     def _said(self) -> str:
         return f". MNN said: {' | '.join(dict.fromkeys(self._recent))}" if self._recent else "."
-
-
-def usable_processors() -> int:
-    """Return how many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _fits(shape: tuple[int, ...], declared: tuple[int, ...]) -> bool:

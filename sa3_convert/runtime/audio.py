@@ -180,7 +180,8 @@ def audio_writer(
     except OSError as error:
         raise AudioError(f"{path} cannot be written: {error.strerror or error}.") from None
     except soundfile.LibsndfileError as error:
-        raise AudioError(f"{path} cannot be written: {error.error_string}") from None
+        # libsndfile does not say why the system refused.
+        raise AudioError(f"{path} cannot be written: {error.error_string} Is the disk full?") from None
 
 
 def check_output_path(path: Path, sample_format: SampleFormat) -> None:

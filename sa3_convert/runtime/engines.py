@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from sa3_convert.checkpoint.layout import CheckpointLayout
 from sa3_convert.components import Component, contract
 from sa3_convert.errors import BackendError, BundleError
+from sa3_convert.processors import default_threads
 from sa3_convert.session import Arrays, Session
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Engine(Protocol):
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Everything that was set, for reports."""
+        """What models really run with, for reports."""
         ...
 
     def load(self, component: Component) -> Session:
@@ -57,7 +58,7 @@ class MnnEngine:
     layout: CheckpointLayout
     files: Mapping[Component, Path]
     threads: int | None = None
-    """None is one per usable processor."""
+    """None is one per usable core."""
     memory: Level = "normal"
     """`normal` unpacks quantised weights; `low` keeps them as they are stored, for less memory and more error."""
     precision: Level = "high"
@@ -66,11 +67,11 @@ class MnnEngine:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Everything that was set, for reports."""
+        """What models really run with, for reports."""
         return {
             "engine": self.name,
             "backend": self.backend,
-            "threads": self.threads,
+            "threads": self.threads or default_threads(),
             "memory": self.memory,
             "precision": self.precision,
         }
@@ -84,7 +85,7 @@ class MnnEngine:
             _file(self.files, component, "MNN"),
             inputs=[port.name for port in ports.inputs],
             outputs=[port.name for port in ports.outputs],
-            threads=self.threads,
+            threads=self.threads or default_threads(),
             memory=self.memory,
             precision=self.precision,
             backend=self.backend,
@@ -97,7 +98,7 @@ class OrtEngine:
 
     files: Mapping[Component, Path]
     threads: int | None = None
-    """None is one per physical core."""
+    """None is one per usable core."""
     quantised: bool = False
 
     @property
@@ -107,8 +108,8 @@ class OrtEngine:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Everything that was set, for reports."""
-        return {"engine": self.name, "backend": "cpu", "threads": self.threads}
+        """What models really run with, for reports."""
+        return {"engine": self.name, "backend": "cpu", "threads": self.threads or default_threads()}
 
     def load(self, component: Component) -> "OrtSession":
         """Load a model; see `Engine.load`."""
@@ -119,7 +120,8 @@ class OrtEngine:
                 f"ONNX Runtime cannot be imported ({error}). Install it: pip install onnxruntime, or use --engine mnn."
             ) from None
 
-        return OrtSession(_file(self.files, component, "ONNX"), threads=self.threads, optimise=self.quantised)
+        path = _file(self.files, component, "ONNX")
+        return OrtSession(path, threads=self.threads or default_threads(), optimise=self.quantised)
 
 
 @dataclass(frozen=True)
@@ -130,13 +132,18 @@ class TorchEngine:
     padding: Padding = "key_mask"
     """`value_zeroing` is what the published code computes without flash attention."""
     threads: int | None = None
-    """None leaves torch's own setting; it counts for the whole process."""
+    """None is one per usable core; it counts for the whole process."""
     name: EngineName = field(default="torch", init=False)
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Everything that was set, for reports."""
-        return {"engine": self.name, "backend": "cpu", "threads": self.threads, "padding": self.padding}
+        """What models really run with, for reports."""
+        return {
+            "engine": self.name,
+            "backend": "cpu",
+            "threads": self.threads or default_threads(),
+            "padding": self.padding,
+        }
 
     def load(self, component: Component) -> Session:
         """Build a network; see `Engine.load`."""
@@ -149,8 +156,7 @@ class TorchEngine:
                 f"torch cannot be imported ({error}). Install it: pip install torch, or use --engine mnn."
             ) from None
 
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
+        torch.set_num_threads(self.threads or default_threads())
         layout = self.checkpoint.layout
         ports = contract(component, layout)
         network = build_network(component, layout, self.checkpoint.state(component), padding=self.padding)

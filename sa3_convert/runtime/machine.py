@@ -5,6 +5,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from sa3_convert.processors import usable_processors
 from sa3_convert.tools import tool_versions
 
 _INTERESTING = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
@@ -14,12 +15,11 @@ _INTERESTING = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimd
 def machine() -> dict[str, Any]:
     """Return processor, cores, memory, system and versions, JSON-ready; what the system does not tell is None."""
     model, flags = _processor(Path("/proc/cpuinfo"))
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
     return {
         "processor": model or platform.processor() or platform.machine(),
         "instructions": [name for name in _INTERESTING if name in flags],
         "cores": os.cpu_count(),
-        "usable_cores": len(usable) or os.cpu_count(),
+        "usable_cores": usable_processors(),
         "memory_bytes": _memory(),
         "system": platform.platform(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,

@@ -9,7 +9,7 @@ import numpy as np
 from sa3_convert.bundle.manifest import TOKENIZER, ArtifactKind, Bundle
 from sa3_convert.checkpoint.layout import TEXT_ENCODER_FOLDER
 from sa3_convert.components import Component
-from sa3_convert.errors import BackendError, BundleError, UsageError
+from sa3_convert.errors import BackendError, BundleError, CheckpointError, UsageError
 from sa3_convert.runtime.bottleneck import Bottleneck
 from sa3_convert.runtime.engines import Engine, EngineName, MnnEngine, OrtEngine, TorchEngine
 
@@ -20,28 +20,38 @@ KINDS: Mapping[EngineName, ArtifactKind] = {
 }
 
 
+_OPTIONS: Mapping[EngineName, tuple[str, ...]] = {
+    "mnn": ("threads", "memory", "precision", "backend"),
+    "onnxruntime": ("threads",),
+    "onnxruntime-int8": ("threads",),
+    "torch": ("threads", "padding", "checkpoint"),
+}
+
+
 def bundle_engine(bundle: Bundle, name: EngineName, options: Mapping[str, Any], *, check: bool = True) -> Engine:
     """Return an engine over the files of a bundle.
 
     Args:
         bundle: an open bundle.
-        name: "mnn", "onnxruntime" or "onnxruntime-int8"; torch runs a checkpoint, see `checkpoint_parts`.
-        options: keyword arguments of the engine.
+        name: "mnn", "onnxruntime", "onnxruntime-int8" or "torch", which runs the checkpoint that the bundle was made
+            from.
+        options: keyword arguments of the engine; of torch also `checkpoint`, the folder.
         check: compare the files with the manifest first.
 
     Raises:
-        UsageError: no such engine, or one that does not run bundles.
+        UsageError: no such engine, an option that it does not have, or torch without a checkpoint.
         BundleError: files are missing or are not what the manifest says.
+        CheckpointError: the checkpoint is incomplete, damaged, or not the one that the bundle was made from.
+        BackendError: torch is not installed.
 
     """
-    kind = KINDS.get(name)
-    if kind is None:
-        known = ", ".join(get_args(EngineName))
-        raise UsageError(
-            "The torch engine runs a checkpoint, not a bundle."
-            if name == "torch"
-            else f"There is no engine {name!r}. There are: {known}."
-        )
+    if name not in get_args(EngineName):
+        raise UsageError(f"There is no engine {name!r}. There are: {', '.join(get_args(EngineName))}.")
+    if unknown := sorted(set(options) - set(_OPTIONS[name])):
+        raise UsageError(f"Engine {name} has no option {unknown[0]!r}. It has: {', '.join(_OPTIONS[name])}.")
+    if name == "torch":
+        return _torch_engine(bundle, options, check=check)
+    kind = KINDS[name]
     files = {
         artifact.component: bundle.file(artifact.component, kind)
         for artifact in bundle.manifest.artifacts
@@ -58,6 +68,24 @@ def bundle_engine(bundle: Bundle, name: EngineName, options: Mapping[str, Any], 
             )
         return OrtEngine(files, quantised=True, **options)
     return OrtEngine(files, **options)
+
+
+def _torch_engine(bundle: Bundle, options: Mapping[str, Any], *, check: bool) -> TorchEngine:
+    settings = dict(options)
+    folder = settings.pop("checkpoint", None)
+    if folder is None:
+        raise UsageError("Engine torch runs the checkpoint that the bundle was made from: say where it stands.")
+    engine, _, _ = checkpoint_parts(Path(folder), settings)
+    if check:
+        bundle.check((), kinds=())
+        expected = bundle.manifest.checkpoint.get("digests", {})
+        for component in bundle.components:
+            if engine.checkpoint.digest(component) != expected.get(component.value):
+                raise CheckpointError(
+                    f"The {component.value} of {folder} is not the one that {bundle.path} was made from. Give that "
+                    "bundle's own checkpoint."
+                )
+    return engine
 
 
 def checkpoint_parts(folder: Path, options: Mapping[str, Any]) -> tuple[TorchEngine, Path, Bottleneck]:

@@ -81,16 +81,18 @@ class Pipeline:
 
         Args:
             path: the bundle's folder.
-            engine: "mnn", "onnxruntime" (which needs the reference ONNX files of the bundle) or "onnxruntime-int8"
-                (which needs those that `convert --with-ort-int8` makes).
+            engine: "mnn", "onnxruntime" (which needs the reference ONNX files of the bundle), "onnxruntime-int8"
+                (which needs those that `convert --with-ort-int8` makes) or "torch" (which needs the checkpoint).
             check: compare the bundle's files with its manifest first (reads them all once).
             keep_loaded: see the class.
             window: see the class.
-            **options: of the engine: `threads`, and for MNN `memory`, `precision` and `backend`.
+            **options: of the engine: `threads`; for MNN `memory`, `precision` and `backend`; for torch `checkpoint`,
+                the folder that the bundle was made from, and `padding`.
 
         Raises:
             BundleError: the bundle is missing, damaged, or cannot generate.
-            UsageError: there is no such engine.
+            CheckpointError: the checkpoint for torch is not the bundle's own.
+            UsageError: there is no such engine, or it has no such option.
 
         """
         bundle = Bundle.open(path)

@@ -79,6 +79,17 @@ def test_one_flipped_bit_is_found_and_named(tmp_path: Path, name: str) -> None:
         bundle.check()
 
 
+def test_without_contents_only_presence_and_size_count(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path)
+    data = bytearray((tmp_path / "dit.mnn").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "dit.mnn").write_bytes(data)
+    bundle.check(contents=False)
+    (tmp_path / "dit.mnn").write_bytes(data[:-1])
+    with pytest.raises(BundleError, match=r"dit\.mnn"):
+        bundle.check(contents=False)
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path)
     (tmp_path / "encoder.mnn").unlink()

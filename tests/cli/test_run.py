@@ -17,6 +17,7 @@ import soundfile
 
 import sa3_convert.cli.app as cli
 from sa3_convert.bundle.manifest import Bundle
+from sa3_convert.checkpoint.synthetic import synthesize
 from sa3_convert.runtime.audio import read_metadata
 
 SHORT = ["--prompt", "pad", "--seconds", "0.5", "--steps", "2", "--threads", "2"]
@@ -61,12 +62,13 @@ def batch(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def test_settings_are_written_and_replay_to_the_same_samples(run: Callable[..., int], tmp_path: Path) -> None:
+def test_settings_are_written_and_replay_to_the_same_file(run: Callable[..., int], tmp_path: Path) -> None:
     assert run(*SHORT, "--seed", "7", "-o", str(tmp_path / "a.wav"), "--json", str(tmp_path / "a.json")) == 0
     assert run("--from", str(tmp_path / "a.json"), "-o", str(tmp_path / "b.wav"), "--threads", "2") == 0
     first, second = (soundfile.read(tmp_path / name)[0] for name in ("a.wav", "b.wav"))
     np.testing.assert_array_equal(first, second)
     assert json.loads((tmp_path / "a.json").read_text())["request"]["seed"] == 7
+    assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
 
 
 def test_a_stream_to_a_file_gives_the_same_samples_and_metadata(run: Callable[..., int], tmp_path: Path) -> None:
@@ -190,6 +192,10 @@ def test_an_interrupted_batch_keeps_what_it_has_done_and_goes_on_from_there(
         ("--prompt", "pad", "-o", "x.wav", "--allow", "everything"),
         ("--prompt", "pad", "-o", "x.wav", "--from", "x.json"),
         ("--prompt", "pad", "-o", "x.wav", "--engine", "onnxruntime", "--memory", "low"),
+        ("--prompt", "pad", "-o", "x.wav", "--json", "."),
+        ("--prompt", "pad", "-o", "x.wav", "--json", "./x.wav"),
+        ("--prompt", "pad", "-o", "x.wav", "--engine", "torch"),
+        ("--prompt", "pad", "-o", "x.wav", "--checkpoint", "."),
         ("--batch", "x.jsonl"),
         ("--batch", "x.jsonl", "-o", "out", "--stream"),
         ("--batch", "x.jsonl", "-o", "out", "--json", "x.json"),
@@ -277,6 +283,27 @@ def test_strange_prompts_are_fine(run: Callable[..., int], prompt: str, tmp_path
     arguments = ("--seconds", "0.2", "--steps", "1", "--threads", "2")
     assert run("--prompt", prompt, *arguments, "-o", str(tmp_path / "x.wav")) == 0
     assert soundfile.info(tmp_path / "x.wav").frames == 8820
+
+
+def test_torch_runs_the_checkpoint_that_the_bundle_was_made_from(
+    run: Callable[..., int], toy_int8: Bundle, toy: Path, tmp_path: Path
+) -> None:
+    assert run(*SHORT, "--engine", "torch", "--checkpoint", str(toy), "-o", str(tmp_path / "torch.wav")) == 0
+    assert run(*SHORT, "-o", str(tmp_path / "mnn.wav")) == 0
+    reference, target = (soundfile.read(tmp_path / name)[0].ravel() for name in ("torch.wav", "mnn.wav"))
+    assert np.corrcoef(reference, target)[0, 1] > 0.9
+    settings = read_metadata(tmp_path / "torch.wav")
+    assert settings["recipe"] is None
+    assert settings["models"] == toy_int8.manifest.checkpoint["digests"]
+
+
+def test_torch_refuses_another_checkpoint(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    synthesize(other, "small-music", "toy", 1, "gaussian")
+    assert run(*SHORT, "--engine", "torch", "--checkpoint", str(other), "-o", str(tmp_path / "x.wav")) == 3
+    assert "is not the one that" in complaint(capsys)
 
 
 def test_a_folder_that_is_no_bundle_is_exit_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

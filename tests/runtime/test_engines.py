@@ -10,6 +10,7 @@ from sa3_convert.components import Component
 from sa3_convert.errors import BackendError, BundleError, CheckpointError, ModelFileError
 from sa3_convert.export.component import export_component
 from sa3_convert.mnn.convert import mnn_from_onnx
+from sa3_convert.processors import default_threads
 from sa3_convert.recipe import ComponentRecipe
 from sa3_convert.runtime.engines import EngineName, MnnEngine, Models, OrtEngine
 from sa3_convert.runtime.opening import checkpoint_parts
@@ -154,6 +155,11 @@ def test_engines_say_what_they_run_with(small: Parts) -> None:
     }
     assert OrtEngine({}, threads=1).settings["engine"] == "onnxruntime"
     assert small.engine.settings["padding"] == "key_mask"
+
+
+def test_threads_that_nobody_asked_for_are_reported_as_they_are(small: Parts) -> None:
+    for engine in (MnnEngine(small.layout, {}), OrtEngine({}), small.engine):
+        assert engine.settings["threads"] == default_threads()
 
 
 def test_a_checkpoint_that_is_none_is_told(tmp_path: Path) -> None:
