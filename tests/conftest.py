@@ -12,6 +12,16 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 pytest_plugins = ["tests.bundles"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Diagnoses of this machine must not change what the tests see."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("user-cache")))
+        yield
+
+
 GOLDEN = Path(__file__).parent / "golden"
 
 

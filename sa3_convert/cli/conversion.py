@@ -41,6 +41,7 @@ def convert(
     from sa3_convert.cli.console import bundle_table, plan_table, show_stage, stderr, stdout
     from sa3_convert.convert import ConvertRequest
     from sa3_convert.convert import convert as make_bundle
+    from sa3_convert.doctor.consult import check_conversion
     from sa3_convert.plan import plan
     from sa3_convert.recipe import load_recipe
 
@@ -58,6 +59,8 @@ def convert(
     )
     stderr.print(f"{checkpoint}: {request.checkpoint.variant_name}; recipe {resolved.name}: {resolved.description}")
     steps = plan(request)
+    if note := check_conversion(request.selected()):
+        stderr.print(f"Note: {note}")
     if dry_run:
         stdout.print(plan_table(request, steps))
         return

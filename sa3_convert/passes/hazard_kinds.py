@@ -1,32 +1,22 @@
-"""What MNN is known to get wrong or not to support, as data: how to recognise it, what happens, what to write instead.
+"""What MNN is known to get wrong or not to support, as data: how to recognise it, what happens, what to do instead.
 
-CPU rows were measured with MNN 3.6.1 on x86-64 and are measured again by the tests; CUDA rows come from its source.
+The hazard lint refuses graphs by these rows, and each probe of `doctor` belongs to one of them, so that both speak of
+the same list. CPU rows were measured with MNN 3.6.1 on x86-64 and are measured again by the tests and by `doctor`; CUDA
+rows come from its source.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import onnx_ir as ir
 
-from sa3_convert.passes import _graph
+from sa3_convert.passes import hazard_rules as rules
+from sa3_convert.passes.hazard_rules import Facts
 
-Severity = Literal["wrong", "unsupported", "cuda", "info"]
-"""wrong: other numbers on the CPU without an error. unsupported: no file. cuda: wrong on CUDA. info: worth knowing."""
-MnnVersion = Literal["3.0", "3.5", "3.6"]
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a rule may ask of the graph around a node."""
-
-    target_mnn: MnnVersion
-    run_time: frozenset[ir.Value]
-    """Values that depend on a graph input in any way, its shape included."""
-    run_time_data: frozenset[ir.Value]
-    """Values that depend on a graph input's content: what follows from shapes alone is computed on the host."""
-    local_functions: frozenset[tuple[str, str]]
+Severity = Literal["wrong", "unsupported", "cuda", "tool", "info"]
+"""wrong: other numbers on the CPU without an error. unsupported: no file. cuda: wrong on CUDA. tool: the converter or
+the Python bindings do something else than they were asked. info: worth knowing."""
 
 
 @dataclass(frozen=True)
@@ -39,166 +29,16 @@ class HazardKind:
     """Where it was seen: versions and back-end."""
     happens: str
     fix: str
-    found: Callable[[ir.Node, Facts], bool]
-
-
-_INTEGER = frozenset(
-    {
-        ir.DataType.BOOL,
-        ir.DataType.INT8,
-        ir.DataType.INT16,
-        ir.DataType.INT32,
-        ir.DataType.INT64,
-        ir.DataType.UINT8,
-        ir.DataType.UINT16,
-        ir.DataType.UINT32,
-        ir.DataType.UINT64,
-    }
-)
-_WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-_REDUCTIONS_WITHOUT_AXES_INPUT = frozenset(
-    {"ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceSumSquare"}
-)
-_UNARY = frozenset({"Abs", "BitwiseNot", "Neg", "Not", "Sign"})
-_INTEGER_ARITHMETIC = frozenset(
-    {"Add", "And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Min", "Mul", "Or", "Sub", "Xor"}
-)
-_INT32 = np.iinfo(np.int32)
-
-
-def _operator(*names: str) -> Callable[[ir.Node, Facts], bool]:
-    return lambda node, facts: node.op_type in names and not node.domain
-
-
-def _where_reads_else_out_of_bounds(node: ir.Node, facts: Facts) -> bool:
-    # The converter broadcasts the branches only when the first one needs it.
-    if node.op_type != "Where":
-        return False
-    out, then, other = (None if v is None else v.shape for v in (node.outputs[0], node.inputs[1], node.inputs[2]))
-    if other is not None and all(size == 1 for size in other):
-        return False
-    return not (_surely_smaller(then, out) or _surely_equal(other, out))
-
-
-def _aligned(shape: Sequence[object], out: Sequence[object]) -> list[object]:
-    return [1] * (len(out) - len(shape)) + list(shape)
-
-
-def _surely_equal(shape: ir.Shape | None, out: ir.Shape | None) -> bool:
-    if shape is None or out is None or any(isinstance(size, ir.SymbolicDim) and size.value is None for size in shape):
-        return False
-    return list(shape) == list(out)
-
-
-def _surely_smaller(shape: ir.Shape | None, out: ir.Shape | None) -> bool:
-    if shape is None or out is None:
-        return False
-    pairs = zip(_aligned(list(shape), list(out)), out, strict=True)
-    return any(own == 1 and isinstance(whole, int) and whole != 1 for own, whole in pairs)
-
-
-def _reduces_over_everything(node: ir.Node, facts: Facts) -> bool:
-    if node.op_type not in _REDUCTIONS_WITHOUT_AXES_INPUT or len(node.inputs) < 2 or node.inputs[1] is None:
-        return False
-    axes = _graph.constant_tensor(node.inputs[1])
-    data = node.inputs[0]
-    if axes is None or data is None or data.shape is None:
-        return True
-    return len({int(axis) % len(data.shape) for axis in axes.numpy().reshape(-1)}) not in (0, len(data.shape))
-
-
-def _resizes_one_dimension(node: ir.Node, facts: Facts) -> bool:
-    if node.op_type != "Resize":
-        return False
-    data = node.inputs[0]
-    one_dimension = data is None or data.shape is None or len(data.shape) == 3
-    # Without a mode ONNX takes the nearest sample; MNN's converter does not.
-    return one_dimension and node.attributes.get_string("mode", "linear") == "linear"
-
-
-def _clamps_a_constant(node: ir.Node, facts: Facts) -> bool:
-    for index, value in enumerate(node.inputs):
-        tensor = _graph.constant_tensor(value)
-        if tensor is None or tensor.dtype != ir.DataType.INT64 or not tensor.size:
-            continue
-        # To Slice a limit beyond the end means the end, clamped or not.
-        if node.op_type == "Slice" and index in (1, 2):
-            continue
-        numbers = tensor.numpy()
-        if numbers.max() > _INT32.max or numbers.min() < _INT32.min:
-            return True
-    return False
-
-
-def _dequantises_what_mnn_does_not_expect(node: ir.Node, facts: Facts) -> bool:
-    if node.op_type != "DequantizeLinear":
-        return False
-    data, scale = (_graph.constant_tensor(value) for value in node.inputs[:2])
-    if data is None:
-        return True
-    per_axis = scale is None or scale.size != 1
-    return per_axis and _graph.attribute_int(node, "axis", 1) % max(len(data.shape), 1) == 0
-
-
-def _reads_half_from_a_file(node: ir.Node, facts: Facts) -> bool:
-    tensors = (_graph.constant_tensor(value) for value in node.inputs)
-    return any(isinstance(t, ir.ExternalTensor) and t.dtype == ir.DataType.FLOAT16 for t in tensors)
-
-
-def _has_integer_data(node: ir.Node, facts: Facts) -> bool:
-    data = [value for value in node.inputs if value is not None and value in facts.run_time_data]
-    return any(value.dtype in _INTEGER for value in data)
-
-
-def _integer_unary(node: ir.Node, facts: Facts) -> bool:
-    return node.op_type in _UNARY and _has_integer_data(node, facts)
-
-
-def _integer_division(node: ir.Node, facts: Facts) -> bool:
-    return node.op_type in ("Div", "Mod") and _has_integer_data(node, facts)
-
-
-def _integer_arithmetic(node: ir.Node, facts: Facts) -> bool:
-    return node.op_type in _INTEGER_ARITHMETIC and _has_integer_data(node, facts)
-
-
-def _gathers_from_the_end(node: ir.Node, facts: Facts) -> bool:
-    if node.op_type != "Gather":
-        return False
-    indices = _graph.constant_tensor(node.inputs[1])
-    return indices is not None and indices.size > 0 and bool((indices.numpy() < 0).any())
-
-
-def _softmax_without_maximum(node: ir.Node, facts: Facts) -> bool:
-    if node.op_type not in ("Softmax", "LogSoftmax") or facts.target_mnn == "3.6":
-        return False
-    return node.inputs[0] is None or not _graph.is_shifted_by_its_maximum(node.inputs[0])
-
-
-def _weight_is_a_norm(node: ir.Node, facts: Facts) -> bool:
-    if node.op_type not in _WEIGHTED or len(node.inputs) < 2 or node.inputs[1] in facts.run_time:
-        return False
-    pending = [node.inputs[1]]
-    while pending:
-        value = pending.pop()
-        producer = None if value is None else value.producer()
-        if producer is not None:
-            if producer.op_type.startswith("Reduce"):
-                return True
-            pending.extend(producer.inputs)
-    return False
-
-
-def _truncated_modulo(node: ir.Node, facts: Facts) -> bool:
-    return node.op_type == "Mod" and _graph.attribute_int(node, "fmod", 0) == 1
-
-
-def _calls_a_function(node: ir.Node, facts: Facts) -> bool:
-    return (node.domain, node.op_type) in facts.local_functions
+    """What to write or ask for instead."""
+    avoided: str
+    """What this project does about it, and where."""
+    found: Callable[[ir.Node, Facts], bool] | None = None
+    """Recognises it at a node; None where no graph shows it."""
 
 
 _CPU = "3.6.1, CPU, measured"
 _CUDA = "up to 3.6.1, CUDA, from the source"
+_LINT = "refused by the lint"
 
 HAZARD_KINDS: tuple[HazardKind, ...] = (
     HazardKind(
@@ -207,7 +47,8 @@ HAZARD_KINDS: tuple[HazardKind, ...] = (
         _CPU,
         "when the first branch has the full shape and the second must be broadcast, the second is read out of bounds",
         "blend arithmetically, c·a + (1 − c)·b, or Expand the second branch",
-        _where_reads_else_out_of_bounds,
+        "networks blend arithmetically; " + _LINT,
+        rules.where_reads_else_out_of_bounds,
     ),
     HazardKind(
         "reduce-axes-input",
@@ -215,7 +56,8 @@ HAZARD_KINDS: tuple[HazardKind, ...] = (
         _CPU,
         "axes given as an input (opset 18 on) are ignored, and all axes are reduced",
         "fuse the weight norm, or write Mul, ReduceSum, Sqrt",
-        _reduces_over_everything,
+        "pass fuse_weight_norm; " + _LINT,
+        rules.reduces_over_everything,
     ),
     HazardKind(
         "resize-linear-1d",
@@ -223,7 +65,8 @@ HAZARD_KINDS: tuple[HazardKind, ...] = (
         _CPU,
         "linear Resize of one dimension gives zeros in about every third process that runs the same file",
         "give it a second spatial dimension of 1, or interpolate with a MatMul",
-        _resizes_one_dimension,
+        "no network resizes; " + _LINT,
+        rules.resizes_one_dimension,
     ),
     HazardKind(
         "round-half-to-even",
@@ -231,7 +74,8 @@ HAZARD_KINDS: tuple[HazardKind, ...] = (
         _CPU,
         "Round goes away from zero at halves, ONNX to even",
         "Floor(x + 0.5) if halves may go up, and say so",
-        _operator("Round"),
+        "no network rounds; " + _LINT,
+        rules.operator("Round"),
     ),
     HazardKind(
         "modulo-truncated",
@@ -239,7 +83,8 @@ HAZARD_KINDS: tuple[HazardKind, ...] = (
         _CPU,
         "Mod with fmod = 1 takes the divisor's sign, not the dividend's",
         "x − k·Floor(x/k), or keep x non-negative",
-        _truncated_modulo,
+        "no network takes remainders; " + _LINT,
+        rules.truncated_modulo,
     ),
     HazardKind(
         "int64-constant",
@@ -247,7 +92,8 @@ HAZARD_KINDS: tuple[HazardKind, ...] = (
         _CPU,
         "integers are 32 bits wide; larger constants are clamped",
         "compute with floats, or with smaller numbers",
-        _clamps_a_constant,
+        "networks count with floats; " + _LINT,
+        rules.clamps_a_constant,
     ),
     HazardKind(
         "dequantize-after-gather",
@@ -255,7 +101,8 @@ HAZARD_KINDS: tuple[HazardKind, ...] = (
         _CPU,
         "DequantizeLinear of anything but a constant, or along its first axis, gives wrong numbers",
         "Cast, then multiply by the gathered scale",
-        _dequantises_what_mnn_does_not_expect,
+        "pass quantise_embedding spells it with Cast and Mul; " + _LINT,
+        rules.dequantises_what_mnn_does_not_expect,
     ),
     HazardKind(
         "half-external-data",
@@ -263,7 +110,8 @@ HAZARD_KINDS: tuple[HazardKind, ...] = (
         _CPU,
         "float16 initialisers in external data are misread: the model does not load, or computes noise",
         "keep initialisers float32 and let the converter halve them",
-        _reads_half_from_a_file,
+        "exports are float32; " + _LINT,
+        rules.reads_half_from_a_file,
     ),
     HazardKind(
         "not-supported",
@@ -271,7 +119,10 @@ HAZARD_KINDS: tuple[HazardKind, ...] = (
         _CPU,
         "the converter does not know the operator and writes no file",
         "export at opset 18, where it decomposes, and use additive float masks",
-        _operator("IsNaN", "IsInf", "GroupNormalization", "RMSNormalization", "Attention", "RotaryEmbedding", "Mish"),
+        "exported at opset 18; " + _LINT,
+        rules.operator(
+            "IsNaN", "IsInf", "GroupNormalization", "RMSNormalization", "Attention", "RotaryEmbedding", "Mish"
+        ),
     ),
     HazardKind(
         "local-function",
@@ -279,7 +130,8 @@ HAZARD_KINDS: tuple[HazardKind, ...] = (
         _CPU,
         "the converter does not know functions of the model's own and writes no file",
         "inline them",
-        _calls_a_function,
+        "inlined by the export; " + _LINT,
+        rules.calls_a_function,
     ),
     HazardKind(
         "integer-unary",
@@ -287,7 +139,8 @@ HAZARD_KINDS: tuple[HazardKind, ...] = (
         _CUDA,
         "the float kernel runs on the integer's bits",
         "enter masks as floats and keep them additive",
-        _integer_unary,
+        "masks are additive floats; " + _LINT,
+        rules.integer_unary,
     ),
     HazardKind(
         "integer-division",
@@ -295,7 +148,8 @@ HAZARD_KINDS: tuple[HazardKind, ...] = (
         _CUDA,
         "integer division is not dispatched",
         "divide floats, then Floor",
-        _integer_division,
+        "lengths become floats; " + _LINT,
+        rules.integer_division,
     ),
     HazardKind(
         "integer-arithmetic",
@@ -303,7 +157,8 @@ HAZARD_KINDS: tuple[HazardKind, ...] = (
         _CUDA,
         "integer and boolean arithmetic is the least tested part of the back-end",
         "enter masks as floats and keep them additive",
-        _integer_arithmetic,
+        "masks are additive floats",
+        rules.integer_arithmetic,
     ),
     HazardKind(
         "gather-negative",
@@ -311,15 +166,17 @@ HAZARD_KINDS: tuple[HazardKind, ...] = (
         _CPU,
         "with --optimizeLevel 2 the guard for negative indices is dropped and the wrong rows are read",
         "count from the front, or convert with --optimizeLevel 1, the default",
-        _gathers_from_the_end,
+        "mnn.convert asks for --optimizeLevel 1",
+        rules.gathers_from_the_end,
     ),
     HazardKind(
         "softmax-low-rows",
-        "info",
+        "cuda",
         "up to 3.5.0, CUDA, from the source",
         "rows whose maximum is below about −70 come out wrong on axes longer than 32",
         "subtract_row_maximum, or convert for 3.6",
-        _softmax_without_maximum,
+        "pass subtract_row_maximum, by --target-mnn; " + _LINT,
+        rules.softmax_without_maximum,
     ),
     HazardKind(
         "unfused-weight-norm",
@@ -327,6 +184,138 @@ HAZARD_KINDS: tuple[HazardKind, ...] = (
         _CPU,
         "right as Mul, ReduceSum, Sqrt, which the converter folds; wrong as ReduceL2 (see reduce-axes-input)",
         "run fuse_weight_norm",
-        _weight_is_a_norm,
+        "pass fuse_weight_norm",
+        rules.weight_is_a_norm,
+    ),
+    HazardKind(
+        "nan-hidden",
+        "info",
+        _CPU,
+        "some operators give a number for NaN: a broken model can look sound from outside",
+        "check the tensors before them",
+        "checkpoints and every verification's inputs are finite; bisect looks at each tensor",
+    ),
+    HazardKind(
+        "half-constants",
+        "tool",
+        _CPU,
+        "--fp16 halves every float constant, π and frequencies too: the phases of Fourier features become noise",
+        "sums of parts that half holds exactly, multiplied by something that cannot be folded",
+        "pass make_fp16_safe",
+    ),
+    HazardKind(
+        "fp16-cancels-bits",
+        "tool",
+        _CPU,
+        "--fp16 in the same call cancels --weightQuantBits",
+        "two passes: quantise from ONNX, then --fp16 from MNN to MNN",
+        "mnn.convert makes two passes; mnn.audit reads the file",
+    ),
+    HazardKind(
+        "block-size-ignored",
+        "tool",
+        _CPU,
+        "a block size that is not a multiple of 16, or does not divide the inputs, silently becomes one per channel",
+        "a multiple of 16 that divides the inputs",
+        "recipes are checked; mnn.audit reads the file",
+    ),
+    HazardKind(
+        "symmetry-flag",
+        "tool",
+        _CPU,
+        "weights are asymmetric by default although the help says otherwise, and the flag without a value is symmetric",
+        "--weightQuantAsymmetric=0 or =1",
+        "mnn.layer_rules always gives the value; mnn.audit reads the file",
+    ),
+    HazardKind(
+        "weights-left-float",
+        "tool",
+        _CPU,
+        "three-dimensional constants of a MatMul, tables of a Gather, and a weight that more than four MatMuls share "
+        "are not quantised",
+        "two-dimensional weights, used once; quantise a table in the graph",
+        "pass quantise_embedding; mnn.audit reads the file",
+    ),
+    HazardKind(
+        "gelu-approximated",
+        "tool",
+        _CPU,
+        "exact GELU becomes the tanh form",
+        "--useGeluApproximation 0",
+        "mnn.convert asks for it",
+    ),
+    HazardKind(
+        "success-claimed",
+        "tool",
+        _CPU,
+        "the converter reports success for what it did not write: a missing folder, 99 bits, a flag it does not know",
+        "judge the file",
+        "mnn.convert loads, audits and runs what was written",
+    ),
+    HazardKind(
+        "shared-scratch",
+        "tool",
+        _CPU,
+        "all weights pass through a file of a fixed name in the working directory: two conversions in one folder "
+        "exchange weights",
+        "a folder per conversion",
+        "mnn.isolated starts each in its own",
+    ),
+    HazardKind(
+        "split-weights-half",
+        "tool",
+        _CPU,
+        "the second pass to FP16 leaves an unusable file when the weights lie in a file of their own (from 2000 MB)",
+        "floats: fp32 for such models",
+        "mnn.convert refuses",
+    ),
+    HazardKind(
+        "words-ignored",
+        "tool",
+        _CPU,
+        "precision and memory given to the bindings as words are ignored",
+        "numbers",
+        "mnn.session gives numbers",
+    ),
+    HazardKind(
+        "backend-replaced",
+        "tool",
+        _CPU,
+        "a backend that is not there is replaced by the CPU, with a line on standard output",
+        "ask createRuntime first and getSessionInfo afterwards",
+        "mnn.session does both and refuses",
+    ),
+    HazardKind(
+        "half-overflow",
+        "cuda",
+        _CUDA,
+        "precision normal rounds the inputs of every Linear to half, which ends at 65504; the text encoder's "
+        "gelu(gate)·up has no bound",
+        "scale up by a power of two and the following norm's eps by its square",
+        "pass scale_gated_products",
+    ),
+    HazardKind(
+        "softmax-low-precision",
+        "cuda",
+        "3.6.0 on, CUDA, from the source",
+        "with precision low Softmax reads half buffers as float",
+        "precision normal or high",
+        "placement refuses precision low on CUDA unless its probe is right",
+    ),
+    HazardKind(
+        "weights-unpacked",
+        "info",
+        _CUDA,
+        "with memory normal quantised weights are unpacked to half on the device: they save disk, not its memory",
+        "memory low",
+        "told by `run` with the device's memory",
+    ),
+    HazardKind(
+        "loops",
+        "info",
+        _CUDA,
+        "broadcasts over several dimensions become loops of small kernels",
+        "hint 4 = 0xFFFF − 4 removes the binary ones",
+        "probed; nothing is done",
     ),
 )

@@ -9,7 +9,8 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from sa3_convert.errors import ConversionError
 from sa3_convert.passes import _graph
-from sa3_convert.passes.hazard_kinds import HAZARD_KINDS, Facts, HazardKind, MnnVersion, Severity
+from sa3_convert.passes.hazard_kinds import HAZARD_KINDS, HazardKind, Severity
+from sa3_convert.passes.hazard_rules import Facts, MnnVersion
 
 _SHOWN = 3
 
@@ -59,7 +60,7 @@ def find_hazards(model: ir.Model, *, target_mnn: MnnVersion = "3.6") -> list[Haz
         for graph in graphs
         for node in graph
         for kind in HAZARD_KINDS
-        if kind.found(node, facts)
+        if kind.found is not None and kind.found(node, facts)
     ]
 
 

@@ -14,7 +14,7 @@ from sa3_convert.errors import ConversionError, ModelFileError
 from sa3_convert.passes.fp16_safe import make_fp16_safe
 from sa3_convert.passes.fuse_weight_norm import fuse_weight_norm
 from sa3_convert.passes.half import round_to_half
-from sa3_convert.passes.hazard_kinds import MnnVersion
+from sa3_convert.passes.hazard_rules import MnnVersion
 from sa3_convert.passes.hazards import refuse_hazards
 from sa3_convert.passes.quantise_embedding import quantise_embedding
 from sa3_convert.passes.safe_softmax import subtract_row_maximum

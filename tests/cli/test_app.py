@@ -36,6 +36,7 @@ def run_blocked(*arguments: str) -> subprocess.CompletedProcess[str]:
         ["run", "--help"],
         ["verify", "--help"],
         ["inspect", "--help"],
+        ["doctor", "--help"],
         ["checkpoint", "synthesize", "--help"],
         ["bundle", "export", "--help"],
     ],

@@ -1,0 +1,48 @@
+"""`doctor`: what is installed, what is really there, and what this MNN gets wrong."""
+
+import json
+from typing import Annotated, Literal
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's command."""
+    app.command()(doctor)
+
+
+def doctor(
+    backend: Annotated[
+        Literal["cpu", "cuda", "opencl", "vulkan"], typer.Option("--backend", help="Probe this.")
+    ] = "cpu",
+    everything: Annotated[bool, typer.Option("--all", help="List the probes that work, too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Say what is installed and present, and probe what MNN gets wrong here; `convert` and `run` read the result."""
+    from sa3_convert.cli.console import stderr, stdout
+    from sa3_convert.doctor.surroundings import surroundings
+    from sa3_convert.doctor.table import render, summary, surroundings_lines
+
+    if not as_json:
+        for line in surroundings_lines(surroundings()):
+            typer.echo(line)
+    from sa3_convert.errors import BackendError
+
+    try:
+        from sa3_convert.doctor.diagnose import diagnose
+        from sa3_convert.doctor.saved import save
+    except ImportError as error:
+        raise BackendError(
+            f"Probing needs what converting needs ({error}). Install it: pip install 'sa3-convert[convert]'."
+        ) from None
+
+    with stderr.status("probing") as status:
+        found = diagnose(backend, lambda done, total: status.update(f"probing {backend}: {done} of {total}"))
+    path = save(found)
+    if as_json:
+        typer.echo(json.dumps(found.to_data(), indent=2))
+        return
+    stdout.print(render(found, everything=everything))
+    for line in summary(found):
+        typer.echo(line)
+    typer.echo(f"Kept in {path}")

@@ -1,0 +1,16 @@
+"""All probes."""
+
+from sa3_convert.doctor.probe import Probe
+from sa3_convert.doctor.probes.arithmetic import ARITHMETIC
+from sa3_convert.doctor.probes.operators import OPERATORS
+from sa3_convert.doctor.probes.tools import TOOLS
+from sa3_convert.doctor.probes.weights import WEIGHTS
+
+PROBES: tuple[Probe, ...] = (*OPERATORS, *ARITHMETIC, *WEIGHTS, *TOOLS)
+
+UNPROBED = {
+    "unfused-weight-norm": "right as it stands; the reductions are probed",
+    "split-weights-half": "needs more than 2000 MB of weights",
+    "weights-unpacked": "is about a GPU's memory, not about numbers",
+}
+"""Rows of the hazard table without a probe, and why."""

@@ -1,0 +1,195 @@
+"""How each kind of hazard is recognised at a node; what they mean is in `hazard_kinds`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from sa3_convert.passes import _graph
+
+MnnVersion = Literal["3.0", "3.5", "3.6"]
+"""The oldest MNN that a graph must be right on."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a rule may ask of the graph around a node."""
+
+    target_mnn: MnnVersion
+    run_time: frozenset[ir.Value]
+    """Values that depend on a graph input in any way, its shape included."""
+    run_time_data: frozenset[ir.Value]
+    """Values that depend on a graph input's content: what follows from shapes alone is computed on the host."""
+    local_functions: frozenset[tuple[str, str]]
+
+
+_INTEGER = frozenset(
+    {
+        ir.DataType.BOOL,
+        ir.DataType.INT8,
+        ir.DataType.INT16,
+        ir.DataType.INT32,
+        ir.DataType.INT64,
+        ir.DataType.UINT8,
+        ir.DataType.UINT16,
+        ir.DataType.UINT32,
+        ir.DataType.UINT64,
+    }
+)
+_WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_REDUCTIONS_WITHOUT_AXES_INPUT = frozenset(
+    {"ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceSumSquare"}
+)
+_UNARY = frozenset({"Abs", "BitwiseNot", "Neg", "Not", "Sign"})
+_INTEGER_ARITHMETIC = frozenset(
+    {"Add", "And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Min", "Mul", "Or", "Sub", "Xor"}
+)
+_INT32 = np.iinfo(np.int32)
+
+
+def operator(*names: str) -> Callable[[ir.Node, Facts], bool]:
+    """Return a rule that finds operators by their names."""
+    return lambda node, facts: node.op_type in names and not node.domain
+
+
+def where_reads_else_out_of_bounds(node: ir.Node, facts: Facts) -> bool:
+    """Whether the second branch of a Where must be broadcast."""
+    # The converter broadcasts the branches only when the first one needs it.
+    if node.op_type != "Where":
+        return False
+    out, then, other = (None if v is None else v.shape for v in (node.outputs[0], node.inputs[1], node.inputs[2]))
+    if other is not None and all(size == 1 for size in other):
+        return False
+    return not (_surely_smaller(then, out) or _surely_equal(other, out))
+
+
+def _aligned(shape: Sequence[object], out: Sequence[object]) -> list[object]:
+    return [1] * (len(out) - len(shape)) + list(shape)
+
+
+def _surely_equal(shape: ir.Shape | None, out: ir.Shape | None) -> bool:
+    if shape is None or out is None or any(isinstance(size, ir.SymbolicDim) and size.value is None for size in shape):
+        return False
+    return list(shape) == list(out)
+
+
+def _surely_smaller(shape: ir.Shape | None, out: ir.Shape | None) -> bool:
+    if shape is None or out is None:
+        return False
+    pairs = zip(_aligned(list(shape), list(out)), out, strict=True)
+    return any(own == 1 and isinstance(whole, int) and whole != 1 for own, whole in pairs)
+
+
+def reduces_over_everything(node: ir.Node, facts: Facts) -> bool:
+    """Whether a reduction gets its axes as an input and they are not all axes."""
+    if node.op_type not in _REDUCTIONS_WITHOUT_AXES_INPUT or len(node.inputs) < 2 or node.inputs[1] is None:
+        return False
+    axes = _graph.constant_tensor(node.inputs[1])
+    data = node.inputs[0]
+    if axes is None or data is None or data.shape is None:
+        return True
+    return len({int(axis) % len(data.shape) for axis in axes.numpy().reshape(-1)}) not in (0, len(data.shape))
+
+
+def resizes_one_dimension(node: ir.Node, facts: Facts) -> bool:
+    """Whether a Resize interpolates along one dimension."""
+    if node.op_type != "Resize":
+        return False
+    data = node.inputs[0]
+    one_dimension = data is None or data.shape is None or len(data.shape) == 3
+    # Without a mode ONNX takes the nearest sample; MNN's converter does not.
+    return one_dimension and node.attributes.get_string("mode", "linear") == "linear"
+
+
+def clamps_a_constant(node: ir.Node, facts: Facts) -> bool:
+    """Whether an int64 constant does not fit 32 bits."""
+    for index, value in enumerate(node.inputs):
+        tensor = _graph.constant_tensor(value)
+        if tensor is None or tensor.dtype != ir.DataType.INT64 or not tensor.size:
+            continue
+        # To Slice a limit beyond the end means the end, clamped or not.
+        if node.op_type == "Slice" and index in (1, 2):
+            continue
+        numbers = tensor.numpy()
+        if numbers.max() > _INT32.max or numbers.min() < _INT32.min:
+            return True
+    return False
+
+
+def dequantises_what_mnn_does_not_expect(node: ir.Node, facts: Facts) -> bool:
+    """Whether a DequantizeLinear is not one of a constant along a later axis."""
+    if node.op_type != "DequantizeLinear":
+        return False
+    data, scale = (_graph.constant_tensor(value) for value in node.inputs[:2])
+    if data is None:
+        return True
+    per_axis = scale is None or scale.size != 1
+    return per_axis and _graph.attribute_int(node, "axis", 1) % max(len(data.shape), 1) == 0
+
+
+def reads_half_from_a_file(node: ir.Node, facts: Facts) -> bool:
+    """Whether a float16 constant lies in external data."""
+    tensors = (_graph.constant_tensor(value) for value in node.inputs)
+    return any(isinstance(t, ir.ExternalTensor) and t.dtype == ir.DataType.FLOAT16 for t in tensors)
+
+
+def _has_integer_data(node: ir.Node, facts: Facts) -> bool:
+    data = [value for value in node.inputs if value is not None and value in facts.run_time_data]
+    return any(value.dtype in _INTEGER for value in data)
+
+
+def integer_unary(node: ir.Node, facts: Facts) -> bool:
+    """Whether a unary operator works on integers or booleans that depend on the inputs."""
+    return node.op_type in _UNARY and _has_integer_data(node, facts)
+
+
+def integer_division(node: ir.Node, facts: Facts) -> bool:
+    """Whether integers that depend on the inputs are divided."""
+    return node.op_type in ("Div", "Mod") and _has_integer_data(node, facts)
+
+
+def integer_arithmetic(node: ir.Node, facts: Facts) -> bool:
+    """Whether there is other arithmetic on integers or booleans that depend on the inputs."""
+    return node.op_type in _INTEGER_ARITHMETIC and _has_integer_data(node, facts)
+
+
+def gathers_from_the_end(node: ir.Node, facts: Facts) -> bool:
+    """Whether constant indices count from the end."""
+    if node.op_type != "Gather":
+        return False
+    indices = _graph.constant_tensor(node.inputs[1])
+    return indices is not None and indices.size > 0 and bool((indices.numpy() < 0).any())
+
+
+def softmax_without_maximum(node: ir.Node, facts: Facts) -> bool:
+    """Whether a Softmax's input is not shifted by its row maximum, and the target needs that."""
+    if node.op_type not in ("Softmax", "LogSoftmax") or facts.target_mnn == "3.6":
+        return False
+    return node.inputs[0] is None or not _graph.is_shifted_by_its_maximum(node.inputs[0])
+
+
+def weight_is_a_norm(node: ir.Node, facts: Facts) -> bool:
+    """Whether a weight is computed with a norm."""
+    if node.op_type not in _WEIGHTED or len(node.inputs) < 2 or node.inputs[1] in facts.run_time:
+        return False
+    pending = [node.inputs[1]]
+    while pending:
+        value = pending.pop()
+        producer = None if value is None else value.producer()
+        if producer is not None:
+            if producer.op_type.startswith("Reduce"):
+                return True
+            pending.extend(producer.inputs)
+    return False
+
+
+def truncated_modulo(node: ir.Node, facts: Facts) -> bool:
+    """Whether a Mod takes the dividend's sign."""
+    return node.op_type == "Mod" and _graph.attribute_int(node, "fmod", 0) == 1
+
+
+def calls_a_function(node: ir.Node, facts: Facts) -> bool:
+    """Whether a node calls a function of the model's own."""
+    return (node.domain, node.op_type) in facts.local_functions
