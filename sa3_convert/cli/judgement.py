@@ -52,11 +52,13 @@ def verify(
     from sa3_convert.verify.full import verify_fully
     from sa3_convert.verify.generations import default_references
     from sa3_convert.verify.reference_store import ReferenceStore
+    from sa3_convert.verify.workload import workload
 
     opened, components = Bundle.open(bundle), tuple(component or ())
     if full:
         store = ReferenceStore(references or default_references(opened), references_mib << 20)
-        with shown_progress() as report:
+        work = workload(opened, cases, steps=steps, components=components, quick=quick)
+        with shown_progress(work) as report:
             findings = verify_fully(
                 opened,
                 cases=cases,

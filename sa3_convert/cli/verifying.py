@@ -2,18 +2,23 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from sa3_convert.cli.console import stderr, stdout
 from sa3_convert.verify.findings import Findings
 from sa3_convert.verify.full_table import render_end_to_end, render_generations
 from sa3_convert.verify.progress import Report
 from sa3_convert.verify.table import render, render_bisect
-
-_SPEED_OVER_SECONDS = 120
 
 
 def show_findings(findings: Findings, bundle: Path) -> None:
@@ -29,13 +34,19 @@ def show_findings(findings: Findings, bundle: Path) -> None:
 
 
 @contextlib.contextmanager
-def shown_progress() -> Iterator[Report]:
-    """Yield what shows work: on a terminal a bar per stage, elsewhere a line when a stage is done."""
+def shown_progress(work: Mapping[str, float]) -> Iterator[Report]:
+    """Yield what shows work: on a terminal a bar over all of it with the time left, elsewhere a line per stage.
+
+    Args:
+        work: how much each stage is, in any unit; see `workload`.
+
+    """
     columns = (
-        TextColumn("{task.description:<36}"),
+        TextColumn("{task.description:<42}"),
         BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
+        TaskProgressColumn(),
         TimeElapsedColumn(),
+        TextColumn("left:"),
         TimeRemainingColumn(),
     )
     with Progress(
@@ -43,19 +54,19 @@ def shown_progress() -> Iterator[Report]:
         console=stderr,
         transient=True,
         disable=not stderr.is_terminal,
-        speed_estimate_period=_SPEED_OVER_SECONDS,
     ) as progress:
-        stage = _Stages(progress)
+        stages = _Stages(progress, work)
         try:
-            yield stage.report
+            yield stages.report
         finally:
-            stage.end()
+            stages.end()
 
 
 class _Stages:
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._task = progress.add_task("starting", total=None)
+    def __init__(self, progress: Progress, work: Mapping[str, float]) -> None:
+        self._progress, self._work = progress, work
+        self._task = progress.add_task("checking files", total=sum(work.values()))
+        self._finished = 0.0
         self._what = ""
         self._began = 0.0
 
@@ -63,10 +74,11 @@ class _Stages:
         if what != self._what:
             self.end()
             self._what, self._began = what, time.monotonic()
-            self._progress.reset(self._task, description=what, total=total)
-        self._progress.update(self._task, completed=done, total=total)
+        completed = self._finished + self._work.get(what, 0) * done / total
+        self._progress.update(self._task, description=f"{what} {done}/{total}", completed=completed)
 
     def end(self) -> None:
+        self._finished += self._work.get(self._what, 0)
         if self._what and not stderr.is_terminal:
-            stderr.print(f"{self._what:<44} {time.monotonic() - self._began:7.1f} s")
+            stderr.print(f"{self._what:<50} {time.monotonic() - self._began:7.1f} s")
         self._what = ""

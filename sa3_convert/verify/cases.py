@@ -27,8 +27,17 @@ _FULL: Mapping[Component, Cases] = {
 }
 
 
+def _pairs(component: Component, quick: bool) -> Cases:
+    """Return the cases of a component; the full set contains the quick one."""
+    return tuple(dict.fromkeys(_QUICK[component] if quick else _QUICK[component] + _FULL[component]))
+
+
+def lengths_of(component: Component, *, quick: bool) -> tuple[int, ...]:
+    """Return T of each sample of a component."""
+    return tuple(latents for _, latents in _pairs(component, quick))
+
+
 def samples_for(component: Component, layout: CheckpointLayout, *, quick: bool) -> list[Sample]:
     """Return the samples of a component; the full set contains the quick one."""
-    cases = _QUICK[component] if quick else _QUICK[component] + _FULL[component]
-    distinct = dict.fromkeys(cases)
-    return [sample_inputs(component, layout, seed=seed, latents=latents) for seed, latents in distinct]
+    pairs = _pairs(component, quick)
+    return [sample_inputs(component, layout, seed=seed, latents=latents) for seed, latents in pairs]

@@ -72,9 +72,8 @@ def measure(
     if Component.DIT in wanted:
         target.embed(cases)
     found = []
-    for stage in (stage for stage in _STAGES if stage.component in wanted):
-        # One case stands for all that are the same to this component.
-        distinct = tuple({stage.key(case): case for case in reversed(cases)}.values())[::-1]
+    for stage in (stage for stage in STAGES if stage.component in wanted):
+        distinct = stage.distinct(cases)
         observations: list[Observation] = []
         for done, case in enumerate(distinct):
             report(stage.name, done, len(distinct))
@@ -139,7 +138,7 @@ def _encoder(references: References, target: Target, case: GenerationCase) -> It
 
 
 @dataclass(frozen=True, slots=True)
-class _Stage:
+class Stage:
     """How one distribution is measured."""
 
     name: str
@@ -148,14 +147,18 @@ class _Stage:
     key: Callable[[GenerationCase], Hashable] = lambda case: case
     """Cases with the same one are the same to the component."""
 
+    def distinct(self, cases: Sequence[GenerationCase]) -> tuple[GenerationCase, ...]:
+        """Return one case, the first, for all that are the same to the component."""
+        return tuple({self.key(case): case for case in reversed(cases)}.values())[::-1]
 
-_STAGES = (
-    _Stage("text_encoder", Component.TEXT_ENCODER, _text_encoder, lambda case: case.text),
-    _Stage("number_conditioner", Component.NUMBER_CONDITIONER, _number_conditioner, lambda case: case.seconds),
-    _Stage(TEACHER_FORCED, Component.DIT, _teacher_forced),
-    _Stage(FREE_RUNNING, Component.DIT, _free_running),
-    _Stage("decoder", Component.DECODER, _decoder),
-    _Stage("encoder", Component.ENCODER, _encoder),
+
+STAGES = (
+    Stage("text_encoder", Component.TEXT_ENCODER, _text_encoder, lambda case: case.text),
+    Stage("number_conditioner", Component.NUMBER_CONDITIONER, _number_conditioner, lambda case: case.seconds),
+    Stage(TEACHER_FORCED, Component.DIT, _teacher_forced),
+    Stage(FREE_RUNNING, Component.DIT, _free_running),
+    Stage("decoder", Component.DECODER, _decoder),
+    Stage("encoder", Component.ENCODER, _encoder),
 )
 
 

@@ -23,6 +23,10 @@ Floats = NDArray[np.float32]
 Heard = Callable[[GenerationCase, str, Floats], None]
 """(case, "reference", "target" or "chaos", audio [channels, samples])"""
 
+REFERENCE, CHAOS = "end to end, reference", "end to end, nudged reference"
+TARGET, TARGET_AUDIO = "end to end, target", "end to end, target's audio"
+"""Stages, as they are reported."""
+
 NUDGE = 1e-3
 """Standard deviation of what is added to each draw of noise, whose own is 1."""
 
@@ -103,7 +107,7 @@ def generate_both(
     """
     if not cases:
         raise VerificationError("There are no cases to generate.")
-    for nudge, name in ((0.0, "reference"), (NUDGE, "nudged reference")):
+    for nudge, name in ((0.0, REFERENCE), (NUDGE, CHAOS)):
         for stage in (references.trajectory, references.audio):
             for done, case in enumerate(cases):
                 report(name, done, len(cases))
@@ -111,11 +115,11 @@ def generate_both(
     references.side.close()
     target.embed(cases)
     for done, case in enumerate(cases):
-        report("target", done, len(cases))
+        report(TARGET, done, len(cases))
         target.latents(case)
     results = []
     for done, case in enumerate(cases):
-        report("target's audio", done, len(cases))
+        report(TARGET_AUDIO, done, len(cases))
         results.append(_compared(references, target, case, heard))
     target.side.close()
     return EndToEnd(tuple(results))
