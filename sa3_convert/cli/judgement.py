@@ -78,7 +78,7 @@ def verify(
     show_findings(findings, bundle)
     if json_file is not None:
         write_text(json_file, json.dumps(findings.to_data(), indent=2) + "\n")
-    findings.bundle.check()
+    findings.check()
 
 
 def bisect(

@@ -162,6 +162,11 @@ STAGES = (
 )
 
 
+def component_of(distribution: str) -> Component:
+    """Return the component that a distribution of this name is about."""
+    return next(stage.component for stage in STAGES if stage.name == distribution)
+
+
 def _valid(path: Trajectory) -> Region:
     return Region(axis=2, stop=path.valid)
 

@@ -1,6 +1,7 @@
 """Everything that can be found out about a bundle, in one call."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from sa3_convert.bundle.manifest import Bundle
 from sa3_convert.components import Component
@@ -8,6 +9,7 @@ from sa3_convert.runtime.engines import EngineName
 from sa3_convert.verify.bisect import bisect
 from sa3_convert.verify.bisect_result import BisectResult
 from sa3_convert.verify.bundle import verify_bundle
+from sa3_convert.verify.case_feeds import case_feeds
 from sa3_convert.verify.cases import samples_for
 from sa3_convert.verify.distribution import measure
 from sa3_convert.verify.end_to_end import Heard, generate_both
@@ -16,7 +18,9 @@ from sa3_convert.verify.generation import GenerationCase
 from sa3_convert.verify.generations import FULL_CASES, STEPS, both_sides, end_to_end_cases
 from sa3_convert.verify.progress import Report
 from sa3_convert.verify.reference_store import ReferenceStore
-from sa3_convert.verify.result import BundleFidelity
+from sa3_convert.verify.sides import References
+
+_AUDIBLE = {Component.TEXT_ENCODER, Component.NUMBER_CONDITIONER, Component.DIT, Component.DECODER}
 
 
 def verify_fully(
@@ -53,7 +57,7 @@ def verify_fully(
     Raises:
         BundleError: a file is missing or is not what the manifest says, or the bundle cannot generate.
         VerificationError: manifest, recipe and file disagree, or an output cannot be compared. A model that falls short
-            raises nothing: see `BundleFidelity.check`.
+            raises nothing: see `Findings.check`.
         ModelFileError: a file cannot be loaded or run.
         UsageError: a duration is beyond the model's limit.
 
@@ -61,40 +65,52 @@ def verify_fully(
     wanted = tuple(c for c in bundle.components if not components or c in components)
     with both_sides(bundle, engine=engine, store=store, steps=steps, threads=threads) as (references, target):
         fidelity = verify_bundle(bundle, components=wanted, quick=quick, threads=threads, store=store, progress=report)
-        generations = measure(references, target, cases, report, components=wanted)
-        whole = set(wanted) >= {Component.TEXT_ENCODER, Component.NUMBER_CONDITIONER, Component.DIT, Component.DECODER}
-        end_to_end = generate_both(references, target, end_to_end_cases(cases), report, heard) if whole else None
-    return Findings(
-        fidelity,
-        engine=engine,
-        generations=generations,
-        end_to_end=end_to_end,
-        bisections=bisect_failures(bundle, fidelity, threads=threads, report=report) if bisecting else {},
-    )
+        findings = Findings(
+            fidelity, engine=engine, generations=measure(references, target, cases, report, components=wanted)
+        )
+        if set(wanted) >= _AUDIBLE:
+            heard_cases = end_to_end_cases(cases)
+            findings = replace(findings, end_to_end=generate_both(references, target, heard_cases, report, heard))
+        if bisecting:
+            found = bisect_failures(bundle, findings, references, threads=threads, report=report)
+            findings = replace(findings, bisections=found)
+    return findings
 
 
 def bisect_failures(
     bundle: Bundle,
-    fidelity: BundleFidelity,
+    findings: Findings,
+    references: References,
     *,
     threads: int | None = None,
     report: Report = lambda what, done, total: None,
 ) -> dict[Component, BisectResult]:
-    """Bisect every MNN model that fell short, each at its worst case.
+    """Bisect every MNN model that fell short at its worst case, sampled or in a generation.
 
     Args:
         bundle: the bundle.
-        fidelity: what `verify_bundle` found in it.
+        findings: what was found in it.
+        references: of the bundle.
         threads: of either engine; None leaves it to them.
         report: called as work goes on.
 
+    Raises:
+        ModelFileError: a file cannot be run.
+        VerificationError: reference and target have no tensor in common.
+
     """
-    failed = [v.fidelity for v in fidelity.verdicts if v.engine == "mnn" and not v.passed]
+    sampled = {v.fidelity.component: v for v in findings.bundle.verdicts if v.engine == "mnn" and not v.passed}
+    generated = findings.short if findings.engine == "mnn" else {}
+    failed = [component for component in bundle.components if component in {*sampled, *generated}]
     found = {}
-    for done, short in enumerate(failed):
-        report("bisecting", done, len(failed))
-        component = short.component
-        samples = {s.name: s for s in samples_for(component, bundle.layout, quick=False)}
-        feeds = samples[short.worst_case.case].feeds
-        found[component] = bisect(bundle.file(component, "onnx"), bundle.file(component, "mnn"), feeds, threads=threads)
+    for done, component in enumerate(failed):
+        report(f"{component.value}, bisecting", done, len(failed))
+        if component in sampled:
+            samples = {s.name: s.feeds for s in samples_for(component, bundle.layout, quick=False)}
+            feeds = samples[sampled[component].fidelity.worst_case.case]
+        else:
+            worst = generated[component].summary
+            feeds = case_feeds(references, component, GenerationCase.parse(worst.worst_case), worst.worst_step)
+        files = bundle.file(component, "onnx"), bundle.file(component, "mnn")
+        found[component] = bisect(*files, feeds, threads=threads)
     return found

@@ -8,11 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from sa3_convert.verify.audio_metrics import WINDOWS
-from sa3_convert.verify.distribution import FREE_RUNNING, TEACHER_FORCED, GenerationFidelity
+from sa3_convert.verify.distribution import FREE_RUNNING, GenerationFidelity, component_of
 from sa3_convert.verify.distribution_result import Distribution
 from sa3_convert.verify.end_to_end import Divergence, EndToEnd
-
-_COMPONENTS = {TEACHER_FORCED: "dit", FREE_RUNNING: "dit"}
 
 
 def render_generations(result: GenerationFidelity, bundle: Path) -> RenderableType:
@@ -63,7 +61,7 @@ def replay(distribution: Distribution, bundle: Path) -> str:
     command measures that one case again.
     """
     found = distribution.summary
-    component = _COMPONENTS.get(distribution.name, distribution.name)
+    component = component_of(distribution.name).value
     where = f"{shlex.quote(str(bundle))} --component {component} --case {shlex.quote(found.worst_case)}"
     if distribution.name == FREE_RUNNING:
         return f"sa3-convert verify {where} --full --quick"

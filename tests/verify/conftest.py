@@ -24,7 +24,7 @@ def make_recipe(floor_db: float = 30.0) -> Recipe:
 
 
 @pytest.fixture(scope="session")
-def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundle")
     request = ConvertRequest(
         checkpoint=Checkpoint.open(GOLDEN / "small" / "checkpoint"),
@@ -40,12 +40,12 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def copy_of(converted: Path, tmp_path: Path) -> Callable[[], Path]:
+def copy_of(two_models: Path, tmp_path: Path) -> Callable[[], Path]:
     """Return a function that makes a fresh copy of the bundle's folder."""
     count = iter(range(10_000))
 
     def copy() -> Path:
-        return Path(shutil.copytree(converted, tmp_path / f"copy{next(count)}"))
+        return Path(shutil.copytree(two_models, tmp_path / f"copy{next(count)}"))
 
     return copy
 

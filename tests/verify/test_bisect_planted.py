@@ -19,15 +19,15 @@ DRAWS = range(20)
 
 
 @pytest.mark.parametrize("draw", DRAWS)
-def test_a_fault_in_any_layer_of_the_toy_dit_is_found(converted: Path, tmp_path: Path, draw: int) -> None:
+def test_a_fault_in_any_layer_of_the_toy_dit_is_found(two_models: Path, tmp_path: Path, draw: int) -> None:
     random = np.random.default_rng(draw)
-    model = converted / "dit.mnn"
+    model = two_models / "dit.mnn"
     layer = random.choice(np.array(layers(model), object))
     fault = FAULTS[draw % len(FAULTS)]
     plant(model, tmp_path / "dit.mnn", layer, fault)
     # With something to keep, so that the layers of the local conditioning have an input other than zero.
     feeds = sample_inputs(Component.DIT, LAYOUT, seed=2, latents=12).feeds
-    found, verdict = blames(converted / "reference" / "dit.onnx", tmp_path / "dit.mnn", layer, feeds)
+    found, verdict = blames(two_models / "reference" / "dit.onnx", tmp_path / "dit.mnn", layer, feeds)
     assert found, f"{fault} in {verdict}"
 
 

@@ -36,8 +36,8 @@ def is_accepted(folder: Path) -> bool:
     return True
 
 
-def test_the_bundle_that_all_others_are_made_from_is_accepted(converted: Path) -> None:
-    assert is_accepted(converted)
+def test_the_bundle_that_all_others_are_made_from_is_accepted(two_models: Path) -> None:
+    assert is_accepted(two_models)
 
 
 def replaced(folder: Path, name: str, change: Callable[[bytearray], bytes | bytearray]) -> None:

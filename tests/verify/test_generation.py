@@ -216,9 +216,13 @@ def test_measuring_nothing_is_no_success(tmp_path: Path) -> None:
 def test_each_model_is_loaded_for_its_stage_only(tmp_path: Path) -> None:
     with sides(tmp_path) as (references, target):
         measure(references, target, CASES)
-        engine = references.side._engine
-        assert isinstance(engine, StandInEngine)
-        assert engine.loaded == list(Component)
+        generate_both(references, target, CASES)
+        reference, judged = references.side._engine, target.side._engine
+        assert isinstance(reference, StandInEngine)
+        assert isinstance(judged, StandInEngine)
+        # The nudged reference and the audio at the end need some again.
+        assert reference.loaded == [*Component, Component.DIT, Component.DECODER]
+        assert judged.loaded == [*Component, Component.DECODER]
 
 
 def test_the_same_models_generate_the_same_audio_and_chaos_is_measured_beside_it(tmp_path: Path) -> None:
