@@ -239,6 +239,20 @@ def name_of(layout: CheckpointLayout) -> str:
     return f"custom-{family_of(layout) or 'mixed'}{suffix}"
 
 
+def size_of(layout: CheckpointLayout) -> Literal["toy", "full", "custom"]:
+    """Return which of the known dimensions a checkpoint has, by its autoencoder and, if it has one, its DiT."""
+    auto, dit = layout.autoencoder, layout.dit
+    for (family, size), known in DIMENSIONS.items():
+        same = known.autoencoder
+        width = same.channels * same.multiplier
+        found = (auto.latent_dim, auto.decoder.width, auto.decoder.depth)
+        if family != family_of(layout) or found != (same.latent_dim, width, same.depth):
+            continue
+        if dit is None or (dit.embed_dim, dit.depth) == (known.dit.width, known.dit.depth):
+            return size
+    return "custom"
+
+
 def defaults_of(layout: CheckpointLayout) -> Defaults:
     """Return how a checkpoint is sampled by default, from its objective.
 

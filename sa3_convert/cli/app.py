@@ -9,7 +9,17 @@ from typing import Annotated
 import typer
 
 import sa3_convert
-from sa3_convert.cli import benching, bundle, checkpoint, conversion, doctoring, generation, judgement, planning
+from sa3_convert.cli import (
+    benching,
+    bundle,
+    checkpoint,
+    conversion,
+    doctoring,
+    drifting,
+    generation,
+    judgement,
+    planning,
+)
 from sa3_convert.errors import Sa3Error
 
 INTERRUPTED = 130
@@ -24,7 +34,7 @@ app = typer.Typer(
 )
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(bundle.app, name="bundle")
-for room in (conversion, planning, judgement, generation, benching, doctoring):
+for room in (conversion, planning, judgement, drifting, generation, benching, doctoring):
     room.register(app)
 
 

@@ -1,0 +1,109 @@
+"""`drift`: a bundle's figures against those of a kept baseline."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sa3_convert.cli.options import BundleArgument, JsonFileOption, ThreadsOption
+from sa3_convert.errors import DriftError, UsageError
+
+if TYPE_CHECKING:
+    from sa3_convert.bundle.manifest import Bundle
+    from sa3_convert.verify.drift import Plan
+    from sa3_convert.verify.drift_compare import Drift
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's command."""
+    app.command()(drift)
+
+
+def drift(
+    bundle: BundleArgument,
+    baseline: Annotated[Path, typer.Option("--baseline", metavar="FILE", help="The kept figures, drift.json.")],
+    update: Annotated[bool, typer.Option("--update", help="Make this bundle the baseline; asks for --reason.")] = False,
+    reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, kept in the file's history.")] = "",
+    case: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--case",
+            metavar="'prompt=P seed=S seconds=D'",
+            help="With --update: what is generated to measure; several times. The baseline's when not given.",
+        ),
+    ] = None,
+    no_speed: Annotated[bool, typer.Option("--no-speed", help="Leave the speed ratios out.")] = False,
+    json_file: JsonFileOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Compare sizes, storage, fidelity and speed of a bundle with a kept baseline; exit 6 when a figure fell."""
+    if update and not reason.strip():
+        raise UsageError("--update makes these figures right from now on: say why, --reason 'MNN 3.7, 0.2 dB less'.")
+    if not update and (reason or case):
+        raise UsageError("--reason and --case are for --update.")
+    from sa3_convert.bundle.manifest import Bundle
+    from sa3_convert.verify.drift import Plan, cases_of
+
+    opened = Bundle.open(bundle)
+    if update:
+        plan = Plan(cases_of(baseline, opened, case or ()), threads=threads, speed=not no_speed)
+        _update(opened, baseline, reason.strip(), plan, json_file)
+    else:
+        _check(opened, baseline, Plan(threads=threads, speed=not no_speed), json_file)
+
+
+def _update(bundle: "Bundle", file: Path, reason: str, plan: "Plan", json_file: Path | None) -> None:
+    from sa3_convert.cli.console import progress, stdout
+    from sa3_convert.verify.drift import update_baseline
+    from sa3_convert.verify.drift_table import render_baseline, render_drift
+
+    made, change = update_baseline(file, bundle, reason, plan, progress)
+    stdout.print(render_baseline(made) if change is None else render_drift(change))
+    typer.echo(f"{file}: {' '.join(made.key)} is the baseline now, because: {reason}")
+    if json_file is not None and change is not None:
+        _save(json_file, change)
+
+
+def _check(bundle: "Bundle", file: Path, plan: "Plan", json_file: Path | None) -> None:
+    from sa3_convert.cli.console import progress, stdout
+    from sa3_convert.verify.drift import check_drift, find_baseline
+    from sa3_convert.verify.drift_rules import FORMULA
+    from sa3_convert.verify.drift_table import render_drift
+
+    found = check_drift(bundle, find_baseline(file, bundle), plan, progress)
+    stdout.print(render_drift(found))
+    typer.echo(FORMULA)
+    for line in found.changes.lines():
+        typer.echo(f"changed: {line}")
+    if json_file is not None:
+        _save(json_file, found)
+    if not found.passed:
+        raise DriftError(_complaint(bundle, file, found))
+
+
+def _complaint(bundle: "Bundle", file: Path, found: "Drift") -> str:
+    """Return what moved, and what to do next."""
+    from sa3_convert.verify.drift_compare import worst_cases
+
+    names = dict.fromkeys(row.figure.component.value for row in found.failures)
+    since = found.baseline.history[-1]
+    lines = [
+        f"{len(found.failures)} of {len(found.rows)} figures of {bundle.path} moved further than they may since "
+        f"{since.date} ({since.reason}), in {', '.join(names)}; the table shows them. Look closer with:"
+    ]
+    for component, (case, step) in worst_cases(found.failures).items():
+        at = [] if step is None else ["--step", str(step)]
+        command = ["sa3-convert", "bisect", str(bundle.path), "--component", component.value, "--case", case, *at]
+        lines.append(f"  {shlex.join(command)}")
+    update = ["sa3-convert", "drift", str(bundle.path), "--baseline", str(file), "--update", "--reason", "…"]
+    lines.append(f"If it is meant to be so: {shlex.join(update)}")
+    return "\n".join(lines)
+
+
+def _save(file: Path, found: "Drift") -> None:
+    from sa3_convert.files import write_text
+    from sa3_convert.verify.drift_rules import FORMULA
+
+    write_text(file, json.dumps({"schema": 1, "rule": FORMULA, **found.to_data()}, indent=2) + "\n")

@@ -1,0 +1,186 @@
+"""Drift: a bundle's figures held to those that a kept baseline says are right."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sa3_convert.bundle.manifest import Bundle
+from sa3_convert.checkpoint.variants import size_of
+from sa3_convert.errors import InputError
+from sa3_convert.fingerprint import source_digest
+from sa3_convert.recipe import load_recipe
+from sa3_convert.runtime.machine import machine
+from sa3_convert.tools import tool_versions
+from sa3_convert.verify.bundle import verify_bundle
+from sa3_convert.verify.distribution import measure
+from sa3_convert.verify.drift_baseline import (
+    HOW_TO_START,
+    Baseline,
+    BundleBaseline,
+    Figure,
+    Origin,
+    Update,
+    now,
+    read_baseline,
+    write_baseline,
+)
+from sa3_convert.verify.drift_compare import Drift, compare_figures
+from sa3_convert.verify.drift_figures import generation_figures, sampled_figures, storage_figures
+from sa3_convert.verify.drift_speed import speed_figures
+from sa3_convert.verify.generation import GenerationCase, all_cases
+from sa3_convert.verify.generations import STEPS, both_sides
+
+DEFAULT_CASES: tuple[GenerationCase, ...] = all_cases((0, 2, 4, 7), (0, 1), (2.0, 5.0))
+"""What a new baseline measures unless told otherwise: two seeds of each prompt and duration, for the scatter."""
+ROOMS = ("checkpoint", "networks", "export", "passes", "quantise", "mnn", "runtime", "verify")
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to measure."""
+
+    cases: tuple[GenerationCase, ...] = DEFAULT_CASES
+    steps: int = STEPS
+    speed: bool = True
+    threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A bundle's figures, and what they depend on."""
+
+    figures: tuple[Figure, ...]
+    origin: Origin
+
+
+def measure_bundle(bundle: Bundle, plan: Plan, report: Report = lambda _: None) -> Measured:
+    """Verify a bundle and take its figures.
+
+    Raises:
+        BundleError: a file is missing or is not what the manifest says, or the bundle cannot generate.
+        VerificationError: it does not hold what it says, or a model is below its floor: no figure of it means anything.
+
+    """
+    report("verifying")
+    verified = verify_bundle(bundle, quick=True, threads=plan.threads)
+    verified.check()
+    recipe = load_recipe(bundle.file(None, "recipe"))
+    figures = [*storage_figures(bundle, recipe), *sampled_figures(verified)]
+    with both_sides(bundle, steps=plan.steps, threads=plan.threads) as (references, target):
+        generations = measure(
+            references, target, plan.cases, lambda what, done, total: report(f"{what}, {done + 1} of {total}")
+        )
+    figures += generation_figures(generations, plan.cases)
+    if plan.speed:
+        figures += speed_figures(bundle, lambda c: report(f"{c.value}, speed"))
+    return Measured(tuple(figures), origin_of(bundle))
+
+
+def origin_of(bundle: Bundle) -> Origin:
+    """Return what a bundle's figures depend on."""
+    manifest = bundle.manifest
+    return Origin(
+        converted_with=manifest.tools,
+        measured_with=tool_versions(),
+        processor=machine()["processor"],
+        recipe=load_recipe(bundle.file(None, "recipe")).model_dump(mode="json", by_alias=True),
+        checkpoint=dict(manifest.checkpoint.get("digests", {})),
+        code={room: source_digest(room) for room in ROOMS},
+        files={e.path: e.sha256 for a in manifest.artifacts if a.kind in ("mnn", "onnx") for e in a.files},
+    )
+
+
+def key_of(bundle: Bundle) -> tuple[str, str, str]:
+    """Return what a bundle's part of a baseline is found by: variant, recipe, size."""
+    return bundle.manifest.variant, bundle.manifest.recipe, size_of(bundle.layout)
+
+
+def find_baseline(path: Path, bundle: Bundle) -> BundleBaseline:
+    """Return what a baseline file holds a bundle to.
+
+    Raises:
+        InputError: there is no such file, it is damaged, or it knows no such bundle.
+
+    """
+    baseline = read_baseline(path)
+    if baseline is None:
+        raise InputError(f"There is no baseline {path}. {HOW_TO_START}")
+    found = baseline.find(key_of(bundle))
+    if found is None:
+        known = "; ".join(" ".join(b.key) for b in baseline.bundles)
+        raise InputError(
+            f"Baseline {path} knows nothing of {' '.join(key_of(bundle))}; it holds {known}. Give the baseline of this "
+            f"bundle, or add it: --update --reason 'why'."
+        )
+    return found
+
+
+def check_drift(bundle: Bundle, baseline: BundleBaseline, plan: Plan, report: Report = lambda _: None) -> Drift:
+    """Measure what a baseline measured, in the same cases, and compare.
+
+    Args:
+        bundle: the bundle.
+        baseline: of such a bundle; decides cases, steps and tolerances.
+        plan: the rest of how to measure; speed is left out if the baseline has none.
+        report: called with a line as work goes on.
+
+    Raises:
+        BundleError: as `measure_bundle`.
+        VerificationError: as `measure_bundle`.
+
+    """
+    has_speed = any(figure.kind == "speed" for figure in baseline.figures)
+    cases = tuple(GenerationCase.parse(name) for name in baseline.cases)
+    chosen = Plan(cases, baseline.steps, plan.speed and has_speed, plan.threads)
+    measured = measure_bundle(bundle, chosen, report)
+    return compare_figures(baseline, measured.figures, measured.origin)
+
+
+def update_baseline(
+    path: Path, bundle: Bundle, reason: str, plan: Plan, report: Report = lambda _: None
+) -> tuple[BundleBaseline, Drift | None]:
+    """Measure a bundle and make it the baseline, others in the same file untouched.
+
+    Returns:
+        The new baseline, and how it differs from the one before, if there was one of the same cases.
+
+    Raises:
+        InputError: the file is damaged; nothing is written over it.
+        BundleError: as `measure_bundle`.
+        VerificationError: as `measure_bundle`; a bundle that fails becomes no baseline.
+
+    """
+    known = read_baseline(path)
+    before = known.find(key_of(bundle)) if known else None
+    measured = measure_bundle(bundle, plan, report)
+    variant, recipe, size = key_of(bundle)
+    made = BundleBaseline(
+        variant=variant,
+        recipe=recipe,
+        size=size,
+        cases=tuple(case.name for case in plan.cases),
+        steps=plan.steps,
+        figures=measured.figures,
+        origin=measured.origin,
+        history=(*(before.history if before else ()), Update(date=now(), reason=reason, tools=tool_versions())),
+    )
+    write_baseline(path, known.replacing(made) if known else Baseline(schema_version=1, bundles=(made,)))
+    comparable = before is not None and (before.cases, before.steps) == (made.cases, made.steps)
+    return made, compare_figures(before, made.figures, made.origin) if before and comparable else None
+
+
+def cases_of(path: Path, bundle: Bundle, named: Sequence[str]) -> tuple[GenerationCase, ...]:
+    """Return the cases of a new baseline: those that are named, else those of the one that it replaces.
+
+    Raises:
+        InputError: the file is damaged.
+        UsageError: a name is none of a case.
+
+    """
+    if named:
+        return tuple(dict.fromkeys(GenerationCase.parse(name) for name in named))
+    known = read_baseline(path)
+    before = known.find(key_of(bundle)) if known else None
+    return tuple(GenerationCase.parse(name) for name in before.cases) if before else DEFAULT_CASES

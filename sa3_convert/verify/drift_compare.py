@@ -1,0 +1,204 @@
+"""Figures now beside figures then: which moved further than they may, and what else has changed."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sa3_convert.components import Component
+from sa3_convert.verify.drift_baseline import BundleBaseline, Figure, Origin
+
+Status = Literal["held", "better", "moved", "gone", "new", "not judged"]
+
+FAILING: frozenset[Status] = frozenset({"moved", "gone", "new"})
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One figure on both sides."""
+
+    before: Figure | None
+    """None: the baseline has no such figure."""
+    now: Figure | None
+    """None: it was not measured."""
+    status: Status
+
+    @property
+    def figure(self) -> Figure:
+        """The baseline's figure, or the new one."""
+        figure = self.before or self.now
+        assert figure is not None
+        return figure
+
+    @property
+    def allowed(self) -> float | str | None:
+        """The furthest value that still passes; None for what is not judged by one."""
+        return None if self.before is None else limit(self.before)
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is drift."""
+        return self.status in FAILING
+
+    def to_data(self) -> dict[str, Any]:
+        """Return JSON-ready data."""
+        return {
+            "component": self.figure.component.value,
+            "kind": self.figure.kind,
+            "name": self.figure.name,
+            "status": self.status,
+            "rule": self.figure.rule,
+            "tolerance": self.figure.tolerance,
+            "before": None if self.before is None else self.before.value,
+            "now": None if self.now is None else self.now.value,
+            "allowed": self.allowed,
+            "case": None if self.now is None else self.now.case,
+            "step": None if self.now is None else self.now.step,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What figures depend on and is not what it was, a line each."""
+
+    tools: tuple[str, ...]
+    recipe: tuple[str, ...]
+    checkpoint: tuple[str, ...]
+    code: tuple[str, ...]
+    files: tuple[str, ...]
+    machine: tuple[str, ...]
+
+    def lines(self) -> tuple[str, ...]:
+        """Return all of them, each with what it is about in front."""
+        groups = (
+            ("tool", self.tools),
+            ("recipe", self.recipe),
+            ("checkpoint", self.checkpoint),
+            ("our code", self.code),
+            ("file", self.files),
+            ("machine", self.machine),
+        )
+        return tuple(f"{what}: {line}" for what, lines in groups for line in lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """A bundle held to its baseline."""
+
+    baseline: BundleBaseline
+    rows: tuple[Row, ...]
+    changes: Changes
+
+    @property
+    def failures(self) -> tuple[Row, ...]:
+        """The rows that are drift."""
+        return tuple(row for row in self.rows if row.failed)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every figure is where it may be."""
+        return not self.failures
+
+    def to_data(self) -> dict[str, Any]:
+        """Return JSON-ready data."""
+        variant, recipe, size = self.baseline.key
+        return {
+            "variant": variant,
+            "recipe": recipe,
+            "size": size,
+            "passed": self.passed,
+            "baseline": self.baseline.history[-1].model_dump(mode="json"),
+            "changes": list(self.changes.lines()),
+            "rows": [row.to_data() for row in self.rows],
+        }
+
+
+def compare_figures(baseline: BundleBaseline, figures: Sequence[Figure], origin: Origin) -> Drift:
+    """Return every figure of either side with its verdict, in the baseline's order, new ones last."""
+    now = {figure.key: figure for figure in figures}
+    known = {figure.key for figure in baseline.figures}
+    same_machine = origin.processor == baseline.origin.processor
+    rows = [Row(figure, now.get(figure.key), "held") for figure in baseline.figures]
+    rows += [Row(None, figure, "held") for figure in figures if figure.key not in known]
+    judged = tuple(Row(row.before, row.now, _status(row, same_machine)) for row in rows)
+    return Drift(baseline, judged, changes(baseline.origin, origin))
+
+
+def _status(row: Row, same_machine: bool) -> Status:
+    if row.figure.kind == "speed" and (row.before is None or row.now is None or not same_machine):
+        return "not judged"
+    if row.before is None:
+        return "new"
+    if row.now is None:
+        return "gone"
+    return _moved(row.before, row.now)
+
+
+def _moved(before: Figure, now: Figure) -> Status:
+    if isinstance(before.value, str) or isinstance(now.value, str):
+        return "held" if before.value == now.value else "moved"
+    gain = now.value - before.value if before.rule == "may not fall" else before.value - now.value
+    if gain < -before.tolerance:
+        return "moved"
+    return "better" if gain > before.tolerance else "held"
+
+
+def limit(figure: Figure) -> float | str:
+    """Return the furthest value that still passes."""
+    if isinstance(figure.value, str):
+        return figure.value
+    return figure.value - figure.tolerance if figure.rule == "may not fall" else figure.value + figure.tolerance
+
+
+def changes(before: Origin, now: Origin) -> Changes:
+    """Return what differs between two origins."""
+    tools = [*_differences(before.converted_with, now.converted_with, "converted with ")]
+    tools += _differences(before.measured_with, now.measured_with, "measured with ")
+    return Changes(
+        tools=tuple(tools),
+        recipe=tuple(_differences(_flat(before.recipe), _flat(now.recipe))),
+        checkpoint=tuple(f"other weights of {name}" for name in _changed(before.checkpoint, now.checkpoint)),
+        code=tuple(f"{room} changed" for room in _changed(before.code, now.code)),
+        files=tuple(f"{path} has other bytes" for path in _changed(before.files, now.files)),
+        machine=() if before.processor == now.processor else (f"{before.processor} → {now.processor}",),
+    )
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [key for key in {**before, **now} if before.get(key) != now.get(key)]
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key in _changed(before, now):
+        yield f"{prefix}{key} {before.get(key, 'absent')} → {now.get(key, 'absent')}"
+
+
+def _flat(data: Any, path: str = "") -> dict[str, Any]:
+    """Return nested mappings and lists as one mapping from dotted paths to values."""
+    if isinstance(data, Mapping) and data:
+        items = data.items()
+    elif isinstance(data, list) and data:
+        items = {str(index): value for index, value in enumerate(data)}.items()
+    else:
+        return {path: data}
+    return {
+        key: value for name, part in items for key, value in _flat(part, f"{path}.{name}" if path else name).items()
+    }
+
+
+def worst_cases(rows: Sequence[Row]) -> Mapping[Component, tuple[str, int | None]]:
+    """Return the case and step of the lowest ratio of each component that has a fallen one."""
+    found: dict[Component, Figure] = {}
+    for row in rows:
+        figure = row.now
+        if figure is None or figure.case is None or isinstance(figure.value, str):
+            continue
+        known = found.get(figure.component)
+        # Teacher-forced steps are the model's own error; a free run's includes what came before.
+        if known is None or _order(figure) < _order(known):
+            found[figure.component] = figure
+    return {component: (figure.case or "", figure.step) for component, figure in found.items()}
+
+
+def _order(figure: Figure) -> tuple[bool, float]:
+    assert not isinstance(figure.value, str)
+    return figure.name.startswith("free-running"), figure.value

@@ -1,0 +1,138 @@
+"""A bundle's figures for drift: sizes, what is stored, ratios as distributions and per step."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from statistics import fmean
+
+import numpy as np
+
+from sa3_convert.bundle.manifest import Bundle
+from sa3_convert.components import Component
+from sa3_convert.mnn.audit import audit
+from sa3_convert.mnn.storage import read_storage
+from sa3_convert.recipe import ComponentRecipe, Recipe
+from sa3_convert.verify.distribution import GenerationFidelity
+from sa3_convert.verify.distribution_result import Distribution, Observation
+from sa3_convert.verify.drift_baseline import Figure, Kind
+from sa3_convert.verify.drift_rules import Statistic, counted, may_fall_by, scatter, size_may_grow_by
+from sa3_convert.verify.generation import GenerationCase
+from sa3_convert.verify.result import BundleFidelity, ComponentFidelity
+
+_DIGITS = 4
+
+
+def storage_figures(bundle: Bundle, recipe: Recipe) -> Iterator[Figure]:
+    """Yield size and storage of each model."""
+    for component in bundle.components:
+        size = sum(entry.bytes for entry in bundle.artifact(component).files)
+        yield Figure(
+            component=component,
+            kind="size",
+            name="bytes",
+            value=float(size),
+            rule="may not rise",
+            tolerance=round(size_may_grow_by(size)),
+        )
+        stored = _stored(bundle, component, recipe.for_component(component))
+        yield Figure(component=component, kind="storage", name="storage", value=stored, rule="may not change")
+
+
+def _stored(bundle: Bundle, component: Component, recipe: ComponentRecipe) -> str:
+    """Return in words how a file stores its weights, token tables and other constants."""
+    storage = read_storage(bundle.file(component))
+    parts = []
+    for scheme in storage.summary()["weights"]:
+        form = ""
+        if scheme["scale_type"] is not None:
+            block = f"blocks of {scheme['block_size']}" if scheme["block_size"] else "per channel"
+            form = f" {'symmetric' if scheme['symmetric'] else 'asymmetric'}, {block}, {scheme['scale_type']} scales"
+        parts.append(f"{scheme['layers']} × {scheme['type']}{form} ({scheme['elements']:,} weights)")
+    parts += [f"embedding {t.type} {list(t.shape)}" for t in audit(storage, recipe).tables]
+    if floats := sorted({constant.type for constant in storage.constants if constant.is_float}):
+        parts.append(f"constants {' and '.join(floats)}")
+    return "; ".join(parts)
+
+
+def sampled_figures(result: BundleFidelity) -> Iterator[Figure]:
+    """Yield mean and worst ratio of each model over the sampled inputs that every conversion runs."""
+    for verdict in result.verdicts:
+        yield from _sampled(verdict.fidelity)
+
+
+def _sampled(fidelity: ComponentFidelity) -> Iterator[Figure]:
+    # Each case by its worst output, as a constant one would flatter it.
+    by_case: dict[str, list[float]] = {}
+    for measurement in fidelity.measurements:
+        by_case.setdefault(measurement.case, []).append(measurement.fidelity.signal_to_noise_db)
+    ratios = counted(min(group) for group in by_case.values())
+    deviation = scatter([ratios])
+    values: tuple[tuple[Statistic, float], ...] = (("mean", fmean(ratios)), ("worst", min(ratios)))
+    for statistic, value in values:
+        yield _ratio(fidelity.component, "fidelity", "sampled inputs", statistic, value, len(ratios), deviation)
+
+
+def generation_figures(result: GenerationFidelity, cases: Sequence[GenerationCase]) -> Iterator[Figure]:
+    """Yield mean, 5 % and worst of each distribution, and the DiT's means per step."""
+    for distribution in result.distributions:
+        yield from _distribution(distribution, cases)
+        for step in distribution.by_step():
+            yield _step(distribution, step)
+
+
+def _distribution(distribution: Distribution, cases: Sequence[GenerationCase]) -> Iterator[Figure]:
+    ratios = counted(o.fidelity.signal_to_noise_db for o in distribution.observations)
+    deviation = scatter(_by_seed(distribution.observations).values())
+    worst = distribution.observations[ratios.index(min(ratios))]
+    values: tuple[tuple[Statistic, float], ...] = (
+        ("mean", fmean(ratios)),
+        ("5 %", float(np.percentile(ratios, 5))),
+        ("worst", min(ratios)),
+    )
+    component, name = _of(distribution)
+    for statistic, value in values:
+        figure = _ratio(component, "fidelity", name, statistic, value, len(ratios), deviation)
+        yield figure.model_copy(update={"case": _replay(worst.case, cases), "step": worst.step})
+
+
+def _step(distribution: Distribution, step: int) -> Figure:
+    observations = [o for o in distribution.observations if o.step == step]
+    ratios = counted(o.fidelity.signal_to_noise_db for o in observations)
+    deviation = scatter(_by_seed(observations).values())
+    component, name = _of(distribution)
+    figure = _ratio(component, "step", f"{name}, step {step}", "mean", fmean(ratios), len(ratios), deviation)
+    return figure.model_copy(update={"case": observations[ratios.index(min(ratios))].case, "step": step})
+
+
+def _ratio(
+    component: Component, kind: Kind, name: str, statistic: Statistic, value: float, count: int, deviation: float
+) -> Figure:
+    return Figure(
+        component=component,
+        kind=kind,
+        name=f"{name}: {statistic}",
+        value=round(value, _DIGITS),
+        rule="may not fall",
+        tolerance=round(may_fall_by(statistic, value, count, deviation), _DIGITS),
+    )
+
+
+def _of(distribution: Distribution) -> tuple[Component, str]:
+    """Return a distribution's component, and what it is called beside it."""
+    component, _, how = distribution.name.partition(", ")
+    return Component(component), how or "generations"
+
+
+def _by_seed(observations: Iterable[Observation]) -> Mapping[tuple[object, ...], list[float]]:
+    """Return counted ratios in groups that differ in their seed alone; one group if no input depends on the seed."""
+    groups: dict[tuple[object, ...], list[float]] = {}
+    for observation in observations:
+        group: tuple[object, ...] = ()
+        if " seed=" in observation.case:
+            case = GenerationCase.parse(observation.case)
+            group = (case.prompt, case.seconds, observation.step)
+        groups.setdefault(group, []).extend(counted([observation.fidelity.signal_to_noise_db]))
+    return groups
+
+
+def _replay(name: str, cases: Sequence[GenerationCase]) -> str:
+    """Return the case that an observation is of; those of text encoder and number conditioner name only their input."""
+    return next(c.name for c in cases if name in (c.name, f"prompt={c.prompt}", f"seconds={c.seconds:g}"))
