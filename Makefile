@@ -13,12 +13,14 @@ BUNDLE ?= artifacts/toy-small-music-int8
 PROMPT ?= warm analog synth pad with slow attack, 90 BPM
 TOYS := small-music small-sfx
 TOY_RECIPES := int8 fp16
+TOY_BUNDLES := $(foreach variant,$(TOYS),$(TOY_RECIPES:%=artifacts/toy-$(variant)-%))
+REASON ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup convert verify run drift test bench lint clean
+.PHONY: help setup convert verify run drift drift-update test bench lint clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,8 +42,13 @@ verify: $(READY) ## verify BUNDLE=… against ONNX Runtime
 run: $(READY) ## generate a WAV from BUNDLE=… with PROMPT=…
 	$(SA3) run $(BUNDLE) --prompt "$(PROMPT)" --seconds 10 -o $(BUNDLE).wav
 
-drift: $(READY) ## compare toy bundles with the committed baseline
-	@echo "drift is not built yet" >&2; exit 1
+# One thread: on toy models more of them only wait for one another.
+DRIFT := --baseline tests/drift.json --no-speed --threads 1
+drift: $(READY) ## compare the toy bundles with the committed baseline
+	@failed=0; for bundle in $(TOY_BUNDLES); do $(SA3) drift $$bundle $(DRIFT) || failed=$$?; done; exit $$failed
+
+drift-update: $(READY) ## make the toy bundles the committed baseline, with REASON="…"
+	@for bundle in $(TOY_BUNDLES); do $(SA3) drift $$bundle $(DRIFT) --update --reason "$(REASON)" || exit; done
 
 test: $(READY) ## run the tests
 	$(BIN)/python -m pytest

@@ -41,12 +41,6 @@ def show_stage(event: StageEvent) -> None:
     stderr.print(f"{name} {event.stage:<9} {time:>10}  {event.detail:<24}")
 
 
-def progress(line: str) -> None:
-    """Show what is being done, on a terminal only; the next line takes its place."""
-    if stderr.is_terminal:
-        stderr.print(f"{line:<60}", end="\r", style="dim")
-
-
 def show_verdict(verdict: Verdict) -> None:
     """Print one line per verified model."""
     fidelity = verdict.fidelity

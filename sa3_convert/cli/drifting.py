@@ -2,17 +2,20 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sa3_convert.cli.options import BundleArgument, JsonFileOption, ThreadsOption
+from sa3_convert.cli.verify_options import ReferencesOption
 from sa3_convert.errors import DriftError, UsageError
 
 if TYPE_CHECKING:
     from sa3_convert.bundle.manifest import Bundle
     from sa3_convert.verify.drift import Plan
+    from sa3_convert.verify.drift_baseline import Figure
     from sa3_convert.verify.drift_compare import Drift
 
 
@@ -36,6 +39,7 @@ def drift(
     ] = None,
     no_speed: Annotated[bool, typer.Option("--no-speed", help="Leave the speed ratios out.")] = False,
     json_file: JsonFileOption = None,
+    references: ReferencesOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Compare sizes, storage, fidelity and speed of a bundle with a kept baseline; exit 6 when a figure fell."""
@@ -45,21 +49,27 @@ def drift(
         raise UsageError("--reason and --case are for --update.")
     from sa3_convert.bundle.manifest import Bundle
     from sa3_convert.verify.drift import Plan, cases_of
+    from sa3_convert.verify.generations import default_references
+    from sa3_convert.verify.reference_store import ReferenceStore
 
     opened = Bundle.open(bundle)
+    store = ReferenceStore(references or default_references(opened))
+    plan = Plan(threads=threads, speed=not no_speed, store=store)
     if update:
-        plan = Plan(cases_of(baseline, opened, case or ()), threads=threads, speed=not no_speed)
+        plan = replace(plan, cases=cases_of(baseline, opened, case or ()))
         _update(opened, baseline, reason.strip(), plan, json_file)
     else:
-        _check(opened, baseline, Plan(threads=threads, speed=not no_speed), json_file)
+        _check(opened, baseline, plan, json_file)
 
 
 def _update(bundle: "Bundle", file: Path, reason: str, plan: "Plan", json_file: Path | None) -> None:
-    from sa3_convert.cli.console import progress, stdout
+    from sa3_convert.cli.console import stdout
+    from sa3_convert.cli.verifying import shown_progress
     from sa3_convert.verify.drift import update_baseline
     from sa3_convert.verify.drift_table import render_baseline, render_drift
 
-    made, change = update_baseline(file, bundle, reason, plan, progress)
+    with shown_progress() as report:
+        made, change = update_baseline(file, bundle, reason, plan, report)
     stdout.print(render_baseline(made) if change is None else render_drift(change))
     typer.echo(f"{file}: {' '.join(made.key)} is the baseline now, because: {reason}")
     if json_file is not None and change is not None:
@@ -67,12 +77,15 @@ def _update(bundle: "Bundle", file: Path, reason: str, plan: "Plan", json_file: 
 
 
 def _check(bundle: "Bundle", file: Path, plan: "Plan", json_file: Path | None) -> None:
-    from sa3_convert.cli.console import progress, stdout
+    from sa3_convert.cli.console import stdout
+    from sa3_convert.cli.verifying import shown_progress
     from sa3_convert.verify.drift import check_drift, find_baseline
     from sa3_convert.verify.drift_rules import FORMULA
     from sa3_convert.verify.drift_table import render_drift
 
-    found = check_drift(bundle, find_baseline(file, bundle), plan, progress)
+    baseline = find_baseline(file, bundle)
+    with shown_progress() as report:
+        found = check_drift(bundle, baseline, plan, report)
     stdout.print(render_drift(found))
     typer.echo(FORMULA)
     for line in found.changes.lines():
@@ -93,13 +106,22 @@ def _complaint(bundle: "Bundle", file: Path, found: "Drift") -> str:
         f"{len(found.failures)} of {len(found.rows)} figures of {bundle.path} moved further than they may since "
         f"{since.date} ({since.reason}), in {', '.join(names)}; the table shows them. Look closer with:"
     ]
-    for component, (case, step) in worst_cases(found.failures).items():
-        at = [] if step is None else ["--step", str(step)]
-        command = ["sa3-convert", "bisect", str(bundle.path), "--component", component.value, "--case", case, *at]
+    for figure in worst_cases(found.failures):
+        command = ["sa3-convert", "bisect", str(bundle.path), "--component", figure.component.value, *_inputs(figure)]
         lines.append(f"  {shlex.join(command)}")
     update = ["sa3-convert", "drift", str(bundle.path), "--baseline", str(file), "--update", "--reason", "…"]
     lines.append(f"If it is meant to be so: {shlex.join(update)}")
     return "\n".join(lines)
+
+
+def _inputs(figure: "Figure") -> list[str]:
+    """Return the options with which `bisect` runs a model on what a figure was worst at."""
+    case = figure.case or ""
+    if case.startswith("prompt="):
+        return ["--case", case] + ([] if figure.step is None else ["--step", str(figure.step)])
+    # A sampled input: "seed=3", and "T=108" where there is a length.
+    names = {"seed": "--seed", "T": "--latents"}
+    return [part for pair in case.split() for part in (names[pair.split("=")[0]], pair.split("=")[1])]
 
 
 def _save(file: Path, found: "Drift") -> None:

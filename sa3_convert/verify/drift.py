@@ -1,7 +1,7 @@
 """Drift: a bundle's figures held to those that a kept baseline says are right."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sa3_convert.bundle.manifest import Bundle
@@ -29,12 +29,16 @@ from sa3_convert.verify.drift_figures import generation_figures, sampled_figures
 from sa3_convert.verify.drift_speed import speed_figures
 from sa3_convert.verify.generation import GenerationCase, all_cases
 from sa3_convert.verify.generations import STEPS, both_sides
+from sa3_convert.verify.progress import Report
+from sa3_convert.verify.reference_store import ReferenceStore
 
 DEFAULT_CASES: tuple[GenerationCase, ...] = all_cases((0, 2, 4, 7), (0, 1), (2.0, 5.0))
 """What a new baseline measures unless told otherwise: two seeds of each prompt and duration, for the scatter."""
 ROOMS = ("checkpoint", "networks", "export", "passes", "quantise", "mnn", "runtime", "verify")
 
-Report = Callable[[str], None]
+
+def no_report(what: str, done: int, total: int) -> None:
+    """Say nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,8 @@ class Plan:
     steps: int = STEPS
     speed: bool = True
     threads: int | None = None
+    store: ReferenceStore | None = None
+    """Where reference outputs are kept for the next time; None computes them anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +61,7 @@ class Measured:
     origin: Origin
 
 
-def measure_bundle(bundle: Bundle, plan: Plan, report: Report = lambda _: None) -> Measured:
+def measure_bundle(bundle: Bundle, plan: Plan, report: Report = no_report) -> Measured:
     """Verify a bundle and take its figures.
 
     Raises:
@@ -63,18 +69,15 @@ def measure_bundle(bundle: Bundle, plan: Plan, report: Report = lambda _: None) 
         VerificationError: it does not hold what it says, or a model is below its floor: no figure of it means anything.
 
     """
-    report("verifying")
-    verified = verify_bundle(bundle, quick=True, threads=plan.threads)
+    verified = verify_bundle(bundle, quick=True, threads=plan.threads, store=plan.store, progress=report)
     verified.check()
     recipe = load_recipe(bundle.file(None, "recipe"))
     figures = [*storage_figures(bundle, recipe), *sampled_figures(verified)]
-    with both_sides(bundle, steps=plan.steps, threads=plan.threads) as (references, target):
-        generations = measure(
-            references, target, plan.cases, lambda what, done, total: report(f"{what}, {done + 1} of {total}")
-        )
-    figures += generation_figures(generations, plan.cases)
+    with both_sides(bundle, store=plan.store, steps=plan.steps, threads=plan.threads) as (references, target):
+        generations = measure(references, target, plan.cases, report)
+    figures += generation_figures(generations)
     if plan.speed:
-        figures += speed_figures(bundle, lambda c: report(f"{c.value}, speed"))
+        figures += speed_figures(bundle, report)
     return Measured(tuple(figures), origin_of(bundle))
 
 
@@ -117,14 +120,14 @@ def find_baseline(path: Path, bundle: Bundle) -> BundleBaseline:
     return found
 
 
-def check_drift(bundle: Bundle, baseline: BundleBaseline, plan: Plan, report: Report = lambda _: None) -> Drift:
+def check_drift(bundle: Bundle, baseline: BundleBaseline, plan: Plan, report: Report = no_report) -> Drift:
     """Measure what a baseline measured, in the same cases, and compare.
 
     Args:
         bundle: the bundle.
         baseline: of such a bundle; decides cases, steps and tolerances.
         plan: the rest of how to measure; speed is left out if the baseline has none.
-        report: called with a line as work goes on.
+        report: called as work goes on.
 
     Raises:
         BundleError: as `measure_bundle`.
@@ -133,13 +136,13 @@ def check_drift(bundle: Bundle, baseline: BundleBaseline, plan: Plan, report: Re
     """
     has_speed = any(figure.kind == "speed" for figure in baseline.figures)
     cases = tuple(GenerationCase.parse(name) for name in baseline.cases)
-    chosen = Plan(cases, baseline.steps, plan.speed and has_speed, plan.threads)
+    chosen = replace(plan, cases=cases, steps=baseline.steps, speed=plan.speed and has_speed)
     measured = measure_bundle(bundle, chosen, report)
     return compare_figures(baseline, measured.figures, measured.origin)
 
 
 def update_baseline(
-    path: Path, bundle: Bundle, reason: str, plan: Plan, report: Report = lambda _: None
+    path: Path, bundle: Bundle, reason: str, plan: Plan, report: Report = no_report
 ) -> tuple[BundleBaseline, Drift | None]:
     """Measure a bundle and make it the baseline, others in the same file untouched.
 

@@ -185,20 +185,19 @@ def _flat(data: Any, path: str = "") -> dict[str, Any]:
     }
 
 
-def worst_cases(rows: Sequence[Row]) -> Mapping[Component, tuple[str, int | None]]:
-    """Return the case and step of the lowest ratio of each component that has a fallen one."""
+def worst_cases(rows: Sequence[Row]) -> list[Figure]:
+    """Return, for each component of which a ratio fell, the figure whose case shows it best.
+
+    A generation rather than a sampled input, the model's own error rather than what a free run makes of it, and of
+    those the lowest ratio.
+    """
     found: dict[Component, Figure] = {}
-    for row in rows:
-        figure = row.now
-        if figure is None or figure.case is None or isinstance(figure.value, str):
-            continue
-        known = found.get(figure.component)
-        # Teacher-forced steps are the model's own error; a free run's includes what came before.
-        if known is None or _order(figure) < _order(known):
-            found[figure.component] = figure
-    return {component: (figure.case or "", figure.step) for component, figure in found.items()}
+    fallen = [row.now for row in rows if row.now is not None and row.now.case is not None]
+    for figure in sorted(fallen, key=_rank):
+        found.setdefault(figure.component, figure)
+    return list(found.values())
 
 
-def _order(figure: Figure) -> tuple[bool, float]:
-    assert not isinstance(figure.value, str)
-    return figure.name.startswith("free-running"), figure.value
+def _rank(figure: Figure) -> tuple[bool, bool, float]:
+    sampled, free = figure.name.startswith("sampled"), figure.name.startswith("free-running")
+    return sampled, free, figure.value if isinstance(figure.value, float) else 0.0

@@ -1,6 +1,6 @@
 """A bundle's figures for drift: sizes, what is stored, ratios as distributions and per step."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from statistics import fmean
 
 import numpy as np
@@ -10,6 +10,7 @@ from sa3_convert.components import Component
 from sa3_convert.mnn.audit import audit
 from sa3_convert.mnn.storage import read_storage
 from sa3_convert.recipe import ComponentRecipe, Recipe
+from sa3_convert.runtime.engines import EngineName
 from sa3_convert.verify.distribution import GenerationFidelity
 from sa3_convert.verify.distribution_result import Distribution, Observation
 from sa3_convert.verify.drift_baseline import Figure, Kind
@@ -21,7 +22,7 @@ _DIGITS = 4
 
 
 def storage_figures(bundle: Bundle, recipe: Recipe) -> Iterator[Figure]:
-    """Yield size and storage of each model."""
+    """Yield size and storage of each `.mnn`."""
     for component in bundle.components:
         size = sum(entry.bytes for entry in bundle.artifact(component).files)
         yield Figure(
@@ -55,32 +56,37 @@ def _stored(bundle: Bundle, component: Component, recipe: ComponentRecipe) -> st
 def sampled_figures(result: BundleFidelity) -> Iterator[Figure]:
     """Yield mean and worst ratio of each model over the sampled inputs that every conversion runs."""
     for verdict in result.verdicts:
-        yield from _sampled(verdict.fidelity)
+        yield from _sampled(verdict.fidelity, verdict.engine)
 
 
-def _sampled(fidelity: ComponentFidelity) -> Iterator[Figure]:
+def _sampled(fidelity: ComponentFidelity, engine: EngineName) -> Iterator[Figure]:
     # Each case by its worst output, as a constant one would flatter it.
     by_case: dict[str, list[float]] = {}
     for measurement in fidelity.measurements:
         by_case.setdefault(measurement.case, []).append(measurement.fidelity.signal_to_noise_db)
     ratios = counted(min(group) for group in by_case.values())
+    # Only MNN's models can be bisected.
+    name, case = f"sampled inputs, {engine}", None
+    if engine == "mnn":
+        name, case = "sampled inputs", list(by_case)[ratios.index(min(ratios))]
     deviation = scatter([ratios])
     values: tuple[tuple[Statistic, float], ...] = (("mean", fmean(ratios)), ("worst", min(ratios)))
     for statistic, value in values:
-        yield _ratio(fidelity.component, "fidelity", "sampled inputs", statistic, value, len(ratios), deviation)
+        figure = _ratio(fidelity.component, "fidelity", name, statistic, value, len(ratios), deviation)
+        yield figure.model_copy(update={"case": case})
 
 
-def generation_figures(result: GenerationFidelity, cases: Sequence[GenerationCase]) -> Iterator[Figure]:
+def generation_figures(result: GenerationFidelity) -> Iterator[Figure]:
     """Yield mean, 5 % and worst of each distribution, and the DiT's means per step."""
     for distribution in result.distributions:
-        yield from _distribution(distribution, cases)
+        yield from _distribution(distribution)
         for step in distribution.by_step():
             yield _step(distribution, step)
 
 
-def _distribution(distribution: Distribution, cases: Sequence[GenerationCase]) -> Iterator[Figure]:
+def _distribution(distribution: Distribution) -> Iterator[Figure]:
     ratios = counted(o.fidelity.signal_to_noise_db for o in distribution.observations)
-    deviation = scatter(_by_seed(distribution.observations).values())
+    deviation = _deviation(distribution.observations)
     worst = distribution.observations[ratios.index(min(ratios))]
     values: tuple[tuple[Statistic, float], ...] = (
         ("mean", fmean(ratios)),
@@ -90,13 +96,13 @@ def _distribution(distribution: Distribution, cases: Sequence[GenerationCase]) -
     component, name = _of(distribution)
     for statistic, value in values:
         figure = _ratio(component, "fidelity", name, statistic, value, len(ratios), deviation)
-        yield figure.model_copy(update={"case": _replay(worst.case, cases), "step": worst.step})
+        yield figure.model_copy(update={"case": worst.case, "step": worst.step})
 
 
 def _step(distribution: Distribution, step: int) -> Figure:
     observations = [o for o in distribution.observations if o.step == step]
     ratios = counted(o.fidelity.signal_to_noise_db for o in observations)
-    deviation = scatter(_by_seed(observations).values())
+    deviation = _deviation(observations)
     component, name = _of(distribution)
     figure = _ratio(component, "step", f"{name}, step {step}", "mean", fmean(ratios), len(ratios), deviation)
     return figure.model_copy(update={"case": observations[ratios.index(min(ratios))].case, "step": step})
@@ -121,18 +127,15 @@ def _of(distribution: Distribution) -> tuple[Component, str]:
     return Component(component), how or "generations"
 
 
-def _by_seed(observations: Iterable[Observation]) -> Mapping[tuple[object, ...], list[float]]:
-    """Return counted ratios in groups that differ in their seed alone; one group if no input depends on the seed."""
+def _deviation(observations: Iterable[Observation]) -> float:
+    """Return the standard deviation of ratios that differ in their seed alone, or of all where nothing else does."""
     groups: dict[tuple[object, ...], list[float]] = {}
     for observation in observations:
-        group: tuple[object, ...] = ()
-        if " seed=" in observation.case:
-            case = GenerationCase.parse(observation.case)
-            group = (case.prompt, case.seconds, observation.step)
-        groups.setdefault(group, []).extend(counted([observation.fidelity.signal_to_noise_db]))
-    return groups
-
-
-def _replay(name: str, cases: Sequence[GenerationCase]) -> str:
-    """Return the case that an observation is of; those of text encoder and number conditioner name only their input."""
-    return next(c.name for c in cases if name in (c.name, f"prompt={c.prompt}", f"seconds={c.seconds:g}"))
+        case = GenerationCase.parse(observation.case)
+        groups.setdefault((case.prompt, case.seconds, observation.step), []).append(
+            observation.fidelity.signal_to_noise_db
+        )
+    by_seed = [counted(group) for group in groups.values()]
+    if all(len(group) == 1 for group in by_seed):
+        by_seed = [[ratio for group in by_seed for ratio in group]]
+    return scatter(by_seed)

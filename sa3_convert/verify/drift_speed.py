@@ -7,7 +7,7 @@ between threads, which is what a toy model is on many cores, are not taken for t
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 from sa3_convert.bundle.manifest import Bundle
@@ -18,6 +18,7 @@ from sa3_convert.session import Arrays, Session
 from sa3_convert.verify.drift_baseline import Figure
 from sa3_convert.verify.drift_rules import speed_may_grow_by
 from sa3_convert.verify.inputs import sample_inputs
+from sa3_convert.verify.progress import Report
 
 REPEATS: Final = 5
 _LATENTS: Final[Mapping[Component, int]] = {Component.DIT: 108, Component.DECODER: 32, Component.ENCODER: 32}
@@ -25,17 +26,17 @@ _SHORTEST: Final = 0.05
 """Seconds of work between two looks at the clock, whose steps can be of milliseconds."""
 
 
-def speed_figures(bundle: Bundle, report: Callable[[Component], None] = lambda _: None) -> Iterator[Figure]:
+def speed_figures(bundle: Bundle, report: Report) -> Iterator[Figure]:
     """Yield one ratio per component; both of its models are in memory together.
 
     Args:
         bundle: its files were checked.
-        report: called before each component.
+        report: called as work goes on.
 
     """
     engines = [bundle_engine(bundle, name, {"threads": 1}, check=False) for name in ("onnxruntime", "mnn")]
-    for component in bundle.components:
-        report(component)
+    for done, component in enumerate(bundle.components):
+        report("speed", done, len(bundle.components))
         sample = sample_inputs(component, bundle.layout, seed=0, latents=_LATENTS.get(component, 1))
         reference, target = (Models(engine).use(component) for engine in engines)
         with reference as first, target as second:
