@@ -68,7 +68,7 @@ def _update(bundle: "Bundle", file: Path, reason: str, plan: "Plan", json_file: 
     from sa3_convert.verify.drift import update_baseline
     from sa3_convert.verify.drift_table import render_baseline, render_drift
 
-    with shown_progress() as report:
+    with shown_progress(_work(bundle, plan)) as report:
         made, change = update_baseline(file, bundle, reason, plan, report)
     stdout.print(render_baseline(made) if change is None else render_drift(change))
     typer.echo(f"{file}: {' '.join(made.key)} is the baseline now, because: {reason}")
@@ -79,12 +79,13 @@ def _update(bundle: "Bundle", file: Path, reason: str, plan: "Plan", json_file: 
 def _check(bundle: "Bundle", file: Path, plan: "Plan", json_file: Path | None) -> None:
     from sa3_convert.cli.console import stdout
     from sa3_convert.cli.verifying import shown_progress
-    from sa3_convert.verify.drift import check_drift, find_baseline
+    from sa3_convert.verify.drift import check_drift, find_baseline, plan_of
     from sa3_convert.verify.drift_rules import FORMULA
     from sa3_convert.verify.drift_table import render_drift
 
     baseline = find_baseline(file, bundle)
-    with shown_progress() as report:
+    plan = plan_of(baseline, plan)
+    with shown_progress(_work(bundle, plan)) as report:
         found = check_drift(bundle, baseline, plan, report)
     stdout.print(render_drift(found))
     typer.echo(FORMULA)
@@ -94,6 +95,15 @@ def _check(bundle: "Bundle", file: Path, plan: "Plan", json_file: Path | None) -
         _save(json_file, found)
     if not found.passed:
         raise DriftError(_complaint(bundle, file, found))
+
+
+def _work(bundle: "Bundle", plan: "Plan") -> dict[str, float]:
+    """Return the cost of each stage: those of a full verification but for what is end to end."""
+    from sa3_convert.verify.end_to_end import CHAOS, TARGET, TARGET_AUDIO
+    from sa3_convert.verify.workload import workload
+
+    work = workload(bundle, plan.cases, steps=plan.steps, quick=True)
+    return {stage: cost for stage, cost in work.items() if stage not in (CHAOS, TARGET, TARGET_AUDIO)}
 
 
 def _complaint(bundle: "Bundle", file: Path, found: "Drift") -> str:

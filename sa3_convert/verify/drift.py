@@ -120,13 +120,20 @@ def find_baseline(path: Path, bundle: Bundle) -> BundleBaseline:
     return found
 
 
+def plan_of(baseline: BundleBaseline, plan: Plan) -> Plan:
+    """Return a plan with the cases and steps of a baseline, without speed if that has none."""
+    has_speed = any(figure.kind == "speed" for figure in baseline.figures)
+    cases = tuple(GenerationCase.parse(name) for name in baseline.cases)
+    return replace(plan, cases=cases, steps=baseline.steps, speed=plan.speed and has_speed)
+
+
 def check_drift(bundle: Bundle, baseline: BundleBaseline, plan: Plan, report: Report = no_report) -> Drift:
     """Measure what a baseline measured, in the same cases, and compare.
 
     Args:
         bundle: the bundle.
-        baseline: of such a bundle; decides cases, steps and tolerances.
-        plan: the rest of how to measure; speed is left out if the baseline has none.
+        baseline: of such a bundle.
+        plan: how to measure; what the baseline decides (`plan_of`) is taken from it.
         report: called as work goes on.
 
     Raises:
@@ -134,10 +141,7 @@ def check_drift(bundle: Bundle, baseline: BundleBaseline, plan: Plan, report: Re
         VerificationError: as `measure_bundle`.
 
     """
-    has_speed = any(figure.kind == "speed" for figure in baseline.figures)
-    cases = tuple(GenerationCase.parse(name) for name in baseline.cases)
-    chosen = replace(plan, cases=cases, steps=baseline.steps, speed=plan.speed and has_speed)
-    measured = measure_bundle(bundle, chosen, report)
+    measured = measure_bundle(bundle, plan_of(baseline, plan), report)
     return compare_figures(baseline, measured.figures, measured.origin)
 
 
