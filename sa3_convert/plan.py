@@ -113,6 +113,6 @@ def _require_room(request: ConvertRequest, steps: list[Step]) -> None:
     needed = bytes_needed(steps)
     if needed > free:
         raise InputError(
-            f"Not enough room in {folder}: this conversion needs about {needed / 2**30:.1f} GiB "
-            f"and {free / 2**30:.1f} GiB are free. Free some, or give --cache and --out on another disk."
+            f"Not enough room in {folder}: this conversion needs about {needed / 2**20:.1f} MiB "
+            f"and {free / 2**20:.1f} MiB are free. Free some, or give --cache and --out on another disk."
         )

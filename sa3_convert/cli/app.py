@@ -1,5 +1,6 @@
 """`main`: the one place that prints errors and decides the exit code."""
 
+import errno
 import os
 import sys
 import traceback
@@ -80,7 +81,8 @@ def run(arguments: list[str]) -> int:
     except (typer.Abort, typer.Exit) as leave:
         return getattr(leave, "exit_code", 1)
     except OSError as error:
-        _complain(f"The system refused: {error}", error)
+        what = "The disk is full" if error.errno == errno.ENOSPC else "The system refused"
+        _complain(f"{what}: {error}. Nothing half-written was left behind.", error)
         return 3
     except MemoryError as error:
         _complain("Out of memory. Convert fewer components at a time (--component), or on a larger machine.", error)
