@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -80,28 +81,37 @@ def run(arguments: list[str]) -> int:
         result = INTERRUPTED
     except (typer.Abort, typer.Exit) as leave:
         return getattr(leave, "exit_code", 1)
-    except OSError as error:
-        what = "The disk is full" if error.errno == errno.ENOSPC else "The system refused"
-        _complain(f"{what}: {error}. Nothing half-written was left behind.", error)
-        return 3
-    except MemoryError as error:
-        _complain("Out of memory. Convert fewer components at a time (--component), or on a larger machine.", error)
-        return 4
-    except Exception as error:  # the outermost frame: anything that reaches it is a bug to be reported as one
-        if hasattr(error, "exit_code") and hasattr(error, "format_message"):
-            # Typer's own usage errors carry their message and exit code 2.
-            error.show() if hasattr(error, "show") else _complain(error.format_message())
-            return int(error.exit_code)
-        _complain(
-            f"This is a bug in sa3-convert: {type(error).__name__}: {error}\n"
-            "Please report it with the output of the same command with --debug in front: sa3-convert --debug …",
-            error,
-        )
-        return 70
+    except Exception as error:  # the outermost frame: anything else that reaches it is a bug to be reported as one
+        return _failed(error)
     if result == INTERRUPTED:
         # Typer turns an interrupt into this result, without a word.
         _complain("Interrupted; nothing half-written was left behind.")
     return result if isinstance(result, int) else 0
+
+
+_OUT_OF_MEMORY = re.compile(r"(?i)(can't|cannot|failed to|unable to) allocate|bad.?alloc")
+"""How native libraries say it: torch and ONNX Runtime have no exception type for it."""
+
+
+def _failed(error: Exception) -> int:
+    """Explain an error that is not one of ours, and return its exit code."""
+    if hasattr(error, "exit_code") and hasattr(error, "format_message"):
+        # Typer's own usage errors carry their message and exit code 2.
+        error.show() if hasattr(error, "show") else _complain(error.format_message())
+        return int(error.exit_code)
+    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
+        _complain("Out of memory. Convert fewer components at a time (--component), or on a larger machine.", error)
+        return 4
+    if isinstance(error, OSError):
+        what = "The disk is full" if error.errno == errno.ENOSPC else "The system refused"
+        _complain(f"{what}: {error}. Nothing half-written was left behind.", error)
+        return 3
+    _complain(
+        f"This is a bug in sa3-convert: {type(error).__name__}: {error}\n"
+        "Please report it with the output of the same command with --debug in front: sa3-convert --debug …",
+        error,
+    )
+    return 70
 
 
 def _complain(message: str, error: BaseException | None = None) -> None:

@@ -16,6 +16,7 @@ import onnx_ir as ir
 import sympy
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from sa3_convert.components import Contract, Dimension, Length, Port
 from sa3_convert.errors import ConversionError
@@ -73,15 +74,21 @@ def traced(module: nn.Module, contract: Contract, multiple: int = 1) -> ir.Model
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's remarks about packages that are not installed off the terminal."""
+    """Keep the exporter's remarks about packages that are not installed off the terminal, and start no thread.
+
+    torch.fx makes a progress bar that it does not show; the bar starts a thread to watch over it, and when there is no
+    memory for a thread Python waits for ever for it to begin.
+    """
     logger = logging.getLogger("torch.onnx")
-    level = logger.level
+    level, interval = logger.level, tqdm.monitor_interval
     logger.setLevel(logging.ERROR)
+    tqdm.monitor_interval = 0
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        tqdm.monitor_interval = interval
         logger.setLevel(level)
 
 

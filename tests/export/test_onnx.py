@@ -257,3 +257,14 @@ def test_the_check_refuses_an_invalid_graph(block: Path) -> None:
     ir.save(model, block)
     with pytest.raises(ConversionError, match="not valid ONNX"):
         check_onnx(block, BLOCK)
+
+
+def test_no_thread_watches_over_a_progress_bar_that_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python waits for ever for a thread that there is no memory for."""
+    monkeypatch.setattr("tqdm.std.tqdm.monitor", None)
+    started: list[object] = []
+    monkeypatch.setattr("tqdm.std.TMonitor.start", lambda monitor: started.append(monitor))
+    onnx_from_module(Block(), BLOCK, tmp_path / "block.onnx")
+    assert started == []
