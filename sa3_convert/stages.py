@@ -20,6 +20,12 @@ MOMENTS: Final = "moments.safetensors"
 """What the calibrate stage leaves."""
 _ROUNDING: Final = tuple(f"quantise/{name}" for name in ("grid", "layers", "moments", "compensated", "rounding"))
 """Modules that decide where weights are rounded to."""
+_VERIFYING: Final = (
+    *(f"verify/{name}" for name in ("cases", "compare", "component", "inputs", "metrics", "result")),
+    "ort",
+    "session",
+)
+"""Modules that a conversion's own verification is made of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +78,12 @@ def stage_keys(
     verify = fingerprint(
         mnn=mnn,
         floor_db=recipe.floor_db,
-        code=source_digest("verify", "ort", "session"),
+        code=source_digest(*_VERIFYING),
         tools=[version_of("onnxruntime")],
     )
     int8 = fingerprint(
         export=export,
-        code=source_digest("quantise/ort_int8", "verify", "ort", "session"),
+        code=source_digest("quantise/ort_int8", *_VERIFYING),
         tools=[version_of(name) for name in ("onnx", "onnxruntime")],
     )
     return Keys(export, calibrate, mnn, verify, int8 if ort_int8 else None)
