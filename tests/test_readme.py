@@ -4,7 +4,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pytest
 import soundfile
 import typer.main
 
@@ -49,6 +52,24 @@ def test_targets_that_are_not_built_say_so_and_fail() -> None:
     for target in re.findall(r"@echo \"(\w+) is not built yet\"", makefile):
         result = subprocess.run(["make", target, "-o", ".venv/.ready"], cwd=ROOT, capture_output=True, check=False)
         assert result.returncode != 0
+
+
+def test_the_python_example_runs_as_it_stands(
+    toy_int8: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts" / "small-music-int8").symlink_to(toy_int8.path)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    out = capsys.readouterr().out.splitlines()
+    assert out[:-1] == [f"step {index} of 8" for index in range(1, 9)]
+    assert out[-1].startswith("on mnn in ")
+    streamed, rate = soundfile.read(tmp_path / "pad.wav")
+    whole = names["piece"].audio.T
+    assert (rate, streamed.shape) == (44100, whole.shape)
+    np.testing.assert_allclose(streamed, whole, atol=2**-15)
 
 
 def demo(folder: Path) -> subprocess.CompletedProcess[str]:

@@ -76,12 +76,12 @@ class Window:
 def windows(total: int, wanted: int, size: int, reach: Reach) -> Iterator[Window]:
     """Yield windows whose kept parts are, one after the other, the output for latents [0, wanted).
 
-    All windows have the same length (one shape for the model) unless a single shorter one is enough.
+    All windows have the same length (one shape for the model): the shortest that needs no more of them.
 
     Args:
         total: latents there are, a multiple of `reach.align`.
         wanted: latents whose output is needed, at most `total`.
-        size: latents per window, rounded up to a multiple of `reach.align`.
+        size: latents per window at most, rounded up to a multiple of `reach.align`.
         reach: of the model.
 
     Raises:
@@ -92,9 +92,11 @@ def windows(total: int, wanted: int, size: int, reach: Reach) -> Iterator[Window
         raise ValueError(f"{wanted} of {total} latents, which come in multiples of {reach.align}")
     if size < reach.smallest_window:
         raise ValueError(f"windows of {size} latents; the model needs at least {reach.smallest_window}")
-    size = reach.whole(size)
     # Nothing beyond the right context of what is wanted can change it.
     end = min(total, reach.whole(wanted) + reach.right)
+    context = reach.left + reach.right
+    count = max(1, -(-(end - context) // (reach.whole(size) - context)))
+    size = reach.whole(-(-(end + (count - 1) * context) // count))
     done = 0
     while done < wanted:
         # The last window ends where the latents end, and overlaps the one before it further.

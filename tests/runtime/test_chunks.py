@@ -39,6 +39,11 @@ def test_windows_are_no_longer_than_asked_for(reach: Reach, groups: int, extra: 
     assert all(window.stop - window.start <= reach.whole(size) for window in windows(total, total, size, reach))
 
 
+def test_the_last_window_is_not_mostly_overlap() -> None:
+    found = [(window.start, window.stop) for window in windows(388, 323, 128, Reach(2, 2, 2))]
+    assert found == [(0, 112), (108, 220), (214, 326)]
+
+
 def test_what_is_not_wanted_is_not_computed() -> None:
     (window,) = windows(1000, 10, 128, Reach(2, 2, 2))
     assert (window.start, window.stop) == (0, 12)
