@@ -18,6 +18,7 @@ from sa3_convert.passes.hazard_rules import MnnVersion
 from sa3_convert.passes.hazards import refuse_hazards
 from sa3_convert.passes.quantise_embedding import quantise_embedding
 from sa3_convert.passes.safe_softmax import subtract_row_maximum
+from sa3_convert.passes.scale_gated_products import scale_gated_products
 from sa3_convert.recipe import ComponentRecipe
 
 if TYPE_CHECKING:
@@ -75,7 +76,10 @@ def _passes(
     component: Component, recipe: ComponentRecipe, calibration: "Calibration | None", target_mnn: MnnVersion
 ) -> list[tuple[str, Callable[[ir.Model], int]]]:
     half = recipe.floats == "fp16"
-    passes: list[tuple[str, Callable[[ir.Model], int]]] = [("fuse_weight_norm", fuse_weight_norm)]
+    passes: list[tuple[str, Callable[[ir.Model], int]]] = [
+        ("fuse_weight_norm", fuse_weight_norm),
+        ("scale_gated_products", scale_gated_products),
+    ]
     if target_mnn != "3.6":
         passes.append(("subtract_row_maximum", subtract_row_maximum))
     if recipe.embedding != "float":
