@@ -31,6 +31,7 @@ from sa3_convert.checkpoint.layout import TEXT_ENCODER_FOLDER
 from sa3_convert.components import Component, components_of
 from sa3_convert.errors import BundleError, ConversionError, UsageError
 from sa3_convert.files import atomic_path, link_or_copy, write_text
+from sa3_convert.mnn.target import DEFAULT_TARGET, MnnVersion
 from sa3_convert.recipe import Recipe
 from sa3_convert.stage_cache import CachedResult, StageCache
 from sa3_convert.stages import (
@@ -85,7 +86,14 @@ class ConvertRequest:
     """Copy the reference ONNX files into the bundle instead of leaving them in the cache."""
     with_ort_int8: bool = False
     """Also make what the engine `onnxruntime-int8` runs; it is kept where the reference is."""
+    target_mnn: MnnVersion = DEFAULT_TARGET
+    """The oldest MNN that the result has to be right on."""
     threads: int | None = None
+
+    def keys(self, component: Component) -> Keys:
+        """Return the fingerprints of a component's stages."""
+        recipe = self.recipe.for_component(component)
+        return stage_keys(self.checkpoint, component, recipe, target_mnn=self.target_mnn, ort_int8=self.with_ort_int8)
 
     def selected(self) -> tuple[Component, ...]:
         """Return the components to convert, in pipeline order.
@@ -126,10 +134,7 @@ def convert(request: ConvertRequest, report: Report) -> Outcome:
     existing = _existing_bundle(request)
     request.out.mkdir(parents=True, exist_ok=True)
     with _lock(request.out):
-        keys = {
-            c: stage_keys(request.checkpoint, c, request.recipe.for_component(c), ort_int8=request.with_ort_int8)
-            for c in selected
-        }
+        keys = {c: request.keys(c) for c in selected}
         if existing is not None and not request.force and is_up_to_date(existing, request, keys):
             return Outcome(existing, up_to_date=True)
         cache = StageCache(request.cache)
@@ -235,7 +240,9 @@ def _make_component(
             lambda folder: calibrate_stage(reference, request.checkpoint, component, folder, request.threads),
         )
         moments = calibrated.file(MOMENTS)
-    mnn = staged("mnn", keys.mnn, lambda folder: mnn_stage(reference, component, recipe, moments, folder))
+    mnn = staged(
+        "mnn", keys.mnn, lambda folder: mnn_stage(reference, component, recipe, moments, folder, request.target_mnn)
+    )
     target = mnn.file(f"{component.value}.mnn")
     layout, threads = request.checkpoint.layout, request.threads
     verify = staged(
@@ -296,6 +303,7 @@ def _component_artifacts(request: ConvertRequest, component: Component, keys: Ke
             fidelity=Fidelity(**made.verify.notes["fidelity"]),
             floor_db=recipe.floor_db,
             companion=weights,
+            target_mnn=request.target_mnn,
             fingerprint=keys.verify,
         ),
         Artifact(

@@ -11,7 +11,7 @@ from sa3_convert.convert import ConvertRequest
 from sa3_convert.errors import BundleError, InputError
 from sa3_convert.recipe import ComponentRecipe
 from sa3_convert.stage_cache import StageCache
-from sa3_convert.stages import Keys, Stage, stage_keys
+from sa3_convert.stages import Keys, Stage
 
 if TYPE_CHECKING:
     pass
@@ -63,7 +63,7 @@ def plan(request: ConvertRequest) -> list[Step]:
     steps = []
     for component in request.selected():
         recipe = request.recipe.for_component(component)
-        keys = stage_keys(request.checkpoint, component, recipe, ort_int8=request.with_ort_int8)
+        keys = request.keys(component)
         shapes = {name: entry.shape for name, entry in request.checkpoint.stored(component).items()}
         steps.append(
             Step(

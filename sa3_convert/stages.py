@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from sa3_convert.checkpoint.layout import CheckpointLayout
 from sa3_convert.components import Component, contract
 from sa3_convert.fingerprint import fingerprint, source_digest, version_of
+from sa3_convert.mnn.target import DEFAULT_TARGET, MnnVersion
 from sa3_convert.recipe import ComponentRecipe, plain
 
 if TYPE_CHECKING:
@@ -48,7 +49,12 @@ class Keys:
 
 
 def stage_keys(
-    checkpoint: "Checkpoint", component: Component, recipe: ComponentRecipe, *, ort_int8: bool = False
+    checkpoint: "Checkpoint",
+    component: Component,
+    recipe: ComponentRecipe,
+    *,
+    target_mnn: MnnVersion = DEFAULT_TARGET,
+    ort_int8: bool = False,
 ) -> Keys:
     """Return the fingerprints of a component's stages: weights, dimensions, recipe, our code, and the tools."""
     export = fingerprint(
@@ -72,6 +78,7 @@ def stage_keys(
     mnn = fingerprint(
         export=calibrate or export,
         recipe=storage,
+        target_mnn=target_mnn,
         code=source_digest("passes", "mnn", *_ROUNDING),
         tools=[version_of(name) for name in ("MNN", "onnx-ir")],
     )
@@ -112,7 +119,12 @@ def calibrate_stage(
 
 
 def mnn_stage(
-    reference: Path, component: Component, recipe: ComponentRecipe, moments: Path | None, folder: Path
+    reference: Path,
+    component: Component,
+    recipe: ComponentRecipe,
+    moments: Path | None,
+    folder: Path,
+    target_mnn: MnnVersion,
 ) -> dict[str, Any]:
     """Rewrite the reference for MNN, convert it, and audit the file that comes out."""
     from sa3_convert.mnn.convert import mnn_from_onnx
@@ -123,7 +135,7 @@ def mnn_stage(
     with tempfile.TemporaryDirectory(prefix="onnx-", dir=folder) as scratch:
         prepared = Path(scratch) / reference.name
         calibration = None if moments is None else Calibration(moments)
-        passes = onnx_for_mnn(reference, prepared, component, recipe, calibration=calibration)
+        passes = onnx_for_mnn(reference, prepared, component, recipe, calibration=calibration, target_mnn=target_mnn)
         storage = mnn_from_onnx(prepared, target, recipe)
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     return {"storage": storage.summary(), "passes": passes.counts(), "detail": f"{size / 2**20:.1f} MiB"}

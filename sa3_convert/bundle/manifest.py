@@ -70,6 +70,8 @@ class Artifact(FileEntry):
     kept_at: str | None = None
     """Folder, relative to the bundle, of a file that is left out of it: the reference ONNX is several times its size.
     The hash says whether it is still the right one."""
+    target_mnn: str | None = None
+    """Of a `.mnn`: the oldest MNN that its graph was made to be right on."""
     fingerprint: str | None = None
     """Of everything that went into it, by content."""
 

@@ -6,9 +6,17 @@ from typing import Annotated
 import typer
 
 from sa3_convert.cli.options import CheckpointArgument, ComponentOption, OneComponentOption, ThreadsOption
+from sa3_convert.mnn.target import DEFAULT_TARGET, MnnVersion
 from sa3_convert.stage_cache import cache_beside
 
 RecipeOption = Annotated[Path, typer.Option("--recipe", metavar="FILE", help="How to store each component.")]
+TargetOption = Annotated[
+    MnnVersion,
+    typer.Option(
+        "--target-mnn",
+        help="The oldest MNN that the models must be right on; before 3.6 CUDA needs another Softmax.",
+    ),
+]
 DEFAULT_RECIPE = Path("configs/int8.yaml")
 
 
@@ -32,6 +40,7 @@ def convert(
     with_ort_int8: Annotated[
         bool, typer.Option("--with-ort-int8", help="Also quantise for `run --engine onnxruntime-int8`.")
     ] = False,
+    target_mnn: TargetOption = DEFAULT_TARGET,
     threads: ThreadsOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan with sizes and stop.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Redo everything; replace another bundle.")] = False,
@@ -55,6 +64,7 @@ def convert(
         force=force,
         with_reference=with_reference,
         with_ort_int8=with_ort_int8,
+        target_mnn=target_mnn,
         threads=threads,
     )
     stderr.print(f"{checkpoint}: {request.checkpoint.variant_name}; recipe {resolved.name}: {resolved.description}")
@@ -96,12 +106,14 @@ def fuse(
     component: OneComponentOption,
     out: Annotated[Path, typer.Option("--out", metavar="FILE.onnx", help="The ONNX for MNN.")],
     recipe: RecipeOption = DEFAULT_RECIPE,
+    target_mnn: TargetOption = DEFAULT_TARGET,
 ) -> None:
     """Stage 2: the passes that make an ONNX safe for MNN, and the hazard lint."""
     from sa3_convert.passes.pipeline import onnx_for_mnn
     from sa3_convert.recipe import load_recipe
 
-    report = onnx_for_mnn(reference, out, component, load_recipe(recipe).for_component(component))
+    chosen = load_recipe(recipe).for_component(component)
+    report = onnx_for_mnn(reference, out, component, chosen, target_mnn=target_mnn)
     for name, count in report.counts().items():
         typer.echo(f"{name:<24} {count}")
     typer.echo(f"{out}: no hazards")

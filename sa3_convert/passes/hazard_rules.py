@@ -2,15 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
+from sa3_convert.mnn.target import MnnVersion
 from sa3_convert.passes import _graph
-
-MnnVersion = Literal["3.0", "3.5", "3.6"]
-"""The oldest MNN that a graph must be right on."""
 
 
 @dataclass(frozen=True)

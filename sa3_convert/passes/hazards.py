@@ -8,9 +8,10 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from sa3_convert.errors import ConversionError
+from sa3_convert.mnn.target import DEFAULT_TARGET, MnnVersion
 from sa3_convert.passes import _graph
 from sa3_convert.passes.hazard_kinds import HAZARD_KINDS, HazardKind, Severity
-from sa3_convert.passes.hazard_rules import Facts, MnnVersion
+from sa3_convert.passes.hazard_rules import Facts
 
 _SHOWN = 3
 
@@ -34,7 +35,7 @@ class Hazard:
         return self.kind.severity
 
 
-def find_hazards(model: ir.Model, *, target_mnn: MnnVersion = "3.6") -> list[Hazard]:
+def find_hazards(model: ir.Model, *, target_mnn: MnnVersion = DEFAULT_TARGET) -> list[Hazard]:
     """Report every known hazard, in graph order; sub-graphs and local functions included.
 
     Types and shapes that the graph does not state are inferred and noted in it; where they stay unknown, a rule that
@@ -67,7 +68,7 @@ def find_hazards(model: ir.Model, *, target_mnn: MnnVersion = "3.6") -> list[Haz
 def refuse_hazards(
     model: ir.Model,
     *,
-    target_mnn: MnnVersion = "3.6",
+    target_mnn: MnnVersion = DEFAULT_TARGET,
     severities: Collection[Severity] = ("wrong", "unsupported", "cuda"),
 ) -> None:
     """Raise if a graph has hazards of the given severities.

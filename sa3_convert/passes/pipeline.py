@@ -11,10 +11,10 @@ from google.protobuf.message import DecodeError
 
 from sa3_convert.components import Component
 from sa3_convert.errors import ConversionError, ModelFileError
+from sa3_convert.mnn.target import DEFAULT_TARGET, MnnVersion
 from sa3_convert.passes.fp16_safe import make_fp16_safe
 from sa3_convert.passes.fuse_weight_norm import fuse_weight_norm
 from sa3_convert.passes.half import round_to_half
-from sa3_convert.passes.hazard_rules import MnnVersion
 from sa3_convert.passes.hazards import refuse_hazards
 from sa3_convert.passes.quantise_embedding import quantise_embedding
 from sa3_convert.passes.safe_softmax import subtract_row_maximum
@@ -45,7 +45,7 @@ def apply_passes(
     recipe: ComponentRecipe,
     *,
     calibration: "Calibration | None" = None,
-    target_mnn: MnnVersion = "3.6",
+    target_mnn: MnnVersion = DEFAULT_TARGET,
 ) -> PassReport:
     """Rewrite a reference graph in place for MNN, and lint it.
 
@@ -108,7 +108,7 @@ def onnx_for_mnn(
     recipe: ComponentRecipe,
     *,
     calibration: "Calibration | None" = None,
-    target_mnn: MnnVersion = "3.6",
+    target_mnn: MnnVersion = DEFAULT_TARGET,
 ) -> PassReport:
     """Rewrite the ONNX file `reference` into `target` and `target`.data; weights are never all in memory.
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sa3_convert.components import Component
-from sa3_convert.passes.hazard_rules import MnnVersion
+from sa3_convert.mnn.target import MnnVersion
 from sa3_convert.passes.hazards import find_hazards
 from sa3_convert.passes.pipeline import apply_passes
 from sa3_convert.passes.safe_softmax import subtract_row_maximum
