@@ -25,6 +25,7 @@ from sa3_convert.bundle.manifest import (
     Bundle,
     Fidelity,
     FileEntry,
+    LoraEntry,
     Manifest,
 )
 from sa3_convert.checkpoint.layout import TEXT_ENCODER_FOLDER
@@ -132,6 +133,12 @@ def convert(request: ConvertRequest, report: Report) -> Outcome:
     for component in selected:
         request.recipe.for_component(component)
     existing = _existing_bundle(request)
+    if existing is not None and not request.force and (others := _of_other_weights(existing, request)):
+        names = ", ".join(c.value for c in others)
+        raise UsageError(
+            f"{names} in {request.out} would stay, but came from other weights or other LoRAs than this checkpoint's. "
+            "Convert them too (leave --component away), give another --out, or --force to drop them."
+        )
     request.out.mkdir(parents=True, exist_ok=True)
     with _lock(request.out):
         keys = {c: request.keys(c) for c in selected}
@@ -143,9 +150,22 @@ def convert(request: ConvertRequest, report: Report) -> Outcome:
     return Outcome(bundle, up_to_date=False)
 
 
+def _of_other_weights(bundle: Bundle, request: ConvertRequest) -> list[Component]:
+    """Return the components of a bundle that are not converted now and were not made from this checkpoint's weights."""
+    digests, selected = bundle.manifest.checkpoint.get("digests", {}), request.selected()
+    return [
+        component
+        for component in bundle.components
+        if component not in selected and digests.get(component.value) != request.checkpoint.digest(component)
+    ]
+
+
 def is_up_to_date(bundle: Bundle, request: ConvertRequest, keys: Mapping[Component, Keys]) -> bool:
     """Tell whether a bundle's files are whole and were made from exactly this."""
-    if bundle.manifest.recipe != request.recipe.name or bundle.manifest.tools != tool_versions():
+    manifest = bundle.manifest
+    if manifest.recipe != request.recipe.name or manifest.tools != tool_versions():
+        return False
+    if manifest.loras != lora_entries(request.checkpoint):
         return False
     present = {(a.component, a.kind): a for a in bundle.manifest.artifacts}
     for component, key in keys.items():
@@ -164,6 +184,22 @@ def is_up_to_date(bundle: Bundle, request: ConvertRequest, keys: Mapping[Compone
     return True
 
 
+def lora_entries(checkpoint: "Checkpoint") -> tuple[LoraEntry, ...]:
+    """Return what the manifest says of a checkpoint's adapters."""
+    return tuple(
+        LoraEntry(
+            name=lora.file.path.name,
+            sha256=lora.file.sha256,
+            strength=lora.strength,
+            type=lora.file.type_name,
+            rank=lora.file.rank,
+            alpha=lora.file.alpha,
+            layers=checkpoint.layers_changed(lora),
+        )
+        for lora in checkpoint.loras
+    )
+
+
 def _existing_bundle(request: ConvertRequest) -> Bundle | None:
     """Return the bundle that stands at `out` if it can be completed; a damaged one is made anew."""
     out = request.out
@@ -172,7 +208,7 @@ def _existing_bundle(request: ConvertRequest) -> Bundle | None:
     if not (out / MANIFEST).exists():
         leftovers = [p.name for p in out.iterdir() if not p.name.startswith(".")] if out.exists() else []
         known = {RECIPE, TOKENIZER, BOTTLENECK, REFERENCE_FOLDER, ORT_INT8_FOLDER} | {
-            f"{c.value}.mnn" for c in Component
+            f"{c.value}.mnn{suffix}" for c in Component for suffix in ("", ".weight")
         }
         foreign = sorted(set(leftovers) - known)
         if foreign and not request.force:
@@ -261,10 +297,11 @@ def _assemble(
 ) -> Bundle:
     """Put the files in place, the manifest last."""
     out, recipe = request.out, request.recipe
+    dropped = {*made, *(_of_other_weights(existing, request) if existing else ())}
     artifacts = [
         artifact
         for artifact in (existing.manifest.artifacts if existing else ())
-        if artifact.component is not None and artifact.component not in made
+        if artifact.component is not None and artifact.component not in dropped
     ]
     for component, results in made.items():
         artifacts += _component_artifacts(request, component, keys[component], results)
@@ -279,6 +316,7 @@ def _assemble(
             "source": request.checkpoint.layout.source_id or request.checkpoint.folder.name,
             "digests": {c.value: request.checkpoint.digest(c) for c in components_of(request.checkpoint.layout)},
         },
+        loras=lora_entries(request.checkpoint),
         tools=tool_versions(),
         layout=request.checkpoint.layout,
         artifacts=tuple(artifacts),

@@ -27,6 +27,10 @@ class CheckpointError(InputError):
     """The checkpoint is incomplete, damaged or of an unsupported kind."""
 
 
+class LoraError(InputError):
+    """A LoRA file is damaged, not of Stable Audio 3, or does not fit the checkpoint."""
+
+
 class RecipeError(InputError):
     """The recipe is not valid or asks for what this component cannot have."""
 

@@ -57,7 +57,9 @@ def stage_keys(
     ort_int8: bool = False,
 ) -> Keys:
     """Return the fingerprints of a component's stages: weights, dimensions, recipe, our code, and the tools."""
+    merge = {"merge": source_digest("checkpoint/lora")} if checkpoint.loras_of(component) else {}
     export = fingerprint(
+        **merge,
         component=component.value,
         weights=checkpoint.digest(component),
         contract=repr(contract(component, checkpoint.layout)),

@@ -1,11 +1,12 @@
 """Bundles for the tests, converted once per session: exports are by far the longest part, so all share one cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from sa3_convert.bundle.manifest import Bundle
+from sa3_convert.checkpoint.lora_file import LoraRequest
 from sa3_convert.checkpoint.reader import Checkpoint
 from sa3_convert.checkpoint.synthetic import synthesize
 from sa3_convert.convert import ConvertRequest, Outcome, StageEvent, convert
@@ -45,11 +46,14 @@ Convert = Callable[..., tuple[Outcome, Runs]]
 
 @pytest.fixture(scope="session")
 def converted(cache: Path) -> Convert:
-    def run(checkpoint: Path, recipe: str | Recipe, out: Path, **options: object) -> tuple[Outcome, Runs]:
+    def run(
+        checkpoint: Path, recipe: str | Recipe, out: Path, loras: Sequence[LoraRequest] = (), **options: object
+    ) -> tuple[Outcome, Runs]:
         runs = Runs()
         chosen = load_recipe(CONFIGS / f"{recipe}.yaml") if isinstance(recipe, str) else recipe
         settings = {"cache": cache, "threads": 2} | options
-        request = ConvertRequest(checkpoint=Checkpoint.open(checkpoint), recipe=chosen, out=out, **settings)  # type: ignore[arg-type]
+        opened = Checkpoint.open(checkpoint).with_loras(loras)
+        request = ConvertRequest(checkpoint=opened, recipe=chosen, out=out, **settings)  # type: ignore[arg-type]
         return convert(request, runs), runs
 
     return run

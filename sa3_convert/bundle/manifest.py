@@ -81,6 +81,20 @@ class Artifact(FileEntry):
         return (self,) if self.companion is None else (self, self.companion)
 
 
+class LoraEntry(_Data):
+    """An adapter that is in the weights, in the order in which they were applied."""
+
+    name: str
+    """Of its file."""
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    strength: float
+    type: str
+    rank: int
+    alpha: float
+    layers: dict[Component, int]
+    """How many layers of each component it changes; none at strength 0."""
+
+
 class Manifest(_Data):
     """The whole `manifest.json`."""
 
@@ -89,6 +103,7 @@ class Manifest(_Data):
     recipe: str
     checkpoint: dict[str, Any]
     """`source` and, per component, the digest of its tensors."""
+    loras: tuple[LoraEntry, ...] = ()
     tools: dict[str, str]
     """Versions of everything that took part."""
     layout: CheckpointLayout

@@ -2,12 +2,15 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sa3_convert.checkpoint.layout import TEXT_ENCODER_FOLDER, CheckpointLayout, read_json, read_layout
+from sa3_convert.checkpoint.lora import Lora, MergedTensors, open_loras
+from sa3_convert.checkpoint.lora_file import LoraRequest
 from sa3_convert.checkpoint.resolve import resolve_checkpoint
 from sa3_convert.checkpoint.tensor_file import StoredTensor, TensorFile, refuse_pointer
 from sa3_convert.checkpoint.tensors import (
@@ -22,6 +25,7 @@ from sa3_convert.checkpoint.tensors import (
 from sa3_convert.checkpoint.variants import Variant, name_of, recognise
 from sa3_convert.components import Component, components_of
 from sa3_convert.errors import CheckpointError, UsageError
+from sa3_convert.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +58,10 @@ class Checkpoint:
     layout: CheckpointLayout
     weights: TensorFile
     text_encoder: TensorFile | None
+    loras: tuple[Lora, ...] = ()
+    """Adapters that are in the values that `state` returns, in the order in which they are applied."""
     _digests: dict[Component, str] = field(default_factory=dict, repr=False, compare=False)
+    """Of the files' own tensors, without adapters."""
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
@@ -82,6 +89,29 @@ class Checkpoint:
             text_encoder.require(expected_text_encoder_tensors(layout.text_encoder), within=TEXT_ENCODER_PREFIX)
             _check_tokenizer(text_folder / TOKENIZER, layout.text_encoder.vocab_size)
         return cls(folder, layout, weights, text_encoder)
+
+    def with_loras(self, requests: Sequence[LoraRequest]) -> "Checkpoint":
+        """Return this checkpoint with adapters in it; their headers are checked now, weights are merged when read.
+
+        Raises:
+            LoraError: a file is not an adapter for this checkpoint; the message says why.
+            CheckpointError: a file is missing or damaged.
+            UsageError: a file is given twice.
+
+        """
+        return replace(self, loras=open_loras(requests, self.weights, f"{self.folder} ({self.variant_name})"))
+
+    def loras_of(self, component: Component) -> tuple[Lora, ...]:
+        """Return the adapters that change a component, in the order in which they are applied."""
+        return tuple(lora for lora in self.loras if component in self.layers_changed(lora))
+
+    def layers_changed(self, lora: Lora) -> dict[Component, int]:
+        """Return how many layers an adapter changes, by component; one that it leaves alone is not there."""
+        counts = {
+            component: sum(lora.changes(name) for part in self._parts(component) for name in part.names())
+            for component in components_of(self.layout)
+        }
+        return {component: count for component, count in counts.items() if count}
 
     @property
     def variant(self) -> Variant | None:
@@ -113,20 +143,31 @@ class Checkpoint:
             case Component.ENCODER:
                 return (_Part(self.weights, f"{auto}encoder.", (f"{auto}encoder.",)),)
 
-    def state(self, component: Component) -> "dict[str, Tensor]":
+    def state(self, component: Component, *, scratch: Path | None = None) -> "dict[str, Tensor]":
         """Return a component's tensors by the network's parameter names.
+
+        Args:
+            component: which one.
+            scratch: folder with room for the weights that adapters change, in float32; the system's own for temporary
+                files when not given. Nothing is left in it.
 
         Returns:
             float32 tensors. Those that are stored as float32 are views of the mapped file: they cost memory only when
-            read. BF16 and F16 are widened, which is exact.
+            read, and so do those that adapters change. BF16 and F16 are widened, which is exact.
 
         Raises:
             UsageError: this checkpoint has no such component.
+            LoraError: a weight is not finite with the adapters in it.
 
         """
         state: dict[str, Tensor] = {}
         for part in self._parts(component):
             state |= part.file.tensors(part.names())
+        if loras := self.loras_of(component):
+            merged = MergedTensors(scratch)
+            for name, to in (pair for part in self._parts(component) for pair in part.names().items()):
+                if any(lora.changes(name) for lora in loras):
+                    state[to] = merged.merged(name, state[to], loras)
         return state
 
     def stored(self, component: Component) -> dict[str, StoredTensor]:
@@ -134,10 +175,15 @@ class Checkpoint:
         return {to: part.file.entries[name] for part in self._parts(component) for name, to in part.names().items()}
 
     def digest(self, component: Component) -> str:
-        """Return the hex SHA-256 over a component's sorted names, types, shapes and bytes, whatever file holds them."""
+        """Return the hex SHA-256 over a component's sorted names, types, shapes and bytes, whatever file holds them.
+
+        With adapters that change the component it is one over that, their files and their strengths.
+        """
         if component not in self._digests:
             self._digests[component] = self._digest(component)
-        return self._digests[component]
+        own = self._digests[component]
+        loras = [[lora.file.sha256, lora.strength] for lora in self.loras_of(component)]
+        return fingerprint(weights=own, loras=loras) if loras else own
 
     def _digest(self, component: Component) -> str:
         places = {to: (part.file, name) for part in self._parts(component) for name, to in part.names().items()}

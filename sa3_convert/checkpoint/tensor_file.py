@@ -76,6 +76,7 @@ class TensorFile:
             with safe_open(path, "np") as file:
                 names = file.offset_keys()
                 slices = {name: file.get_slice(name) for name in names}
+                self.metadata: Mapping[str, str] = file.metadata() or {}
                 found = {name: (str(part.get_dtype()), tuple(part.get_shape())) for name, part in slices.items()}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(

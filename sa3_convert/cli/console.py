@@ -1,6 +1,8 @@
 """What the commands print while they work and when they are done: progress on stderr, results on stdout."""
 
+import re
 import sys
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -19,6 +21,7 @@ stdout = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPED_
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 if TYPE_CHECKING:
+    from sa3_convert.checkpoint.reader import Checkpoint
     from sa3_convert.quantise.planner import Plan
 
 _VERBS = {
@@ -47,10 +50,30 @@ def show_verdict(verdict: Verdict) -> None:
     stderr.print(f"{fidelity.component.value:<18} {verdict.engine:<16} {fidelity.worst.signal_to_noise_db:.1f} dB")
 
 
+def lora_table(checkpoint: "Checkpoint") -> Table:
+    """Return what each LoRA of a checkpoint is, and which layers it changes; `*` stands for numbers."""
+    table = Table(title="LoRAs, in the order in which they are applied", title_justify="left")
+    for name in ("file", "type"):
+        table.add_column(name, overflow="fold")
+    for name in ("rank", "alpha", "strength", "layers"):
+        table.add_column(name, justify="right")
+    table.add_column("which", overflow="fold")
+    for lora in checkpoint.loras:
+        file = lora.file
+        kinds = Counter(re.sub(r"\.\d+\.", ".*.", layer) for layer in lora.layers.values())
+        which = [f"{count} × {kind}" if count > 1 else kind for kind, count in sorted(kinds.items())]
+        left_out = len(file.layers) - len(lora.layers)
+        which += [f"({left_out} left out by its filters)"] if left_out else []
+        numbers = (str(file.rank), f"{file.alpha:g}", f"{lora.strength:g}", str(len(lora.layers)))
+        table.add_row(file.path.name, file.type_name, *numbers, "\n".join(which))
+    return table
+
+
 def bundle_table(bundle: Bundle) -> Table:
     """Return the closing table of a conversion: what was made, how big, how close, and its hash."""
+    loras = "".join(f" + {lora.name}:{lora.strength:g}" for lora in bundle.manifest.loras)
     table = Table(
-        title=f"{bundle.path}: {bundle.manifest.variant}, recipe {bundle.manifest.recipe}", title_justify="left"
+        title=f"{bundle.path}: {bundle.manifest.variant}{loras}, recipe {bundle.manifest.recipe}", title_justify="left"
     )
     table.add_column("component")
     table.add_column("precision")

@@ -5,7 +5,14 @@ from typing import Annotated
 
 import typer
 
-from sa3_convert.cli.options import CheckpointArgument, ComponentOption, OneComponentOption, ThreadsOption
+from sa3_convert.cli.options import (
+    CheckpointArgument,
+    ComponentOption,
+    LoraOption,
+    OneComponentOption,
+    ThreadsOption,
+    open_checkpoint,
+)
 from sa3_convert.mnn.target import DEFAULT_TARGET, MnnVersion
 from sa3_convert.stage_cache import cache_beside
 
@@ -31,6 +38,7 @@ def convert(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The bundle's folder.")],
     recipe: RecipeOption = DEFAULT_RECIPE,
     component: ComponentOption = None,
+    lora: LoraOption = None,
     cache: Annotated[
         Path | None, typer.Option("--cache", metavar="DIR", help="Where stages are kept; beside --out when not given.")
     ] = None,
@@ -46,7 +54,6 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Redo everything; replace another bundle.")] = False,
 ) -> None:
     """Convert a checkpoint into a bundle of verified MNN models. What is up to date is not redone."""
-    from sa3_convert.checkpoint.reader import Checkpoint, resolve_checkpoint
     from sa3_convert.cli.console import bundle_table, plan_table, show_stage, stderr, stdout
     from sa3_convert.convert import ConvertRequest
     from sa3_convert.convert import convert as make_bundle
@@ -56,7 +63,7 @@ def convert(
 
     resolved = load_recipe(recipe)
     request = ConvertRequest(
-        checkpoint=Checkpoint.open(resolve_checkpoint(checkpoint)),
+        checkpoint=open_checkpoint(checkpoint, lora),
         recipe=resolved,
         out=out,
         cache=cache or cache_beside(out),
@@ -88,13 +95,13 @@ def export(
     checkpoint: CheckpointArgument,
     component: OneComponentOption,
     out: Annotated[Path, typer.Option("--out", metavar="FILE.onnx", help="The reference ONNX.")],
+    lora: LoraOption = None,
 ) -> None:
     """Stage 1: a component's network as fp32 ONNX, weights beside it in FILE.onnx.data."""
-    from sa3_convert.checkpoint.reader import Checkpoint, resolve_checkpoint
     from sa3_convert.components import contract
     from sa3_convert.export.component import export_component
 
-    opened = Checkpoint.open(resolve_checkpoint(checkpoint))
+    opened = open_checkpoint(checkpoint, lora)
     contract(component, opened.layout)
     opened.check_values(component)
     export_component(opened, component, out)

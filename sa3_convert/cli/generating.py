@@ -48,11 +48,12 @@ class Target:
     def metadata(self) -> dict[str, Any]:
         """Return what files tell about the models that made them."""
         manifest = Bundle.open(self.bundle).manifest
+        loras = [{"name": lora.name, "sha256": lora.sha256, "strength": lora.strength} for lora in manifest.loras]
+        made_from = {"variant": manifest.variant} | ({"loras": loras} if loras else {})
         if self.engine == "torch":
-            return {"variant": manifest.variant, "recipe": None, "models": manifest.checkpoint["digests"]}
+            return made_from | {"recipe": None, "models": manifest.checkpoint["digests"]}
         kind = KINDS[self.engine]
-        return {
-            "variant": manifest.variant,
+        return made_from | {
             "recipe": manifest.recipe,
             "models": {a.component.value: a.sha256 for a in manifest.artifacts if a.component and a.kind == kind},
         }

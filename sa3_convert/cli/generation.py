@@ -6,7 +6,7 @@ from typing import Any
 import typer
 
 from sa3_convert.cli import run_options as o
-from sa3_convert.cli.options import BundleArgument, ThreadsOption
+from sa3_convert.cli.options import BundleArgument, LoraOption, ThreadsOption
 from sa3_convert.errors import InputError, UsageError
 
 
@@ -35,6 +35,7 @@ def run(
     keep_loaded: o.KeepLoadedOption = False,
     engine: o.EngineOption = "mnn",
     checkpoint: o.CheckpointOption = None,
+    lora: LoraOption = None,
     memory: o.MemoryOption = "normal",
     precision: o.PrecisionOption = "high",
     backend: o.BackendOption = "cpu",
@@ -72,8 +73,10 @@ def run(
         raise UsageError("--memory, --precision and --backend are settings of --engine mnn.")
     if (engine == "torch") != (checkpoint is not None):
         raise UsageError("--engine torch and --checkpoint DIR belong together.")
+    if lora and engine != "torch":
+        raise UsageError("A bundle has its LoRAs in its weights (`convert --lora`); --lora is for --engine torch.")
     if checkpoint is not None:
-        options["checkpoint"] = checkpoint
+        options |= {"checkpoint": checkpoint, "loras": tuple(lora or ())}
     target = Target(bundle, engine, options, output, sample_format, dither, tuple(allow or ()), json_file)
     if batch is not None:
         generate_batch(target, batch, settings, keep_loaded=keep_loaded)

@@ -1,14 +1,25 @@
 """Options that several commands share."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sa3_convert.components import Component
 
+if TYPE_CHECKING:
+    from sa3_convert.checkpoint.reader import Checkpoint
+
 CheckpointArgument = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="Folder of a checkpoint, or a hub id that was fetched before.")
+]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="FILE[:STRENGTH]",
+        help="LoRA (.safetensors) to merge into the weights; 1 is its full strength. Several are applied in order.",
+    ),
 ]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that `convert` made.")]
 ComponentOption = Annotated[
@@ -19,3 +30,23 @@ JsonFileOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", h
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, max=256, help="Threads; all cores when not given.")
 ]
+
+
+def open_checkpoint(checkpoint: str, loras: list[str] | None) -> "Checkpoint":
+    """Open what the user named, with its LoRAs; what these change is listed on stderr.
+
+    Raises:
+        InputError: a file is missing, damaged, or does not fit the others.
+        UsageError: a LoRA's strength is no number, or a LoRA is given twice.
+
+    """
+    from sa3_convert.checkpoint.lora_file import LoraRequest
+    from sa3_convert.checkpoint.reader import Checkpoint, resolve_checkpoint
+
+    requests = [LoraRequest.parse(text) for text in loras or ()]
+    opened = Checkpoint.open(resolve_checkpoint(checkpoint)).with_loras(requests)
+    if opened.loras:
+        from sa3_convert.cli.console import lora_table, stderr
+
+        stderr.print(lora_table(opened))
+    return opened

@@ -6,7 +6,13 @@ from typing import Annotated
 import typer
 
 from sa3_convert.cli.conversion import DEFAULT_RECIPE, RecipeOption
-from sa3_convert.cli.options import CheckpointArgument, OneComponentOption, ThreadsOption
+from sa3_convert.cli.options import (
+    CheckpointArgument,
+    LoraOption,
+    OneComponentOption,
+    ThreadsOption,
+    open_checkpoint,
+)
 from sa3_convert.errors import UsageError
 
 
@@ -22,6 +28,7 @@ def plan(
     target_mib: Annotated[float | None, typer.Option("--target-mib", min=0.01, help="Size of the model.")] = None,
     min_snr: Annotated[float | None, typer.Option("--min-snr", help="Fidelity of the model, in dB.")] = None,
     recipe: RecipeOption = DEFAULT_RECIPE,
+    lora: LoraOption = None,
     cache: Annotated[
         Path | None, typer.Option("--cache", metavar="DIR", help="Where measurements are kept; beside --out.")
     ] = None,
@@ -31,14 +38,13 @@ def plan(
     """Choose each layer's precision by its measured sensitivity, for a size or a fidelity; write a recipe."""
     if (target_mib is None) == (min_snr is None):
         raise UsageError("Give either --target-mib or --min-snr.")
-    from sa3_convert.checkpoint.reader import Checkpoint, resolve_checkpoint
     from sa3_convert.cli.console import planned_table, stderr, stdout
     from sa3_convert.files import write_text
     from sa3_convert.quantise.planner import Target, layers_to_measure, measure, plan_component
     from sa3_convert.recipe import load_recipe
 
     base = load_recipe(recipe)
-    opened = Checkpoint.open(resolve_checkpoint(checkpoint))
+    opened = open_checkpoint(checkpoint, lora)
     folder = cache or out.absolute().parent / ".sa3-convert-cache"
     if dry_run:
         layers = layers_to_measure(opened, component)
@@ -66,7 +72,8 @@ def plan(
     write_text(out, changed.to_yaml())
     stdout.print(planned_table(component, made))
     typer.echo(f"{out}: predicted {made.predicted_db:.1f} dB; no plan of this size is above {made.bound_db:.1f} dB.")
-    typer.echo(f"Next: sa3-convert convert {checkpoint} --recipe {out} --out {out.with_suffix('')}")
+    loras = "".join(f" --lora {text}" for text in lora or ())
+    typer.echo(f"Next: sa3-convert convert {checkpoint}{loras} --recipe {out} --out {out.with_suffix('')}")
 
 
 def _asked(target_mib: float | None, min_snr: float | None) -> str:

@@ -19,12 +19,14 @@ def export_component(checkpoint: "Checkpoint", component: Component, path: Path)
 
     Raises:
         UsageError: the checkpoint has no such component.
+        LoraError: a weight is not finite with the adapters in it.
         CheckpointError: its weights are missing, damaged, or do not fit its configuration.
         ConversionError: the export failed or failed its checks; nothing is left under the final name.
 
     """
     ports = contract(component, checkpoint.layout)
-    network = build_network(component, checkpoint.layout, checkpoint.state(component))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    network = build_network(component, checkpoint.layout, checkpoint.state(component, scratch=path.parent))
     try:
         onnx_from_module(network, ports, path, multiple=_multiple(component, checkpoint.layout))
     finally:

@@ -24,7 +24,7 @@ _OPTIONS: Mapping[EngineName, tuple[str, ...]] = {
     "mnn": ("threads", "memory", "precision", "backend"),
     "onnxruntime": ("threads",),
     "onnxruntime-int8": ("threads",),
-    "torch": ("threads", "padding", "checkpoint"),
+    "torch": ("threads", "padding", "checkpoint", "loras"),
 }
 
 
@@ -35,7 +35,8 @@ def bundle_engine(bundle: Bundle, name: EngineName, options: Mapping[str, Any], 
         bundle: an open bundle.
         name: "mnn", "onnxruntime", "onnxruntime-int8" or "torch", which runs the checkpoint that the bundle was made
             from.
-        options: keyword arguments of the engine; of torch also `checkpoint`, the folder.
+        options: keyword arguments of the engine; of torch also `checkpoint`, the folder, and `loras`, each as
+            FILE[:STRENGTH].
         check: compare the files with the manifest first.
 
     Raises:
@@ -81,9 +82,10 @@ def _torch_engine(bundle: Bundle, options: Mapping[str, Any], *, check: bool) ->
         expected = bundle.manifest.checkpoint.get("digests", {})
         for component in bundle.components:
             if engine.checkpoint.digest(component) != expected.get(component.value):
+                loras = ", ".join(f"{lora.name}:{lora.strength:g}" for lora in bundle.manifest.loras)
                 raise CheckpointError(
                     f"The {component.value} of {folder} is not the one that {bundle.path} was made from. Give that "
-                    "bundle's own checkpoint."
+                    f"bundle's own checkpoint, and its LoRAs with --lora ({loras or 'it has none'})."
                 )
     return engine
 
@@ -97,15 +99,18 @@ def checkpoint_parts(folder: Path, options: Mapping[str, Any]) -> tuple[TorchEng
 
     """
     try:
+        from sa3_convert.checkpoint.lora_file import LoraRequest
         from sa3_convert.checkpoint.reader import Checkpoint
     except ImportError as error:
         raise BackendError(f"torch cannot be imported ({error}). Install it: pip install torch.") from None
 
-    checkpoint = Checkpoint.open(folder)
+    settings = dict(options)
+    loras = [LoraRequest.parse(text) for text in settings.pop("loras", ())]
+    checkpoint = Checkpoint.open(folder).with_loras(loras)
     state = checkpoint.state(Component.DECODER)
     bottleneck = Bottleneck(
         scaling_factor=state["bottleneck.scaling_factor"].numpy().copy(),
         bias=state["bottleneck.bias"].numpy().copy(),
         running_std=np.float32(state["bottleneck.running_std"].item()),
     )
-    return TorchEngine(checkpoint, **options), folder / TEXT_ENCODER_FOLDER / TOKENIZER, bottleneck
+    return TorchEngine(checkpoint, **settings), folder / TEXT_ENCODER_FOLDER / TOKENIZER, bottleneck

@@ -1,0 +1,142 @@
+"""LoRA adapters merged into a checkpoint's weights, one tensor at a time, in float32, as the reference applies them.
+
+A weight W is seen as [fan_out, fan_in], a convolution's input channels times its kernel. With s = alpha / rank ·
+strength the step is V = W + s·B·A, or W + s·U·M·Vᵀ with the first singular vectors of the unadapted weight. Types with
+magnitudes then divide each row by its norm and multiply it by its magnitude, and likewise, after that, each column.
+Strength 0 leaves the weight alone. Several adapters follow one another in the order in which they are given.
+Source of the arithmetic: the published reference implementation.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Final
+
+import numpy as np
+
+from sa3_convert.checkpoint.lora_file import LoraFile, LoraRequest, bind, read_lora
+from sa3_convert.checkpoint.tensor_file import TensorFile
+from sa3_convert.errors import LoraError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_NORM_EPS: Final = 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """An adapter that fits a checkpoint, and how strongly it is applied."""
+
+    file: LoraFile
+    strength: float
+    layers: Mapping[str, str]
+    """Layer in the adapter by name of the checkpoint's tensor."""
+
+    def changes(self, name: str) -> bool:
+        """Tell whether it changes a tensor of the checkpoint."""
+        return self.strength != 0 and name in self.layers
+
+    def applied(self, name: str, weight: "Tensor", unadapted: "Tensor") -> "Tensor":
+        """Return a weight with the adapter in it.
+
+        Args:
+            name: of the checkpoint's tensor.
+            weight: its value after the adapters before this one, float32.
+            unadapted: its value in the checkpoint, float32.
+
+        Returns:
+            A tensor of the weight's shape, float32.
+
+        """
+        kind, layer = self.file.type, self.file.layers[self.layers[name]]
+        factors = self.file.tensors.tensors({stored: factor for factor, stored in layer.items()})
+        result = weight.flatten(1) + self._scale() * self._step(factors, unadapted)
+        for dim, magnitude in ((1, kind.rows), (0, kind.columns)):
+            if magnitude is not None:
+                norm = result.norm(dim=dim, keepdim=True) + _NORM_EPS
+                result = result / norm * factors[magnitude].flatten().unsqueeze(dim)
+        return result.view(weight.shape)
+
+    def _scale(self) -> float:
+        """Return s, rounded to float32 as the reference does; out of its range it is infinite, which is found later."""
+        with np.errstate(over="ignore"):
+            return float(np.float32(self.file.alpha / self.file.rank) * np.float32(self.strength))
+
+    def _step(self, factors: "Mapping[str, Tensor]", unadapted: "Tensor") -> "Tensor":
+        """Return the low-rank step [fan_out, fan_in]."""
+        if not self.file.type.bases_of_weight:
+            return factors["lora_B"] @ factors["lora_A"]
+        if "U" in factors:
+            left, right = factors["U"], factors["V"]
+        else:
+            left, right = singular_bases(unadapted.flatten(1), self.file.rank)
+        return left @ factors["M_xs"] @ right.T
+
+
+def singular_bases(weight: "Tensor", rank: int) -> "tuple[Tensor, Tensor]":
+    """Return the first left and right singular vectors of a weight, [fan_out, rank] and [fan_in, rank].
+
+    Each left vector's largest value is positive; otherwise their signs would be the linear algebra library's choice.
+    Computed in float64 and rounded: where singular values lie close together, a decomposition in float32 turns its
+    vectors by more than float32's rounding, and in another way on every machine.
+    """
+    import torch
+
+    left, _, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    left, right = left[:, :rank], right[:rank].T
+    signs = left.gather(0, left.abs().argmax(dim=0, keepdim=True)).sign()
+    return (left * signs).float(), (right * signs).float()
+
+
+def open_loras(requests: Sequence[LoraRequest], weights: TensorFile, checkpoint: str) -> tuple[Lora, ...]:
+    """Open adapters and hold them to a checkpoint.
+
+    Args:
+        requests: in the order in which they are applied.
+        weights: the checkpoint's `model.safetensors`.
+        checkpoint: how messages call it.
+
+    Raises:
+        LoraError: a file is not usable for this checkpoint; the message says why.
+        UsageError: a file is given twice.
+
+    """
+    loras: list[Lora] = []
+    for request in requests:
+        file = read_lora(request.path)
+        twin = next((lora.file.path for lora in loras if lora.file.sha256 == file.sha256), None)
+        if twin is not None:
+            again = f"again as {request.path}" if twin != request.path else "twice"
+            raise UsageError(f"--lora {twin} is given {again}. Give it once, with the strength that you want.")
+        loras.append(Lora(file, request.strength, bind(file, weights, checkpoint)))
+    return tuple(loras)
+
+
+class MergedTensors:
+    """Merged weights, kept in a file without a name that is mapped: in memory only while they are used."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it lives as long as its tensors
+
+    def merged(self, name: str, weight: "Tensor", loras: Sequence[Lora]) -> "Tensor":
+        """Return a mapped tensor: `weight` after those adapters that change it.
+
+        Raises:
+            LoraError: the result is not finite.
+
+        """
+        import torch
+
+        result = weight
+        for lora in loras:
+            if lora.changes(name):
+                result = lora.applied(name, result, weight)
+        if not torch.isfinite(result).all():
+            raise LoraError(f"{name} is not finite after {', '.join(str(lora.file.path) for lora in loras)}.")
+        offset = self._file.seek(0, 2)
+        self._file.write(result.contiguous().numpy().data)
+        self._file.flush()
+        mapped = np.memmap(self._file, np.float32, "c", offset, tuple(result.shape))
+        return torch.from_numpy(mapped)

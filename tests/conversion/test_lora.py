@@ -1,0 +1,133 @@
+"""A LoRA is merged before export: only what it touches is converted again, and the bundle says what is in it."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sa3_convert.bundle.manifest import Bundle
+from sa3_convert.checkpoint.lora_file import LoraRequest
+from sa3_convert.checkpoint.reader import Checkpoint
+from sa3_convert.cli import app as cli
+from sa3_convert.components import Component
+from sa3_convert.errors import UsageError
+from sa3_convert.files import sha256_file
+from sa3_convert.networks.build import build_network
+from sa3_convert.ort import OrtSession
+from sa3_convert.runtime.audio import read_metadata
+from sa3_convert.verify.inputs import sample_inputs
+from tests.bundles import CONFIGS, Convert
+from tests.checkpoint.adapters import SECONDS, toy_adapter
+
+NUMBER = Component.NUMBER_CONDITIONER
+
+
+@pytest.fixture(scope="module")
+def adapter(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that touches the number conditioner alone, which converts in a second."""
+    return toy_adapter(tmp_path_factory.mktemp("loras") / "warm.safetensors", toy, "bora", [SECONDS])
+
+
+@pytest.fixture(scope="module")
+def adapted(converted: Convert, toy: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    out = tmp_path_factory.mktemp("adapted")
+    converted(toy, "fp32", out)
+    outcome, runs = converted(toy, "fp32", out, loras=[LoraRequest(adapter, 0.5)])
+    assert runs.done() == {("number_conditioner", stage) for stage in ("export", "mnn", "verify")}
+    return outcome.bundle
+
+
+def test_only_what_a_lora_touches_is_converted_again(adapted: Bundle, toy_fp32: Bundle) -> None:
+    for component in Component:
+        same = adapted.artifact(component).sha256 == toy_fp32.artifact(component).sha256
+        assert same == (component is not NUMBER)
+    adapted.check(kinds=("mnn", "onnx"))
+
+
+def test_the_manifest_names_the_lora(adapted: Bundle, adapter: Path) -> None:
+    (entry,) = Bundle.open(adapted.path).manifest.loras
+    assert (entry.name, entry.sha256) == ("warm.safetensors", sha256_file(adapter))
+    assert (entry.strength, entry.type, entry.rank, entry.alpha) == (0.5, "bora", 4, 8.0)
+    assert entry.layers == {NUMBER: 1}
+
+
+def test_the_converted_model_computes_with_the_merged_weights(adapted: Bundle, toy: Path, adapter: Path) -> None:
+    checkpoint = Checkpoint.open(toy).with_loras([LoraRequest(adapter, 0.5)])
+    network = build_network(NUMBER, checkpoint.layout, checkpoint.state(NUMBER))
+    sample = sample_inputs(NUMBER, checkpoint.layout, seed=0, latents=0)
+    import torch
+
+    expected = network(*(torch.from_numpy(value) for value in sample.feeds.values())).numpy()
+    found = OrtSession(adapted.file(NUMBER, "onnx")).run(sample.feeds)["embedding"]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    plain = build_network(NUMBER, checkpoint.layout, Checkpoint.open(toy).state(NUMBER))
+    assert np.abs(plain(*(torch.from_numpy(v) for v in sample.feeds.values())).numpy() - expected).max() > 0.01
+
+
+def test_the_same_again_does_nothing_and_another_strength_does(
+    converted: Convert, toy: Path, adapter: Path, adapted: Bundle
+) -> None:
+    assert converted(toy, "fp32", adapted.path, loras=[LoraRequest(adapter, 0.5)])[0].up_to_date
+    copy = adapted.path.with_name("copy")
+    shutil.copytree(adapted.path, copy)
+    outcome, runs = converted(toy, "fp32", copy, loras=[LoraRequest(adapter, -0.5)], components=(NUMBER,))
+    assert ("number_conditioner", "export") in runs.done()
+    assert outcome.bundle.manifest.loras[0].strength == -0.5
+
+
+def test_without_effect_a_lora_is_noted_and_nothing_converted(
+    converted: Convert, toy: Path, adapter: Path, tmp_path: Path
+) -> None:
+    converted(toy, "fp32", tmp_path / "out")
+    outcome, runs = converted(toy, "fp32", tmp_path / "out", loras=[LoraRequest(adapter, 0.0)])
+    assert runs.done() == set()
+    assert outcome.bundle.manifest.loras[0].layers == {}
+
+
+def test_components_of_other_weights_are_not_left_in_a_bundle(
+    converted: Convert, toy: Path, adapter: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    converted(toy, "fp32", out, components=(NUMBER,))
+    lora = [LoraRequest(adapter)]
+    with pytest.raises(UsageError, match=r"number_conditioner in .* other weights or other LoRAs"):
+        converted(toy, "fp32", out, loras=lora, components=(Component.DECODER,))
+    outcome, _ = converted(toy, "fp32", out, loras=lora, components=(Component.DECODER,), force=True)
+    assert outcome.bundle.components == (Component.DECODER,)
+
+
+def test_the_audio_says_which_loras_made_it(adapted: Bundle, adapter: Path, tmp_path: Path) -> None:
+    wav = tmp_path / "out.wav"
+    arguments = ["run", str(adapted.path), "--prompt", "pad", "--seconds", "1", "--steps", "1", "-o", str(wav)]
+    assert cli.run(arguments) == 0
+    assert read_metadata(wav)["loras"] == [
+        {"name": "warm.safetensors", "sha256": sha256_file(adapter), "strength": 0.5}
+    ]
+
+
+def test_the_torch_engine_needs_the_same_loras(
+    adapted: Bundle, adapter: Path, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wav = str(tmp_path / "out.wav")
+    run = ["run", str(adapted.path), "--prompt", "pad", "--seconds", "1", "--steps", "1", "-o", wav]
+    torch = [*run, "--engine", "torch", "--checkpoint", str(toy)]
+    assert cli.run(torch) == 3
+    assert "--lora (warm.safetensors:0.5)" in " ".join(capsys.readouterr().err.split())
+    assert cli.run([*torch, "--lora", f"{adapter}:0.5"]) == 0
+    assert cli.run([*run, "--lora", str(adapter)]) == 2
+
+
+def test_the_command_line_lists_what_a_lora_changes(
+    toy: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(CONFIGS / "fp32.yaml")
+    convert = ["convert", str(toy), "--recipe", recipe, "--out", str(tmp_path / "out"), "--dry-run"]
+    assert cli.run([*convert, "--lora", f"{adapter}:0.25"]) == 0
+    # A narrow terminal folds cells.
+    listed = "".join(c for c in capsys.readouterr().err if c.isalnum() or c in "._*")
+    for word in ("warm.safetensors", "bora", "0.25", SECONDS):
+        assert word in listed
+    assert cli.run([*convert, "--lora", f"{adapter}:nan"]) == 2
+    assert cli.run([*convert, "--lora", "nowhere.safetensors"]) == 3
+    assert not (tmp_path / "out").exists()
