@@ -27,6 +27,7 @@ from sa3_convert.verify.drift_baseline import (
 from sa3_convert.verify.drift_compare import Drift, compare_figures
 from sa3_convert.verify.drift_figures import generation_figures, sampled_figures, storage_figures
 from sa3_convert.verify.drift_speed import speed_figures
+from sa3_convert.verify.findings import Findings
 from sa3_convert.verify.generation import GenerationCase, all_cases
 from sa3_convert.verify.generations import STEPS, both_sides
 from sa3_convert.verify.progress import Report
@@ -59,6 +60,7 @@ class Measured:
 
     figures: tuple[Figure, ...]
     origin: Origin
+    findings: Findings
 
 
 def measure_bundle(bundle: Bundle, plan: Plan, report: Report = no_report) -> Measured:
@@ -78,7 +80,7 @@ def measure_bundle(bundle: Bundle, plan: Plan, report: Report = no_report) -> Me
     figures += generation_figures(generations)
     if plan.speed:
         figures += speed_figures(bundle, report)
-    return Measured(tuple(figures), origin_of(bundle))
+    return Measured(tuple(figures), origin_of(bundle), Findings(verified, generations=generations))
 
 
 def origin_of(bundle: Bundle) -> Origin:
@@ -91,7 +93,7 @@ def origin_of(bundle: Bundle) -> Origin:
         recipe=load_recipe(bundle.file(None, "recipe")).model_dump(mode="json", by_alias=True),
         checkpoint=dict(manifest.checkpoint.get("digests", {})),
         code={room: source_digest(room) for room in ROOMS},
-        files={e.path: e.sha256 for a in manifest.artifacts if a.kind in ("mnn", "onnx") for e in a.files},
+        files={e.path: e.sha256 for a in manifest.artifacts if a.kind != "recipe" for e in a.files},
     )
 
 
@@ -156,12 +158,13 @@ def update_baseline(
     Raises:
         InputError: the file is damaged; nothing is written over it.
         BundleError: as `measure_bundle`.
-        VerificationError: as `measure_bundle`; a bundle that fails becomes no baseline.
+        VerificationError: as `measure_bundle`, or a generation is below a floor: what fails becomes no baseline.
 
     """
     known = read_baseline(path)
     before = known.find(key_of(bundle)) if known else None
     measured = measure_bundle(bundle, plan, report)
+    measured.findings.check()
     variant, recipe, size = key_of(bundle)
     made = BundleBaseline(
         variant=variant,
