@@ -75,7 +75,7 @@ def verify(
         findings = Findings(
             verify_bundle(opened, components=components, quick=quick, threads=threads, report=show_verdict)
         )
-    show_findings(findings, bundle)
+    show_findings(findings, bundle, references)
     if json_file is not None:
         write_text(json_file, json.dumps(findings.to_data(), indent=2) + "\n")
     findings.check()

@@ -21,11 +21,12 @@ from sa3_convert.verify.progress import Report
 from sa3_convert.verify.table import render, render_bisect
 
 
-def show_findings(findings: Findings, bundle: Path) -> None:
-    """Print everything that was found."""
+def show_findings(findings: Findings, bundle: Path, references: Path | None = None) -> None:
+    """Print everything that was found; where references were kept is part of the commands that replay a case."""
     stdout.print(render(findings.bundle))
     if findings.generations is not None:
-        stdout.print(render_generations(findings.generations, bundle), soft_wrap=True)
+        generations = render_generations(findings.generations, bundle, engine=findings.engine, references=references)
+        stdout.print(generations, soft_wrap=True)
     if findings.end_to_end is not None:
         stdout.print(render_end_to_end(findings.end_to_end))
     for component, result in findings.bisections.items():

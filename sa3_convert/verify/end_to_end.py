@@ -57,20 +57,21 @@ class EndToEnd:
     @property
     def chaos_ratio(self) -> float:
         """Mean spectral distance of the target over that of the nudged reference."""
-        chaos = math.fsum(c.chaos.audio.mean_spectral_distance_db for c in self.cases)
-        target = math.fsum(c.target.audio.mean_spectral_distance_db for c in self.cases)
-        return target / max(chaos, 1e-9)
+        return _spectra([c.target for c in self.cases]) / max(_spectra([c.chaos for c in self.cases]), 1e-9)
 
     def judgement(self) -> str:
         """Say in words what the figures amount to."""
-        count, ratio = len(self.cases), self.chaos_ratio
-        target = math.fsum(c.target.audio.mean_spectral_distance_db for c in self.cases) / count
-        chaos = math.fsum(c.chaos.audio.mean_spectral_distance_db for c in self.cases) / count
-        figures = f"Over {count} generations the target's spectra are {target:.2f} dB from the reference's"
-        nudge = f"the reference itself, its noise nudged by {NUDGE:g}, {chaos:.2f} dB"
+        ratio = self.chaos_ratio
+        over = "In the one generation" if len(self.cases) == 1 else f"Over {len(self.cases)} generations"
+        target, chaos = ([getattr(case, side) for case in self.cases] for side in ("target", "chaos"))
+        figures = (
+            f"{over} the target's spectra are {_spectra(target):.2f} dB from the reference's (cosine of the latents "
+            f"{_cosine(target):.5f}); the reference itself, its noise nudged by {NUDGE:g}, {_spectra(chaos):.2f} dB "
+            f"({_cosine(chaos):.5f})."
+        )
         if ratio <= 1:
-            return f"{figures}; {nudge}. The conversion changes less than such a nudge does."
-        return f"{figures}; {nudge}. The conversion changes {ratio:.1f} times as much as such a nudge does."
+            return f"{figures} The conversion changes less than such a nudge does: chance alone does as much."
+        return f"{figures} The conversion changes {ratio:.1f} times as much as such a nudge does."
 
     def to_data(self) -> dict[str, Any]:
         """Return JSON-ready data: judgement, ratio to chance, every case."""
@@ -80,6 +81,14 @@ class EndToEnd:
             "judgement": self.judgement(),
             "cases": [asdict(case) for case in self.cases],
         }
+
+
+def _spectra(divergences: Sequence[Divergence]) -> float:
+    return math.fsum(d.audio.mean_spectral_distance_db for d in divergences) / len(divergences)
+
+
+def _cosine(divergences: Sequence[Divergence]) -> float:
+    return math.fsum(d.latent_cosine for d in divergences) / len(divergences)
 
 
 def generate_both(

@@ -7,14 +7,18 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from sa3_convert.runtime.engines import EngineName
 from sa3_convert.verify.audio_metrics import WINDOWS
 from sa3_convert.verify.distribution import FREE_RUNNING, GenerationFidelity, component_of
 from sa3_convert.verify.distribution_result import Distribution
 from sa3_convert.verify.end_to_end import Divergence, EndToEnd
+from sa3_convert.verify.generations import STEPS
 
 
-def render_generations(result: GenerationFidelity, bundle: Path) -> RenderableType:
-    """Return a row per distribution, the DiT step by step, and the commands that replay the worst cases."""
+def render_generations(
+    result: GenerationFidelity, bundle: Path, *, engine: EngineName = "mnn", references: Path | None = None
+) -> RenderableType:
+    """Return a row per distribution, the DiT step by step, and the commands of `replay` for the worst cases."""
     table = Table(title=f"Over whole generations of {result.steps} steps, dB", title_justify="left")
     table.add_column("", no_wrap=True)
     for name in ("runs", "mean", "5 %", "worst"):
@@ -29,7 +33,9 @@ def render_generations(result: GenerationFidelity, bundle: Path) -> RenderableTy
     if stepped:
         parts.append(_steps(stepped))
     parts.append(Text("The worst cases again:"))
-    parts += [Text(f"  {replay(d, bundle)}") for d in result.distributions]
+    for distribution in result.distributions:
+        command = replay(distribution, bundle, steps=result.steps, engine=engine, references=references)
+        parts.append(Text(f"  {command}"))
     return Group(*parts)
 
 
@@ -54,18 +60,38 @@ def _steps(distributions: list[Distribution]) -> Table:
     return table
 
 
-def replay(distribution: Distribution, bundle: Path) -> str:
+def replay(
+    distribution: Distribution,
+    bundle: Path,
+    *,
+    steps: int = STEPS,
+    engine: EngineName = "mnn",
+    references: Path | None = None,
+) -> str:
     """Return the command that has the worst case again.
 
-    It bisects the model at the inputs of that case. Where a free-running generation stands has no such inputs: its
-    command measures that one case again.
+    It bisects the model at the inputs of that case. Where a free-running generation stands has no such inputs, and the
+    integer forms for ONNX Runtime cannot be bisected: their command measures that one case again.
+
+    Args:
+        distribution: what was measured.
+        bundle: of which bundle.
+        steps: of the denoising loop.
+        engine: what ran it.
+        references: where reference outputs were kept, if that was asked for.
+
     """
     found = distribution.summary
-    component = component_of(distribution.name).value
-    where = f"{shlex.quote(str(bundle))} --component {component} --case {shlex.quote(found.worst_case)}"
-    if distribution.name == FREE_RUNNING:
-        return f"sa3-convert verify {where} --full --quick"
-    return f"sa3-convert bisect {where}" + ("" if found.worst_step is None else f" --step {found.worst_step}")
+    words = ["--component", component_of(distribution.name).value, "--case", found.worst_case]
+    if steps != STEPS:
+        words += ["--steps", str(steps)]
+    if references is not None:
+        words += ["--references", str(references)]
+    if distribution.name == FREE_RUNNING or engine != "mnn":
+        words += ["--full", "--quick", *(["--engine", engine] if engine != "mnn" else [])]
+        return shlex.join(["sa3-convert", "verify", str(bundle), *words])
+    words += [] if found.worst_step is None else ["--step", str(found.worst_step)]
+    return shlex.join(["sa3-convert", "bisect", str(bundle), *words])
 
 
 def render_end_to_end(result: EndToEnd) -> RenderableType:
@@ -78,9 +104,10 @@ def render_end_to_end(result: EndToEnd) -> RenderableType:
     for case in result.cases:
         table.add_row(case.case, "target", *_figures([case.target]))
         table.add_row("", "chaos", *_figures([case.chaos]), style="dim")
-    table.add_section()
-    table.add_row("mean", "target", *_figures([case.target for case in result.cases]))
-    table.add_row("", "chaos", *_figures([case.chaos for case in result.cases]), style="dim")
+    if len(result.cases) > 1:
+        table.add_section()
+        table.add_row("mean size", "target", *_figures([case.target for case in result.cases]))
+        table.add_row("", "chaos", *_figures([case.chaos for case in result.cases]), style="dim")
     return Group(table, Text(result.judgement()))
 
 

@@ -20,10 +20,11 @@ from sa3_convert.runtime.engines import EngineName
 from sa3_convert.session import Session
 from sa3_convert.verify.case_feeds import case_feeds
 from sa3_convert.verify.distribution import FREE_RUNNING, TEACHER_FORCED, measure
+from sa3_convert.verify.distribution_result import Distribution, Observation
 from sa3_convert.verify.end_to_end import generate_both
-from sa3_convert.verify.full_table import render_generations
+from sa3_convert.verify.full_table import render_end_to_end, render_generations, replay
 from sa3_convert.verify.generation import GenerationCase, all_cases, denoised, replayed
-from sa3_convert.verify.metrics import MAX_DB
+from sa3_convert.verify.metrics import MAX_DB, Fidelity
 from sa3_convert.verify.prompts import PROMPTS
 from sa3_convert.verify.reference_store import ReferenceStore
 from sa3_convert.verify.sides import References, Side, Target
@@ -261,5 +262,32 @@ def test_the_table_shows_every_distribution_and_its_worst_case(tmp_path: Path) -
     assert all(d.name in shown for d in result.distributions)
     assert result.of(FREE_RUNNING).summary.worst_case in shown
     worst = result.of(TEACHER_FORCED).summary
-    replay = f"sa3-convert bisect 'some where' --component dit --case '{worst.worst_case}' --step {worst.worst_step}\n"
-    assert replay in shown
+    replayed = (
+        f"sa3-convert bisect 'some where' --component dit --case '{worst.worst_case}' --steps {STEPS} "
+        f"--step {worst.worst_step}\n"
+    )
+    assert replayed in shown
+
+
+def test_what_cannot_be_bisected_is_measured_again(tmp_path: Path) -> None:
+    distribution = Distribution(FREE_RUNNING, (Observation(CASES[0].name, Fidelity(9, 1, 0, 0), 7),))
+    command = replay(distribution, Path("b"), references=Path("r"))
+    assert command == f"sa3-convert verify b --component dit --case '{CASES[0].name}' --references r --full --quick"
+    decoder = Distribution("decoder", (Observation(CASES[0].name, Fidelity(9, 1, 0, 0)),))
+    assert replay(decoder, Path("b"), engine="onnxruntime-int8").endswith("--full --quick --engine onnxruntime-int8")
+
+
+def test_the_figures_of_each_generation_stand_beside_those_of_chance(tmp_path: Path) -> None:
+    with sides(tmp_path, {Component.DIT: scaled(0.5)}) as (references, target):
+        result = generate_both(references, target, CASES)
+    console = Console(file=io.StringIO(), width=160)
+    console.print(render_end_to_end(result), soft_wrap=True)
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert result.judgement() in shown
+    for case in result.cases:
+        assert case.case in shown
+        for divergence in (case.target, case.chaos):
+            assert f"{divergence.latent_cosine:.5f}" in shown
+            assert f"{divergence.audio.spectral_distance_db[1]:.2f}" in shown
+            assert f"{divergence.audio.loudness_db:+.2f}" in shown
