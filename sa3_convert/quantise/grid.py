@@ -19,6 +19,7 @@ squares fit of (lo, step) or step to the codes (Lloyd's iteration restricted to 
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
@@ -31,8 +32,7 @@ Floats = NDArray[np.float32]
 STARTS: Final = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.5, 0.4)
 """Shares of the full range from which the search starts; low ones matter for heavy tails."""
 ITERATIONS: Final = 6
-_ROWS: Final = 1 << 22
-"""Weights handled at once: bounds the memory, some tens of megabytes."""
+_WEIGHTS_AT_ONCE: Final = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,18 +99,18 @@ def least_squares_grid(rows: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, to
     """
     first_lo, first_step = (_storable(number, grid) for number in _extreme_grid(rows, grid))
     best_lo, best_step = first_lo, first_step
-    best_error = _error(rows, first_lo, first_step, grid)
+    _, best_error = _codes_and_error(rows, first_lo, first_step, grid)
     for start in STARTS if grid.bits < 8 else STARTS[:2]:
         if grid.symmetric:
             lo, step = first_lo, first_step * start
         else:
             step = first_step * start
             lo = first_lo + (first_step - step) * (grid.top / 2)
+        codes = _codes(rows, lo, step, grid)
         for _ in range(ITERATIONS):
-            codes = _codes(rows, lo, step, grid)
             lo, step = (_storable(number, grid) for number in _fit(rows, codes, lo, step, grid))
-            error = _error(rows, lo, step, grid)
-            better = (error < best_error) & _reproducible(rows, lo, step, grid)
+            codes, error = _codes_and_error(rows, lo, step, grid)
+            better = (error < best_error) & _reproducible(codes, grid)
             best_error = torch.where(better, error, best_error)
             best_lo = torch.where(better, lo, best_lo)
             best_step = torch.where(better, step, best_step)
@@ -121,9 +121,19 @@ def _by_rows(weight: Floats, grid: Grid, rounded: Callable[[torch.Tensor], torch
     length = grid.group_length(weight.shape)
     flat = torch.from_numpy(np.array(weight, dtype=np.float32)).reshape(-1, length)
     result = torch.empty_like(flat)
-    step = max(1, _ROWS // length)
-    for start in range(0, len(flat), step):
+    step = max(1, _WEIGHTS_AT_ONCE // length)
+
+    def fill(start: int) -> None:
         result[start : start + step] = rounded(flat[start : start + step])
+
+    threads = torch.get_num_threads()
+    # Pieces that stay in a processor's cache, each on one thread: what torch would hand to others is too small.
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(fill, range(0, len(flat), step)))
+    finally:
+        torch.set_num_threads(threads)
     values: Floats = result.reshape(weight.shape).numpy()
     return values
 
@@ -149,7 +159,7 @@ def _towards_zero(numbers: torch.Tensor) -> torch.Tensor:
 
 def _codes(rows: torch.Tensor, lo: torch.Tensor, step: torch.Tensor, grid: Grid) -> torch.Tensor:
     safe = torch.where(step > 0, step, torch.ones_like(step))
-    return ((rows - lo) / safe).round_().clamp_(grid.bottom, grid.top)
+    return (rows - lo).div_(safe).round_().clamp_(grid.bottom, grid.top)
 
 
 def to_grid(rows: torch.Tensor, lo: torch.Tensor, step: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -157,8 +167,12 @@ def to_grid(rows: torch.Tensor, lo: torch.Tensor, step: torch.Tensor, grid: Grid
     return lo + step * _codes(rows, lo, step, grid)
 
 
-def _error(rows: torch.Tensor, lo: torch.Tensor, step: torch.Tensor, grid: Grid) -> torch.Tensor:
-    return (to_grid(rows, lo, step, grid) - rows).square_().sum(dim=1, keepdim=True)
+def _codes_and_error(
+    rows: torch.Tensor, lo: torch.Tensor, step: torch.Tensor, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    codes = _codes(rows, lo, step, grid)
+    error = (codes * step).add_(lo).sub_(rows).square_().sum(dim=1, keepdim=True)
+    return codes, error
 
 
 def _fit(
@@ -178,9 +192,9 @@ def _fit(
     return torch.where(usable, mean_row - fitted * mean_code, lo), fitted
 
 
-def _reproducible(rows: torch.Tensor, lo: torch.Tensor, step: torch.Tensor, grid: Grid) -> torch.Tensor:
+def _reproducible(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Tell which rows keep the ends of their grid, so that the converter finds the same one."""
-    codes = _codes(rows, lo, step, grid)
+    lowest, highest = codes.aminmax(dim=1, keepdim=True)
     if grid.symmetric:
-        return codes.abs().amax(dim=1, keepdim=True) == grid.top
-    return (codes.amin(dim=1, keepdim=True) == 0) & (codes.amax(dim=1, keepdim=True) == grid.top)
+        return torch.maximum(-lowest, highest) == grid.top
+    return (lowest == grid.bottom) & (highest == grid.top)
