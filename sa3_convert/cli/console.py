@@ -124,19 +124,18 @@ def plan_table(request: ConvertRequest, steps: list[Step]) -> Table:
 
 def planned_table(component: Component, plan: "Plan") -> Table:
     """Return how many layers a plan stores at each precision, and which layers it keeps highest."""
-    table = Table(
-        title=f"{component.value}: {(plan.allocation.size + plan.fixed_bytes) / 2**20:.2f} MiB", title_justify="left"
-    )
+    table = Table(title=f"{component.value}: {plan.size / 2**20:.2f} MiB", title_justify="left")
     for name in ("bits", "block"):
         table.add_column(name)
     for name in ("layers", "MiB", "share of the error"):
         table.add_column(name, justify="right")
     table.add_column("for example")
     groups: dict[tuple[int, int], list[str]] = {}
-    for layer, option in plan.allocation.chosen.items():
-        groups.setdefault((option.bits or 16, option.block_size or 0), []).append(layer)
-    for (bits, block), layers in sorted(groups.items(), reverse=True):
-        chosen = [plan.allocation.chosen[layer] for layer in layers]
+    for pattern, option in plan.allocation.chosen.items():
+        groups.setdefault((option.bits or 16, option.block_size or 0), []).append(pattern)
+    for (bits, block), patterns in sorted(groups.items(), reverse=True):
+        chosen = [plan.allocation.chosen[pattern] for pattern in patterns]
+        layers = [layer for pattern in patterns for layer in plan.layers[pattern]]
         table.add_row(
             "fp16" if bits == 16 else str(bits),
             str(block) if block else "channel",

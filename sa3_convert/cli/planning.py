@@ -1,7 +1,7 @@
 """`plan`: from a size or a fidelity to a recipe."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -27,6 +27,11 @@ def plan(
     out: Annotated[Path, typer.Option("--out", metavar="FILE.yaml", help="The recipe to write.")],
     target_mib: Annotated[float | None, typer.Option("--target-mib", min=0.01, help="Size of the model.")] = None,
     min_snr: Annotated[float | None, typer.Option("--min-snr", help="Fidelity of the model, in dB.")] = None,
+    by: Annotated[
+        Literal["layer", "role"],
+        typer.Option("--by", help="What gets one precision: each layer, or all layers of a name but for its numbers."),
+    ] = "layer",
+    scales: Annotated[Literal["fp16", "fp32"], typer.Option("--scales", help="Type of scales and minima.")] = "fp16",
     recipe: RecipeOption = DEFAULT_RECIPE,
     lora: LoraOption = None,
     cache: Annotated[
@@ -38,9 +43,11 @@ def plan(
     """Choose each layer's precision by its measured sensitivity, for a size or a fidelity; write a recipe."""
     if (target_mib is None) == (min_snr is None):
         raise UsageError("Give either --target-mib or --min-snr.")
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     from sa3_convert.cli.console import planned_table, stderr, stdout
     from sa3_convert.files import write_text
-    from sa3_convert.quantise.planner import Target, layers_to_measure, measure, plan_component
+    from sa3_convert.quantise.planner import Target, layers_to_measure, measure, passes_to_run, plan_component
     from sa3_convert.recipe import load_recipe
 
     base = load_recipe(recipe)
@@ -48,20 +55,21 @@ def plan(
     folder = cache or out.absolute().parent / ".sa3-convert-cache"
     if dry_run:
         layers = layers_to_measure(opened, component)
-        typer.echo(f"{component.value}: {len(layers)} layers would be measured; the results are kept in {folder}.")
-        return
-    with stderr.status(f"{component.value}: preparing") as status:
-        sensitivity = measure(
-            opened,
-            component,
-            folder,
-            lambda what, done, total: status.update(
-                f"{component.value}: {what} {done}" + (f" of {total}" if total else "")
-            ),
-            threads,
+        typer.echo(
+            f"{component.value}: {len(layers)} layers would be measured in {passes_to_run(component)} backward passes; "
+            f"the results are kept in {folder}."
         )
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        task = bar.add_task(f"{component.value}: preparing", total=None)
+
+        def tick(what: str, done: int, total: int) -> None:
+            bar.update(task, description=f"{component.value}: {what}", completed=done, total=total)
+
+        sensitivity = measure(opened, component, scales, folder, tick, threads)
     target = Target(size=None if target_mib is None else round(target_mib * 2**20), snr_db=min_snr)
-    made = plan_component(opened, component, base.for_component(component), sensitivity, target)
+    made = plan_component(opened, component, base.for_component(component), sensitivity, target, by)
     changed = base.model_copy(
         update={
             "name": out.stem.lower(),

@@ -2,13 +2,14 @@
 
 import contextlib
 import json
+import math
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 import torch
@@ -18,20 +19,12 @@ from sa3_convert.errors import UsageError
 from sa3_convert.files import write_text
 from sa3_convert.fingerprint import fingerprint, source_digest
 from sa3_convert.networks.build import build_network
-from sa3_convert.quantise.allocation import Allocation, allocate, smallest_for_error
-from sa3_convert.quantise.calibrate import CALIBRATION_SEED, calibration_samples
-from sa3_convert.quantise.calibration import collect_moments
-from sa3_convert.quantise.moments import Moments
-from sa3_convert.quantise.sensitivity import (
-    LayerSensitivity,
-    Sensitivity,
-    all_grids,
-    candidates,
-    measure_gains,
-)
-from sa3_convert.recipe import ComponentRecipe, LayerRule, WeightScheme
-from sa3_convert.stage_cache import StageCache
-from sa3_convert.stages import export_stage, stage_keys
+from sa3_convert.quantise.allocation import Allocation, Option, allocate, smallest_for_error
+from sa3_convert.quantise.calibrate import CALIBRATION_SEED
+from sa3_convert.quantise.curvature import Curvatures, measure_curvature
+from sa3_convert.quantise.sensitivity import LayerSensitivity, Sensitivity, all_grids, priced
+from sa3_convert.recipe import ComponentRecipe, LayerRule, ScaleType, WeightScheme
+from sa3_convert.stages import stage_keys
 from sa3_convert.verify.inputs import sample_inputs
 
 if TYPE_CHECKING:
@@ -39,16 +32,18 @@ if TYPE_CHECKING:
 
 Tick = Callable[[str, int, int], None]
 """(what, done, of how many)."""
+By = Literal["layer", "role"]
+"""What gets one precision: a layer, or all layers whose names differ in numbers only."""
 
 WORST_CASE_MARGIN_DB: Final = 6
 """A plan predicts the mean over inputs; a floor holds for the worst of them."""
 _CASES: Final = {
-    Component.TEXT_ENCODER: ((0, 0), (1, 0), (2, 0)),
-    Component.NUMBER_CONDITIONER: tuple((seed, 0) for seed in range(8)),
-    # Three noise levels of the sampler, from noise to almost clean.
-    Component.DIT: ((0, 64), (1, 64), (2, 64)),
-    Component.DECODER: ((0, 32),),
-    Component.ENCODER: ((0, 32),),
+    Component.TEXT_ENCODER: tuple((seed, 0) for seed in range(12)),
+    Component.NUMBER_CONDITIONER: tuple((seed, 0) for seed in range(16)),
+    # Twice the sampler's noise levels, at lengths from a second up: what tokens share weighs more in short ones.
+    Component.DIT: tuple((seed, (96, 8, 32)[seed % 3]) for seed in range(16)),
+    Component.DECODER: tuple((seed, 32) for seed in range(4)),
+    Component.ENCODER: tuple((seed, 32) for seed in range(4)),
 }
 
 
@@ -67,6 +62,9 @@ class Plan:
 
     recipe: ComponentRecipe
     allocation: Allocation
+    """By regular expression: what `recipe` calls a layer, or a role."""
+    layers: Mapping[str, Sequence[str]]
+    """Which layers each of the allocation's keys stands for."""
     fixed_bytes: int
     """What is not a layer's weight: norms, biases, tables, constants."""
 
@@ -80,48 +78,65 @@ class Plan:
         """No plan of this size is better than this, by the same measurements."""
         return _decibels(self.allocation.bound)
 
+    @property
+    def size(self) -> int:
+        """Predicted bytes of the whole model."""
+        return self.allocation.size + self.fixed_bytes
+
+
+def passes_to_run(component: Component) -> int:
+    """Return how many backward passes a measurement takes."""
+    return len(_CASES[component])
+
 
 def measure(
-    checkpoint: "Checkpoint", component: Component, cache: Path, tick: Tick, threads: int | None
+    checkpoint: "Checkpoint", component: Component, scales: ScaleType, cache: Path, tick: Tick, threads: int | None
 ) -> Sensitivity:
     """Return the sensitivities of a component, measured now or kept from before; an interrupted measurement resumes.
 
     Args:
         checkpoint: the checkpoint.
         component: which component.
-        cache: folder of stage results; the reference is exported into it if it is not there yet.
+        scales: type of scales and minima.
+        cache: folder of measurements.
         tick: told about progress.
-        threads: for torch and ONNX Runtime.
+        threads: for torch.
 
     """
     keys = stage_keys(checkpoint, component, ComponentRecipe(floor_db=1))
-    key = fingerprint(export=keys.export, code=source_digest("quantise", "verify/inputs"))
-    kept = cache / "sensitivity" / f"{component.value}-{key[:16]}.json"
+    code = source_digest(*(f"quantise/{name}" for name in ("curvature", "grid", "sensitivity")), "verify/inputs")
+    key = fingerprint(export=keys.export, cases=_CASES[component], code=code)
+    folder = cache / "sensitivity"
+    kept = folder / f"{component.value}-{key[:16]}-{scales}.json"
     with contextlib.suppress(OSError, ValueError):
         return Sensitivity.model_validate_json(kept.read_text(encoding="utf-8"))
     if threads:
         torch.set_num_threads(threads)
-    export, _ = StageCache(cache).get("export", keys.export, lambda folder: export_stage(checkpoint, component, folder))
-    calibration = calibration_samples(component, checkpoint)
-    done = 0
-
-    def ran() -> None:
-        nonlocal done
-        done += 1
-        tick("calibrating", done, 0)
-
-    moments = collect_moments(export.file(f"{component.value}.onnx"), calibration, threads=threads, tick=ran)
-    # Both factors are shares of a signal, so the moments count per unit of it; the scale cancels in gain · energy.
-    gains = _gains(checkpoint, component, moments, kept.with_suffix(".partial"), tick)
-    layers = _candidates(checkpoint, component, gains, moments, tick)
-    sensitivity = Sensitivity(fingerprint=key, rounding="least_squares", layers=layers)
+    samples = [
+        sample_inputs(component, checkpoint.layout, seed=CALIBRATION_SEED + seed, latents=latents)
+        for seed, latents in _CASES[component]
+    ]
+    curvatures = measure_curvature(
+        build_network(component, checkpoint.layout, checkpoint.state(component)),
+        layers_to_measure(checkpoint, component),
+        samples,
+        folder / f"{component.value}-{key[:16]}.safetensors",
+        lambda done, total: tick("measuring", done, total),
+    )
+    layers = _priced(checkpoint, component, scales, curvatures, kept.with_suffix(".partial"), tick)
+    sensitivity = Sensitivity(fingerprint=key, scales=scales, layers=layers)
     write_text(kept, sensitivity.model_dump_json(indent=1))
     kept.with_suffix(".partial").unlink(missing_ok=True)
     return sensitivity
 
 
 def plan_component(
-    checkpoint: "Checkpoint", component: Component, base: ComponentRecipe, sensitivity: Sensitivity, target: Target
+    checkpoint: "Checkpoint",
+    component: Component,
+    base: ComponentRecipe,
+    sensitivity: Sensitivity,
+    target: Target,
+    by: By = "layer",
 ) -> Plan:
     """Return the best plan for a size, or the smallest for a fidelity.
 
@@ -129,11 +144,12 @@ def plan_component(
         UsageError: no plan reaches the target.
 
     """
-    shapes = {name: entry.shape for name, entry in checkpoint.stored(component).items()}
-    weights = set(layers_to_measure(checkpoint, component).values())
-    float_bytes = 2 if base.floats == "fp16" else 4
-    fixed = sum(float_bytes * int(np.prod(shape)) for name, shape in shapes.items() if name not in weights)
-    options = sensitivity.options()
+    fixed = _bytes_beside(checkpoint, component, base)
+    groups = layers_by_pattern(sensitivity.layers, by)
+    options = {
+        pattern: combined([sensitivity.layers[layer].options(base.floats) for layer in layers])
+        for pattern, layers in groups.items()
+    }
     smallest = fixed + sum(min(option.size for option in choices) for choices in options.values())
     if target.size is not None and target.size < smallest:
         raise UsageError(
@@ -147,8 +163,20 @@ def plan_component(
     else:
         raise UsageError("Give a size (--target-mib) or a fidelity (--min-snr).")
     floor = max(1.0, round(_decibels(allocation.error) - WORST_CASE_MARGIN_DB, 1))
-    recipe = base.model_copy(update={"weights": scheme_of(allocation), "floor_db": floor})
-    return Plan(recipe, allocation, fixed)
+    scheme = scheme_of(allocation, groups, sensitivity.scales)
+    recipe = base.model_copy(update={"weights": scheme, "floor_db": floor})
+    return Plan(recipe, allocation, groups, fixed)
+
+
+def _bytes_beside(checkpoint: "Checkpoint", component: Component, base: ComponentRecipe) -> int:
+    """Return the bytes of all that is not a layer's weight; MNN gives a bias of zeros to each layer without one."""
+    shapes = {name: entry.shape for name, entry in checkpoint.stored(component).items()}
+    layers = layers_to_measure(checkpoint, component)
+    float_bytes = 2 if base.floats == "fp16" else 4
+    # Norms and biases stay float32 in every file.
+    kept = sum((float_bytes if len(s) > 1 else 4) * math.prod(s) for n, s in shapes.items() if n not in layers.values())
+    biases = sum(4 * shapes[weight][0] for layer, weight in layers.items() if f"{layer}.bias" not in shapes)
+    return kept + biases
 
 
 def _decibels(error: float) -> float:
@@ -156,28 +184,47 @@ def _decibels(error: float) -> float:
     return -10 * float(np.log10(max(error, 1e-30)))
 
 
-def scheme_of(allocation: Allocation) -> WeightScheme:
+def layers_by_pattern(layers: Mapping[str, object], by: By) -> dict[str, list[str]]:
+    """Return which layers get one precision, by a regular expression for exactly their names (without anchors)."""
+    groups = defaultdict(list)
+    for layer in layers:
+        pattern = re.escape(layer)
+        groups[re.sub(r"(?<=\.)\d+(?=\\\.)", r"\\d+", pattern) if by == "role" else pattern].append(layer)
+    return dict(groups)
+
+
+def combined(choices: Sequence[Sequence[Option]]) -> list[Option]:
+    """Return the options that all layers of a group have: sizes and errors add up."""
+    found: dict[tuple[int | None, int | None], list[Option]] = defaultdict(list)
+    for options in choices:
+        for option in options:
+            found[option.bits, option.block_size].append(option)
+    return [
+        Option(bits, block, sum(option.size for option in same), sum(option.error for option in same))
+        for (bits, block), same in found.items()
+        if len(same) == len(choices)
+    ]
+
+
+def scheme_of(allocation: Allocation, layers: Mapping[str, Sequence[str]], scales: ScaleType) -> WeightScheme:
     """Return the allocation as a recipe's scheme: the commonest option, and one rule for each other one."""
-    groups: dict[tuple[int | None, int | None], list[str]] = {}
-    for layer, option in allocation.chosen.items():
-        groups.setdefault((option.bits, option.block_size), []).append(layer)
-    counts = Counter({key: len(layers) for key, layers in groups.items() if key[0] is not None})
+    patterns: dict[tuple[int | None, int | None], list[str]] = defaultdict(list)
+    for pattern, option in allocation.chosen.items():
+        patterns[option.bits, option.block_size].append(pattern)
+    counts = Counter(
+        {key: sum(len(layers[pattern]) for pattern in same) for key, same in patterns.items() if key[0] is not None}
+    )
     if not counts:
         raise UsageError("Every layer would stay in floating point; use a recipe without `weights`.")
     common = counts.most_common(1)[0][0]
     rules = tuple(
-        LayerRule(match=exactly(layers), bits=bits, block_size=block)
-        for (bits, block), layers in sorted(groups.items(), key=lambda item: str(item[0]))
+        LayerRule(match=f"^({'|'.join(sorted(same))})$", bits=bits, block_size=block)
+        for (bits, block), same in sorted(patterns.items(), key=lambda item: str(item[0]))
         if (bits, block) != common
     )
     bits, block = common
     assert bits is not None
-    return WeightScheme(bits=bits, block_size=block, rounding="least_squares", layers=rules)
-
-
-def exactly(layers: Iterable[str]) -> str:
-    """Return a regular expression that matches these names and no others."""
-    return "^(" + "|".join(re.escape(layer) for layer in sorted(layers)) + ")$"
+    return WeightScheme(bits=bits, block_size=block, rounding="least_squares", scales=scales, layers=rules)
 
 
 def layers_to_measure(checkpoint: "Checkpoint", component: Component) -> dict[str, str]:
@@ -189,47 +236,34 @@ def layers_to_measure(checkpoint: "Checkpoint", component: Component) -> dict[st
     }
 
 
-def _candidates(
-    checkpoint: "Checkpoint", component: Component, gains: Mapping[str, float], moments: Moments, tick: Tick
+def _priced(
+    checkpoint: "Checkpoint", component: Component, scales: ScaleType, curvatures: Curvatures, partial: Path, tick: Tick
 ) -> dict[str, LayerSensitivity]:
-    """Price every precision of every layer, a layer per processor: the tensors are too small to share one."""
+    """Price every precision of every layer, keeping each at once; a layer per processor, being too small to share."""
+    layers = _kept_prices(partial)
     state = checkpoint.state(component)
     weights = layers_to_measure(checkpoint, component)
+    missing = [layer for layer in weights if layer not in layers]
     threads = torch.get_num_threads()
-
-    def priced(layer: str) -> LayerSensitivity:
-        weight = state[weights[layer]].numpy()
-        found = candidates(weight, gains[layer], moments.get(layer), all_grids())
-        return LayerSensitivity(shape=tuple(weight.shape), gain=gains[layer], candidates=found)
-
-    layers = {}
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads) as pool:
-            for layer, sensitivity in zip(weights, pool.map(priced, weights), strict=True):
+            work = pool.map(
+                lambda layer: priced(state[weights[layer]].numpy(), curvatures[layer], all_grids(scales)), missing
+            )
+            for layer, sensitivity in zip(missing, work, strict=True):
                 layers[layer] = sensitivity
+                write_text(partial, json.dumps({name: done.model_dump() for name, done in layers.items()}))
                 tick("rounding", len(layers), len(weights))
     finally:
         torch.set_num_threads(threads)
-    return layers
+    return {layer: layers[layer] for layer in weights}
 
 
-def _gains(
-    checkpoint: "Checkpoint", component: Component, moments: Moments, partial: Path, tick: Tick
-) -> dict[str, float]:
-    """Measure each layer's gain, keeping every result at once so that nothing is measured twice."""
-    known: dict[str, float] = {}
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(partial.read_text(encoding="utf-8"))
-    weights = layers_to_measure(checkpoint, component)
-    network = build_network(component, checkpoint.layout, checkpoint.state(component))
-    samples = [
-        sample_inputs(component, checkpoint.layout, seed=CALIBRATION_SEED + seed, latents=latents)
-        for seed, latents in _CASES[component]
-    ]
-    missing = {layer: parameter for layer, parameter in weights.items() if layer not in known}
-    for layer, gain in measure_gains(network, missing, moments, samples):
-        known[layer] = gain
-        write_text(partial, json.dumps(known))
-        tick("measuring", len(known), len(weights))
-    return {layer: known[layer] for layer in weights}
+def _kept_prices(partial: Path) -> dict[str, LayerSensitivity]:
+    """Return what an interrupted run left; nothing if that is of no use."""
+    try:
+        kept = json.loads(partial.read_text(encoding="utf-8"))
+        return {layer: LayerSensitivity.model_validate(prices) for layer, prices in kept.items()}
+    except (OSError, ValueError, AttributeError):
+        return {}

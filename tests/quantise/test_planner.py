@@ -1,6 +1,7 @@
 """A plan is made from measurements that are kept, meets its size, and its prediction holds where it is measured."""
 
 import itertools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +35,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sensitivity(checkpoint: Checkpoint, cache: Path) -> Sensitivity:
-    return measure(checkpoint, Component.TEXT_ENCODER, cache, lambda *_: None, threads=2)
+    return measure(checkpoint, Component.TEXT_ENCODER, "fp16", cache, lambda *_: None, threads=2)
 
 
 def test_every_layer_is_measured_at_every_precision(checkpoint: Checkpoint, sensitivity: Sensitivity) -> None:
     assert sensitivity.layers.keys() == layers_to_measure(checkpoint, Component.TEXT_ENCODER).keys()
     for layer in sensitivity.layers.values():
-        assert layer.gain > 0
+        assert layer.curvature > 0
         assert {candidate.bits for candidate in layer.candidates} == {None, 2, 3, 4, 5, 6, 7, 8}
 
 
@@ -53,7 +54,7 @@ def test_more_bits_cost_more_and_err_less(sensitivity: Sensitivity) -> None:
 
 def test_a_second_plan_measures_nothing(checkpoint: Checkpoint, cache: Path, sensitivity: Sensitivity) -> None:
     ticks: list[str] = []
-    again = measure(checkpoint, Component.TEXT_ENCODER, cache, lambda what, *_: ticks.append(what), threads=2)
+    again = measure(checkpoint, Component.TEXT_ENCODER, "fp16", cache, lambda what, *_: ticks.append(what), threads=2)
     assert again == sensitivity
     assert ticks == []
 
@@ -61,7 +62,7 @@ def test_a_second_plan_measures_nothing(checkpoint: Checkpoint, cache: Path, sen
 def test_a_plan_fits_its_size_and_comes_near_its_prediction(checkpoint: Checkpoint, sensitivity: Sensitivity) -> None:
     component = Component.TEXT_ENCODER
     plan = plan_component(checkpoint, component, BASE, sensitivity, Target(size=220_000))
-    assert plan.allocation.size + plan.fixed_bytes <= 220_000
+    assert plan.size <= 220_000
     assert plan.predicted_db <= plan.bound_db + 1e-6
 
     scheme = plan.recipe.weights
@@ -69,9 +70,10 @@ def test_a_plan_fits_its_size_and_comes_near_its_prediction(checkpoint: Checkpoi
     state = checkpoint.state(component)
     for layer, parameter in layers_to_measure(checkpoint, component).items():
         bits, block = scheme.for_layer(layer)
-        assert (bits, block) == (plan.allocation.chosen[layer].bits, plan.allocation.chosen[layer].block_size)
+        option = plan.allocation.chosen[re.escape(layer)]
+        assert (bits, block) == (option.bits, option.block_size)
         if bits is not None:
-            rounded = round_least_squares(state[parameter].numpy(), Grid(bits, False, block))
+            rounded = round_least_squares(state[parameter].numpy(), Grid(bits, False, block, half_scales=True))
             state[parameter] = state[parameter].new_tensor(rounded)
     reference = build_network(component, checkpoint.layout, checkpoint.state(component))
     target = build_network(component, checkpoint.layout, state)
@@ -107,3 +109,39 @@ def test_the_written_recipe_is_one_that_convert_takes(
     changed = int8.model_copy(update={"components": dict(int8.components) | {Component.TEXT_ENCODER: plan.recipe}})
     (tmp_path / "planned.yaml").write_text(changed.to_yaml())
     assert load_recipe(tmp_path / "planned.yaml").components[Component.TEXT_ENCODER] == plan.recipe
+
+
+def test_layers_of_a_role_get_one_precision(checkpoint: Checkpoint, sensitivity: Sensitivity) -> None:
+    plan = plan_component(checkpoint, Component.TEXT_ENCODER, BASE, sensitivity, Target(size=220_000), "role")
+    free = plan_component(checkpoint, Component.TEXT_ENCODER, BASE, sensitivity, Target(size=220_000))
+    assert plan.size <= 220_000
+    assert plan.predicted_db <= free.bound_db
+    assert len(plan.layers) < len(sensitivity.layers)
+    scheme = plan.recipe.weights
+    assert scheme is not None
+    for pattern, layers in plan.layers.items():
+        option = plan.allocation.chosen[pattern]
+        assert {scheme.for_layer(layer) for layer in layers} == {(option.bits, option.block_size)}
+
+
+def test_an_interrupted_pricing_goes_on_where_it_was(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    def interrupt(what: str, done: int, total: int) -> None:
+        if what == "rounding":
+            raise KeyboardInterrupt
+
+    component, ticks = Component.NUMBER_CONDITIONER, []
+    with pytest.raises(KeyboardInterrupt):
+        measure(checkpoint, component, "fp16", tmp_path, interrupt, threads=1)
+    (partial,) = tmp_path.glob("sensitivity/*.partial")
+    partial.write_text("{damaged")
+    made = measure(checkpoint, component, "fp16", tmp_path, lambda *tick: ticks.append(tick), threads=1)
+    assert made.layers.keys() == layers_to_measure(checkpoint, component).keys()
+    assert not partial.exists()
+
+
+def test_kept_floating_point_costs_what_the_recipe_stores_it_as(sensitivity: Sensitivity) -> None:
+    layer = next(iter(sensitivity.layers.values()))
+    (half,) = (option for option in layer.options("fp16") if option.bits is None)
+    (single,) = (option for option in layer.options("fp32") if option.bits is None)
+    assert single.size == 2 * half.size == 4 * int(np.prod(layer.shape))
+    assert half.error >= single.error == 0
