@@ -26,6 +26,8 @@ def verify(
     bundle: BundleArgument,
     component: ComponentOption = None,
     json_file: JsonFileOption = None,
+    report_folder: o.ReportOption = None,
+    since: o.SinceOption = None,
     quick: o.QuickOption = False,
     full: o.FullOption = False,
     prompts: o.PromptsOption = None,
@@ -42,9 +44,12 @@ def verify(
     """Compare every model of a bundle with ONNX Runtime on its fp32 reference."""
     if not full and any(option is not None for option in (prompts, seeds, seconds, case, references)):
         raise UsageError("--prompts, --seeds, --seconds, --case and --references choose generations; add --full.")
+    if since is not None and report_folder is None:
+        raise UsageError("--since says with what a report is compared; add --report DIR.")
     cases = o.chosen_cases(prompts, seeds, seconds, case)
     from sa3_convert.bundle.manifest import Bundle
     from sa3_convert.cli.console import show_verdict
+    from sa3_convert.cli.reporting import Reporting
     from sa3_convert.cli.verifying import show_findings, shown_progress
     from sa3_convert.files import write_text
     from sa3_convert.verify.bundle import verify_bundle
@@ -55,6 +60,7 @@ def verify(
     from sa3_convert.verify.workload import workload
 
     opened, components = Bundle.open(bundle), tuple(component or ())
+    reporting = None if report_folder is None else Reporting(report_folder, since)
     if full:
         store = ReferenceStore(references or default_references(opened), references_mib << 20)
         work = workload(opened, cases, steps=steps, components=components, quick=quick)
@@ -70,6 +76,7 @@ def verify(
                 threads=threads,
                 bisecting=bisecting,
                 report=report,
+                heard=reporting.hear if reporting is not None else lambda case, side, audio: None,
             )
     else:
         findings = Findings(
@@ -78,6 +85,10 @@ def verify(
     show_findings(findings, bundle, references)
     if json_file is not None:
         write_text(json_file, json.dumps(findings.to_data(), indent=2) + "\n")
+    if reporting is not None:
+        with shown_progress() as progress:
+            reporting.write(opened, findings, bisecting=bisecting, threads=threads, progress=progress)
+        reporting.show()
     findings.check()
 
 

@@ -47,7 +47,23 @@ ReferencesMibOption = Annotated[
     int, typer.Option("--references-mib", min=1, help="Bound of that folder; what was used least recently goes first.")
 ]
 BisectOption = Annotated[
-    bool, typer.Option("--bisect/--no-bisect", help="Full: name the operator to blame in models that fall short.")
+    bool,
+    typer.Option(
+        "--bisect/--no-bisect",
+        help="Full: name the operator to blame in models that fall short. Report: show every model's operators.",
+    ),
+]
+ReportOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        metavar="DIR",
+        help="Write index.html, report.json and summary.md there, in place of an earlier one.",
+    ),
+]
+SinceOption = Annotated[
+    Path | None,
+    typer.Option("--since", metavar="REPORT.json", help="Report: also say what changed since this earlier one."),
 ]
 CaseOption = Annotated[
     str | None,

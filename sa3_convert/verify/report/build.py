@@ -1,0 +1,239 @@
+"""Findings, and the bundle that they are about, as the data of a report."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from sa3_convert.bundle.manifest import Artifact, Bundle
+from sa3_convert.components import Component
+from sa3_convert.tools import tool_versions
+from sa3_convert.verify.audio_metrics import WINDOWS
+from sa3_convert.verify.bisect_result import BisectResult, OperatorError, limit_db
+from sa3_convert.verify.distribution import FREE_RUNNING, TEACHER_FORCED, GenerationFidelity
+from sa3_convert.verify.distribution_result import Distribution
+from sa3_convert.verify.end_to_end import NUDGE, EndToEnd
+from sa3_convert.verify.findings import Findings
+from sa3_convert.verify.full_table import replay
+from sa3_convert.verify.generation import GenerationCase
+from sa3_convert.verify.report import schema
+from sa3_convert.verify.report.changes import changes_since_conversion, changes_since_report
+from sa3_convert.verify.report.verdict import verdict_sentence
+from sa3_convert.verify.result import ComponentFidelity, Verdict
+
+_NAMES = {TEACHER_FORCED: Component.DIT, FREE_RUNNING: Component.DIT}
+
+
+def build_report(
+    bundle: Bundle,
+    findings: Findings,
+    layers: Mapping[Component, BisectResult],
+    *,
+    has_audio: bool = False,
+    since: schema.Report | None = None,
+) -> schema.Report:
+    """Return everything that a report says.
+
+    Args:
+        bundle: what was verified.
+        findings: what was found.
+        layers: models operator by operator on sampled inputs; one that fell short is in the findings already.
+        has_audio: whether the audio of the end-to-end comparison was kept.
+        since: an earlier report, to say what changed.
+
+    Raises:
+        pydantic.ValidationError: a figure is NaN, or of another kind than the schema says: a bug.
+
+    """
+    components = tuple(_component(bundle, verdict) for verdict in findings.bundle.verdicts)
+    sampled = {c: found for c, found in layers.items() if c not in findings.bisections}
+    bisections = [(c, found, True) for c, found in findings.bisections.items()]
+    bisections += [(c, found, False) for c, found in sampled.items()]
+    made = _made(bundle, components)
+    report = schema.Report(
+        passed=findings.bundle.passed,
+        verdict=verdict_sentence(findings.bundle),
+        made=made,
+        since_conversion=changes_since_conversion(made, components),
+        since_report=None,
+        components=components,
+        generations=None if findings.generations is None else _generations(bundle, findings, findings.generations),
+        end_to_end=None if findings.end_to_end is None else _end_to_end(findings.end_to_end),
+        bisections=tuple(
+            _bisection(bundle, component, found, fell_short)
+            for component, found, fell_short in sorted(bisections, key=lambda b: list(Component).index(b[0]))
+        ),
+        not_run=tuple(_not_run(bundle, findings, {c for c, _, _ in bisections}, has_audio)),
+    )
+    return report if since is None else report.model_copy(update={"since_report": changes_since_report(since, report)})
+
+
+def _made(bundle: Bundle, components: Sequence[schema.ComponentReport]) -> schema.Made:
+    checkpoint = bundle.manifest.checkpoint
+    return schema.Made(
+        bundle=str(bundle.path),
+        variant=bundle.manifest.variant,
+        recipe=bundle.manifest.recipe,
+        checkpoint=str(checkpoint.get("source", "unknown")),
+        digests=checkpoint.get("digests", {}),
+        converted_with=bundle.manifest.tools,
+        verified_with=tool_versions(),
+        bytes=sum(component.bytes for component in components),
+    )
+
+
+def _component(bundle: Bundle, verdict: Verdict) -> schema.ComponentReport:
+    fidelity = verdict.fidelity
+    artifact = bundle.artifact(fidelity.component, "mnn" if verdict.engine == "mnn" else "onnx-int8")
+    worst = fidelity.worst_case.case
+    return schema.ComponentReport(
+        component=fidelity.component,
+        engine=verdict.engine,
+        precision=verdict.precision,
+        passed=verdict.passed,
+        problems=verdict.problems,
+        floor_db=verdict.floor_db,
+        claimed_db=verdict.claimed_db,
+        measured_db=verdict.measured_db,
+        spread=_spread(list(_by_case(fidelity).values())),
+        worst=schema.Figures.model_validate(fidelity.worst),
+        worst_case=worst,
+        replay=_bisect_command(bundle, fidelity.component, worst),
+        cases=tuple(schema.Case(case=m.case, output=m.output, **_figures(m.fidelity)) for m in fidelity.measurements),
+        bytes=sum(entry.bytes for entry in artifact.files),
+        stored=_stored(artifact),
+    )
+
+
+def _figures(fidelity: object) -> dict[str, float]:
+    return schema.Figures.model_validate(fidelity).model_dump()
+
+
+def _by_case(fidelity: ComponentFidelity) -> dict[str, float]:
+    """Return each input's worst ratio."""
+    cases: dict[str, float] = {}
+    for measurement in fidelity.measurements:
+        ratio = measurement.fidelity.signal_to_noise_db
+        cases[measurement.case] = min(ratio, cases.get(measurement.case, ratio))
+    return cases
+
+
+def _spread(ratios: Sequence[float]) -> schema.Spread:
+    return schema.Spread(
+        count=len(ratios),
+        mean=float(np.mean(ratios)),
+        percentile_5=float(np.percentile(ratios, 5)),
+        worst=min(ratios),
+    )
+
+
+def _stored(artifact: Artifact) -> tuple[schema.StoredType, ...]:
+    """Return what a model's bytes are; they add up to its files."""
+    if artifact.storage is None:
+        return ()
+    types = artifact.storage["types"]
+    sizes = {name: total["bytes"] for name, total in types.items()}
+    sizes["scales"] = sum(total["scale_bytes"] for total in types.values())
+    sizes["structure"] = sum(entry.bytes for entry in artifact.files) - sum(sizes.values())
+    ranked = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
+    return tuple(schema.StoredType(type=name, bytes=size) for name, size in ranked if size > 0)
+
+
+def _bisect_command(bundle: Bundle, component: Component, case: str | None = None) -> str:
+    """Return the command that bisects a model; `case` is the name of a sample, as 'seed=3 T=108'."""
+    options = dict(part.split("=", 1) for part in (case or "").split())
+    words = ["sa3-convert", "bisect", str(bundle.path), "--component", component.value]
+    for key, option in (("seed", "--seed"), ("T", "--latents")):
+        words += [option, options[key]] if key in options else []
+    return shlex.join(words)
+
+
+def _generations(bundle: Bundle, findings: Findings, found: GenerationFidelity) -> schema.Generations:
+    return schema.Generations(
+        engine=findings.engine,
+        steps=found.steps,
+        distributions=tuple(_distribution(bundle, distribution) for distribution in found.distributions),
+    )
+
+
+def _distribution(bundle: Bundle, distribution: Distribution) -> schema.Distribution:
+    steps: dict[int, list[float]] = {}
+    for observation in distribution.observations:
+        if observation.step is not None:
+            steps.setdefault(observation.step, []).append(observation.fidelity.signal_to_noise_db)
+    summary = distribution.summary
+    return schema.Distribution(
+        name=distribution.name,
+        component=_NAMES.get(distribution.name) or Component(distribution.name),
+        spread=_spread([o.fidelity.signal_to_noise_db for o in distribution.observations]),
+        worst_case=summary.worst_case,
+        worst_step=summary.worst_step,
+        replay=replay(distribution, bundle.path),
+        by_step=tuple(
+            schema.StepSpread(step=step, best=max(ratios), **dict(_spread(ratios)))
+            for step, ratios in sorted(steps.items())
+        ),
+        observations=tuple(
+            schema.Observation(case=o.case, step=o.step, **_figures(o.fidelity)) for o in distribution.observations
+        ),
+    )
+
+
+def _end_to_end(found: EndToEnd) -> schema.EndToEnd:
+    return schema.EndToEnd(
+        nudge=NUDGE,
+        windows=WINDOWS,
+        chaos_ratio=found.chaos_ratio,
+        judgement=found.judgement(),
+        cases=tuple(
+            schema.EndToEndCase(
+                case=case.case,
+                prompt=GenerationCase.parse(case.case).text,
+                target=schema.Divergence.model_validate(case.target),
+                chaos=schema.Divergence.model_validate(case.chaos),
+            )
+            for case in found.cases
+        ),
+    )
+
+
+def _bisection(bundle: Bundle, component: Component, found: BisectResult, fell_short: bool) -> schema.Bisection:
+    return schema.Bisection(
+        component=component,
+        fell_short=fell_short,
+        verdict=found.verdict(),
+        suspect=None if found.suspect is None else found.suspect.name,
+        operators=tuple(_operator(operator) for operator in found.operators),
+        incomparable=len(found.incomparable),
+        replay=_bisect_command(bundle, component),
+    )
+
+
+def _operator(operator: OperatorError) -> schema.Operator:
+    names = set(schema.Operator.model_fields) - {"limit_db"}
+    return schema.Operator(limit_db=limit_db(operator.stored), **{name: getattr(operator, name) for name in names})
+
+
+def _not_run(bundle: Bundle, findings: Findings, bisected: set[Component], has_audio: bool) -> list[schema.NotRun]:
+    folder = shlex.quote(str(bundle.path))
+    everything = f"sa3-convert verify {folder} --full --report DIR"
+    verified = {verdict.fidelity.component for verdict in findings.bundle.verdicts}
+    missing = [component for component in bundle.components if component not in verified]
+    found = []
+    if missing:
+        names = ", ".join(component.value for component in missing)
+        found.append(schema.NotRun(part="components", what=f"Not verified: {names}.", command=everything))
+    if findings.generations is None:
+        what = "The models were not measured over whole generations, nor the DiT step by step."
+        found.append(schema.NotRun(part="generations", what=what, command=everything))
+    if findings.end_to_end is None:
+        what = "Generations from prompt to audio were not compared."
+        found.append(schema.NotRun(part="end_to_end", what=what, command=everything))
+    elif not has_audio:
+        what = "The audio of the generations was not kept."
+        found.append(schema.NotRun(part="audio", what=what, command=everything))
+    unseen = [component.value for component in bundle.components if component in verified - bisected]
+    if unseen:
+        what = f"Not looked at operator by operator: {', '.join(unseen)}."
+        found.append(schema.NotRun(part="layers", what=what, command=f"sa3-convert verify {folder} --report DIR"))
+    return found

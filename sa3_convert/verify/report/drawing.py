@@ -1,0 +1,182 @@
+"""Which figures and players a page has, and what is written under them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from sa3_convert.verify.report.clips import clip
+from sa3_convert.verify.report.fidelity_figures import (
+    MOST_DB,
+    Strip,
+    end_to_end_figure,
+    steps_figure,
+    strips_figure,
+    strips_of,
+)
+from sa3_convert.verify.report.layer_figures import layers_figure
+from sa3_convert.verify.report.schema import Bisection, EndToEnd, EndToEndCase, Generations, Report
+from sa3_convert.verify.report.shown import shown_name
+from sa3_convert.verify.report.spectrograms import Sides, spectrogram_figure
+from sa3_convert.verify.report.storage_figure import ink_of, storage_figure
+from sa3_convert.verify.report.theme import Ink
+
+Heard = Mapping[str, Sides]
+"""Audio of the end-to-end comparison: by case and side, [channels, samples]."""
+
+_PLAYED = 2
+"""Generations with players: at 5 seconds of stereo they weigh up to 1.2 MB a side."""
+_PLAYED_SECONDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A figure and its caption."""
+
+    svg: Markup
+    caption: str
+
+
+@dataclass(frozen=True, slots=True)
+class Player:
+    """A piece of audio that can be played."""
+
+    name: str
+    uri: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class HeardCase:
+    """One generation's spectrograms, and its players if it has any."""
+
+    case: str
+    drawn: Drawn
+    clips: tuple[Player, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Clips:
+    """All players together."""
+
+    seconds: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Everything that is drawn."""
+
+    components: Drawn
+    steps: Drawn | None
+    generations: Drawn | None
+    end_to_end: Drawn | None
+    heard: tuple[HeardCase, ...]
+    layers: tuple[Drawn, ...]
+    storage: Drawn
+    legend: tuple[tuple[str, str], ...]
+    """Stored types and the CSS variable of each colour."""
+
+    @property
+    def clips(self) -> Clips:
+        """What the players weigh."""
+        return Clips(f"{_PLAYED_SECONDS} seconds", sum(player.bytes for case in self.heard for player in case.clips))
+
+
+def draw(report: Report, heard: Heard, sample_rate: int) -> Figures:
+    """Return all figures of a report; see `render_page`."""
+    generations, end_to_end = report.generations, report.end_to_end
+    stored = sorted({s.type for c in report.components for s in c.stored})
+    return Figures(
+        components=_components(report),
+        steps=None if generations is None else _steps(generations),
+        generations=None if generations is None else _generations(generations),
+        end_to_end=None if end_to_end is None else _end_to_end(end_to_end),
+        heard=() if end_to_end is None else tuple(_heard(end_to_end, heard, sample_rate)),
+        layers=tuple(_layers(found) for found in report.bisections),
+        storage=_storage(report),
+        legend=_legend(stored),
+    )
+
+
+def _components(report: Report) -> Drawn:
+    svg = strips_figure(strips_of(report.components), "components", f"{report.verdict} A row of dots for each model.")
+    return Drawn(
+        Markup(svg),
+        "A dot for each output on each input; the solid one is the worst. The bar is the floor. "
+        f"What has more than {MOST_DB:g} dB stands there.",
+    )
+
+
+def _steps(found: Generations) -> Drawn | None:
+    stepped = [d for d in found.distributions if d.by_step]
+    if not stepped:
+        return None
+    said = "; ".join(
+        f"{d.name}: mean {d.by_step[0].mean:.1f} dB at the first step, {d.by_step[-1].mean:.1f} dB at the last"
+        for d in stepped
+    )
+    caption = "The DiT step by step: the mean over all generations, and from the worst to the best."
+    return Drawn(Markup(steps_figure(stepped, "steps", said)), caption)
+
+
+def _generations(found: Generations) -> Drawn:
+    strips = [Strip(d.name, [o.signal_to_noise_db for o in d.observations]) for d in found.distributions]
+    said = "; ".join(
+        f"{d.name}: {d.spread.worst:.1f} to {max(s.ratios):.1f} dB"
+        for d, s in zip(found.distributions, strips, strict=True)
+    )
+    return Drawn(Markup(strips_figure(strips, "generations", said)), "A dot for each comparison; solid: the worst.")
+
+
+def _end_to_end(found: EndToEnd) -> Drawn:
+    caption = "Spectral distance from the reference's audio, mean over the window sizes."
+    return Drawn(Markup(end_to_end_figure(found, "end-to-end", found.judgement)), caption)
+
+
+def _heard(found: EndToEnd, heard: Heard, sample_rate: int) -> Sequence[HeardCase]:
+    """Return the generations whose audio was kept, the furthest from the reference first."""
+    kept = [case for case in found.cases if case.case in heard]
+    kept.sort(key=lambda case: -case.target.audio.mean_spectral_distance_db)
+    return [
+        HeardCase(
+            case.case,
+            _spectrogram(case, heard[case.case], sample_rate, number),
+            _players(heard[case.case], sample_rate) if number < _PLAYED else (),
+        )
+        for number, case in enumerate(kept)
+    ]
+
+
+def _spectrogram(case: EndToEndCase, sides: Sides, sample_rate: int, number: int) -> Drawn:
+    said = (
+        f"Spectrograms of {case.case}: the bundle is {case.target.audio.mean_spectral_distance_db:.2f} dB from the "
+        f"reference, the nudged reference {case.chaos.audio.mean_spectral_distance_db:.2f} dB."
+    )
+    caption = f"{case.case}: {f'“{case.prompt}”' if case.prompt else 'no prompt'}"
+    return Drawn(Markup(spectrogram_figure(sides, sample_rate, f"heard-{number}", said)), caption)
+
+
+def _players(sides: Sides, sample_rate: int) -> tuple[Player, ...]:
+    names = {"reference": "reference", "target": "this bundle"}
+    made = [(name, clip(sides[side][:, : _PLAYED_SECONDS * sample_rate], sample_rate)) for side, name in names.items()]
+    return tuple(Player(name, encoded.uri, encoded.bytes) for name, encoded in made)
+
+
+def _layers(found: Bisection) -> Drawn:
+    name = found.component.value
+    return Drawn(Markup(layers_figure(found, f"layers-{name}", f"{name}: {found.verdict}")), name)
+
+
+def _storage(report: Report) -> Drawn:
+    largest = max(report.components, key=lambda c: c.bytes)
+    said = f"Sizes of {len(report.components)} models; the largest is {shown_name(largest)}. The table has all figures."
+    caption = "Area is bytes: models, each divided by how its data are stored. What is too small to be named is below."
+    return Drawn(Markup(storage_figure(report.components, "sizes-map", said)), caption)
+
+
+def _legend(stored: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    names: dict[Ink, list[str]] = {}
+    for kind in stored:
+        names.setdefault(ink_of(kind), []).append(kind)
+    return tuple((", ".join(kinds), ink.variable) for ink, kinds in names.items())

@@ -1,0 +1,77 @@
+"""The report's folder: whole or not there; the next run takes its place, and nothing of anyone else's is touched."""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from sa3_convert.errors import UsageError
+from sa3_convert.verify.report.schema import KIND
+
+DATA = "report.json"
+PAGE = "index.html"
+SUMMARY = "summary.md"
+_NAMES = {DATA, PAGE, SUMMARY}
+
+
+def check_folder(folder: Path) -> None:
+    """Check, before any long work, that a report can be written there.
+
+    Raises:
+        UsageError: a file stands there, or a folder with files that are no report's.
+
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is a file. Name a folder for the report.")
+    names = {entry.name for entry in folder.iterdir()}
+    if names and not (names <= _NAMES and _is_report(folder / DATA)):
+        raise UsageError(
+            f"{folder} holds {sorted(names - _NAMES or names)[0]}, which is no part of a report. Name a new or empty "
+            "folder, or one that holds an earlier report."
+        )
+
+
+def _is_report(file: Path) -> bool:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and data.get("kind") == KIND
+
+
+def write_folder(folder: Path, contents: Mapping[str, str]) -> None:
+    """Write a report's files under a temporary name and rename the folder; an earlier report is replaced.
+
+    Args:
+        folder: where; `check_folder` says whether it may be.
+        contents: text by file name.
+
+    Raises:
+        UsageError: see `check_folder`.
+
+    """
+    check_folder(folder)
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    token = secrets.token_hex(8)
+    new, old = (folder.with_name(f".{folder.name}.{token}.{kind}") for kind in ("partial", "old"))
+    try:
+        new.mkdir()
+        for name, text in contents.items():
+            with (new / name).open("w", encoding="utf-8", newline="\n") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    finally:
+        # An interrupt between the two renames: the earlier report goes back.
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,102 @@
+"""`summary.md`: what a pull request needs to know."""
+
+import re
+from collections.abc import Iterator, Sequence
+
+from sa3_convert.verify.report.schema import Change, Report
+from sa3_convert.verify.report.shown import shown_db, shown_name, shown_size
+
+_MOST_CHANGES = 30
+
+
+def render_summary(report: Report) -> str:
+    """Return Markdown: the verdict, a row per model, what changed, and how to have each worst case again."""
+    return "\n".join(_lines(report)).rstrip() + "\n"
+
+
+def _lines(report: Report) -> Iterator[str]:
+    yield f"## {_escaped(report.made.variant)}, recipe {_escaped(report.made.recipe)}"
+    yield ""
+    yield f"**{_escaped(report.verdict)}**"
+    yield ""
+    problems = [problem for component in report.components for problem in component.problems]
+    problems += [found.verdict for found in report.bisections if found.fell_short]
+    if problems:
+        yield from (f"- {_escaped(problem)}" for problem in problems)
+        yield ""
+    yield from _table(report)
+    yield ""
+    if report.generations is not None:
+        yield from _generations(report)
+    if report.end_to_end is not None:
+        yield _escaped(report.end_to_end.judgement)
+        yield ""
+    yield from _changes(report)
+    yield from _commands(report)
+    yield from _not_run(report)
+
+
+def _table(report: Report) -> Iterator[str]:
+    yield "| model | verdict | worst dB | floor | 5 % | mean | inputs | stored as | size |"
+    yield "|---|---|---:|---:|---:|---:|---:|---|---:|"
+    for c in report.components:
+        verdict = "passed" if c.passed else "**failed**"
+        figures = (shown_db(c.spread.worst), f"{c.floor_db:g}", shown_db(c.spread.percentile_5))
+        cells = (shown_name(c), verdict, *figures, shown_db(c.spread.mean), c.spread.count, c.precision)
+        yield f"| {' | '.join(str(cell) for cell in cells)} | {shown_size(c.bytes)} |"
+    yield f"| all | | | | | | | | {shown_size(report.made.bytes)} |"
+
+
+def _generations(report: Report) -> Iterator[str]:
+    assert report.generations is not None
+    yield f"| over generations of {report.generations.steps} steps | worst dB | 5 % | mean | runs |"
+    yield "|---|---:|---:|---:|---:|"
+    for d in report.generations.distributions:
+        figures = " | ".join(shown_db(ratio) for ratio in (d.spread.worst, d.spread.percentile_5, d.spread.mean))
+        yield f"| {d.name} | {figures} | {d.spread.count} |"
+    yield ""
+
+
+def _changes(report: Report) -> Iterator[str]:
+    yield "### What changed"
+    yield ""
+    yield from _changed("the conversion", report.since_conversion)
+    if report.since_report is not None:
+        yield from _changed("the earlier report", report.since_report)
+
+
+def _changed(since: str, changes: Sequence[Change]) -> Iterator[str]:
+    if not changes:
+        yield f"Since {since}: nothing."
+        yield ""
+        return
+    yield f"| since {since} | before | now |"
+    yield "|---|---|---|"
+    for change in changes[:_MOST_CHANGES]:
+        yield f"| {_escaped(change.what)} | {_escaped(change.before)} | {_escaped(change.now)} |"
+    if len(changes) > _MOST_CHANGES:
+        yield f"| and {len(changes) - _MOST_CHANGES} more, in report.json | | |"
+    yield ""
+
+
+def _commands(report: Report) -> Iterator[str]:
+    yield "### The worst cases again"
+    yield ""
+    yield "```"
+    yield from (component.replay for component in report.components if component.engine == "mnn")
+    if report.generations is not None:
+        yield from (distribution.replay for distribution in report.generations.distributions)
+    yield "```"
+    yield ""
+
+
+def _not_run(report: Report) -> Iterator[str]:
+    if report.not_run:
+        yield "### Not run"
+        yield ""
+        yield from (f"- {_escaped(missing.what)} `{missing.command}`" for missing in report.not_run)
+
+
+def _escaped(text: str) -> str:
+    """Return text that Markdown shows as it stands, on one line."""
+    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(text.split()))

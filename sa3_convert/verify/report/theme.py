@@ -1,0 +1,128 @@
+"""Figures that take their colours from the page: one SVG for light, dark and print.
+
+A figure is drawn with stand-in colours, each of which becomes a CSS variable of `style.css`. Text stays text. The same
+figure gives the same bytes: no dates, and identifiers that depend on the figure's name alone.
+"""
+
+import io
+import re
+from contextlib import AbstractContextManager
+from enum import StrEnum
+from html import escape
+from typing import Any, Literal
+
+import matplotlib as mpl
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+WIDTH = 345.6
+"""In points, which are CSS pixels on a phone: there a figure is shown at its own size, and its text can be read."""
+
+
+class Ink(StrEnum):
+    """Stand-ins, and which variables they are."""
+
+    TEXT = "#010001"
+    MUTED = "#010002"
+    GRID = "#010003"
+    SURFACE = "#010004"
+    FIRST = "#010005"
+    SECOND = "#010006"
+    BAD = "#010007"
+    INTEGER = "#010008"
+    HALF = "#010009"
+    FLOAT = "#01000a"
+    SCALES = "#01000b"
+    OTHER = "#01000c"
+
+    @property
+    def variable(self) -> str:
+        """The CSS variable."""
+        return f"var(--{self.name.lower()})"
+
+
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 10.5,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 10,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "legend.fontsize": 10,
+    "legend.frameon": False,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "text.color": Ink.TEXT,
+    "axes.titlecolor": Ink.TEXT,
+    "axes.labelcolor": Ink.MUTED,
+    "xtick.color": Ink.GRID,
+    "ytick.color": Ink.GRID,
+    "xtick.labelcolor": Ink.MUTED,
+    "ytick.labelcolor": Ink.MUTED,
+    "axes.edgecolor": Ink.GRID,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": Ink.GRID,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.8,
+    # Names come from files: a dollar in them is no formula.
+    "text.parse_math": False,
+}
+
+
+def new_figure(height: float, *, layout: Literal["constrained"] | None = "constrained") -> Figure:
+    """Return an empty figure, `WIDTH` × `height` points."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(WIDTH / 72, height / 72), layout=layout)
+        FigureCanvasSVG(figure)
+    return figure
+
+
+def styled() -> AbstractContextManager[None]:
+    """Return a context in which axes take the page's style."""
+    return mpl.rc_context(_STYLE)
+
+
+def svg_of(figure: Figure, name: str, label: str) -> str:
+    """Return a figure as an `<svg>` element to stand in a page.
+
+    Args:
+        figure: made by `new_figure`.
+        name: unique in the page; identifiers within the SVG begin with it.
+        label: what the figure shows, for those who do not see it.
+
+    """
+    buffer = io.StringIO()
+    with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = buffer.getvalue()
+    text = re.sub(r"<!--.*?-->\n?", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    text = _with_own_identifiers(text, name)
+    # The page's own font: the one that it was laid out for is not on every machine, and is wider than most.
+    text = re.sub(r"font: ([^;\"]*?)([\d.]+)px [^;\"]*", _font, text)
+    for ink in Ink:
+        text = text.replace(ink.value, ink.variable)
+    view = re.search(r'viewBox="[^"]*"', text)
+    assert view is not None
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {view[0]} '
+        f'role="img" aria-label="{escape(label)}">'
+    )
+    return head + text[text.index(">") + 1 :].rstrip()
+
+
+def _font(found: re.Match[str]) -> str:
+    weight = "bold " if "bold" in found[1] or "700" in found[1] else ""
+    return f"font: {weight}{found[2]}px var(--font)"
+
+
+def _with_own_identifiers(text: str, name: str) -> str:
+    """Keep the identifiers that are referred to, and make them the figure's own."""
+    used = set(re.findall(r"url\(#([^)]+)\)", text)) | set(re.findall(r'xlink:href="#([^"]+)"', text))
+    text = re.sub(r'\s+id="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", text)
+    text = re.sub(r"url\(#", f"url(#{name}-", text)
+    return re.sub(r'xlink:href="#', f'xlink:href="#{name}-', text)
