@@ -64,7 +64,9 @@ def _heads(*reports: Report) -> list[dict[str, str]]:
     heads = []
     for report in reports:
         made, verdict = report.made, "passed" if report.passed else "failed"
-        heads.append({"verdict": verdict, "variant": made.variant, "recipe": made.recipe, "checkpoint": made.checkpoint})
+        heads.append(
+            {"verdict": verdict, "variant": made.variant, "recipe": made.recipe, "checkpoint": made.checkpoint}
+        )
     ratios = [report.end_to_end.chaos_ratio for report in reports if report.end_to_end is not None]
     if len(ratios) == len(reports):
         for head, ratio in zip(heads, ratios, strict=True):

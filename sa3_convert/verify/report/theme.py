@@ -103,7 +103,8 @@ def svg_of(figure: Figure, name: str, label: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
     text = _with_own_identifiers(text, name)
     # The page's own font: the one that it was laid out for is not on every machine, and is wider than most.
-    text = re.sub(r"font: ([^;\"]*?)([\d.]+)px [^;\"]*", _font, text)
+    text = re.sub(r"(font: [^;\"]*?[\d.]+px )[^;\"]*", r"\1var(--font)", text)
+    text = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", text)
     for ink in Ink:
         text = text.replace(ink.value, ink.variable)
     view = re.search(r'viewBox="[^"]*"', text)
@@ -113,11 +114,6 @@ def svg_of(figure: Figure, name: str, label: str) -> str:
         f'role="img" aria-label="{escape(label)}">'
     )
     return head + text[text.index(">") + 1 :].rstrip()
-
-
-def _font(found: re.Match[str]) -> str:
-    weight = "bold " if "bold" in found[1] or "700" in found[1] else ""
-    return f"font: {weight}{found[2]}px var(--font)"
 
 
 def _with_own_identifiers(text: str, name: str) -> str:
