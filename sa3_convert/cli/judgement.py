@@ -86,9 +86,7 @@ def verify(
     if json_file is not None:
         write_text(json_file, json.dumps(findings.to_data(), indent=2) + "\n")
     if reporting is not None:
-        with shown_progress() as progress:
-            reporting.write(opened, findings, bisecting=bisecting, threads=threads, progress=progress)
-        reporting.show()
+        reporting.write(opened, findings, bisecting=bisecting, threads=threads)
     findings.check()
 
 

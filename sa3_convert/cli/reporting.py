@@ -4,14 +4,14 @@ from pathlib import Path
 
 from sa3_convert.bundle.manifest import Bundle
 from sa3_convert.cli.console import stderr
+from sa3_convert.cli.verifying import shown_progress
 from sa3_convert.verify.end_to_end import Floats
 from sa3_convert.verify.findings import Findings
 from sa3_convert.verify.generation import GenerationCase
-from sa3_convert.verify.progress import Report
 from sa3_convert.verify.report.changes import read_report
 from sa3_convert.verify.report.folder import PAGE, SUMMARY, check_folder
 from sa3_convert.verify.report.shown import shown_size
-from sa3_convert.verify.report.write import bisected_models, write_report
+from sa3_convert.verify.report.write import OPERATORS, bisected_models, write_report
 
 
 class Reporting:
@@ -37,15 +37,13 @@ class Reporting:
         """Keep what was generated."""
         self._heard.setdefault(case.name, {})[side] = audio
 
-    def write(
-        self, bundle: Bundle, findings: Findings, *, bisecting: bool, threads: int | None, progress: Report
-    ) -> None:
-        """Look at every model operator by operator, if that is wanted, and write the folder."""
-        layers = bisected_models(bundle, findings, threads=threads, progress=progress) if bisecting else {}
+    def write(self, bundle: Bundle, findings: Findings, *, bisecting: bool, threads: int | None) -> None:
+        """Look at every model operator by operator, if that is wanted, write the folder, and say where it stands."""
+        layers = {}
+        if bisecting:
+            with shown_progress({OPERATORS: 1.0}) as progress:
+                layers = bisected_models(bundle, findings, threads=threads, progress=progress)
         write_report(self._folder, bundle, findings, layers=layers, heard=self._heard, since=self._since)
-
-    def show(self) -> None:
-        """Say where the report stands and what it weighs."""
         page = self._folder / PAGE
         size = shown_size(page.stat().st_size)
         stderr.print(f"Report: {page} ({size}); for a pull request: {self._folder / SUMMARY}", markup=False)

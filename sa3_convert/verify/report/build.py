@@ -1,7 +1,7 @@
 """Findings, and the bundle that they are about, as the data of a report."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from sa3_convert.components import Component
 from sa3_convert.tools import tool_versions
 from sa3_convert.verify.audio_metrics import WINDOWS
 from sa3_convert.verify.bisect_result import BisectResult, OperatorError, limit_db
-from sa3_convert.verify.distribution import FREE_RUNNING, TEACHER_FORCED, GenerationFidelity
+from sa3_convert.verify.distribution import FREE_RUNNING, GenerationFidelity, component_of
 from sa3_convert.verify.distribution_result import Distribution
 from sa3_convert.verify.end_to_end import NUDGE, EndToEnd
 from sa3_convert.verify.findings import Findings
@@ -18,10 +18,8 @@ from sa3_convert.verify.full_table import replay
 from sa3_convert.verify.generation import GenerationCase
 from sa3_convert.verify.report import schema
 from sa3_convert.verify.report.changes import changes_since_conversion, changes_since_report
-from sa3_convert.verify.report.verdict import verdict_sentence
+from sa3_convert.verify.report.verdict import floor_of, passed, verdict_sentence
 from sa3_convert.verify.result import ComponentFidelity, Verdict
-
-_NAMES = {TEACHER_FORCED: Component.DIT, FREE_RUNNING: Component.DIT}
 
 
 def build_report(
@@ -45,14 +43,15 @@ def build_report(
         pydantic.ValidationError: a figure is NaN, or of another kind than the schema says: a bug.
 
     """
-    components = tuple(_component(bundle, verdict) for verdict in findings.bundle.verdicts)
+    components = tuple(_component(bundle, findings, verdict) for verdict in findings.bundle.verdicts)
     sampled = {c: found for c, found in layers.items() if c not in findings.bisections}
     bisections = [(c, found, True) for c, found in findings.bisections.items()]
     bisections += [(c, found, False) for c, found in sampled.items()]
     made = _made(bundle, components)
     report = schema.Report(
-        passed=findings.bundle.passed,
-        verdict=verdict_sentence(findings.bundle),
+        passed=findings.passed,
+        verdict=verdict_sentence(findings),
+        problems=tuple(_problems(bundle, findings, components)),
         made=made,
         since_conversion=changes_since_conversion(made, components),
         since_report=None,
@@ -82,7 +81,21 @@ def _made(bundle: Bundle, components: Sequence[schema.ComponentReport]) -> schem
     )
 
 
-def _component(bundle: Bundle, verdict: Verdict) -> schema.ComponentReport:
+def _problems(
+    bundle: Bundle, findings: Findings, components: Sequence[schema.ComponentReport]
+) -> Iterator[schema.Problem]:
+    """Yield the findings' problems with the commands that look into them: sampled inputs first, then generations."""
+    commands = [
+        component.replay
+        for component, verdict in zip(components, findings.bundle.verdicts, strict=True)
+        for _ in verdict.problems
+    ]
+    commands += [replay(distribution, bundle.path) for distribution in findings.short.values()]
+    for what, command in zip(findings.problems, commands, strict=True):
+        yield schema.Problem(what=what, command=command)
+
+
+def _component(bundle: Bundle, findings: Findings, verdict: Verdict) -> schema.ComponentReport:
     fidelity = verdict.fidelity
     artifact = bundle.artifact(fidelity.component, "mnn" if verdict.engine == "mnn" else "onnx-int8")
     worst = fidelity.worst_case.case
@@ -90,8 +103,7 @@ def _component(bundle: Bundle, verdict: Verdict) -> schema.ComponentReport:
         component=fidelity.component,
         engine=verdict.engine,
         precision=verdict.precision,
-        passed=verdict.passed,
-        problems=verdict.problems,
+        passed=passed(findings, verdict),
         floor_db=verdict.floor_db,
         claimed_db=verdict.claimed_db,
         measured_db=verdict.measured_db,
@@ -152,19 +164,20 @@ def _generations(bundle: Bundle, findings: Findings, found: GenerationFidelity) 
     return schema.Generations(
         engine=findings.engine,
         steps=found.steps,
-        distributions=tuple(_distribution(bundle, distribution) for distribution in found.distributions),
+        distributions=tuple(_distribution(bundle, findings, distribution) for distribution in found.distributions),
     )
 
 
-def _distribution(bundle: Bundle, distribution: Distribution) -> schema.Distribution:
+def _distribution(bundle: Bundle, findings: Findings, distribution: Distribution) -> schema.Distribution:
     steps: dict[int, list[float]] = {}
     for observation in distribution.observations:
         if observation.step is not None:
             steps.setdefault(observation.step, []).append(observation.fidelity.signal_to_noise_db)
-    summary = distribution.summary
+    summary, component = distribution.summary, component_of(distribution.name)
     return schema.Distribution(
         name=distribution.name,
-        component=_NAMES.get(distribution.name) or Component(distribution.name),
+        component=component,
+        floor_db=None if distribution.name == FREE_RUNNING else floor_of(findings, component),
         spread=_spread([o.fidelity.signal_to_noise_db for o in distribution.observations]),
         worst_case=summary.worst_case,
         worst_step=summary.worst_step,

@@ -121,12 +121,15 @@ def _steps(found: Generations) -> Drawn | None:
 
 
 def _generations(found: Generations) -> Drawn:
-    strips = [Strip(d.name, [o.signal_to_noise_db for o in d.observations]) for d in found.distributions]
+    strips = [Strip(d.name, [o.signal_to_noise_db for o in d.observations], d.floor_db) for d in found.distributions]
     said = "; ".join(
         f"{d.name}: {d.spread.worst:.1f} to {max(s.ratios):.1f} dB"
         for d, s in zip(found.distributions, strips, strict=True)
     )
-    return Drawn(Markup(strips_figure(strips, "generations", said)), "A dot for each comparison; solid: the worst.")
+    return Drawn(
+        Markup(strips_figure(strips, "generations", said)),
+        "A dot for each comparison; the solid one is the worst. The bar is the floor.",
+    )
 
 
 def _end_to_end(found: EndToEnd) -> Drawn:

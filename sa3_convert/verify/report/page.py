@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from sa3_convert.verify.report.drawing import Heard, draw
 from sa3_convert.verify.report.schema import Bisection, ComponentReport, Operator, Report
-from sa3_convert.verify.report.shown import shown_db, shown_name, shown_size
+from sa3_convert.verify.report.shown import shown_db, shown_floor, shown_name, shown_size
 
 _HERE = files("sa3_convert.verify.report")
 _AROUND = 4
@@ -28,6 +28,7 @@ def render_page(report: Report, heard: Heard, sample_rate: int) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "db": shown_db,
+        "floor": shown_floor,
         "size": shown_size,
         "versions": _versions,
         "shown_name": shown_name,

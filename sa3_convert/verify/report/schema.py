@@ -76,8 +76,7 @@ class ComponentReport(_Data):
     engine: EngineName
     precision: str
     passed: bool
-    problems: tuple[str, ...]
-    """What is wrong, a sentence each."""
+    """Whether it reached its floor here and, by its own error, in every generation, and the manifest is true."""
     floor_db: float
     claimed_db: Decibels | None
     """The worst ratio that the manifest names, from the conversion's own inputs."""
@@ -117,6 +116,8 @@ class Distribution(_Data):
     name: str
     component: Component
     spread: Spread
+    floor_db: float | None
+    """None for free-running generations, in which errors of the whole chain feed on themselves."""
     worst_case: str
     worst_step: int | None
     replay: str
@@ -202,7 +203,7 @@ class Bisection(_Data):
 
     component: Component
     fell_short: bool
-    """Whether the model was bisected at its worst case because it fell short, rather than on sampled inputs."""
+    """Whether the model was bisected because it fell short, at its worst case, rather than on sampled inputs."""
     verdict: str
     suspect: str | None
     operators: tuple[Operator, ...]
@@ -210,6 +211,14 @@ class Bisection(_Data):
     """Tensors that were fused away, or whose names were lost."""
     replay: str
     """A command that bisects the model."""
+
+
+class Problem(_Data):
+    """Why a model failed."""
+
+    what: str
+    command: str
+    """A command that looks into it."""
 
 
 class NotRun(_Data):
@@ -255,6 +264,8 @@ class Report(_Data):
     passed: bool
     verdict: str
     """In a sentence."""
+    problems: tuple[Problem, ...]
+    """Empty if all models passed."""
     made: Made
     since_conversion: tuple[Change, ...]
     """Versions and figures that differ from those in the manifest."""

@@ -9,6 +9,11 @@ def shown_db(ratio: float) -> str:
     return "∞" if ratio >= MAX_DB else f"{ratio:.1f}"
 
 
+def shown_floor(floor_db: float | None) -> str:
+    """Return a floor, or a dash for what has none."""
+    return "–" if floor_db is None else f"{floor_db:g}"
+
+
 def shown_size(size: int) -> str:
     """Return a size in bytes."""
     if size == 0:

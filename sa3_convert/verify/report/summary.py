@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from sa3_convert.verify.report.schema import Change, Report
-from sa3_convert.verify.report.shown import shown_db, shown_name, shown_size
+from sa3_convert.verify.report.shown import shown_db, shown_floor, shown_name, shown_size
 
 _MOST_CHANGES = 30
 
@@ -19,7 +19,7 @@ def _lines(report: Report) -> Iterator[str]:
     yield ""
     yield f"**{_escaped(report.verdict)}**"
     yield ""
-    problems = [problem for component in report.components for problem in component.problems]
+    problems = [problem.what for problem in report.problems]
     problems += [found.verdict for found in report.bisections if found.fell_short]
     if problems:
         yield from (f"- {_escaped(problem)}" for problem in problems)
@@ -49,11 +49,11 @@ def _table(report: Report) -> Iterator[str]:
 
 def _generations(report: Report) -> Iterator[str]:
     assert report.generations is not None
-    yield f"| over generations of {report.generations.steps} steps | worst dB | 5 % | mean | runs |"
-    yield "|---|---:|---:|---:|---:|"
+    yield f"| over generations of {report.generations.steps} steps | worst dB | floor | 5 % | mean | runs |"
+    yield "|---|---:|---:|---:|---:|---:|"
     for d in report.generations.distributions:
-        figures = " | ".join(shown_db(ratio) for ratio in (d.spread.worst, d.spread.percentile_5, d.spread.mean))
-        yield f"| {d.name} | {figures} | {d.spread.count} |"
+        figures = (shown_db(d.spread.worst), shown_floor(d.floor_db), shown_db(d.spread.percentile_5))
+        yield f"| {d.name} | {' | '.join(figures)} | {shown_db(d.spread.mean)} | {d.spread.count} |"
     yield ""
 
 

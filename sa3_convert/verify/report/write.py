@@ -16,6 +16,9 @@ from sa3_convert.verify.report.page import render_page
 from sa3_convert.verify.report.schema import Report
 from sa3_convert.verify.report.summary import render_summary
 
+OPERATORS = "operators"
+"""What `bisected_models` calls its work."""
+
 
 def bisected_models(
     bundle: Bundle,
@@ -37,7 +40,7 @@ def bisected_models(
     missing = [component for component in verified if component not in findings.bisections]
     found = {}
     for done, component in enumerate(missing):
-        progress("operators", done, len(missing))
+        progress(OPERATORS, done, len(missing))
         found[component] = bisect_bundle(bundle, component, threads=threads)
     return found
 

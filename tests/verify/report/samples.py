@@ -40,7 +40,6 @@ def component(name: Component = Component.DIT, **changes: Any) -> ComponentRepor
         "engine": "mnn",
         "precision": "int8",
         "passed": True,
-        "problems": (),
         "floor_db": 30.0,
         "claimed_db": 38.0,
         "measured_db": 38.0,
@@ -60,6 +59,7 @@ def distribution(name: str, part: Component, steps: int) -> Distribution:
         name=name,
         component=part,
         spread=spread(),
+        floor_db=None if "free" in name else 30.0,
         worst_case="prompt=0 seed=0 seconds=1",
         worst_step=1 if steps else None,
         replay=f"sa3-convert bisect b --component {part.value}",
@@ -136,6 +136,7 @@ def report(**changes: Any) -> Report:
     values: dict[str, Any] = {
         "passed": True,
         "verdict": "Passed: all is well.",
+        "problems": (),
         "made": made(),
         "since_conversion": (),
         "since_report": None,

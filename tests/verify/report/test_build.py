@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from sa3_convert.components import Component
+from sa3_convert.verify.distribution import TEACHER_FORCED
+from sa3_convert.verify.distribution_result import Observation
 from sa3_convert.verify.findings import Findings
 from sa3_convert.verify.report.build import build_report
 from sa3_convert.verify.report.folder import DATA, PAGE, SUMMARY
@@ -62,9 +64,39 @@ def test_a_model_that_fell_short_is_named_with_its_bisection(verified: Verified)
     report = build_report(verified.bundle, findings, verified.layers)
     assert not report.passed
     assert report.verdict.startswith("Failed: 1 of 5 models falls short: dit with ")
-    assert report.components[2].problems
+    assert [problem.what for problem in report.problems] == list(findings.problems)
+    assert report.problems[0].command == report.components[2].replay
+    assert "--case 'prompt=" in report.problems[1].command
     assert [b.component for b in report.bisections if b.fell_short] == [Component.DIT]
     assert len(report.bisections) == 5
+
+
+def test_a_model_that_falls_short_in_a_generation_alone_failed_too(verified: Verified) -> None:
+    dit = verified.findings.bundle.verdicts[2]
+    generations = verified.findings.generations
+    assert generations is not None
+    below = replace(dit, floor_db=dit.fidelity.worst.signal_to_noise_db - 1, claimed_db=None)
+    verdicts = (*verified.findings.bundle.verdicts[:2], below, *verified.findings.bundle.verdicts[3:])
+    worse = tuple(
+        replace(d, observations=tuple(_with_noise(o, below.floor_db - 2) for o in d.observations))
+        if d.name == TEACHER_FORCED
+        else d
+        for d in generations.distributions
+    )
+    findings = replace(
+        verified.findings,
+        bundle=replace(verified.findings.bundle, verdicts=verdicts),
+        generations=replace(generations, distributions=worse),
+    )
+    report = build_report(verified.bundle, findings, {})
+    assert report.verdict.endswith(
+        f"dit with {below.floor_db - 2:.1f} dB in a generation, floor {below.floor_db:g} dB."
+    )
+    assert [component.passed for component in report.components] == [True, True, False, True, True]
+
+
+def _with_noise(observation: Observation, ratio: float) -> Observation:
+    return replace(observation, fidelity=replace(observation.fidelity, signal_to_noise_db=ratio))
 
 
 def test_a_model_that_belies_its_manifest_is_told_from_one_below_its_floor(verified: Verified) -> None:

@@ -14,7 +14,7 @@ import soundfile
 from sa3_convert.components import Component
 from sa3_convert.verify.report.drawing import Heard
 from sa3_convert.verify.report.page import render_page
-from sa3_convert.verify.report.schema import NotRun, Report
+from sa3_convert.verify.report.schema import NotRun, Problem, Report
 from tests.verify.report import samples
 
 RATE = 8000
@@ -95,13 +95,18 @@ def test_every_figure_has_a_caption_and_a_label_and_every_table_a_caption(page: 
 
 
 def test_a_failure_names_the_model_the_operator_and_the_command() -> None:
-    short = samples.component(passed=False, problems=("dit: 20 dB, the floor is 30 dB.",))
-    page = page_of(samples.report(passed=False, components=(short,), bisections=(samples.bisection(own=20.0),)))
+    short = samples.component(passed=False)
+    problem = Problem(what="dit: 20 dB, the floor is 30 dB.", command="sa3-convert bisect b --component dit --seed 3")
+    page = page_of(
+        samples.report(
+            passed=False, problems=(problem,), components=(short,), bisections=(samples.bisection(own=20.0),)
+        )
+    )
     head = page[: page.index("<section")]
     assert "<title>Failed" in page
     assert "dit: 20 dB, the floor is 30 dB." in head
     assert "is the worst." in head
-    assert "--component dit --seed 3 --latents 8" in head
+    assert "--component dit --seed 3" in head
     assert "dit, which fell short" in page
 
 

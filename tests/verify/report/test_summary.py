@@ -1,6 +1,6 @@
 """The summary for a pull request."""
 
-from sa3_convert.verify.report.schema import Change, NotRun
+from sa3_convert.verify.report.schema import Change, NotRun, Problem
 from sa3_convert.verify.report.summary import render_summary
 from tests.verify.report import samples
 
@@ -9,7 +9,7 @@ def test_the_verdict_stands_first_and_a_row_for_each_model_follows() -> None:
     lines = render_summary(samples.report()).splitlines()
     assert lines[2] == "**Passed: all is well.**"
     assert "| dit | passed | 38.0 | 30 | 38.5 | 40.0 | 4 | int8 | 2.9 KiB |" in lines
-    assert "| decoder | 38.0 | 38.5 | 40.0 | 4 |" in lines
+    assert "| decoder | 38.0 | 30 | 38.5 | 40.0 | 4 |" in lines
     assert lines.index("### What changed") < lines.index("### The worst cases again")
 
 
@@ -21,8 +21,13 @@ def test_worst_cases_have_their_commands_and_what_was_not_run_has_too() -> None:
 
 
 def test_problems_and_the_operator_to_blame_stand_above_the_table() -> None:
-    short = samples.component(passed=False, problems=("dit: too little.",))
-    text = render_summary(samples.report(passed=False, components=(short,), bisections=(samples.bisection(own=20.0),)))
+    short = samples.component(passed=False)
+    problem = Problem(what="dit: too little.", command="sa3-convert bisect b")
+    text = render_summary(
+        samples.report(
+            passed=False, problems=(problem,), components=(short,), bisections=(samples.bisection(own=20.0),)
+        )
+    )
     assert text.index("- dit: too little.") < text.index("is the worst.") < text.index("| model |")
     assert "| dit | **failed** |" in text
 
