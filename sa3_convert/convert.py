@@ -331,6 +331,9 @@ def _component_artifacts(request: ConvertRequest, component: Component, keys: Ke
     mnn, weights = _entries(made.mnn, f"{name}.mnn", f"{name}.mnn.weight", "")
     for entry in filter(None, (mnn, weights)):
         link_or_copy(made.mnn.file(entry.path), request.out / entry.path)
+    if weights is None:
+        # Of an earlier, larger model: MNN finds it by its name.
+        (request.out / f"{name}.mnn.weight").unlink(missing_ok=True)
     artifacts = [
         Artifact(
             **dict(mnn),

@@ -1,9 +1,10 @@
 """Bundles under the names that existing clients read: the published hub tree, or all files in one flat folder.
 
-Names follow the published card. A name states a precision only where the audited file has it: a text encoder of eight
-bits is never written as `…_int4`. The variants of a family share the autoencoder, so equal files are written once, and
-where bundles of several precisions offer one published name, the one of fewest bits takes it, as on the card. The text
-encoders differ by the padding embedding inside them: with several variants each gets its own, beside its DiT.
+Names follow the published card, which has the small family; medium's follow the same pattern. A name states a precision
+only where the audited file has it: a text encoder of eight bits is never written as `…_int4`. Small variants share one
+autoencoder and medium ones another, so each is written once, and where bundles of several precisions offer one
+published name, the one of fewest bits takes it, as on the card. The text encoders differ by the padding embedding
+inside them: with several variants each gets its own, beside its DiT.
 """
 
 import shutil
@@ -47,6 +48,7 @@ def published_path(variant: str, component: Component, precision: str, *, own: b
         own: whether the variant has weights of its own where the tree has one file for all variants.
 
     """
+    codec = _codec(variant)
     family = "sfx" if "sfx" in variant else "music" if "music" in variant else variant.removesuffix("-base")
     base = "_base" if variant.endswith("-base") else ""
     if own:
@@ -55,17 +57,21 @@ def published_path(variant: str, component: Component, precision: str, *, own: b
         case Component.TEXT_ENCODER:
             return "shared/text_encoder.mnn" if precision.startswith("fp") else f"shared/text_encoder_{precision}.mnn"
         case Component.DECODER:
-            return "shared/decoder_fused_wn.mnn"
+            return f"shared/decoder{codec}_fused_wn.mnn"
         case Component.ENCODER:
             # The variants share it; the published tree keeps it with the music models.
-            folder = "music" if family in ("music", "sfx") else family
             suffix = "" if precision.startswith("fp") else f"_{precision}"
-            return f"{folder}/{precision}/encoder{suffix}.mnn"
+            return f"{codec.removeprefix('_') or 'music'}/{precision}/encoder{codec}{suffix}.mnn"
         case Component.DIT:
             suffix = "_v2_f32io" if precision == "fp16" else ""
             return f"{family}/{precision}/dit_{family}{base}_{precision}{suffix}.mnn"
         case Component.NUMBER_CONDITIONER:
             return f"{family}/{precision}/number_conditioner_{family}{base}_{precision}.mnn"
+
+
+def _codec(variant: str) -> str:
+    """Return what tells a variant's autoencoder from the small family's in names: nothing, or `_medium` for SAME-L."""
+    return "_medium" if variant.removesuffix("-base") in ("medium", "custom-medium", "same-l") else ""
 
 
 def published_files(bundles: Sequence[Bundle]) -> list[Published]:
@@ -76,11 +82,11 @@ def published_files(bundles: Sequence[Bundle]) -> list[Published]:
 
     """
     chosen: dict[str, Published] = {}
-    own = {component for component in _SHARED if len({_weights_digest(b, component) for b in bundles}) > 1}
     for bundle in bundles:
         tier = _tier(bundle)
         for artifact in bundle.manifest.artifacts:
-            for path, entry in _paths(bundle, artifact, tier, own=artifact.component in own):
+            own = artifact.component in _SHARED and not _is_shared(artifact.component, bundle, bundles)
+            for path, entry in _paths(bundle, artifact, tier, own=own):
                 offered = Published(
                     path=path,
                     source=bundle.path / entry.path,
@@ -91,6 +97,16 @@ def published_files(bundles: Sequence[Bundle]) -> list[Published]:
                 )
                 chosen[path] = _preferred(chosen.get(path), offered)
     return [chosen[path] for path in sorted(chosen)]
+
+
+def _is_shared(component: Component, bundle: Bundle, bundles: Sequence[Bundle]) -> bool:
+    """Tell whether all bundles that would use the same name for a shared component have the same weights."""
+
+    def sharing(other: Bundle) -> bool:
+        same_codec = _codec(other.manifest.variant) == _codec(bundle.manifest.variant)
+        return component in other.components and (component is Component.TEXT_ENCODER or same_codec)
+
+    return len({_weights_digest(other, component) for other in bundles if sharing(other)}) <= 1
 
 
 def _tier(bundle: Bundle) -> str:
@@ -108,8 +124,11 @@ def _weights_digest(bundle: Bundle, component: Component | None) -> str | None:
 
 
 def _paths(bundle: Bundle, artifact: Artifact, tier: str, *, own: bool) -> list[tuple[str, FileEntry]]:
-    if artifact.kind in ("tokenizer", "bottleneck_params"):
+    if artifact.kind == "tokenizer":
         return [(f"shared/{Path(artifact.path).name}", artifact)]
+    if artifact.kind == "bottleneck_params":
+        name = Path(artifact.path)
+        return [(f"shared/{name.stem}{_codec(bundle.manifest.variant)}{name.suffix}", artifact)]
     if artifact.kind != "mnn" or artifact.component is None:
         return []
     precision = artifact.precision or "fp32"
@@ -135,6 +154,25 @@ def _preferred(first: Published | None, second: Published) -> Published:
     return min(first, second, key=lambda published: published.bits)
 
 
+def _flattened(files: list[Published]) -> list[Published]:
+    """Return the files under their names alone, each once.
+
+    Raises:
+        BundleError: two different files would have one name.
+
+    """
+    flat: dict[str, Published] = {}
+    for file in files:
+        name = Path(file.path).name
+        twin = flat.setdefault(name, replace(file, path=name))
+        if twin.entry.sha256 != file.entry.sha256:
+            raise BundleError(
+                f"One flat folder cannot hold both {name} of {twin.origin} and that of {file.origin}. "
+                "Use --layout hub, or export them into separate folders."
+            )
+    return list(flat.values())
+
+
 def export_bundles(bundles: Sequence[Bundle], target: Path, layout: Layout) -> list[Published]:
     """Write bundles as the published tree into `target`, which must not exist or be empty.
 
@@ -152,7 +190,7 @@ def export_bundles(bundles: Sequence[Bundle], target: Path, layout: Layout) -> l
         bundle.check()
     files = published_files(bundles)
     if layout == "flat":
-        files = [replace(file, path=Path(file.path).name) for file in files]
+        files = _flattened(files)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from sa3_convert.bundle.manifest import Bundle, FileEntry
 from sa3_convert.bundle.published import export_bundles, published_path
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError, UsageError
@@ -101,3 +102,53 @@ def test_a_damaged_bundle_is_not_published(tmp_path: Path) -> None:
 def test_base_models_do_not_take_the_names_of_post_trained_ones() -> None:
     base = published_path("small-music-base", Component.DIT, "int8")
     assert base != published_path("small-music", Component.DIT, "int8")
+
+
+CODEC = ("decoder", "encoder")
+
+
+def of_variant(tmp_path: Path, variant: str) -> Bundle:
+    """A bundle whose autoencoder is its family's and whose text encoder is its own."""
+    codec = "l" if variant in ("medium", "medium-base", "same-l") else "s"
+    bundle = make_bundle(tmp_path / variant, variant, salt=codec, digests=dict.fromkeys(CODEC, codec))
+    for component in (Component.TEXT_ENCODER, Component.DIT, Component.NUMBER_CONDITIONER):
+        (bundle.path / f"{component.value}.mnn").write_text(f"{component.value} of {variant}")
+    digests = dict.fromkeys(CODEC, codec) | {"text_encoder": variant}
+    (bundle.path / "bottleneck_params.json").write_text(codec)
+    artifacts = [a.model_copy(update=dict(FileEntry.of(bundle.path, a.path))) for a in bundle.manifest.artifacts]
+    changes = {"checkpoint": {"digests": digests}, "artifacts": tuple(artifacts)}
+    changed = Bundle(bundle.path, bundle.manifest.model_copy(update=changes))
+    changed.write()
+    return changed
+
+
+def test_each_family_has_its_autoencoder_once(tmp_path: Path) -> None:
+    variants = ("small-music", "small-sfx", "small-music-base", "medium", "medium-base")
+    export_bundles([of_variant(tmp_path, variant) for variant in variants], tmp_path / "hub", "hub")
+    names = tree(tmp_path / "hub")
+    assert {name for name in names if "decoder" in name or "/encoder" in name or "bottleneck" in name} == {
+        "shared/decoder_fused_wn.mnn",
+        "shared/decoder_medium_fused_wn.mnn",
+        "music/int8/encoder_int8.mnn",
+        "medium/int8/encoder_medium_int8.mnn",
+        "shared/bottleneck_params.json",
+        "shared/bottleneck_params_medium.json",
+    }
+    assert len([name for name in names if "text_encoder" in name]) == len(variants)
+    assert len([name for name in names if "dit_" in name]) == len(variants)
+    assert (tmp_path / "hub" / "shared" / "decoder_medium_fused_wn.mnn").read_text() == "decoder int8 l"
+
+
+def test_all_families_fit_one_flat_folder(tmp_path: Path) -> None:
+    bundles = [of_variant(tmp_path, variant) for variant in ("small-music", "medium")]
+    published = export_bundles(bundles, tmp_path / "flat", "flat")
+    names = {path.name for path in (tmp_path / "flat").iterdir()}
+    assert len(names) == len(published) == 2 * len(Component) + 3
+    assert {"encoder_int8.mnn", "encoder_medium_int8.mnn"} <= names
+
+
+def test_files_of_one_name_are_not_laid_over_one_another(tmp_path: Path) -> None:
+    fp16, fp32 = (make_bundle(tmp_path / precision, precision=precision) for precision in ("fp16", "fp32"))
+    with pytest.raises(BundleError, match=r"cannot hold both encoder\.mnn.*--layout hub"):
+        export_bundles([fp16, fp32], tmp_path / "flat", "flat")
+    export_bundles([fp16, fp32], tmp_path / "hub", "hub")

@@ -56,6 +56,17 @@ def test_one_export_equals_the_network_at_every_length(family: str, component: C
         assert signal_to_noise_db(model.by_network(feeds), result) >= LEAST_DB, f"T = {latents}"
 
 
+@pytest.mark.parametrize("component", [Component.DECODER, Component.ENCODER])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_tensor_of_an_autoencoder_grows_with_the_square_of_the_length(
+    family: str, component: Component, exported: Export
+) -> None:
+    shapes = [value.shape for node in ir.load(exported(family, component).path).graph for value in node.outputs]
+    known = [[str(dim) for dim in shape if not isinstance(dim, int)] for shape in shapes if shape is not None]
+    assert any(known)
+    assert all(len(lengths) <= 1 and "**" not in "".join(lengths) for lengths in known)
+
+
 @pytest.mark.parametrize("time", [0.0, 0.01, 0.37, 0.5, 0.75, 0.99, 1.0])
 def test_the_dit_keeps_its_phases_at_every_time(time: float, exported: Export) -> None:
     model = exported("small", Component.DIT)
