@@ -2,9 +2,10 @@
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,20 +31,32 @@ def gpus() -> tuple[Gpu, ...]:
         )
 
 
-def own_memory_bytes() -> int | None:
-    """Return the device memory that this process holds now, over all devices; None where nobody can say."""
-    with _nvml() as nvml:
-        if nvml is None:
-            return None
-        total, known = 0, False
-        for index in range(nvml.nvmlDeviceGetCount()):
-            handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle):
-                # In a container the driver may know the process by another number, or not say how much it holds.
-                if process.pid == os.getpid() and process.usedGpuMemory is not None:
-                    total += int(process.usedGpuMemory)
-                    known = True
-        return total if known else None
+class PeakMemory:
+    """Watches the device memory that this process holds while a `with` block runs, by asking now and then."""
+
+    def __init__(self, every: float = 0.05) -> None:
+        self._every = every
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self.bytes: int | None = None
+        """The most that was seen; None where nobody can say."""
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        with _nvml() as nvml:
+            while nvml is not None:
+                found = _own_memory(nvml)
+                if found is not None:
+                    self.bytes = max(found, self.bytes or 0)
+                if self._done.wait(self._every):
+                    return
 
 
 @contextlib.contextmanager
@@ -67,3 +80,15 @@ def _nvml() -> Iterator[Any]:
 
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
+
+
+def _own_memory(nvml: Any) -> int | None:
+    """Return the device memory that this process holds now, over all devices."""
+    held = [
+        int(process.usedGpuMemory)
+        for index in range(nvml.nvmlDeviceGetCount())
+        for process in nvml.nvmlDeviceGetComputeRunningProcesses(nvml.nvmlDeviceGetHandleByIndex(index))
+        # In a container the driver may know the process by another number, or not say how much it holds.
+        if process.pid == os.getpid() and process.usedGpuMemory is not None
+    ]
+    return sum(held) if held else None

@@ -1,15 +1,15 @@
-"""Run an ONNX file with ONNX Runtime on the CPU: the reference that every converted model is compared with."""
+"""Run an ONNX file with ONNX Runtime: on the CPU, the reference that every converted model is compared with."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as failures
 
-from sa3_convert.errors import ModelFileError
+from sa3_convert.errors import BackendError, ModelFileError
 from sa3_convert.session import Arrays
 
 _DTYPES: Mapping[str, type[np.generic]] = {
@@ -22,6 +22,11 @@ _DTYPES: Mapping[str, type[np.generic]] = {
     "tensor(int64)": np.int64,
     "tensor(bool)": np.bool_,
 }
+_CUDA = "CUDAExecutionProvider"
+_HOW_TO_GET_CUDA = (
+    "Install onnxruntime-gpu in place of onnxruntime, with an NVIDIA driver and the CUDA version that it names, or use "
+    "--device cpu."
+)
 # ONNX Runtime's exceptions have no base of their own below Exception.
 _FAILURES = (
     failures.EPFail,
@@ -50,8 +55,10 @@ class OrtSession:
         outputs: names of the outputs that `run` returns; None is all.
         optimise: let ONNX Runtime fuse and rearrange operators (`ORT_ENABLE_ALL`): faster, no longer bit for bit.
             Quantised models need it, because their integer operators are fused only then.
+        device: where to run; on CUDA, operators that it lacks run on the CPU.
 
     Raises:
+        BackendError: this ONNX Runtime has no CUDA, or it did not start.
         ModelFileError: the file or its external data is missing or damaged, or holds what ONNX Runtime cannot run.
         ValueError: `outputs` names something that is no output of the model.
 
@@ -64,11 +71,12 @@ class OrtSession:
         threads: int | None = None,
         outputs: Sequence[str] | None = None,
         optimise: bool = False,
+        device: Literal["cpu", "cuda"] = "cpu",
     ) -> None:
         if not path.is_file():
             raise ModelFileError(f"{path} does not exist. Export the checkpoint first.")
         self._path = path
-        self._session = _load(path, threads, optimise)
+        self._session = _load(path, threads, optimise, device)
         self._inputs = {port.name: port for port in self._session.get_inputs()}
         if strange := [f"{name} ({port.type})" for name, port in self._inputs.items() if port.type not in _DTYPES]:
             raise ModelFileError(f"{path} has inputs of a type that no Stable Audio 3 model has: {', '.join(strange)}.")
@@ -127,7 +135,12 @@ def _fits(shape: tuple[int, ...], declared: Sequence[int | str | None], lengths:
     )
 
 
-def _load(path: Path, threads: int | None, optimise: bool) -> ort.InferenceSession:
+def _load(path: Path, threads: int | None, optimise: bool, device: str) -> ort.InferenceSession:
+    providers = ["CPUExecutionProvider"]
+    if device == "cuda":
+        providers.insert(0, _CUDA)
+        if _CUDA not in ort.get_available_providers():
+            raise BackendError(f"ONNX Runtime {ort.__version__} has no CUDA here. {_HOW_TO_GET_CUDA}")
     options = ort.SessionOptions()
     levels = ort.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_ENABLE_BASIC
@@ -140,8 +153,12 @@ def _load(path: Path, threads: int | None, optimise: bool) -> ort.InferenceSessi
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(path), options, providers=providers)
     except _FAILURES as error:
         raise ModelFileError(
             f"{path} is not a model that ONNX Runtime can load (is its .data file beside it, and whole?): {error}"
         ) from None
+    # ONNX Runtime itself goes on without a provider that does not start.
+    if device == "cuda" and _CUDA not in session.get_providers():
+        raise BackendError(f"ONNX Runtime's CUDA did not start for {path}. {_HOW_TO_GET_CUDA}")
+    return session

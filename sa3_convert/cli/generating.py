@@ -17,6 +17,7 @@ from sa3_convert.cli.console import stderr, stdout
 from sa3_convert.cli.standard_output import pcm_to_standard_output
 from sa3_convert.errors import OutputRejectedError, UsageError
 from sa3_convert.files import write_text
+from sa3_convert.gpu import PeakMemory
 from sa3_convert.runtime.audio import SampleFormat, audio_writer, check_output_path
 from sa3_convert.runtime.batch import RESULTS, BatchOptions, BatchResult, read_batch, run_batch
 from sa3_convert.runtime.engines import EngineName
@@ -76,7 +77,7 @@ def generate_one(target: Target, request: GenerateRequest, *, stream: bool) -> N
         check_growing_path(target.output) if stream else check_output_path(target.output, target.sample_format)
     if target.json_file is not None:
         _check_side_file(target.json_file, target.output)
-    with Pipeline.from_bundle(target.bundle, target.engine, **target.options) as pipeline:
+    with PeakMemory() as device, Pipeline.from_bundle(target.bundle, target.engine, **target.options) as pipeline:
         metadata = {"request": request.resolved(pipeline.layout).to_json()} | target.metadata()
         with _writer(target, pipeline, request, metadata, stream) as writer:
             report, peak = _played(pipeline, request, writer, target.allow)
@@ -84,6 +85,7 @@ def generate_one(target: Target, request: GenerateRequest, *, stream: bool) -> N
         stderr.print(f"Note: {warning}")
     if target.json_file is not None:
         data = metadata | {"engine": dict(report.engine), "seconds": dict(report.seconds)}
+        data |= {"device_peak_bytes": device.bytes}
         write_text(target.json_file, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
     total = sum(report.seconds.values())
     stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
@@ -92,7 +94,8 @@ def generate_one(target: Target, request: GenerateRequest, *, stream: bool) -> N
     _console(target).print(
         f"{target.output or 'standard output'}: {length:.2f} s of audio at {rate} Hz, peak {peak:.3f}, "
         f"seed {report.request.seed}, {report.request.steps} {report.request.sampler} steps\n"
-        f"in {total:.1f} s ({stages}), {length / total:.2f} × real time, on {_described(report.engine)}",
+        f"in {total:.1f} s ({stages}), {length / total:.2f} × real time, on {_described(report.engine)}"
+        + ("" if device.bytes is None else f", at most {device.bytes / 2**20:.0f} MiB of the GPU's memory"),
         soft_wrap=True,
     )
 

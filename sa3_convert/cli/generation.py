@@ -39,6 +39,7 @@ def run(
     memory: o.MemoryOption = "normal",
     precision: o.PrecisionOption = "high",
     backend: o.BackendOption = "cpu",
+    place: o.PlaceOption = None,
     sample_format: o.FormatOption = "pcm16",
     dither: o.DitherOption = False,
     allow: o.AllowOption = None,
@@ -68,9 +69,16 @@ def run(
 
     options: dict[str, Any] = {} if threads is None else {"threads": threads}
     if engine == "mnn":
-        options |= {"memory": memory, "precision": precision, "backend": backend}
-    elif (memory, precision, backend) != ("normal", "high", "cpu"):
-        raise UsageError("--memory, --precision and --backend are settings of --engine mnn.")
+        from sa3_convert.cli.placing import placed
+
+        places = placed(backend, precision, memory, place or ())
+        options |= {"memory": memory, "precision": precision, "backend": backend, "places": places}
+    elif (memory, precision) != ("normal", "high") or place:
+        raise UsageError("--memory, --precision and --place are settings of --engine mnn.")
+    elif backend in ("cpu", "cuda"):
+        options |= {"backend": backend}
+    else:
+        raise UsageError(f"--device {backend} is for --engine mnn; --engine {engine} runs on cpu or cuda.")
     if (engine == "torch") != (checkpoint is not None):
         raise UsageError("--engine torch and --checkpoint DIR belong together.")
     if lora and engine != "torch":

@@ -76,7 +76,16 @@ MemoryOption = Annotated[
 PrecisionOption = Annotated[
     Literal["normal", "high", "low"], typer.Option("--precision", help="MNN: high computes in float32.")
 ]
-BackendOption = Annotated[Literal["cpu", "cuda", "opencl", "vulkan"], typer.Option("--backend", help="MNN: runs on.")]
+BackendOption = Annotated[
+    Literal["cpu", "cuda", "opencl", "vulkan"],
+    typer.Option(
+        "--device", "--backend", help="Where models run; MNN places a component on the CPU if `doctor` found it wrong."
+    ),
+]
+PlaceOption = Annotated[
+    list[str] | None,
+    typer.Option("--place", metavar="COMPONENT=DEVICE", help="MNN: run this component there, whatever the probes say."),
+]
 FormatOption = Annotated[Format, typer.Option("--format", help="How samples are stored.")]
 DitherOption = Annotated[bool, typer.Option("--dither", help="Dither integer samples.")]
 AllowOption = Annotated[

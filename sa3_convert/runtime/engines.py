@@ -63,6 +63,8 @@ class MnnEngine:
     """`normal` unpacks quantised weights; `low` keeps them as they are stored, for less memory and more error."""
     precision: Level = "high"
     backend: Backend = "cpu"
+    places: Mapping[Component, Backend] = field(default_factory=dict)
+    """Components that run elsewhere than on `backend`."""
     name: EngineName = field(default="mnn", init=False)
 
     @property
@@ -74,7 +76,7 @@ class MnnEngine:
             "threads": self.threads or default_threads(),
             "memory": self.memory,
             "precision": self.precision,
-        }
+        } | {f"{component.value} on": place for component, place in self.places.items() if place != self.backend}
 
     def load(self, component: Component) -> "MnnSession":
         """Load a model; see `Engine.load`."""
@@ -88,18 +90,19 @@ class MnnEngine:
             threads=self.threads or default_threads(),
             memory=self.memory,
             precision=self.precision,
-            backend=self.backend,
+            backend=self.places.get(component, self.backend),
         )
 
 
 @dataclass(frozen=True)
 class OrtEngine:
-    """Runs ONNX files on the CPU: as exported, or quantised and then with all of ONNX Runtime's optimisations."""
+    """Runs ONNX files: as exported, or quantised and then with all of ONNX Runtime's optimisations."""
 
     files: Mapping[Component, Path]
     threads: int | None = None
     """None is one per usable core."""
     quantised: bool = False
+    backend: Literal["cpu", "cuda"] = "cpu"
 
     @property
     def name(self) -> EngineName:
@@ -109,7 +112,7 @@ class OrtEngine:
     @property
     def settings(self) -> Mapping[str, Any]:
         """What models really run with, for reports."""
-        return {"engine": self.name, "backend": "cpu", "threads": self.threads or default_threads()}
+        return {"engine": self.name, "backend": self.backend, "threads": self.threads or default_threads()}
 
     def load(self, component: Component) -> "OrtSession":
         """Load a model; see `Engine.load`."""
@@ -121,18 +124,19 @@ class OrtEngine:
             ) from None
 
         path = _file(self.files, component, "ONNX")
-        return OrtSession(path, threads=self.threads or default_threads(), optimise=self.quantised)
+        return OrtSession(path, threads=self.threads or default_threads(), optimise=self.quantised, device=self.backend)
 
 
 @dataclass(frozen=True)
 class TorchEngine:
-    """Runs the networks themselves, in float32 on the CPU: the reference."""
+    """Runs the networks themselves, in float32: the reference."""
 
     checkpoint: "Checkpoint"
     padding: Padding = "key_mask"
     """`value_zeroing` is what the published code computes without flash attention."""
     threads: int | None = None
     """None is one per usable core; it counts for the whole process."""
+    backend: Literal["cpu", "cuda"] = "cpu"
     name: EngineName = field(default="torch", init=False)
 
     @property
@@ -140,7 +144,7 @@ class TorchEngine:
         """What models really run with, for reports."""
         return {
             "engine": self.name,
-            "backend": "cpu",
+            "backend": self.backend,
             "threads": self.threads or default_threads(),
             "padding": self.padding,
         }
@@ -156,16 +160,23 @@ class TorchEngine:
                 f"torch cannot be imported ({error}). Install it: pip install torch, or use --engine mnn."
             ) from None
 
+        if self.backend == "cuda" and not torch.cuda.is_available():
+            raise BackendError(
+                f"torch {torch.__version__} finds no CUDA device. Install a build with CUDA (pip install torch, from "
+                "PyTorch's CUDA index) on a machine with an NVIDIA GPU and driver, or use --device cpu."
+            )
         torch.set_num_threads(self.threads or default_threads())
         layout = self.checkpoint.layout
         ports = contract(component, layout)
         network = build_network(component, layout, self.checkpoint.state(component), padding=self.padding)
-        return _TorchSession(network, [port.name for port in ports.inputs], ports.outputs[0].name)
+        return _TorchSession(
+            network.to(self.backend), [port.name for port in ports.inputs], ports.outputs[0].name, self.backend
+        )
 
 
 class _TorchSession:
-    def __init__(self, network: Any, inputs: list[str], output: str) -> None:
-        self._network = network
+    def __init__(self, network: Any, inputs: list[str], output: str, device: str) -> None:
+        self._network, self._device = network, device
         self._inputs = inputs
         self._output = output
 
@@ -175,8 +186,9 @@ class _TorchSession:
         if feeds.keys() != set(self._inputs):
             raise ValueError(f"the network takes {', '.join(self._inputs)}, not {', '.join(feeds)}")
         with torch.inference_mode():
-            output = self._network(*(torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in self._inputs))
-        return {self._output: output.numpy()}
+            arrays = (torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in self._inputs)
+            output = self._network(*(array.to(self._device) for array in arrays))
+        return {self._output: output.cpu().numpy()}
 
 
 def _file(files: Mapping[Component, Path], component: Component, kind: str) -> Path:

@@ -21,10 +21,10 @@ KINDS: Mapping[EngineName, ArtifactKind] = {
 
 
 _OPTIONS: Mapping[EngineName, tuple[str, ...]] = {
-    "mnn": ("threads", "memory", "precision", "backend"),
-    "onnxruntime": ("threads",),
-    "onnxruntime-int8": ("threads",),
-    "torch": ("threads", "padding", "checkpoint", "loras"),
+    "mnn": ("threads", "memory", "precision", "backend", "places"),
+    "onnxruntime": ("threads", "backend"),
+    "onnxruntime-int8": ("threads", "backend"),
+    "torch": ("threads", "padding", "backend", "checkpoint", "loras"),
 }
 
 

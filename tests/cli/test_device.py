@@ -1,0 +1,68 @@
+"""`run --device` and `--place`: what is not there is exit 7, never the CPU in silence."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+
+import sa3_convert.cli.app as cli
+from sa3_convert.bundle.manifest import Bundle
+from sa3_convert.mnn.backends import has_backend
+
+
+def run(bundle: Bundle, folder: Path, arguments: Sequence[str]) -> int:
+    how = ["--prompt", "p", "--seconds", "1", "--steps", "1", "--allow", "silence", "--allow", "clipping"]
+    return cli.run(["run", str(bundle.path), *how, "-o", str(folder / "out.wav"), *arguments])
+
+
+@pytest.mark.parametrize("arguments", [["--device", "cuda"], ["--backend", "cuda"], ["--place", "text_encoder=cuda"]])
+def test_mnn_without_cuda_is_exit_7_and_says_how_to_get_one(
+    toy_fp32: Bundle, tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if has_backend("cuda"):
+        pytest.skip("this MNN has CUDA")
+    assert run(toy_fp32, tmp_path, arguments) == 7
+    assert "MNN_CUDA=ON" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_onnxruntime_without_cuda_is_exit_7(
+    toy_fp32: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA")
+    assert run(toy_fp32, tmp_path, ["--engine", "onnxruntime", "--device", "cuda"]) == 7
+    assert "onnxruntime-gpu" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_torch_without_cuda_is_exit_7(
+    toy_fp32: Bundle, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("torch finds a CUDA device")
+    assert run(toy_fp32, tmp_path, ["--engine", "torch", "--checkpoint", str(toy), "--device", "cuda"]) == 7
+    assert "finds no CUDA device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--engine", "onnxruntime", "--device", "vulkan"],
+        ["--engine", "onnxruntime", "--place", "dit=cpu"],
+        ["--place", "piano=cpu"],
+        ["--device", "abacus"],
+    ],
+)
+def test_what_makes_no_sense_is_exit_2(toy_fp32: Bundle, tmp_path: Path, arguments: list[str]) -> None:
+    assert run(toy_fp32, tmp_path, arguments) == 2
+
+
+def test_a_placement_is_told_and_generates(
+    toy_fp32: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(toy_fp32, tmp_path, ["--place", "text_encoder=cpu"]) == 0
+    assert "text_encoder on cpu: placed with --place" in capsys.readouterr().err

@@ -1,0 +1,82 @@
+"""Which component runs where, and why."""
+
+import pytest
+
+from sa3_convert.components import Component
+from sa3_convert.doctor.results import Answer, Diagnosis, Outcome, ProbeResult, setting_name
+from sa3_convert.errors import UsageError
+from sa3_convert.runtime.placement import Place, parse_places, placement
+
+HIGH, LOW = setting_name("high", "normal"), setting_name("low", "normal")
+TEXT, DIT = Component.TEXT_ENCODER, Component.DIT
+
+
+def diagnosis(high: Outcome, low: Outcome = "works", softmax: Outcome = "works") -> Diagnosis:
+    inputs = ProbeResult("int32-inputs", "a", {HIGH: Answer(high, 3.2), LOW: Answer(low)}, needed_by=(TEXT,))
+    hazard = ProbeResult("int32-abs", "b", {HIGH: Answer("wrong", 0.0)}, hazard="integer-unary")
+    half = ProbeResult("softmax-low-precision", "c", {LOW: Answer(softmax)}, hazard="softmax-low-precision")
+    return Diagnosis("3.6.1", "cuda", "m", (inputs, hazard, half))
+
+
+def placed(*places: Place) -> dict[Component, tuple[str, str]]:
+    return {place.component: (place.backend, place.reason) for place in places}
+
+
+def test_the_cpu_needs_no_probe() -> None:
+    assert placed(*placement("cpu", None, components=(TEXT,))) == {TEXT: ("cpu", "asked for")}
+
+
+def test_without_a_diagnosis_the_request_counts_and_the_reason_says_so() -> None:
+    backend, reason = placed(*placement("cuda", None, components=(DIT,)))[DIT]
+    assert backend == "cuda"
+    assert "not probed" in reason
+    assert "doctor --backend cuda" in reason
+
+
+def test_a_failed_probe_moves_the_components_that_need_it_and_no_others() -> None:
+    found = placed(*placement("cuda", diagnosis("wrong"), components=(TEXT, DIT)))
+    assert found == {TEXT: ("cpu", "probe int32-inputs wrong (3 dB)"), DIT: ("cuda", "its probes are right")}
+
+
+def test_a_probe_counts_at_the_setting_that_is_used() -> None:
+    assert placement("cuda", diagnosis("works", "wrong"), components=(TEXT,))[0].backend == "cuda"
+    low = placement("cuda", diagnosis("works", "wrong"), precision="low", components=(TEXT,))
+    assert low[0].backend == "cpu"
+
+
+def test_a_hazard_that_no_graph_contains_moves_nothing() -> None:
+    assert {place.backend for place in placement("cuda", diagnosis("works"))} == {"cuda"}
+
+
+def test_an_operator_on_the_cpu_is_told() -> None:
+    assert "partly on the CPU: int32-inputs" in placement("cuda", diagnosis("cpu"), components=(TEXT,))[0].reason
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_the_user_has_the_last_word(backend: str) -> None:
+    found = placement("cuda", diagnosis("wrong"), overrides={TEXT: backend}, components=(TEXT,))  # type: ignore[dict-item]
+    assert placed(*found) == {TEXT: (backend, "placed with --place")}
+
+
+@pytest.mark.parametrize("known", [None, diagnosis("works", softmax="wrong")])
+def test_precision_low_on_cuda_is_refused_unless_its_probe_is_right(known: Diagnosis | None) -> None:
+    with pytest.raises(UsageError, match="half buffers"):
+        placement("cuda", known, precision="low", components=(DIT,))
+    assert placement("cuda", diagnosis("works"), precision="low", components=(DIT,))[0].backend == "cuda"
+
+
+def test_placements_are_read() -> None:
+    assert parse_places(["text_encoder=cpu", "dit=cuda"]) == {TEXT: "cpu", DIT: "cuda"}
+
+
+@pytest.mark.parametrize(
+    "text", ["text_encoder", "text_encoder=", "=cpu", "piano=cpu", "dit=abacus", "dit=cpu=cuda", ""]
+)
+def test_what_is_no_placement_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="COMPONENT=BACKEND"):
+        parse_places([text])
+
+
+def test_a_component_is_placed_once() -> None:
+    with pytest.raises(UsageError, match="twice"):
+        parse_places(["dit=cpu", "dit=cuda"])
