@@ -168,7 +168,8 @@ def _players(sides: Sides, sample_rate: int) -> tuple[Player, ...]:
 
 def _layers(found: Bisection) -> Drawn:
     name = found.component.value
-    return Drawn(Markup(layers_figure(found, f"layers-{name}", f"{name}: {found.verdict}")), name)
+    caption = f"{len(found.operators)} operators of {name}; {found.incomparable} more tensors are not comparable."
+    return Drawn(Markup(layers_figure(found, f"layers-{name}", f"{name}: {found.verdict}")), caption)
 
 
 def _storage(report: Report) -> Drawn:

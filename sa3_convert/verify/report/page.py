@@ -55,7 +55,7 @@ def shown_operators(found: Bisection) -> list[Operator]:
 
 def _operators_label(found: Bisection) -> str:
     which = "around the one to blame" if found.suspect is not None else "that make the most error"
-    return f"Operators of {found.component.value} {which}; {found.incomparable} tensors are not comparable"
+    return f"Operators of {found.component.value} {which}"
 
 
 def _versions(tools: Mapping[str, str]) -> str:
