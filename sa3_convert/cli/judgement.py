@@ -38,7 +38,7 @@ def verify(
     engine: o.EngineOption = "mnn",
     references: o.ReferencesOption = None,
     references_mib: o.ReferencesMibOption = 2048,
-    bisecting: o.BisectOption = True,
+    bisecting: o.BisectOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Compare every model of a bundle with ONNX Runtime on its fp32 reference."""
@@ -54,7 +54,7 @@ def verify(
     from sa3_convert.files import write_text
     from sa3_convert.verify.bundle import verify_bundle
     from sa3_convert.verify.findings import Findings
-    from sa3_convert.verify.full import verify_fully
+    from sa3_convert.verify.full import verify_fully, with_bisections
     from sa3_convert.verify.generations import default_references
     from sa3_convert.verify.reference_store import ReferenceStore
     from sa3_convert.verify.workload import workload
@@ -74,7 +74,7 @@ def verify(
                 quick=quick,
                 store=store,
                 threads=threads,
-                bisecting=bisecting,
+                bisecting=bisecting is not False,
                 report=report,
                 heard=reporting.hear if reporting is not None else lambda case, side, audio: None,
             )
@@ -82,11 +82,13 @@ def verify(
         findings = Findings(
             verify_bundle(opened, components=components, quick=quick, threads=threads, report=show_verdict)
         )
+        if bisecting:
+            findings = with_bisections(opened, findings, threads=threads)
     show_findings(findings, bundle, references)
     if json_file is not None:
         write_text(json_file, json.dumps(findings.to_data(), indent=2) + "\n")
     if reporting is not None:
-        reporting.write(opened, findings, bisecting=bisecting, threads=threads)
+        reporting.write(opened, findings, bisecting=bisecting is not False, threads=threads)
     findings.check()
 
 

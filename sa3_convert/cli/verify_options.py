@@ -47,10 +47,11 @@ ReferencesMibOption = Annotated[
     int, typer.Option("--references-mib", min=1, help="Bound of that folder; what was used least recently goes first.")
 ]
 BisectOption = Annotated[
-    bool,
+    bool | None,
     typer.Option(
         "--bisect/--no-bisect",
-        help="Full: name the operator to blame in models that fall short. Report: show every model's operators.",
+        help="Name the operator to blame in models that fall short; --full does by default. Report: show every model's "
+        "operators; the default.",
     ),
 ]
 ReportOption = Annotated[

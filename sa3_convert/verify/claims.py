@@ -1,6 +1,7 @@
 """What a bundle says about its models, held to what its files say, before any of them is run."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from sa3_convert.bundle.manifest import Artifact, Bundle
 from sa3_convert.components import Component
@@ -46,7 +47,7 @@ def models_of(bundle: Bundle, recipe: Recipe, component: Component) -> list[Judg
     """
     wanted = recipe.for_component(component)
     models = [Judged(component, "mnn", bundle.artifact(component), wanted.floor_db)]
-    _check_claims(bundle, models[0].artifact, wanted.precision, wanted.floor_db, "recipe")
+    _check_claims(bundle.file(component), models[0].artifact, wanted.precision, wanted.floor_db, "recipe")
     _check_storage(bundle, recipe, component)
     if any(a.component is component and a.kind == "onnx-int8" for a in bundle.manifest.artifacts):
         models.append(_integer_form(bundle, component))
@@ -62,13 +63,12 @@ def _integer_form(bundle: Bundle, component: Component) -> Judged:
     except ConversionError as error:
         raise VerificationError(f"{file} is not the integer form of its reference. {error}") from None
     floor = FLOORS_DB[component]
-    _check_claims(bundle, artifact, "int8" if products else "fp32", floor, "quantiser")
+    _check_claims(file, artifact, "int8" if products else "fp32", floor, "quantiser")
     return Judged(component, "onnxruntime-int8", artifact, floor)
 
 
-def _check_claims(bundle: Bundle, artifact: Artifact, precision: str, floor_db: float, source: str) -> None:
+def _check_claims(file: Path, artifact: Artifact, precision: str, floor_db: float, source: str) -> None:
     """Hold what the manifest says of a model to what its recipe or quantiser says."""
-    file = bundle.path / artifact.path
     if artifact.precision != precision:
         raise VerificationError(
             f"{file}: the manifest calls it {artifact.precision}, its {source} makes {precision}. Convert again."

@@ -72,27 +72,29 @@ def verify_fully(
             heard_cases = end_to_end_cases(cases)
             findings = replace(findings, end_to_end=generate_both(references, target, heard_cases, report, heard))
         if bisecting:
-            found = bisect_failures(bundle, findings, references, threads=threads, report=report)
-            findings = replace(findings, bisections=found)
+            findings = with_bisections(bundle, findings, references, threads=threads, report=report)
     return findings
 
 
-def bisect_failures(
+def with_bisections(
     bundle: Bundle,
     findings: Findings,
-    references: References,
+    references: References | None = None,
     *,
     threads: int | None = None,
     report: Report = lambda what, done, total: None,
-) -> dict[Component, BisectResult]:
+) -> Findings:
     """Bisect every MNN model that fell short at its worst case, sampled or in a generation.
 
     Args:
         bundle: the bundle.
         findings: what was found in it.
-        references: of the bundle.
+        references: of the bundle, if there are generations among the findings.
         threads: of either engine; None leaves it to them.
         report: called as work goes on.
+
+    Returns:
+        The findings, with what was found.
 
     Raises:
         ModelFileError: a file cannot be run.
@@ -102,15 +104,16 @@ def bisect_failures(
     sampled = {v.fidelity.component: v for v in findings.bundle.verdicts if v.engine == "mnn" and not v.passed}
     generated = findings.short if findings.engine == "mnn" else {}
     failed = [component for component in bundle.components if component in {*sampled, *generated}]
-    found = {}
+    found: dict[Component, BisectResult] = {}
     for done, component in enumerate(failed):
         report(f"{component.value}, bisecting", done, len(failed))
         if component in sampled:
             samples = {s.name: s.feeds for s in samples_for(component, bundle.layout, quick=False)}
             feeds = samples[sampled[component].fidelity.worst_case.case]
         else:
+            assert references is not None
             worst = generated[component].summary
             feeds = case_feeds(references, component, GenerationCase.parse(worst.worst_case), worst.worst_step)
         files = bundle.file(component, "onnx"), bundle.file(component, "mnn")
         found[component] = bisect(*files, feeds, threads=threads)
-    return found
+    return replace(findings, bisections=found)

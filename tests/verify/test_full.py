@@ -20,7 +20,7 @@ from sa3_convert.verify.case_feeds import case_feeds
 from sa3_convert.verify.distribution import FREE_RUNNING, TEACHER_FORCED, GenerationFidelity
 from sa3_convert.verify.distribution_result import Distribution, Observation
 from sa3_convert.verify.findings import Findings
-from sa3_convert.verify.full import bisect_failures, verify_fully
+from sa3_convert.verify.full import verify_fully, with_bisections
 from sa3_convert.verify.generation import GenerationCase, all_cases
 from sa3_convert.verify.generations import FULL_CASES, both_sides, end_to_end_cases
 from sa3_convert.verify.metrics import Fidelity
@@ -165,11 +165,21 @@ def test_what_falls_short_is_bisected_at_its_worst_case(
     findings = with_floor(verified[0], Component.DECODER, decoder.worst.signal_to_noise_db + 1)
     findings = with_generation(findings, TEACHER_FORCED, 1)
     with both_sides(toy_int8, store=ReferenceStore(store), steps=STEPS, threads=2) as (references, _):
-        found = bisect_failures(toy_int8, findings, references, threads=2)
+        found = with_bisections(toy_int8, findings, references, threads=2).bisections
         path = references.trajectory(CASES[1])
     assert list(found) == [Component.DIT, Component.DECODER]
     assert asked["decoder"]["latents"].shape[2] == int(decoder.worst_case.case.split("T=")[1])
     np.testing.assert_array_equal(asked["dit"]["x"], path.inputs[1])
+
+
+def test_what_falls_short_on_sampled_inputs_is_bisected_without_generations(
+    toy_int8: Bundle, verified: tuple[Findings, Witness]
+) -> None:
+    short = with_floor(replace(verified[0], generations=None), Component.NUMBER_CONDITIONER, 60)
+    found = with_bisections(toy_int8, short, threads=2).bisections
+    assert list(found) == [Component.NUMBER_CONDITIONER]
+    # Eight bits explain what is lost: the floor is to blame, no operator.
+    assert found[Component.NUMBER_CONDITIONER].suspect is None
 
 
 @pytest.mark.parametrize("component", list(Component))
