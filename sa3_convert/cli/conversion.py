@@ -87,6 +87,8 @@ def convert(
     stdout.print(bundle_table(outcome.bundle))
     if outcome.up_to_date:
         typer.echo(f"{out} is up to date; nothing was done.")
+    elif request.checkpoint.layout.dit is None:
+        typer.echo(f"Next: sa3-convert bundle export {out} --to DIR --layout flat")
     else:
         typer.echo(f'Next: sa3-convert run {out} --prompt "warm analog synth pad" --seconds 10 -o out.wav')
 

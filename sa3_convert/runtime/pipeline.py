@@ -96,6 +96,11 @@ class Pipeline:
 
         """
         bundle = Bundle.open(path)
+        if bundle.layout.dit is None:
+            raise BundleError(
+                f"{path} holds an autoencoder alone ({bundle.manifest.variant}); it cannot generate. "
+                "Give a bundle of a whole checkpoint."
+            )
         runner = bundle_engine(bundle, engine, options, check=check)
         bottleneck = Bottleneck.read(bundle.file(None, "bottleneck_params"))
         tokenizer = bundle.file(None, "tokenizer")

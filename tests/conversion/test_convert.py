@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from sa3_convert.bundle.manifest import MANIFEST, Bundle
+from sa3_convert.checkpoint.synthetic import synthesize
 from sa3_convert.components import Component
-from sa3_convert.errors import ConversionError, UsageError, VerificationError
+from sa3_convert.errors import BundleError, ConversionError, UsageError, VerificationError
 from sa3_convert.files import sha256_file
 from sa3_convert.recipe import LayerRule, Recipe, WeightScheme, load_recipe
+from sa3_convert.runtime.pipeline import Pipeline
 from tests.bundles import CONFIGS, Convert
 
 
@@ -150,3 +152,13 @@ def test_with_reference_the_bundle_can_be_moved_and_still_verified(
     moved = Bundle.open(tmp_path / "moved")
     moved.check(kinds=("mnn", "onnx"))
     assert moved.file(component, "onnx").is_relative_to(tmp_path / "moved")
+
+
+def test_an_autoencoder_alone_converts_and_is_not_run(converted: Convert, tmp_path: Path) -> None:
+    synthesize(tmp_path / "same-l", "same-l")
+    outcome, _ = converted(tmp_path / "same-l", "int8", tmp_path / "out", components=(Component.ENCODER,))
+    assert (outcome.bundle.manifest.variant, outcome.bundle.components) == ("same-l", (Component.ENCODER,))
+    with pytest.raises(BundleError, match="autoencoder alone"):
+        Pipeline.from_bundle(outcome.bundle.path)
+    with pytest.raises(UsageError, match="it has decoder, encoder"):
+        converted(tmp_path / "same-l", "int8", tmp_path / "out", components=(Component.DIT,))
