@@ -98,7 +98,7 @@ def chosen_cases(
         return tuple(dict.fromkeys(GenerationCase.parse(name) for name in names))
     numbers = _listed("--prompts", prompts, int, range(len(PROMPTS)), lambda n: 0 <= n < len(PROMPTS))
     durations = _listed("--seconds", seconds, float, DURATIONS, lambda s: math.isfinite(s) and s > 0)
-    return all_cases(numbers, _listed("--seeds", seeds, int, SEEDS, lambda n: n >= 0), durations)
+    return all_cases(numbers, _listed("--seeds", seeds, int, SEEDS, lambda n: 0 <= n < 1 << 64), durations)
 
 
 def _listed(

@@ -23,21 +23,34 @@ Floats = NDArray[np.float32]
 Velocity = Callable[[Floats, np.float32], Floats]
 
 _OTHER_STREAM = 1 << 31
+_SEEDS = 1 << 64
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationCase:
-    """What is generated; its name says all of it."""
+    """What is generated; its name says all of it.
+
+    Raises:
+        UsageError: there is no prompt of that number, or the seed does not fit into 64 bits.
+
+    """
 
     prompt: int
     """Index into `PROMPTS`."""
     seed: int
     seconds: float
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.prompt < len(PROMPTS):
+            raise UsageError(f"There is no prompt {self.prompt}; prompts are 0 to {len(PROMPTS) - 1}.")
+        if not 0 <= self.seed < _SEEDS:
+            raise UsageError(f"Seed {self.seed} is not within 0 … 2⁶⁴ − 1.")
+
     @property
     def name(self) -> str:
         """A name that `parse` reads back."""
-        return f"prompt={self.prompt} seed={self.seed} seconds={self.seconds:g}"
+        seconds = np.format_float_positional(self.seconds, trim="-")
+        return f"prompt={self.prompt} seed={self.seed} seconds={seconds}"
 
     @property
     def text(self) -> str:
@@ -52,7 +65,7 @@ class GenerationCase:
             UsageError: it is no such name, or there is no prompt of that number.
 
         """
-        found = re.fullmatch(r"prompt=(\d+) seed=(\d+) seconds=([\d.]+)", name.strip())
+        found = re.fullmatch(r"prompt=(\d+) seed=(\d+) seconds=(\d{1,9}(?:\.\d+)?)", name.strip(), re.ASCII)
         if found is None or int(found[1]) >= len(PROMPTS):
             raise UsageError(
                 f"{name!r} is no case. Write 'prompt=0 seed=1 seconds=5', with a prompt from 0 to {len(PROMPTS) - 1}."
@@ -102,7 +115,7 @@ def denoised(
 
     """
     sizes = lengths(layout, case.seconds)
-    generator, other = TorchGenerator(case.seed), TorchGenerator(case.seed + _OTHER_STREAM)
+    generator, other = TorchGenerator(case.seed), TorchGenerator((case.seed + _OTHER_STREAM) % _SEEDS)
 
     def noise(shape: Sequence[int]) -> Floats:
         drawn = generator.randn(shape)

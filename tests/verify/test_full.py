@@ -237,6 +237,8 @@ def test_the_command_shows_figures_and_how_to_have_the_worst_again(
         (("verify", "--full", "--seconds", "nan"), "--seconds 'nan'"),
         (("verify", "--full", "--seconds", "0"), "write for example 2,5,10"),
         (("verify", "--full", "--seeds", "-1"), "--seeds '-1'"),
+        (("verify", "--full", "--seeds", "18446744073709551616"), "write for example 0,1"),
+        (("verify", "--full", "--case", "prompt=0 seed=0 seconds=1.2.3"), "is no case"),
         (("verify", "--full", "--case", "prompt=0"), "is no case"),
         (("verify", "--full", "--case", "prompt=0 seed=0 seconds=1", "--seeds", "1"), "do not go with it"),
         (("verify", "--full", "--seconds", "1000"), "beyond this model's limit"),

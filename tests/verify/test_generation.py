@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -110,10 +112,47 @@ def test_a_case_is_named_so_that_it_can_be_made_again() -> None:
     assert case.text == PROMPTS[3]
 
 
-@pytest.mark.parametrize("name", ["", "prompt=0", "prompt=99 seed=0 seconds=1", "prompt=0 seed=-1 seconds=1"])
+@given(
+    st.integers(0, len(PROMPTS) - 1),
+    st.integers(0, 2**64 - 1),
+    st.floats(1e-3, 600, allow_nan=False) | st.integers(1, 600),
+)
+def test_every_case_is_what_its_name_says(prompt: int, seed: int, seconds: float) -> None:
+    case = GenerationCase(prompt, seed, seconds)
+    assert GenerationCase.parse(case.name) == case
+
+
+@given(st.text() | st.from_regex(r"prompt=\S* seed=\S* seconds=\S*", fullmatch=True))
+def test_any_other_text_is_refused_or_is_the_name_of_what_it_gives(text: str) -> None:
+    try:
+        case = GenerationCase.parse(text)
+    except UsageError:
+        return
+    assert GenerationCase.parse(case.name) == case
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "prompt=0",
+        "prompt=99 seed=0 seconds=1",
+        "prompt=0 seed=-1 seconds=1",
+        "prompt=0 seed=0 seconds=1.2.3",
+        "prompt=0 seed=0 seconds=.",
+        "prompt=0 seed=0 seconds=nan",
+    ],
+)
 def test_what_is_no_case_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match="prompt=0 seed=1 seconds=5"):
         GenerationCase.parse(name)
+
+
+def test_a_seed_beyond_64_bits_is_refused() -> None:
+    with pytest.raises(UsageError, match="Seed"):
+        GenerationCase.parse("prompt=0 seed=18446744073709551616 seconds=1")
+    largest = GenerationCase(0, 2**64 - 1, 1.0)
+    assert denoised(lambda x, t: x, LAYOUT, largest, steps=1, nudge=1e-3).valid > 0
 
 
 def test_the_prompt_set_has_short_long_empty_and_foreign_ones() -> None:
