@@ -65,7 +65,7 @@ class GenerationCase:
             UsageError: it is no such name, or there is no prompt of that number.
 
         """
-        found = re.fullmatch(r"prompt=(\d+) seed=(\d+) seconds=(\d{1,9}(?:\.\d+)?)", name.strip(), re.ASCII)
+        found = re.fullmatch(r"prompt=(\d{1,3}) seed=(\d{1,20}) seconds=(\d{1,9}(?:\.\d+)?)", name.strip(), re.ASCII)
         if found is None or int(found[1]) >= len(PROMPTS):
             raise UsageError(
                 f"{name!r} is no case. Write 'prompt=0 seed=1 seconds=5', with a prompt from 0 to {len(PROMPTS) - 1}."

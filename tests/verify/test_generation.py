@@ -140,6 +140,7 @@ def test_any_other_text_is_refused_or_is_the_name_of_what_it_gives(text: str) ->
         "prompt=0 seed=-1 seconds=1",
         "prompt=0 seed=0 seconds=1.2.3",
         "prompt=0 seed=0 seconds=.",
+        "prompt=0 seed=" + "9" * 5000 + " seconds=1",
         "prompt=0 seed=0 seconds=nan",
     ],
 )
