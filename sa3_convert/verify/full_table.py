@@ -19,7 +19,8 @@ def render_generations(
     result: GenerationFidelity, bundle: Path, *, engine: EngineName = "mnn", references: Path | None = None
 ) -> RenderableType:
     """Return a row per distribution, the DiT step by step, and the commands of `replay` for the worst cases."""
-    table = Table(title=f"Over whole generations of {result.steps} steps, dB", title_justify="left")
+    on = "" if engine == "mnn" else f" on {engine}"
+    table = Table(title=f"Over whole generations of {result.steps} steps{on}, dB", title_justify="left")
     table.add_column("", no_wrap=True)
     for name in ("runs", "mean", "5 %", "worst"):
         table.add_column(name, justify="right", no_wrap=True)
