@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from sa3_convert.bundle.manifest import Artifact, Bundle, FileEntry
+from sa3_convert.checkpoint.variants import PublishedNames, published_names
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError, UsageError
 from sa3_convert.files import link_or_copy, sha256_file
@@ -48,30 +49,23 @@ def published_path(variant: str, component: Component, precision: str, *, own: b
         own: whether the variant has weights of its own where the tree has one file for all variants.
 
     """
-    codec = _codec(variant)
-    family = "sfx" if "sfx" in variant else "music" if "music" in variant else variant.removesuffix("-base")
-    base = "_base" if variant.endswith("-base") else ""
+    names = published_names(variant)
+    family, base = names.folder, names.base
     if own:
         return f"{family}/{precision}/{component.value}_{family}{base}_{precision}.mnn"
     match component:
         case Component.TEXT_ENCODER:
             return "shared/text_encoder.mnn" if precision.startswith("fp") else f"shared/text_encoder_{precision}.mnn"
         case Component.DECODER:
-            return f"shared/decoder{codec}_fused_wn.mnn"
+            return f"shared/decoder{names.codec}_fused_wn.mnn"
         case Component.ENCODER:
-            # The variants share it; the published tree keeps it with the music models.
             suffix = "" if precision.startswith("fp") else f"_{precision}"
-            return f"{codec.removeprefix('_') or 'music'}/{precision}/encoder{codec}{suffix}.mnn"
+            return f"{names.codec_folder}/{precision}/encoder{names.codec}{suffix}.mnn"
         case Component.DIT:
             suffix = "_v2_f32io" if precision == "fp16" else ""
             return f"{family}/{precision}/dit_{family}{base}_{precision}{suffix}.mnn"
         case Component.NUMBER_CONDITIONER:
             return f"{family}/{precision}/number_conditioner_{family}{base}_{precision}.mnn"
-
-
-def _codec(variant: str) -> str:
-    """Return what tells a variant's autoencoder from the small family's in names: nothing, or `_medium` for SAME-L."""
-    return "_medium" if variant.removesuffix("-base") in ("medium", "custom-medium", "same-l") else ""
 
 
 def published_files(bundles: Sequence[Bundle]) -> list[Published]:
@@ -99,11 +93,15 @@ def published_files(bundles: Sequence[Bundle]) -> list[Published]:
     return [chosen[path] for path in sorted(chosen)]
 
 
+def _names(bundle: Bundle) -> PublishedNames:
+    return published_names(bundle.manifest.variant)
+
+
 def _is_shared(component: Component, bundle: Bundle, bundles: Sequence[Bundle]) -> bool:
     """Tell whether all bundles that would use the same name for a shared component have the same weights."""
 
     def sharing(other: Bundle) -> bool:
-        same_codec = _codec(other.manifest.variant) == _codec(bundle.manifest.variant)
+        same_codec = _names(other).codec == _names(bundle).codec
         return component in other.components and (component is Component.TEXT_ENCODER or same_codec)
 
     return len({_weights_digest(other, component) for other in bundles if sharing(other)}) <= 1
@@ -128,7 +126,7 @@ def _paths(bundle: Bundle, artifact: Artifact, tier: str, *, own: bool) -> list[
         return [(f"shared/{Path(artifact.path).name}", artifact)]
     if artifact.kind == "bottleneck_params":
         name = Path(artifact.path)
-        return [(f"shared/{name.stem}{_codec(bundle.manifest.variant)}{name.suffix}", artifact)]
+        return [(f"shared/{name.stem}{_names(bundle).codec}{name.suffix}", artifact)]
     if artifact.kind != "mnn" or artifact.component is None:
         return []
     precision = artifact.precision or "fp32"

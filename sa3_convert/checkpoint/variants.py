@@ -203,6 +203,34 @@ def variant_named(name: str) -> Variant:
         raise UsageError(f"There is no variant {name!r}; known: {', '.join(VARIANTS)}.") from None
 
 
+@dataclass(frozen=True, slots=True)
+class PublishedNames:
+    """The parts of published file names that differ between variants."""
+
+    folder: str
+    """Folder and middle of the names of what each variant has for itself: `music`, `sfx`, `medium`."""
+    base: str
+    """`_base` for the form before post-training."""
+    codec: str
+    """What tells SAME-L's files (`_medium`) from SAME-S's, whose names say nothing."""
+    codec_folder: str
+    """Folder of the encoder, which the variants of a family share; the published tree keeps it with the music models."""
+
+
+def published_names(variant: str) -> PublishedNames:
+    """Return the parts of file names for a variant, published or `custom-…`.
+
+    Source: the published MNN card, which has the small family; medium follows the same pattern.
+    """
+    content = variant.removesuffix("-base")
+    known = VARIANTS.get(variant)
+    sliding = known.family == "medium" if known else content == "custom-medium"
+    folder = {"small-music": "music", "small-sfx": "sfx"}.get(content, content)
+    codec = "medium" if sliding else ""
+    base = "_base" if content != variant else ""
+    return PublishedNames(folder, base, f"_{codec}" if codec else "", codec or "music")
+
+
 def family_of(layout: CheckpointLayout) -> Family | None:
     """Return the family by construction, whatever the sizes: windows in chunks or sliding, attention plain or not."""
     sliding = layout.autoencoder.decoder.sliding_window is not None

@@ -12,6 +12,7 @@ from sa3_convert.checkpoint.variants import (
     defaults_of,
     family_of,
     name_of,
+    published_names,
     recognise,
     variant_named,
 )
@@ -89,3 +90,22 @@ def test_the_longest_output_fits_and_is_whole_latents(name: str) -> None:
     assert variant.max_seconds * 44100 <= variant.sample_size
     assert len(variant.revision) == 40
     assert variant.is_base == name.endswith("-base")
+
+
+@pytest.mark.parametrize(
+    ("variant", "names"),
+    [
+        ("small-music", ("music", "", "", "music")),
+        ("small-music-base", ("music", "_base", "", "music")),
+        ("small-sfx", ("sfx", "", "", "music")),
+        ("medium", ("medium", "", "_medium", "medium")),
+        ("medium-base", ("medium", "_base", "_medium", "medium")),
+        ("same-s", ("same-s", "", "", "music")),
+        ("same-l", ("same-l", "", "_medium", "medium")),
+        ("custom-small", ("custom-small", "", "", "music")),
+        ("custom-medium-base", ("custom-medium", "_base", "_medium", "medium")),
+    ],
+)
+def test_published_names_follow_the_variant(variant: str, names: tuple[str, ...]) -> None:
+    found = published_names(variant)
+    assert (found.folder, found.base, found.codec, found.codec_folder) == names
