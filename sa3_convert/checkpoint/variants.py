@@ -214,7 +214,7 @@ class PublishedNames:
     codec: str
     """What tells SAME-L's files (`_medium`) from SAME-S's, whose names say nothing."""
     codec_folder: str
-    """Folder of the encoder, which the variants of a family share; the published tree keeps it with the music models."""
+    """Folder of the encoder, which a family's variants share; SAME-S's lies with the music models."""
 
 
 def published_names(variant: str) -> PublishedNames:
