@@ -37,8 +37,10 @@ def strips_figure(strips: Sequence[Strip], name: str, label: str) -> str:
         axes = figure.add_subplot()
         for row, strip in enumerate(strips):
             ratios = [min(ratio, MOST_DB) for ratio in strip.ratios]
+            worst = min(ratios)
+            ink = Ink.BAD if strip.floor_db is not None and worst < strip.floor_db else Ink.FIRST
             axes.plot(ratios, [row] * len(ratios), "o", color=Ink.FIRST, alpha=0.4, ms=6, mew=0)
-            axes.plot(min(ratios), row, "o", color=Ink.FIRST, ms=7, mew=0)
+            axes.plot(worst, row, "o", color=ink, ms=7, mew=0)
             if strip.floor_db is not None:
                 axes.plot([strip.floor_db] * 2, [row - 0.34, row + 0.34], color=Ink.BAD, lw=2.5)
         axes.set_yticks(range(len(strips)), [strip.label for strip in strips])

@@ -96,6 +96,12 @@ def test_every_operator_with_an_error_has_a_bar() -> None:
     assert drawn("layers").count('style="fill: var(--bad)"') == 1
 
 
+def test_what_lies_below_its_floor_stands_out() -> None:
+    above, below = (strips_figure([Strip("s", [30.0, 40.0], floor)], "s", "") for floor in (25.0, 35.0))
+    # The floor's bar has the colour too.
+    assert below.count("var(--bad)") > above.count("var(--bad)") > 0
+
+
 def test_areas_of_the_map_are_as_the_bytes() -> None:
     large = samples.component(bytes=3_000_000, stored=(samples.StoredType(type="int8", bytes=3_000_000),))
     small = samples.component(
