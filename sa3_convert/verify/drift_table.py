@@ -15,7 +15,7 @@ def render_drift(drift: Drift) -> Table:
     moved = [row for row in drift.rows if row.failed or row.status == "better"]
     speed = [row for row in drift.rows if row.figure.kind == "speed" and row not in moved]
     rows = moved or [row for row in drift.rows if _is_main(row.figure)]
-    what = "what moved" if moved else "sizes and means; nothing moved"
+    what = "what moved" if not drift.passed else "what got better" if moved else "sizes and means; nothing moved"
     return _table(f"{' '.join(drift.baseline.key)}: {what}", [*rows, *speed])
 
 
