@@ -21,7 +21,7 @@ stdout = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPED_
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 if TYPE_CHECKING:
-    from sa3_convert.checkpoint.reader import Checkpoint
+    from sa3_convert.checkpoint.lora import Lora
     from sa3_convert.quantise.planner import Plan
 
 _VERBS = {
@@ -50,22 +50,22 @@ def show_verdict(verdict: Verdict) -> None:
     stderr.print(f"{fidelity.component.value:<18} {verdict.engine:<16} {fidelity.worst.signal_to_noise_db:.1f} dB")
 
 
-def lora_table(checkpoint: "Checkpoint") -> Table:
-    """Return what each LoRA of a checkpoint is, and which layers it changes; `*` stands for numbers."""
-    table = Table(title="LoRAs, in the order in which they are applied", title_justify="left")
-    for name in ("file", "type"):
-        table.add_column(name, overflow="fold")
-    for name in ("rank", "alpha", "strength", "layers"):
-        table.add_column(name, justify="right")
-    table.add_column("which", overflow="fold")
-    for lora in checkpoint.loras:
-        file = lora.file
-        kinds = Counter(re.sub(r"\.\d+\.", ".*.", layer) for layer in lora.layers.values())
-        which = [f"{count} × {kind}" if count > 1 else kind for kind, count in sorted(kinds.items())]
-        left_out = len(file.layers) - len(lora.layers)
-        which += [f"({left_out} left out by its filters)"] if left_out else []
-        numbers = (str(file.rank), f"{file.alpha:g}", f"{lora.strength:g}", str(len(lora.layers)))
-        table.add_row(file.path.name, file.type_name, *numbers, "\n".join(which))
+def lora_table(lora: "Lora") -> Table:
+    """Return what a LoRA is and which layers it changes; `*` stands for numbers."""
+    file = lora.file
+    table = Table(
+        title=f"{file.path.name}: {file.type_name}, rank {file.rank}, alpha {file.alpha:g}, strength {lora.strength:g}",
+        title_justify="left",
+    )
+    table.add_column("layers that it changes", overflow="fold")
+    table.add_column("count", justify="right")
+    kinds = Counter(re.sub(r"\.\d+(?=\.)", ".*", layer) for layer in lora.layers.values())
+    for kind, count in sorted(kinds.items()):
+        table.add_row(kind, str(count))
+    table.add_section()
+    table.add_row("total", str(len(lora.layers)))
+    if left_out := len(file.layers) - len(lora.layers):
+        table.add_row("left out by its own filters", str(left_out))
     return table
 
 

@@ -48,5 +48,6 @@ def open_checkpoint(checkpoint: str, loras: list[str] | None) -> "Checkpoint":
     if opened.loras:
         from sa3_convert.cli.console import lora_table, stderr
 
-        stderr.print(lora_table(opened))
+        for lora in opened.loras:
+            stderr.print(lora_table(lora))
     return opened

@@ -15,6 +15,7 @@ from sa3_convert.errors import UsageError
 from sa3_convert.files import sha256_file
 from sa3_convert.networks.build import build_network
 from sa3_convert.ort import OrtSession
+from sa3_convert.passes.pipeline import load_onnx
 from sa3_convert.runtime.audio import read_metadata
 from sa3_convert.verify.inputs import sample_inputs
 from tests.bundles import CONFIGS, Convert
@@ -131,3 +132,17 @@ def test_the_command_line_lists_what_a_lora_changes(
     assert cli.run([*convert, "--lora", f"{adapter}:nan"]) == 2
     assert cli.run([*convert, "--lora", "nowhere.safetensors"]) == 3
     assert not (tmp_path / "out").exists()
+
+
+def test_one_stage_and_a_plan_take_loras_too(
+    toy: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = ["--component", NUMBER.value, "--lora", f"{adapter}:0.25"]
+    assert cli.run(["plan", str(toy), *lora, "--target-mib", "1", "--out", str(tmp_path / "p.yaml"), "--dry-run"]) == 0
+    assert "warm.safetensors: bora, rank 4, alpha 8, strength 0.25" in " ".join(capsys.readouterr().err.split())
+    out = tmp_path / "new" / "number.onnx"
+    assert cli.run(["export", str(toy), *lora, "--out", str(out)]) == 0
+    checkpoint = Checkpoint.open(toy).with_loras([LoraRequest(adapter, 0.25)])
+    merged = checkpoint.state(NUMBER)["embedder.embedding.1.weight"].numpy()
+    stored = [value.const_value.numpy() for value in load_onnx(out).graph.initializers.values() if value.const_value]
+    assert any(np.array_equal(array, merged) or np.array_equal(array, merged.T) for array in stored)
