@@ -20,6 +20,7 @@ from sa3_convert.bundle.manifest import (
     BOTTLENECK,
     MANIFEST,
     RECIPE,
+    SPLIT_KINDS,
     TOKENIZER,
     Artifact,
     Bundle,
@@ -43,6 +44,8 @@ from sa3_convert.stages import (
     export_stage,
     mnn_stage,
     ort_int8_stage,
+    split_names,
+    split_stage,
     stage_keys,
     verify_stage,
 )
@@ -89,12 +92,21 @@ class ConvertRequest:
     """Also make what the engine `onnxruntime-int8` runs; it is kept where the reference is."""
     target_mnn: MnnVersion = DEFAULT_TARGET
     """The oldest MNN that the result has to be right on."""
+    with_split_dit: bool = False
+    """Also make the DiT in two parts, of which one runs once per generation."""
     threads: int | None = None
 
     def keys(self, component: Component) -> Keys:
         """Return the fingerprints of a component's stages."""
         recipe = self.recipe.for_component(component)
-        return stage_keys(self.checkpoint, component, recipe, target_mnn=self.target_mnn, ort_int8=self.with_ort_int8)
+        return stage_keys(
+            self.checkpoint,
+            component,
+            recipe,
+            target_mnn=self.target_mnn,
+            ort_int8=self.with_ort_int8,
+            split=self.with_split_dit,
+        )
 
     def selected(self) -> tuple[Component, ...]:
         """Return the components to convert, in pipeline order.
@@ -174,11 +186,14 @@ def is_up_to_date(bundle: Bundle, request: ConvertRequest, keys: Mapping[Compone
         int8 = present.get((component, "onnx-int8"))
         if key.ort_int8 is not None and (int8 is None or int8.fingerprint != key.ort_int8):
             return False
+        split = present.get((component, "mnn-step"))
+        if key.split is not None and (split is None or split.fingerprint != key.split):
+            return False
         kept = [a for a in (bundle.artifact(component, "onnx"), int8) if a is not None]
         if any((a.kept_at is None) != request.with_reference for a in kept):
             return False
     try:
-        bundle.check(tuple(keys), kinds=("mnn", "onnx", "onnx-int8"))
+        bundle.check(tuple(keys), kinds=("mnn", "onnx", "onnx-int8", *SPLIT_KINDS))
     except BundleError:
         return False
     return True
@@ -207,9 +222,9 @@ def _existing_bundle(request: ConvertRequest) -> Bundle | None:
         raise UsageError(f"--out {out} is a file; give a folder.")
     if not (out / MANIFEST).exists():
         leftovers = [p.name for p in out.iterdir() if not p.name.startswith(".")] if out.exists() else []
-        known = {RECIPE, TOKENIZER, BOTTLENECK, REFERENCE_FOLDER, ORT_INT8_FOLDER} | {
-            f"{c.value}.mnn{suffix}" for c in Component for suffix in ("", ".weight")
-        }
+        known = {RECIPE, TOKENIZER, BOTTLENECK, REFERENCE_FOLDER, ORT_INT8_FOLDER}
+        models = {name for c in Component for name in (f"{c.value}.mnn", *split_names(c))}
+        known |= {f"{name}{suffix}" for name in models for suffix in ("", ".weight")}
         foreign = sorted(set(leftovers) - known)
         if foreign and not request.force:
             raise UsageError(
@@ -249,6 +264,7 @@ class _Made:
     mnn: CachedResult
     verify: CachedResult
     ort_int8: CachedResult | None
+    split: CachedResult | None
 
 
 def _make_component(
@@ -289,7 +305,16 @@ def _make_component(
         int8 = staged(
             "ort-int8", keys.ort_int8, lambda folder: ort_int8_stage(reference, component, layout, folder, threads)
         )
-    return _Made(export, mnn, verify, int8)
+    split: CachedResult | None = None
+    if keys.split is not None:
+        split = staged(
+            "split",
+            keys.split,
+            lambda folder: split_stage(
+                reference, component, recipe, moments, layout, folder, threads, request.target_mnn
+            ),
+        )
+    return _Made(export, mnn, verify, int8, split)
 
 
 def _assemble(
@@ -366,6 +391,30 @@ def _component_artifacts(request: ConvertRequest, component: Component, keys: Ke
                 fidelity=Fidelity(**notes["fidelity"]),
                 floor_db=notes["floor_db"],
                 fingerprint=keys.ort_int8,
+            )
+        )
+    if made.split is not None:
+        artifacts += _split_artifacts(request, component, keys, made.split)
+    return artifacts
+
+
+def _split_artifacts(request: ConvertRequest, component: Component, keys: Keys, made: CachedResult) -> list[Artifact]:
+    recipe = request.recipe.for_component(component)
+    artifacts = []
+    for kind, name in zip(SPLIT_KINDS, split_names(component), strict=True):
+        entry, weights = _entries(made, name, f"{name}.weight", "")
+        for file in filter(None, (entry, weights)):
+            link_or_copy(made.file(file.path), request.out / file.path)
+        artifacts.append(
+            Artifact(
+                **dict(entry),
+                kind=kind,
+                component=component,
+                precision=recipe.precision,
+                fidelity=Fidelity(**made.notes["fidelity"]),
+                floor_db=recipe.floor_db,
+                companion=weights,
+                fingerprint=keys.split,
             )
         )
     return artifacts

@@ -86,7 +86,8 @@ def _todo(request: ConvertRequest, cache: StageCache, component: Component, keys
             bundle = Bundle.open(request.out)
             bundle.check((component,), contents=False)
             int8 = keys.ort_int8 is None or bundle.artifact(component, "onnx-int8").fingerprint == keys.ort_int8
-            if int8 and bundle.artifact(component).fingerprint == keys.verify:
+            split = keys.split is None or bundle.artifact(component, "mnn-step").fingerprint == keys.split
+            if int8 and split and bundle.artifact(component).fingerprint == keys.verify:
                 return ()
         except BundleError:
             pass
@@ -97,11 +98,16 @@ def bytes_needed(steps: list[Step]) -> int:
     """Return the temporary and lasting room that a plan takes at its peak."""
     lasting = sum(
         # The integer form has a quarter of the reference's weights, but all of its token table.
-        s.reference_bytes * (("export" in s.todo) + ("ort-int8" in s.todo)) + s.model_bytes * ("mnn" in s.todo)
+        s.reference_bytes * (("export" in s.todo) + ("ort-int8" in s.todo))
+        + s.model_bytes * (("mnn" in s.todo) + ("split" in s.todo))
         for s in steps
     )
-    # While one component is converted, its rewritten ONNX and the converter's scratch file with all weights exist too.
-    passing = max((2 * s.reference_bytes for s in steps if {"mnn", "ort-int8"} & set(s.todo)), default=0)
+    # While one component is converted, its rewritten ONNX and the converter's scratch file with all weights exist too;
+    # of one in two parts, also those parts.
+    passing = max(
+        ((2 + ("split" in s.todo)) * s.reference_bytes for s in steps if {"mnn", "ort-int8", "split"} & set(s.todo)),
+        default=0,
+    )
     return lasting + passing
 
 

@@ -1,6 +1,7 @@
 """The stages of one component's conversion: what each depends on, and what it makes."""
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -15,10 +16,12 @@ if TYPE_CHECKING:
     from sa3_convert.checkpoint.reader import Checkpoint
     from sa3_convert.verify.result import ComponentFidelity
 
-Stage = Literal["export", "calibrate", "mnn", "verify", "ort-int8"]
+Stage = Literal["export", "calibrate", "mnn", "verify", "ort-int8", "split"]
 
 MOMENTS: Final = "moments.safetensors"
 """What the calibrate stage leaves."""
+CHANGING: Final[Mapping[Component, tuple[str, ...]]] = {Component.DIT: ("x", "t")}
+"""Components that run several times in one generation, and the inputs that differ between those runs."""
 _ROUNDING: Final = tuple(f"quantise/{name}" for name in ("grid", "layers", "moments", "compensated", "rounding"))
 """Modules that decide where weights are rounded to."""
 _VERIFYING: Final = (
@@ -40,12 +43,15 @@ class Keys:
     verify: str
     ort_int8: str | None = None
     """None when it is not asked for."""
+    split: str | None = None
+    """None when it is not asked for, or there is nothing to split."""
 
     def in_order(self) -> tuple[tuple[Stage, str], ...]:
         """Return the stages that the component goes through, each with its fingerprint."""
         calibrate: tuple[tuple[Stage, str], ...] = () if self.calibrate is None else (("calibrate", self.calibrate),)
         int8: tuple[tuple[Stage, str], ...] = () if self.ort_int8 is None else (("ort-int8", self.ort_int8),)
-        return (("export", self.export), *calibrate, ("mnn", self.mnn), ("verify", self.verify), *int8)
+        split: tuple[tuple[Stage, str], ...] = () if self.split is None else (("split", self.split),)
+        return (("export", self.export), *calibrate, ("mnn", self.mnn), ("verify", self.verify), *int8, *split)
 
 
 def stage_keys(
@@ -55,6 +61,7 @@ def stage_keys(
     *,
     target_mnn: MnnVersion = DEFAULT_TARGET,
     ort_int8: bool = False,
+    split: bool = False,
 ) -> Keys:
     """Return the fingerprints of a component's stages: weights, dimensions, recipe, our code, and the tools."""
     merge = {"merge": source_digest("checkpoint/lora")} if checkpoint.loras_of(component) else {}
@@ -95,7 +102,10 @@ def stage_keys(
         code=source_digest("quantise/ort_int8", *_VERIFYING),
         tools=[version_of(name) for name in ("onnx", "onnxruntime")],
     )
-    return Keys(export, calibrate, mnn, verify, int8 if ort_int8 else None)
+    parts = fingerprint(verify=verify, code=source_digest("runtime/split_session"))
+    return Keys(
+        export, calibrate, mnn, verify, int8 if ort_int8 else None, parts if split and component in CHANGING else None
+    )
 
 
 def export_stage(checkpoint: "Checkpoint", component: Component, folder: Path) -> dict[str, Any]:
@@ -141,6 +151,43 @@ def mnn_stage(
         storage = mnn_from_onnx(prepared, target, recipe)
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     return {"storage": storage.summary(), "passes": passes.counts(), "detail": f"{size / 2**20:.1f} MiB"}
+
+
+def split_stage(
+    reference: Path,
+    component: Component,
+    recipe: ComponentRecipe,
+    moments: Path | None,
+    layout: CheckpointLayout,
+    folder: Path,
+    threads: int | None,
+    target_mnn: MnnVersion,
+) -> dict[str, Any]:
+    """Convert a component in two parts, and compare them, run as one, with the reference."""
+    from sa3_convert.mnn.convert import mnn_from_onnx
+    from sa3_convert.passes.pipeline import onnx_for_mnn
+    from sa3_convert.passes.split import rules_of_part, split_onnx
+    from sa3_convert.quantise.moments import Calibration
+    from sa3_convert.verify.component import verify_split
+
+    targets = [folder / name for name in split_names(component)]
+    calibration = None if moments is None else Calibration(moments)
+    with tempfile.TemporaryDirectory(prefix="onnx-", dir=folder) as scratch:
+        parts = [Path(scratch) / target.with_suffix(".onnx").name for target in targets]
+        handed_over = split_onnx(reference, parts[0], parts[1], CHANGING[component])
+        for part, target in zip(parts, targets, strict=True):
+            own = rules_of_part(recipe, part)
+            prepared = Path(scratch) / "for-mnn" / part.name
+            onnx_for_mnn(part, prepared, component, own, calibration=calibration, target_mnn=target_mnn)
+            mnn_from_onnx(prepared, target, own)
+    result = verify_split(reference, targets[0], targets[1], component, layout, quick=True, threads=threads)
+    result.check_floor(recipe.floor_db)
+    return _notes(result) | {"handed_over": len(handed_over)}
+
+
+def split_names(component: Component) -> tuple[str, str]:
+    """Return the file names of the two parts of a component."""
+    return f"{component.value}_prepare.mnn", f"{component.value}_step.mnn"
 
 
 def verify_stage(

@@ -1,7 +1,7 @@
 """`manifest.json`: what a bundle holds, where it came from, and how close each model is to its reference."""
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
@@ -15,7 +15,11 @@ RECIPE = "recipe.yaml"
 TOKENIZER = "tokenizer.json"
 BOTTLENECK = "bottleneck_params.json"
 
-ArtifactKind = Literal["mnn", "onnx", "onnx-int8", "tokenizer", "bottleneck_params", "recipe"]
+ArtifactKind = Literal[
+    "mnn", "onnx", "onnx-int8", "mnn-prepare", "mnn-step", "tokenizer", "bottleneck_params", "recipe"
+]
+SPLIT_KINDS: Final[tuple[ArtifactKind, ArtifactKind]] = ("mnn-prepare", "mnn-step")
+"""A model in two parts: what runs once per generation, and what runs in every step."""
 
 _LAYOUT: TypeAdapter[CheckpointLayout] = TypeAdapter(CheckpointLayout)
 

@@ -27,8 +27,8 @@ def bench(
         list[str] | None,
         typer.Option(
             "--engine",
-            help="mnn, mnn-low (weights quantised in memory), onnxruntime, onnxruntime-int8 or torch; several times. "
-            "All that the bundle has when not given.",
+            help="mnn, mnn-low (weights quantised in memory), mnn-split (the DiT in two parts), onnxruntime, "
+            "onnxruntime-int8 or torch; several times. All that the bundle has when not given.",
         ),
     ] = None,
     seconds: Annotated[str, typer.Option("--seconds", metavar="S,S,…", help="Durations.")] = "10,30,60,120",

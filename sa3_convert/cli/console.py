@@ -30,6 +30,7 @@ _VERBS = {
     "calibrate": "calibrating",
     "mnn": "converting",
     "verify": "verifying",
+    "split": "splitting",
 }
 
 

@@ -49,6 +49,9 @@ def convert(
         bool, typer.Option("--with-ort-int8", help="Also quantise for `run --engine onnxruntime-int8`.")
     ] = False,
     target_mnn: TargetOption = DEFAULT_TARGET,
+    with_split_dit: Annotated[
+        bool, typer.Option("--with-split-dit", help="Also make the DiT in two parts for `run --split-dit`.")
+    ] = False,
     threads: ThreadsOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan with sizes and stop.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Redo everything; replace another bundle.")] = False,
@@ -72,6 +75,7 @@ def convert(
         with_reference=with_reference,
         with_ort_int8=with_ort_int8,
         target_mnn=target_mnn,
+        with_split_dit=with_split_dit,
         threads=threads,
     )
     stderr.print(f"{checkpoint}: {request.checkpoint.variant_name}; recipe {resolved.name}: {resolved.description}")

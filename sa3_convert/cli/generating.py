@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from sa3_convert.bundle.manifest import Bundle
 from sa3_convert.cli.console import stderr, stdout
 from sa3_convert.cli.standard_output import pcm_to_standard_output
-from sa3_convert.errors import OutputRejectedError, UsageError
+from sa3_convert.errors import BundleError, OutputRejectedError, UsageError
 from sa3_convert.files import write_text
 from sa3_convert.gpu import PeakMemory
 from sa3_convert.runtime.audio import SampleFormat, audio_writer, check_output_path
@@ -64,15 +64,23 @@ class _Writer(Protocol):
     def write(self, audio: NDArray[np.float32]) -> None: ...
 
 
-def generate_one(target: Target, request: GenerateRequest, *, stream: bool) -> None:
+def generate_one(
+    target: Target, request: GenerateRequest, *, stream: bool, origin: Mapping[str, Any] | None = None
+) -> None:
     """Generate one piece; a file takes its name when it is whole and has passed its checks.
 
     Args:
         target: a bundle, and a file or standard output.
         request: what to generate.
         stream: hand the audio on while it is made.
+        origin: what `--json` once told about the models of a request that is replayed.
+
+    Raises:
+        BundleError: the request to be replayed was made with another variant.
 
     """
+    if origin:
+        _check_origin(target, origin)
     if target.output is not None:
         check_growing_path(target.output) if stream else check_output_path(target.output, target.sample_format)
     if target.json_file is not None:
@@ -98,6 +106,16 @@ def generate_one(target: Target, request: GenerateRequest, *, stream: bool) -> N
         + ("" if device.bytes is None else f", at most {device.bytes / 2**20:.0f} MiB of the GPU's memory"),
         soft_wrap=True,
     )
+
+
+def _check_origin(target: Target, origin: Mapping[str, Any]) -> None:
+    """Refuse a replay on another variant, and say when other models than the first time will run."""
+    here = target.metadata()
+    variant = origin.get("variant", here["variant"])
+    if variant != here["variant"]:
+        raise BundleError(f"These settings were made with {variant}; {target.bundle} holds {here['variant']}.")
+    if origin.get("models", here["models"]) != here["models"]:
+        stderr.print("Note: these settings were made with other models of this variant; the samples will differ.")
 
 
 def _check_side_file(path: Path, output: Path | None) -> None:

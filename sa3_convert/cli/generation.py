@@ -40,6 +40,7 @@ def run(
     precision: o.PrecisionOption = "high",
     backend: o.BackendOption = "cpu",
     place: o.PlaceOption = None,
+    split_dit: o.SplitOption = False,
     sample_format: o.FormatOption = "pcm16",
     dither: o.DitherOption = False,
     allow: o.AllowOption = None,
@@ -72,9 +73,15 @@ def run(
         from sa3_convert.cli.placing import placed
 
         places = placed(backend, precision, memory, place or ())
-        options |= {"memory": memory, "precision": precision, "backend": backend, "places": places}
-    elif (memory, precision) != ("normal", "high") or place:
-        raise UsageError("--memory, --precision and --place are settings of --engine mnn.")
+        options |= {
+            "memory": memory,
+            "precision": precision,
+            "backend": backend,
+            "places": places,
+            "split": split_dit,
+        }
+    elif (memory, precision, split_dit) != ("normal", "high", False) or place:
+        raise UsageError("--memory, --precision, --place and --split-dit are settings of --engine mnn.")
     elif backend in ("cpu", "cuda"):
         options |= {"backend": backend}
     else:
@@ -89,7 +96,8 @@ def run(
     if batch is not None:
         generate_batch(target, batch, settings, keep_loaded=keep_loaded)
     else:
-        generate_one(target, _request(settings, from_file), stream=stream)
+        request, origin = _request(settings, from_file)
+        generate_one(target, request, stream=stream, origin=origin)
 
 
 def _check_mode(
@@ -125,23 +133,24 @@ def _region(text: str) -> list[float]:
         raise UsageError(f"--inpaint {text!r} is no region; write START:END in seconds, such as 2.5:4.") from None
 
 
-def _request(settings: dict[str, Any], from_file: Path | None) -> Any:
-    """Return the request that the options, or a file of `--json`, describe."""
+def _request(settings: dict[str, Any], from_file: Path | None) -> tuple[Any, dict[str, Any]]:
+    """Return the request that the options, or a file of `--json`, describe, and what that file tells beside it."""
     from sa3_convert.runtime.request import GenerateRequest
 
     if from_file is None:
         if "prompt" not in settings:
             raise UsageError('Give --prompt "what to generate", --from FILE.json, or --batch FILE.jsonl.')
-        return GenerateRequest.from_json(settings)
+        return GenerateRequest.from_json(settings), {}
     if settings:
         name = next(iter(settings)).replace("_", "-")
         raise UsageError(f"--from brings its own prompt and settings; leave --{name} away.")
     import json
 
     try:
-        found = json.loads(from_file.read_text(encoding="utf-8"))["request"]
+        origin = json.loads(from_file.read_text(encoding="utf-8"))
+        found = origin.pop("request")
         if not isinstance(found, dict):
             raise TypeError
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{from_file} cannot be read as the settings that `run --json` writes.") from None
-    return GenerateRequest.from_json(found)
+    return GenerateRequest.from_json(found), origin

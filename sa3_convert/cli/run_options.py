@@ -76,6 +76,12 @@ MemoryOption = Annotated[
 PrecisionOption = Annotated[
     Literal["normal", "high", "low"], typer.Option("--precision", help="MNN: high computes in float32.")
 ]
+SplitOption = Annotated[
+    bool,
+    typer.Option(
+        "--split-dit", help="MNN: compute once what stays the same in all steps; needs `convert --with-split-dit`."
+    ),
+]
 BackendOption = Annotated[
     Literal["cpu", "cuda", "opencl", "vulkan"],
     typer.Option(

@@ -121,14 +121,30 @@ def onnx_for_mnn(
     """
     model = load_onnx(reference)
     report = apply_passes(model, component, recipe, calibration=calibration, target_mnn=target_mnn)
+    # Only a file has external data, and only there is it a hazard.
+    save_onnx(model, target, check=lambda written: refuse_hazards(load_onnx(written), target_mnn=target_mnn))
+    return report
+
+
+def save_onnx(model: ir.Model, target: Path, *, check: Callable[[Path], None] = lambda _: None) -> None:
+    """Write `target` and `target`.data, which appear only when they are complete; what stood there is replaced.
+
+    Args:
+        model: what to write; weights are computed, or read from their file, while they are written.
+        target: the `.onnx` file.
+        check: raises if the written file must not take its name.
+
+    Raises:
+        ConversionError: it cannot be written.
+
+    """
     data_name = f"{target.name}.data"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent) as folder:
             written = Path(folder) / target.name
             ir.save(model, written, external_data=data_name, size_threshold_bytes=_EXTERNAL_FROM_BYTES)
-            # Only a file has external data, and only there is it a hazard.
-            refuse_hazards(load_onnx(written), target_mnn=target_mnn)
+            check(written)
             # The graph goes first and comes last: without it the data file is nothing.
             target.unlink(missing_ok=True)
             (target.parent / data_name).unlink(missing_ok=True)
@@ -138,7 +154,6 @@ def onnx_for_mnn(
             written.replace(target)
     except OSError as error:
         raise ConversionError(f"{target} cannot be written: {error}") from None
-    return report
 
 
 def load_onnx(path: Path) -> ir.Model:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sa3_convert.bundle.manifest import Bundle
+from sa3_convert.bundle.manifest import SPLIT_KINDS, Bundle
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
 from sa3_convert.runtime import autoencode
@@ -21,6 +21,7 @@ REFERENCE_CHUNK, REFERENCE_OVERLAP = 128, 32
 _ENGINES: Mapping[str, tuple[EngineName, Mapping[str, Any]]] = {
     "mnn": ("mnn", {}),
     "mnn-low": ("mnn", {"memory": "low"}),
+    "mnn-split": ("mnn", {"split": True}),
     "onnxruntime": ("onnxruntime", {}),
     "onnxruntime-int8": ("onnxruntime-int8", {}),
     "torch": ("torch", {"padding": "value_zeroing"}),
@@ -82,7 +83,11 @@ def contenders(
     opened = Bundle.open(bundle)
     kinds = {artifact.kind for artifact in opened.manifest.artifacts}
     if not names:
-        names = tuple(n for n, (engine, _) in _ENGINES.items() if engine != "torch" and KINDS[engine] in kinds)
+        names = tuple(
+            n
+            for n, (engine, options) in _ENGINES.items()
+            if engine != "torch" and KINDS[engine] in kinds and ("split" not in options or SPLIT_KINDS[1] in kinds)
+        )
         names += ("torch",) if checkpoint is not None else ()
     if unknown := [name for name in names if name not in _ENGINES]:
         raise UsageError(f"There is no engine {unknown[0]!r} to measure. There are: {', '.join(NAMES)}.")

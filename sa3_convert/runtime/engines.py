@@ -1,7 +1,7 @@
 """What runs the models: MNN, ONNX Runtime or torch, behind one small interface. Each is imported when it is used."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -13,6 +13,7 @@ from sa3_convert.checkpoint.layout import CheckpointLayout
 from sa3_convert.components import Component, contract
 from sa3_convert.errors import BackendError, BundleError
 from sa3_convert.processors import default_threads
+from sa3_convert.runtime.split_session import SplitSession
 from sa3_convert.session import Arrays, Session
 
 if TYPE_CHECKING:
@@ -65,28 +66,48 @@ class MnnEngine:
     backend: Backend = "cpu"
     places: Mapping[Component, Backend] = field(default_factory=dict)
     """Components that run elsewhere than on `backend`."""
+    parts: tuple[Path, Path] | None = None
+    """The DiT in two parts, to be run instead of the whole; see `passes.split`."""
     name: EngineName = field(default="mnn", init=False)
 
     @property
     def settings(self) -> Mapping[str, Any]:
         """What models really run with, for reports."""
-        return {
+        settings = {
             "engine": self.name,
             "backend": self.backend,
             "threads": self.threads or default_threads(),
             "memory": self.memory,
             "precision": self.precision,
         } | {f"{component.value} on": place for component, place in self.places.items() if place != self.backend}
+        return settings if self.parts is None else settings | {"dit": "split"}
 
-    def load(self, component: Component) -> "MnnSession":
+    def load(self, component: Component) -> Session:
         """Load a model; see `Engine.load`."""
-        from sa3_convert.mnn.session import MnnSession
-
+        if component is Component.DIT and self.parts is not None:
+            prepare, step = self.parts
+            return SplitSession(self._session(component, prepare), self._session(component, step))
         ports = contract(component, self.layout)
-        return MnnSession(
+        return self._session(
+            component,
             _file(self.files, component, "MNN"),
             inputs=[port.name for port in ports.inputs],
             outputs=[port.name for port in ports.outputs],
+        )
+
+    def _session(
+        self,
+        component: Component,
+        path: Path,
+        inputs: Sequence[str] | None = None,
+        outputs: Sequence[str] | None = None,
+    ) -> "MnnSession":
+        from sa3_convert.mnn.session import MnnSession
+
+        return MnnSession(
+            path,
+            inputs=inputs,
+            outputs=outputs,
             threads=self.threads or default_threads(),
             memory=self.memory,
             precision=self.precision,

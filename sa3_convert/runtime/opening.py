@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from sa3_convert.bundle.manifest import TOKENIZER, ArtifactKind, Bundle
+from sa3_convert.bundle.manifest import SPLIT_KINDS, TOKENIZER, ArtifactKind, Bundle
 from sa3_convert.checkpoint.layout import TEXT_ENCODER_FOLDER
 from sa3_convert.components import Component
 from sa3_convert.errors import BackendError, BundleError, CheckpointError, UsageError
@@ -21,7 +21,7 @@ KINDS: Mapping[EngineName, ArtifactKind] = {
 
 
 _OPTIONS: Mapping[EngineName, tuple[str, ...]] = {
-    "mnn": ("threads", "memory", "precision", "backend", "places"),
+    "mnn": ("threads", "memory", "precision", "backend", "places", "split"),
     "onnxruntime": ("threads", "backend"),
     "onnxruntime-int8": ("threads", "backend"),
     "torch": ("threads", "padding", "backend", "checkpoint", "loras"),
@@ -61,7 +61,9 @@ def bundle_engine(bundle: Bundle, name: EngineName, options: Mapping[str, Any], 
     if check:
         bundle.check(tuple(files), kinds=(kind,))
     if name == "mnn":
-        return MnnEngine(bundle.layout, files, **options)
+        settings = dict(options)
+        parts = _parts(bundle, check=check) if settings.pop("split", False) else None
+        return MnnEngine(bundle.layout, files, parts=parts, **settings)
     if name == "onnxruntime-int8":
         if not files:
             raise BundleError(
@@ -69,6 +71,16 @@ def bundle_engine(bundle: Bundle, name: EngineName, options: Mapping[str, Any], 
             )
         return OrtEngine(files, quantised=True, **options)
     return OrtEngine(files, **options)
+
+
+def _parts(bundle: Bundle, *, check: bool) -> tuple[Path, Path]:
+    kinds = {artifact.kind for artifact in bundle.manifest.artifacts}
+    if not kinds.issuperset(SPLIT_KINDS):
+        raise BundleError(f"Bundle {bundle.path} has no DiT in two parts. Convert again with --with-split-dit.")
+    if check:
+        bundle.check((Component.DIT,), kinds=SPLIT_KINDS)
+    prepare, step = (bundle.file(Component.DIT, kind) for kind in SPLIT_KINDS)
+    return prepare, step
 
 
 def _torch_engine(bundle: Bundle, options: Mapping[str, Any], *, check: bool) -> TorchEngine:

@@ -65,6 +65,26 @@ def verify_onnx(
     return _verified(reference, open_target, component, layout, quick, threads)
 
 
+def verify_split(
+    reference: Path,
+    prepare: Path,
+    step: Path,
+    component: Component,
+    layout: CheckpointLayout,
+    *,
+    quick: bool = False,
+    threads: int | None = None,
+) -> ComponentFidelity:
+    """Compare a model in two `.mnn` files, run as one, with the reference; see `verify_files`."""
+    from sa3_convert.mnn.session import MnnSession
+    from sa3_convert.runtime.split_session import SplitSession
+
+    def open_target(threads: int) -> Session:
+        return SplitSession(MnnSession(prepare, threads=threads), MnnSession(step, threads=threads))
+
+    return _verified(reference, open_target, component, layout, quick, threads)
+
+
 def _verified(
     reference: Path,
     open_target: Callable[[int], Session],

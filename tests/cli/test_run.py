@@ -71,6 +71,22 @@ def test_settings_are_written_and_replay_to_the_same_file(run: Callable[..., int
     assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
 
 
+def test_settings_of_another_variant_are_not_replayed_and_those_of_other_models_with_a_note(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*SHORT, "-o", str(tmp_path / "a.wav"), "--json", str(tmp_path / "a.json")) == 0
+    told = json.loads((tmp_path / "a.json").read_text())
+    replay = ("--from", str(tmp_path / "b.json"), "-o", str(tmp_path / "b.wav"), "--threads", "2")
+    (tmp_path / "b.json").write_text(json.dumps({**told, "variant": "small-sfx"}))
+    capsys.readouterr()
+    assert run(*replay) == 3
+    assert "small-sfx" in complaint(capsys)
+    assert not (tmp_path / "b.wav").exists()
+    (tmp_path / "b.json").write_text(json.dumps({**told, "models": {"dit": "0" * 64}}))
+    assert run(*replay) == 0
+    assert "other models" in capsys.readouterr().err
+
+
 def test_a_stream_to_a_file_gives_the_same_samples_and_metadata(run: Callable[..., int], tmp_path: Path) -> None:
     assert run(*SHORT, "-o", str(tmp_path / "whole.wav")) == 0
     assert run(*SHORT, "--stream", "-o", str(tmp_path / "grown.wav")) == 0

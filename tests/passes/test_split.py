@@ -1,0 +1,116 @@
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx_ir.passes import common
+
+from sa3_convert.errors import ConversionError, ModelFileError
+from sa3_convert.ort import OrtSession
+from sa3_convert.passes.pipeline import save_onnx
+from sa3_convert.passes.split import rules_of_part, split_onnx
+from sa3_convert.recipe import ComponentRecipe, LayerRule, WeightScheme
+from tests.passes.graphs import graph
+
+RANDOM = np.random.default_rng(0)
+WEIGHTS = {name: RANDOM.standard_normal((64, 64)).astype(np.float32) for name in ("A", "B", "C")}
+TEXT = """(float[1, N, 64] x, float[1, 5, 64] c, float[1, N] m) => (float[1, N, 64] y) {
+    h = MatMul(x, A)
+    k = MatMul(c, B)
+    s = Sigmoid(k)
+    total = ReduceSum<keepdims = 1>(s, axis)
+    column = Unsqueeze(m, last)
+    doubled = Add(column, column)
+    masked = Mul(h, doubled)
+    met = Add(masked, total)
+    y = MatMul(met, C)
+}"""
+AXES = {"axis": np.array([1]), "last": np.array([2])}
+
+
+def write_whole(path: Path) -> Path:
+    model = graph(TEXT, **WEIGHTS, **AXES)
+    common.ShapeInferencePass()(model)
+    save_onnx(model, path)
+    return path
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    return write_whole(tmp_path / "whole.onnx")
+
+
+def names(path: Path) -> tuple[list[str], set[str]]:
+    """Return the inputs, and the weights, of an ONNX file."""
+    found = onnx.load(path, load_external_data=False).graph
+    return [value.name for value in found.input], {tensor.name for tensor in found.initializer} & WEIGHTS.keys()
+
+
+def test_each_part_has_its_own_inputs_and_weights(whole: Path, tmp_path: Path) -> None:
+    handed = split_onnx(whole, tmp_path / "prepare.onnx", tmp_path / "step.onnx", ["x"])
+    assert handed == ("total",)
+    assert names(tmp_path / "prepare.onnx") == (["c"], {"B"})
+    # The mask's part costs nothing, so it is computed where it is needed.
+    assert names(tmp_path / "step.onnx") == (["x", "m", "total"], {"A", "C"})
+    sizes = [(tmp_path / f"{name}.onnx.data").stat().st_size for name in ("prepare", "step", "whole")]
+    assert sizes[0] + sizes[1] == sizes[2]
+
+
+@given(length=st.integers(1, 9), seed=st.integers(0, 99))
+@settings(max_examples=10, deadline=None)
+def test_the_parts_in_turn_give_what_the_whole_gives(
+    tmp_path_factory: pytest.TempPathFactory, length: int, seed: int
+) -> None:
+    folder = tmp_path_factory.mktemp("split")
+    write_whole(folder / "whole.onnx")
+    split_onnx(folder / "whole.onnx", folder / "prepare.onnx", folder / "step.onnx", ["x"])
+    random = np.random.default_rng(seed)
+    shapes = {"x": (1, length, 64), "c": (1, 5, 64), "m": (1, length)}
+    feeds = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    expected = OrtSession(folder / "whole.onnx", threads=1).run(feeds)["y"]
+    prepared = OrtSession(folder / "prepare.onnx", threads=1).run({"c": feeds["c"]})
+    step = OrtSession(folder / "step.onnx", threads=1)
+    np.testing.assert_array_equal(step.run({"x": feeds["x"], "m": feeds["m"], **prepared})["y"], expected)
+
+
+@pytest.mark.parametrize("changing", [["x", "c", "m"], ["x", "c"]])
+def test_where_nothing_costly_stays_the_same_nothing_is_written(
+    whole: Path, tmp_path: Path, changing: list[str]
+) -> None:
+    with pytest.raises(ConversionError, match="cannot be split"):
+        split_onnx(whole, tmp_path / "prepare.onnx", tmp_path / "step.onnx", changing)
+    assert not (tmp_path / "prepare.onnx").exists()
+
+
+def test_a_value_of_unknown_shape_is_told(tmp_path: Path) -> None:
+    save_onnx(graph(TEXT, **WEIGHTS, **AXES), tmp_path / "whole.onnx")
+    with pytest.raises(ConversionError, match="what shape 'total' has"):
+        split_onnx(tmp_path / "whole.onnx", tmp_path / "prepare.onnx", tmp_path / "step.onnx", ["x"])
+
+
+def test_the_whole_is_not_changed(whole: Path, tmp_path: Path) -> None:
+    before = whole.read_bytes()
+    split_onnx(whole, tmp_path / "prepare.onnx", tmp_path / "step.onnx", ["x"])
+    assert whole.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no graph"])
+def test_a_file_that_is_no_onnx_is_told(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "whole.onnx").write_bytes(content)
+    with pytest.raises(ModelFileError):
+        split_onnx(tmp_path / "whole.onnx", tmp_path / "prepare.onnx", tmp_path / "step.onnx", ["x"])
+
+
+def test_a_part_gets_the_rules_of_its_own_layers(whole: Path, tmp_path: Path) -> None:
+    split_onnx(whole, tmp_path / "prepare.onnx", tmp_path / "step.onnx", ["x"])
+    rules = (LayerRule(match="^k$", bits=4), LayerRule(match="^[hy]$", bits=6))
+    recipe = ComponentRecipe(weights=WeightScheme(bits=8, layers=rules), floor_db=10)
+    for part, index in (("prepare", 0), ("step", 1)):
+        weights = rules_of_part(recipe, tmp_path / f"{part}.onnx").weights
+        assert weights is not None
+        assert weights.layers == (rules[index],)
+    plain = ComponentRecipe(floor_db=10)
+    assert rules_of_part(plain, tmp_path / "step.onnx") is plain
