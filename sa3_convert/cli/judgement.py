@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -104,6 +104,7 @@ def bisect(
     step: o.StepOption = None,
     case_steps: o.CaseStepsOption = 8,
     backend: o.BackendOption = "cpu",
+    against: o.AgainstOption = None,
     references: o.ReferencesOption = None,
     json_file: JsonFileOption = None,
     threads: ThreadsOption = None,
@@ -116,8 +117,9 @@ def bisect(
     from sa3_convert.bundle.manifest import Bundle
     from sa3_convert.cli.console import stdout
     from sa3_convert.files import write_text
-    from sa3_convert.verify.bisect_bundle import bisect_bundle, read_feeds
-    from sa3_convert.verify.table import render_bisect
+    from sa3_convert.verify.against import Runtime
+    from sa3_convert.verify.bisect_bundle import bisect_bundle, bisect_bundle_against, read_feeds
+    from sa3_convert.verify.table import render_against, render_bisect
 
     opened = Bundle.open(bundle)
     feeds: Arrays | None = None
@@ -125,10 +127,17 @@ def bisect(
         feeds = read_feeds(input_file, component, opened.layout)
     elif case is not None:
         feeds = _feeds_of(opened, component, case, step, steps=case_steps, references=references, threads=threads)
-    result = bisect_bundle(opened, component, seed=seed, latents=latents, feeds=feeds, threads=threads, backend=backend)
-    stdout.print(render_bisect(result))
+    how: dict[str, Any] = {"seed": seed, "latents": latents, "feeds": feeds}
+    if against is None:
+        found = bisect_bundle(opened, component, threads=threads, backend=backend, **how)
+        data, shown = found.to_data(), render_bisect(found)
+    else:
+        sides = Runtime(backend, threads=threads), Runtime.parse(against)
+        compared = bisect_bundle_against(opened, component, *sides, **how)
+        data, shown = compared.to_data(), render_against(compared)
+    stdout.print(shown)
     if json_file is not None:
-        write_text(json_file, json.dumps(result.to_data(), indent=2) + "\n")
+        write_text(json_file, json.dumps(data, indent=2) + "\n")
 
 
 def _feeds_of(

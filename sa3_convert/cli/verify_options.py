@@ -78,6 +78,15 @@ BackendOption = Annotated[
     Literal["cpu", "cuda", "opencl", "vulkan"], typer.Option("--backend", help="What MNN runs the model on.")
 ]
 
+AgainstOption = Annotated[
+    str | None,
+    typer.Option(
+        "--against",
+        metavar="RUNTIME",
+        help="Compare with the same file run otherwise, not with its reference: cpu, or cpu,memory=low,threads=1.",
+    ),
+]
+
 
 def chosen_cases(
     prompts: str | None, seeds: str | None, seconds: str | None, names: Sequence[str] | None

@@ -14,6 +14,7 @@ from sa3_convert.components import Component, Length, contract
 from sa3_convert.errors import InputError
 from sa3_convert.mnn.backends import Backend, require_backend
 from sa3_convert.session import Arrays
+from sa3_convert.verify.against import Against, Runtime, bisect_against
 from sa3_convert.verify.bisect import bisect
 from sa3_convert.verify.bisect_result import BisectResult
 from sa3_convert.verify.inputs import sample_inputs
@@ -58,10 +59,28 @@ def bisect_bundle(
     require_backend(backend)
     reference, target = bundle.file(component, "onnx"), bundle.file(component, "mnn")
     bundle.check((component,), kinds=("mnn", "onnx"))
-    if feeds is None:
-        length = latents or DEFAULT_LATENTS[component]
-        feeds = sample_inputs(component, bundle.layout, seed=seed, latents=length).feeds
-    return bisect(reference, target, feeds, threads=threads, backend=backend)
+    given = _sampled(bundle, component, seed, latents) if feeds is None else feeds
+    return bisect(reference, target, given, threads=threads, backend=backend)
+
+
+def bisect_bundle_against(
+    bundle: Bundle,
+    component: Component,
+    target: Runtime,
+    reference: Runtime,
+    *,
+    seed: int = 0,
+    latents: int | None = None,
+    feeds: Arrays | None = None,
+) -> Against:
+    """Compare the tensors of a bundle's model between two ways to run it; see `bisect_bundle` and `bisect_against`."""
+    file = bundle.file(component, "mnn")
+    bundle.check((component,), kinds=("mnn",))
+    return bisect_against(file, feeds or _sampled(bundle, component, seed, latents), target, reference)
+
+
+def _sampled(bundle: Bundle, component: Component, seed: int, latents: int | None) -> Arrays:
+    return sample_inputs(component, bundle.layout, seed=seed, latents=latents or DEFAULT_LATENTS[component]).feeds
 
 
 def read_feeds(path: Path, component: Component, layout: CheckpointLayout) -> dict[str, NDArray[Any]]:

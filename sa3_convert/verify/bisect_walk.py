@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from sa3_convert.errors import ModelFileError
 from sa3_convert.mnn.backends import Backend
-from sa3_convert.mnn.session import MnnSession
+from sa3_convert.mnn.session import Level, MnnSession
 from sa3_convert.session import Arrays
 from sa3_convert.verify.bisect_result import OperatorError
 from sa3_convert.verify.metrics import MAX_DB, compare
@@ -24,13 +24,29 @@ Values = dict[str, NDArray[Any]]
 class TargetRuns:
     """Runs of the target that keep chosen tensors."""
 
-    def __init__(self, path: Path, feeds: Arrays, threads: int | None, backend: Backend) -> None:
+    def __init__(
+        self,
+        path: Path,
+        feeds: Arrays,
+        threads: int | None,
+        backend: Backend,
+        *,
+        precision: Level = "high",
+        memory: Level = "normal",
+    ) -> None:
         self.path, self._feeds, self._threads, self._backend = path, feeds, threads, backend
+        self._precision, self._memory = precision, memory
 
     def outputs(self, names: Sequence[str]) -> Values:
         """Return tensors by name; fails if one cannot be had."""
         with MnnSession(
-            self.path, inputs=list(self._feeds), outputs=names, threads=self._threads, backend=self._backend
+            self.path,
+            inputs=list(self._feeds),
+            outputs=names,
+            threads=self._threads,
+            precision=self._precision,
+            memory=self._memory,
+            backend=self._backend,
         ) as session:
             return session.run(self._feeds)
 

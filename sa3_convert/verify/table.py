@@ -2,6 +2,7 @@
 
 from rich.table import Table
 
+from sa3_convert.verify.against import Against
 from sa3_convert.verify.bisect_result import BisectResult, limit_db
 from sa3_convert.verify.result import BundleFidelity, ComponentFidelity, Measurement, Verdict
 
@@ -49,6 +50,28 @@ def _row(verdict: Verdict) -> tuple[str, ...]:
         f"{worst.max_abs_error:.2e}",
         "[green]ok[/]" if verdict.passed else "[red]failed[/]",
     )
+
+
+def render_against(result: Against, reach: int = 4) -> Table:
+    """Return the operators around the first that differs between two ways to run a file, or around the worst."""
+    centre = result.suspect or result.worst
+    at = result.differences.index(centre)
+    table = Table(title=result.verdict(), caption=f"{len(result.differences)} tensors were compared")
+    for name in ("name", "MNN operator", "stored", "shape"):
+        table.add_column(name)
+    for name in ("dB in", "dB out"):
+        table.add_column(name, justify="right")
+    for difference in result.differences[max(0, at - reach) : at + reach + 1]:
+        table.add_row(
+            f"▶ {difference.name}" if difference is centre else f"  {difference.name}",
+            difference.operator,
+            difference.stored,
+            "×".join(str(size) for size in difference.shape),
+            f"{difference.in_db:.1f}",
+            f"{difference.out_db:.1f}",
+            style="bold red" if difference is result.suspect else None,
+        )
+    return table
 
 
 def render_bisect(result: BisectResult, reach: int = 4) -> Table:
