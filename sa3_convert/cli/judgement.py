@@ -39,11 +39,17 @@ def verify(
     references: o.ReferencesOption = None,
     references_mib: o.ReferencesMibOption = 2048,
     bisecting: o.BisectOption = None,
+    backend: o.BackendOption = "cpu",
+    memory: o.MemoryOption = "normal",
+    precision: o.PrecisionOption = "high",
     threads: ThreadsOption = None,
 ) -> None:
     """Compare every model of a bundle with ONNX Runtime on its fp32 reference."""
     if not full and any(option is not None for option in (prompts, seeds, seconds, case, references)):
         raise UsageError("--prompts, --seeds, --seconds, --case and --references choose generations; add --full.")
+    usual = (backend, memory, precision) == ("cpu", "normal", "high")
+    if not usual and (full or report_folder is not None):
+        raise UsageError("--backend, --memory and --precision are for `verify` without --full and --report.")
     if since is not None and report_folder is None:
         raise UsageError("--since says with what a report is compared; add --report DIR.")
     cases = o.chosen_cases(prompts, seeds, seconds, case)
@@ -80,7 +86,14 @@ def verify(
             )
     else:
         findings = Findings(
-            verify_bundle(opened, components=components, quick=quick, threads=threads, report=show_verdict)
+            verify_bundle(
+                opened,
+                components=components,
+                quick=quick,
+                threads=threads,
+                report=show_verdict,
+                settings=None if usual else {"backend": backend, "memory": memory, "precision": precision},
+            )
         )
         if bisecting:
             findings = with_bisections(opened, findings, threads=threads)

@@ -78,6 +78,8 @@ BackendOption = Annotated[
     Literal["cpu", "cuda", "opencl", "vulkan"], typer.Option("--backend", help="What MNN runs the model on.")
 ]
 
+MemoryOption = Annotated[Literal["normal", "high", "low"], typer.Option("--memory", help="Of MNN; see `run`.")]
+PrecisionOption = Annotated[Literal["normal", "high", "low"], typer.Option("--precision", help="Of MNN; see `run`.")]
 AgainstOption = Annotated[
     str | None,
     typer.Option(

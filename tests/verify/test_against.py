@@ -82,3 +82,22 @@ def test_the_command_prints_and_writes(toy_int8: Bundle, tmp_path: Path, capsys:
     data = json.loads((tmp_path / "out.json").read_text())
     assert data["suspect"] in {operator["name"] for operator in data["operators"]}
     assert cli.run(["bisect", str(toy_int8.path), "--component", "dit", "--against", "abacus"]) == 2
+
+
+def test_verify_runs_models_as_it_is_told(toy_int8: Bundle, tmp_path: Path) -> None:
+    found = {}
+    for memory in ("normal", "low"):
+        file = tmp_path / f"{memory}.json"
+        arguments = ["--quick", "--component", "text_encoder", "--memory", memory, "--json", str(file)]
+        assert cli.run(["verify", str(toy_int8.path), *arguments]) in (0, 5)
+        (found[memory],) = json.loads(file.read_text())["components"]
+    assert found["low"]["claimed_db"] is None
+    assert found["normal"]["claimed_db"] is not None
+    assert found["low"]["worst"] != found["normal"]["worst"]
+
+
+def test_verify_on_a_backend_that_is_not_there_is_exit_7(toy_int8: Bundle) -> None:
+    if has_backend("cuda"):
+        pytest.skip("this MNN has CUDA")
+    assert cli.run(["verify", str(toy_int8.path), "--quick", "--component", "dit", "--backend", "cuda"]) == 7
+    assert cli.run(["verify", str(toy_int8.path), "--full", "--backend", "cuda"]) == 2
