@@ -20,11 +20,13 @@ def check_folder(folder: Path) -> None:
     """Check, before any long work, that a report can be written there.
 
     Raises:
-        UsageError: a file stands there, or a folder with files that are no report's.
+        UsageError: a file stands there, or a folder with files that are no report's, or one that cannot be replaced.
 
     """
     if not folder.exists():
         return
+    if folder.is_mount() or folder.resolve() == Path.cwd():
+        raise UsageError(f"{folder} cannot be replaced as a whole. Name a folder inside it.")
     if not folder.is_dir():
         raise UsageError(f"{folder} is a file. Name a folder for the report.")
     names = {entry.name for entry in folder.iterdir()}
@@ -51,11 +53,17 @@ def write_folder(folder: Path, contents: Mapping[str, str]) -> None:
         contents: text by file name.
 
     Raises:
-        UsageError: see `check_folder`.
+        UsageError: see `check_folder`; or the folder cannot be written.
 
     """
     check_folder(folder)
-    folder = folder.resolve()
+    try:
+        _replace(folder.resolve(), contents)
+    except OSError as error:
+        raise UsageError(f"The report cannot be written to {folder}: {error.strerror or error}.") from None
+
+
+def _replace(folder: Path, contents: Mapping[str, str]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(8)
     new, old = (folder.with_name(f".{folder.name}.{token}.{kind}") for kind in ("partial", "old"))

@@ -50,6 +50,18 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
         check_folder(tmp_path / "report")
 
 
+def test_where_one_stands_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="Name a folder inside it"):
+        check_folder(Path())
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be written"):
+        write_folder(tmp_path / "file" / "report", CONTENTS)
+
+
 @pytest.mark.parametrize("failing", ["write", "rename"])
 def test_a_failure_leaves_the_earlier_report_and_nothing_else(
     failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -67,7 +79,7 @@ def test_a_failure_leaves_the_earlier_report_and_nothing_else(
             return rename(path, target)
 
         monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises((OSError, KeyboardInterrupt)):
+    with pytest.raises((UsageError, KeyboardInterrupt), match=r"No space|^$"):
         write_folder(folder, CONTENTS | {PAGE: "another"})
     assert files(folder) == CONTENTS
     assert [entry.name for entry in tmp_path.iterdir()] == ["report"]
