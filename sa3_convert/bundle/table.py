@@ -1,22 +1,101 @@
 """Bundles side by side as Markdown, from what their manifests say."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sa3_convert.bundle.manifest import Artifact, Bundle
 from sa3_convert.components import Component
+from sa3_convert.errors import InputError, UsageError
 
 
-def markdown_table(bundles: Sequence[Bundle]) -> str:
+class _Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class _Seconds(_Data):
+    total: float
+
+
+class BenchRow(_Data):
+    """What is shown of one engine at one duration."""
+
+    engine: str
+    duration: float
+    """Seconds of audio."""
+    temperature: Literal["cold", "warm"]
+    seconds: _Seconds
+    peak_bytes: int | None
+
+
+class Bench(_Data):
+    """What `bench --json` found of one bundle."""
+
+    variant: str
+    recipe: str
+    rows: tuple[BenchRow, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> "Bench":
+        """Read a file that `bench --json` wrote.
+
+        Raises:
+            InputError: it is missing, damaged or something else.
+
+        """
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, ValidationError) as error:
+            first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            raise InputError(f"{path} is no result of `sa3-convert bench --json`: {first}") from None
+
+    def columns(self) -> dict[tuple[str, float], BenchRow]:
+        """Return the warm rows by engine and duration."""
+        return {(row.engine, row.duration): row for row in self.rows if row.temperature == "warm"}
+
+
+def markdown_table(bundles: Sequence[Bundle], benches: Sequence[Bench] = ()) -> str:
     """Return one row per bundle: variant, recipe, size and fidelity of each component, and the size of all models.
 
     Fidelity is the worst signal-to-noise ratio, in dB, that the conversion measured against ONNX Runtime on the fp32
-    reference. Components that no bundle has get no column; one that a bundle lacks is a dash.
+    reference. Components that no bundle has get no column; one that a bundle lacks is a dash. Each engine and duration
+    that was measured adds a column: the whole generation's time with the models kept, and the peak memory of a process
+    that loads each model for its stage.
+
+    Raises:
+        UsageError: something was measured on a bundle that is not in the table, or twice.
+
     """
+    measured = {(bench.variant, bench.recipe): bench.columns() for bench in benches}
+    _check_measured(measured.keys(), benches, bundles)
     present = {component for bundle in bundles for component in bundle.components}
     components = [component for component in Component if component in present]
+    speeds = sorted({key for columns in measured.values() for key in columns}, key=lambda key: (key[1], key[0]))
     header = ["variant", "recipe", *(component.value for component in components), "all"]
-    rows = [header, ["---"] * len(header), *(_row(bundle, components) for bundle in bundles)]
+    header += [f"{duration:g} s by {engine}" for engine, duration in speeds]
+    rows = [header, ["---"] * len(header)]
+    for bundle in bundles:
+        columns = measured.get((bundle.manifest.variant, bundle.manifest.recipe), {})
+        rows.append([*_row(bundle, components), *(_speed(columns.get(key)) for key in speeds)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _check_measured(keys: Collection[tuple[str, str]], benches: Sequence[Bench], bundles: Sequence[Bundle]) -> None:
+    known = {(bundle.manifest.variant, bundle.manifest.recipe) for bundle in bundles}
+    for variant, recipe in keys:
+        if (variant, recipe) not in known:
+            raise UsageError(f"--bench: {variant} with recipe {recipe!r} was measured, which is none of the bundles.")
+    if len(keys) < len(benches):
+        raise UsageError("--bench: two files are of the same variant and recipe.")
+
+
+def _speed(row: BenchRow | None) -> str:
+    if row is None:
+        return "–"
+    time = f"{row.seconds.total:.1f} s"
+    return time if row.peak_bytes is None else f"{time}, {row.peak_bytes / 2**20:.0f} MiB"
 
 
 def _row(bundle: Bundle, components: Sequence[Component]) -> list[str]:

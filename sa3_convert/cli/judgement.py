@@ -192,9 +192,13 @@ def inspect(
 
 def table(
     bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE…", help="Folders that `convert` made.")],
+    bench: Annotated[
+        list[Path] | None, typer.Option("--bench", metavar="FILE.json", help="Add times and memory of `bench --json`.")
+    ] = None,
 ) -> None:
     """Print size and fidelity of each component of several bundles as one Markdown table."""
     from sa3_convert.bundle.manifest import Bundle
-    from sa3_convert.bundle.table import markdown_table
+    from sa3_convert.bundle.table import Bench, markdown_table
 
-    typer.echo(markdown_table([Bundle.open(path) for path in bundles]))
+    benches = [Bench.read(path) for path in bench or ()]
+    typer.echo(markdown_table([Bundle.open(path) for path in bundles], benches))

@@ -1,14 +1,16 @@
-"""The table of bundles holds what their manifests say."""
+"""The table of bundles holds what their manifests say, and what was measured of them."""
 
+import json
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from sa3_convert.bundle.manifest import Bundle
-from sa3_convert.bundle.table import markdown_table
+from sa3_convert.bundle.table import Bench, markdown_table
 from sa3_convert.cli.app import app
 from sa3_convert.components import Component
+from sa3_convert.errors import InputError, UsageError
 from tests.bundles import Convert
 
 
@@ -59,3 +61,44 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["table", str(tmp_path)])
     assert result.exit_code != 0
     assert "variant" not in result.stdout
+
+
+def measured(folder: Path, **changes: object) -> Path:
+    """Write what `bench --json` writes, as far as the table reads it."""
+    rows = [
+        {"engine": "mnn", "duration": 10, "temperature": kind, "seconds": {"total": total}, "peak_bytes": peak}
+        for kind, total, peak in (("cold", 9.0, 3 << 20), ("warm", 4.25, 700 << 20))
+    ]
+    rows.append({"engine": "torch", "duration": 30, "temperature": "warm", "seconds": {"total": 1}, "peak_bytes": None})
+    data = {"schema": 1, "machine": {}, "variant": "small-music", "recipe": "int8", "rows": rows} | changes
+    path = folder / "bench.json"
+    path.write_text(json.dumps(data))
+    return path
+
+
+def test_what_was_measured_stands_beside_its_bundle_only(small: Bundle, other: Bundle, tmp_path: Path) -> None:
+    arguments = ["table", str(small.path), str(other.path), "--bench", str(measured(tmp_path))]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0
+    header, _, first, second = map(cells, result.stdout.strip().splitlines())
+    assert header[-2:] == ["10 s by mnn", "30 s by torch"]
+    assert first[-2:] == ["4.2 s, 700 MiB", "1.0 s"]
+    assert second[-2:] == ["–", "–"]
+
+
+def test_measurements_of_no_bundle_in_the_table_are_refused(small: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="none of the bundles"):
+        markdown_table([small], [Bench.read(measured(tmp_path, recipe="fp16"))])
+    twice = Bench.read(measured(tmp_path))
+    with pytest.raises(UsageError, match="two files"):
+        markdown_table([small], [twice, twice])
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"variant": "x"}'])
+def test_a_file_that_bench_did_not_write_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "bench.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match="no result of"):
+        Bench.read(path)
+    with pytest.raises(InputError, match="no result of"):
+        Bench.read(tmp_path / "missing.json")
