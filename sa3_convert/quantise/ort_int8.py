@@ -33,7 +33,8 @@ FLOORS_DB: Final[Mapping[Component, float]] = {
     Component.ENCODER: 26,
 }
 """Least signal-to-noise ratio in dB against the reference: what one scale for a whole activation costs, with room for
-weights that are less even than seeded ones (25 to 43 dB)."""
+weights that are less even than seeded ones (small-music at true size: text encoder 24.3, DiT 23.5, decoder 29.3,
+encoder 38.8 dB)."""
 
 _INTEGER_PRODUCT = "MatMulInteger"
 
