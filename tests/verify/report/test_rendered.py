@@ -63,6 +63,8 @@ def test_colours_follow_the_scheme_and_print_is_light(chromium: Browser, page: P
     chromium("Emulation.setEmulatedMedia", media="print", features=[{"name": "prefers-color-scheme", "value": "dark"}])
     printed = chromium.evaluate(color), chromium.evaluate(ink)
     assert chromium.evaluate("getComputedStyle(document.querySelector('.players')).display") == "none"
+    # Commands keep their lines on paper.
+    assert chromium.evaluate("getComputedStyle(document.querySelector('pre')).whiteSpace") == "pre-wrap"
     assert printed == seen[0]
     assert all(light != dark for light, dark in zip(*seen, strict=True))
 
