@@ -13,6 +13,8 @@ from sa3_convert.cli.options import (
     ThreadsOption,
     open_checkpoint,
 )
+from sa3_convert.components import Component
+from sa3_convert.errors import UsageError
 from sa3_convert.mnn.target import DEFAULT_TARGET, MnnVersion
 from sa3_convert.stage_cache import cache_beside
 
@@ -102,15 +104,25 @@ def export(
     component: OneComponentOption,
     out: Annotated[Path, typer.Option("--out", metavar="FILE.onnx", help="The reference ONNX.")],
     lora: LoraOption = None,
+    inputs_embeds: Annotated[
+        bool,
+        typer.Option("--inputs-embeds", help="Of text_encoder: take rows of its table and a float mask, no integers."),
+    ] = False,
 ) -> None:
     """Stage 1: a component's network as fp32 ONNX, weights beside it in FILE.onnx.data."""
+    if inputs_embeds and component is not Component.TEXT_ENCODER:
+        raise UsageError("--inputs-embeds is for --component text_encoder.")
     from sa3_convert.components import contract
     from sa3_convert.export.component import export_component
+    from sa3_convert.export.embedded_text_encoder import export_embedded_text_encoder
 
     opened = open_checkpoint(checkpoint, lora)
     contract(component, opened.layout)
     opened.check_values(component)
-    export_component(opened, component, out)
+    if inputs_embeds:
+        export_embedded_text_encoder(opened, out)
+    else:
+        export_component(opened, component, out)
     typer.echo(f"{out}: {component.value} of {checkpoint}")
 
 
