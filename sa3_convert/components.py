@@ -135,14 +135,16 @@ class ComponentSpec:
     """Whether a checkpoint that holds an autoencoder alone has it."""
     even_latents: bool
     """SAME-S works on pairs of latents: a caller pads T to an even number and cuts the result."""
+    stack: str | None = None
+    """Path of the network's blocks that run one after the other, each on the state that the one before leaves."""
 
 
 SPECS: Mapping[Component, ComponentSpec] = {
-    Component.TEXT_ENCODER: ComponentSpec(_text_encoder, ("conditioner.conditioners.prompt.",), False, False),
+    Component.TEXT_ENCODER: ComponentSpec(_text_encoder, ("conditioner.conditioners.prompt.",), False, False, "layers"),
     Component.NUMBER_CONDITIONER: ComponentSpec(
         _number_conditioner, ("conditioner.conditioners.seconds_total.",), False, False
     ),
-    Component.DIT: ComponentSpec(_dit, ("model.model.",), False, False),
+    Component.DIT: ComponentSpec(_dit, ("model.model.",), False, False, "transformer.layers"),
     Component.DECODER: ComponentSpec(
         _decoder, ("pretransform.model.decoder.", "pretransform.model.bottleneck."), True, True
     ),

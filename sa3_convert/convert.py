@@ -37,13 +37,13 @@ from sa3_convert.mnn.target import DEFAULT_TARGET, MnnVersion
 from sa3_convert.recipe import Recipe
 from sa3_convert.stage_cache import CachedResult, StageCache
 from sa3_convert.stages import (
-    MOMENTS,
+    PLANNED,
     Keys,
     Stage,
-    calibrate_stage,
     export_stage,
     mnn_stage,
     ort_int8_stage,
+    round_stage,
     split_names,
     split_stage,
     stage_keys,
@@ -284,16 +284,16 @@ def _make_component(
 
     export = staged("export", keys.export, lambda folder: export_stage(request.checkpoint, component, folder))
     reference = export.file(f"{component.value}.onnx")
-    moments: Path | None = None
-    if keys.calibrate is not None:
-        calibrated = staged(
-            "calibrate",
-            keys.calibrate,
-            lambda folder: calibrate_stage(reference, request.checkpoint, component, folder, request.threads),
+    planned: Path | None = None
+    if keys.round is not None:
+        rounded = staged(
+            "round",
+            keys.round,
+            lambda folder: round_stage(request.checkpoint, component, recipe, folder, request.threads),
         )
-        moments = calibrated.file(MOMENTS)
+        planned = rounded.file(PLANNED)
     mnn = staged(
-        "mnn", keys.mnn, lambda folder: mnn_stage(reference, component, recipe, moments, folder, request.target_mnn)
+        "mnn", keys.mnn, lambda folder: mnn_stage(reference, component, recipe, planned, folder, request.target_mnn)
     )
     target = mnn.file(f"{component.value}.mnn")
     layout, threads = request.checkpoint.layout, request.threads

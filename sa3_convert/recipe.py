@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from sa3_convert.components import Component
+from sa3_convert.components import SPECS, Component
 from sa3_convert.errors import RecipeError
 
 FloatType = Literal["fp32", "fp16"]
@@ -91,7 +91,7 @@ class ComponentRecipe(_Strict):
     """Least signal-to-noise ratio, in dB, against ONNX Runtime on the fp32 reference."""
 
     @property
-    def needs_calibration(self) -> bool:
+    def compensates(self) -> bool:
         """Whether rounding looks at what reaches the layers in use."""
         return self.weights is not None and self.weights.rounding == "error_compensated"
 
@@ -116,6 +116,16 @@ class Recipe(_Strict):
         for component, recipe in self.components.items():
             if recipe.embedding != "float" and component is not Component.TEXT_ENCODER:
                 raise ValueError(f"components.{component.value}.embedding: only text_encoder has an embedding")
+        return self
+
+    @model_validator(mode="after")
+    def _only_stacks_are_compensated(self) -> Self:
+        for component, recipe in self.components.items():
+            if recipe.compensates and SPECS[component].stack is None:
+                raise ValueError(
+                    f"components.{component.value}.weights.rounding: error_compensated is for text_encoder and dit; "
+                    "use least_squares"
+                )
         return self
 
     def for_component(self, component: Component) -> ComponentRecipe:

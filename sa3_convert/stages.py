@@ -16,14 +16,21 @@ if TYPE_CHECKING:
     from sa3_convert.checkpoint.reader import Checkpoint
     from sa3_convert.verify.result import ComponentFidelity
 
-Stage = Literal["export", "calibrate", "mnn", "verify", "ort-int8", "split"]
+Stage = Literal["export", "round", "mnn", "verify", "ort-int8", "split"]
 
-MOMENTS: Final = "moments.safetensors"
-"""What the calibrate stage leaves."""
+PLANNED: Final = "weights.safetensors"
+"""What the round stage leaves."""
 CHANGING: Final[Mapping[Component, tuple[str, ...]]] = {Component.DIT: ("x", "t")}
 """Components that run several times in one generation, and the inputs that differ between those runs."""
-_ROUNDING: Final = tuple(f"quantise/{name}" for name in ("grid", "layers", "moments", "compensated", "rounding"))
-"""Modules that decide where weights are rounded to."""
+_ROUNDING: Final = tuple(f"quantise/{name}" for name in ("grid", "layers", "planned"))
+"""Modules that decide where weights are rounded to while the graph is rewritten."""
+_PLANNING: Final = (
+    *(f"quantise/{name}" for name in ("calibrate", "compensated", "grid", "network", "planned", "sequential")),
+    "networks",
+    "passes/quantise_embedding",
+    "verify/inputs",
+)
+"""Modules that decide where they are rounded to ahead of that."""
 _VERIFYING: Final = (
     *(f"verify/{name}" for name in ("cases", "compare", "component", "inputs", "metrics", "result")),
     "ort",
@@ -37,8 +44,8 @@ class Keys:
     """Fingerprints of a component's stages; each contains the one before."""
 
     export: str
-    calibrate: str | None
-    """None when the recipe needs no calibration."""
+    round: str | None
+    """None when the recipe leaves all rounding to the mnn stage."""
     mnn: str
     verify: str
     ort_int8: str | None = None
@@ -48,10 +55,10 @@ class Keys:
 
     def in_order(self) -> tuple[tuple[Stage, str], ...]:
         """Return the stages that the component goes through, each with its fingerprint."""
-        calibrate: tuple[tuple[Stage, str], ...] = () if self.calibrate is None else (("calibrate", self.calibrate),)
+        rounding: tuple[tuple[Stage, str], ...] = () if self.round is None else (("round", self.round),)
         int8: tuple[tuple[Stage, str], ...] = () if self.ort_int8 is None else (("ort-int8", self.ort_int8),)
         split: tuple[tuple[Stage, str], ...] = () if self.split is None else (("split", self.split),)
-        return (("export", self.export), *calibrate, ("mnn", self.mnn), ("verify", self.verify), *int8, *split)
+        return (("export", self.export), *rounding, ("mnn", self.mnn), ("verify", self.verify), *int8, *split)
 
 
 def stage_keys(
@@ -74,18 +81,14 @@ def stage_keys(
         code=source_digest("networks", "export", "components"),
         tools=[version_of(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript")],
     )
-    calibrate = None
-    if recipe.needs_calibration:
-        calibrate = fingerprint(
-            export=export,
-            code=source_digest(
-                "quantise/calibrate", "quantise/calibration", "quantise/layers", "quantise/moments", "verify/inputs"
-            ),
-            tools=[version_of("onnxruntime")],
-        )
     storage = {name: value for name, value in plain(recipe).items() if name != "floor_db"}
+    rounding = None
+    if recipe.compensates:
+        rounding = fingerprint(
+            export=export, recipe=storage, code=source_digest(*_PLANNING), tools=[version_of("torch")]
+        )
     mnn = fingerprint(
-        export=calibrate or export,
+        export=rounding or export,
         recipe=storage,
         target_mnn=target_mnn,
         code=source_digest("passes", "mnn", *_ROUNDING),
@@ -104,7 +107,7 @@ def stage_keys(
     )
     parts = fingerprint(verify=verify, code=source_digest("runtime/split_session"))
     return Keys(
-        export, calibrate, mnn, verify, int8 if ort_int8 else None, parts if split and component in CHANGING else None
+        export, rounding, mnn, verify, int8 if ort_int8 else None, parts if split and component in CHANGING else None
     )
 
 
@@ -119,35 +122,40 @@ def export_stage(checkpoint: "Checkpoint", component: Component, folder: Path) -
     return {"bytes": size, "detail": f"{size / 2**20:.1f} MiB"}
 
 
-def calibrate_stage(
-    reference: Path, checkpoint: "Checkpoint", component: Component, folder: Path, threads: int | None
+def round_stage(
+    checkpoint: "Checkpoint", component: Component, recipe: ComponentRecipe, folder: Path, threads: int | None
 ) -> dict[str, Any]:
-    """Collect what reaches each linear of the reference in use."""
-    from sa3_convert.quantise.calibrate import calibrate
+    """Round the linears whose rounding makes up for what came before."""
+    from sa3_convert.quantise.network import round_network
+    from sa3_convert.quantise.planned import PlannedWeights
 
-    path = folder / MOMENTS
-    calibrate(reference, component, checkpoint, path, threads=threads)
-    return {"detail": f"{path.stat().st_size / 2**20:.1f} MiB"}
+    linears = round_network(checkpoint, component, recipe, threads=threads)
+    PlannedWeights.write(folder / PLANNED, {linear.name: linear.weight for linear in linears})
+    helped = sum(linear.compensated for linear in linears)
+    return {
+        "gains_db": {linear.name: round(linear.gain_db, 2) for linear in linears},
+        "detail": f"compensated {helped} of {len(linears)} linears",
+    }
 
 
 def mnn_stage(
     reference: Path,
     component: Component,
     recipe: ComponentRecipe,
-    moments: Path | None,
+    planned: Path | None,
     folder: Path,
     target_mnn: MnnVersion,
 ) -> dict[str, Any]:
     """Rewrite the reference for MNN, convert it, and audit the file that comes out."""
     from sa3_convert.mnn.convert import mnn_from_onnx
     from sa3_convert.passes.pipeline import onnx_for_mnn
-    from sa3_convert.quantise.moments import Calibration
+    from sa3_convert.quantise.planned import PlannedWeights
 
     target = folder / f"{component.value}.mnn"
     with tempfile.TemporaryDirectory(prefix="onnx-", dir=folder) as scratch:
         prepared = Path(scratch) / reference.name
-        calibration = None if moments is None else Calibration(moments)
-        passes = onnx_for_mnn(reference, prepared, component, recipe, calibration=calibration, target_mnn=target_mnn)
+        weights = None if planned is None else PlannedWeights(planned)
+        passes = onnx_for_mnn(reference, prepared, component, recipe, planned=weights, target_mnn=target_mnn)
         storage = mnn_from_onnx(prepared, target, recipe)
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     return {"storage": storage.summary(), "passes": passes.counts(), "detail": f"{size / 2**20:.1f} MiB"}

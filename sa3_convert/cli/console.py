@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _VERBS = {
     "export": "exporting",
     "ort-int8": "quantising",
-    "calibrate": "calibrating",
+    "round": "rounding",
     "mnn": "converting",
     "verify": "verifying",
     "split": "splitting",

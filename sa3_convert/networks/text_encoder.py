@@ -123,7 +123,8 @@ class TextEncoder(nn.Module):
         x = embeddings * self.embedding_scale
         # Padded queries see everything: their rows are replaced below, and no row is ever left without a key.
         bias = (mask[:, None, :, None] * (1 - mask)[:, None, None, :]) * MASKED
-        rope = (self.cos, self.sin)
+        # Of a prompt without padding, as calibration has them, N is its own length.
+        rope = (self.cos[: x.shape[1]], self.sin[: x.shape[1]])
         for layer in self.layers:
             x = layer(x, rope, bias)
         valid = mask[:, :, None]

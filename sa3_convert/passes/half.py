@@ -5,6 +5,8 @@ doubles the largest error and is biased; constants that are half-exact already c
 nearest beforehand gives 6 dB: one linear goes from 67.8 to 73.8 dB.
 """
 
+from collections.abc import Set
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -53,20 +55,24 @@ def exact_parts(array: NDArray[np.float32]) -> list[tuple[NDArray[np.float32], i
     return parts
 
 
-def round_to_half(model: ir.Model) -> int:
+def round_to_half(model: ir.Model, kept: Set[str] = frozenset()) -> int:
     """Round every float32 initialiser to the nearest half number, still stored as float32, in place.
 
     Each is computed when the model is saved, so no two weights need be in memory at once. Magnitudes beyond 65504 keep
     their value for `fp16_safe` to judge; infinities stay.
+
+    Args:
+        model: rewritten in place.
+        kept: names of initialisers that stay, because they will be integers.
 
     Returns:
         How many initialisers will change at most: those of type float32.
 
     """
     count = 0
-    for value in model.graph.initializers.values():
+    for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        if tensor is None or tensor.dtype != ir.DataType.FLOAT:
+        if name in kept or tensor is None or tensor.dtype != ir.DataType.FLOAT:
             continue
         value.const_value = _rounded(tensor)
         count += 1

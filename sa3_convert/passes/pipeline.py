@@ -17,12 +17,13 @@ from sa3_convert.passes.fuse_weight_norm import fuse_weight_norm
 from sa3_convert.passes.half import round_to_half
 from sa3_convert.passes.hazards import refuse_hazards
 from sa3_convert.passes.quantise_embedding import quantise_embedding
+from sa3_convert.passes.round_weights import round_weights, take_planned, weights_of
 from sa3_convert.passes.safe_softmax import subtract_row_maximum
 from sa3_convert.passes.scale_gated_products import scale_gated_products
 from sa3_convert.recipe import ComponentRecipe
 
 if TYPE_CHECKING:
-    from sa3_convert.quantise.moments import Calibration
+    from sa3_convert.quantise.planned import PlannedWeights
 
 _EXTERNAL_FROM_BYTES = 256
 """Larger weights go to the data file; small constants, shapes among them, stay readable in the graph."""
@@ -44,7 +45,7 @@ def apply_passes(
     component: Component,
     recipe: ComponentRecipe,
     *,
-    calibration: "Calibration | None" = None,
+    planned: "PlannedWeights | None" = None,
     target_mnn: MnnVersion = DEFAULT_TARGET,
 ) -> PassReport:
     """Rewrite a reference graph in place for MNN, and lint it.
@@ -55,15 +56,15 @@ def apply_passes(
         model: rewritten in place.
         component: what the graph computes, for messages.
         recipe: how it is to be stored.
-        calibration: of the graph's own component, for error-compensated rounding.
+        planned: the weights that error-compensated rounding has made of the graph's own.
         target_mnn: the oldest MNN that the result must be right on; before 3.6, CUDA needs another Softmax.
 
     Raises:
-        ConversionError: a hazard is left, a pass that the recipe asks for found nothing to do, or it needs a
-            calibration that is not given.
+        ConversionError: a hazard is left, a pass that the recipe asks for found nothing to do, or it needs
+            planned weights that are not given.
 
     """
-    rewrites = tuple((name, rewrite(model)) for name, rewrite in _passes(component, recipe, calibration, target_mnn))
+    rewrites = tuple((name, rewrite(model)) for name, rewrite in _passes(component, recipe, planned, target_mnn))
     for name, count in rewrites:
         if not count and name in ("quantise_embedding", "round_weights"):
             what = "token table" if name == "quantise_embedding" else "linear or convolution"
@@ -73,31 +74,34 @@ def apply_passes(
 
 
 def _passes(
-    component: Component, recipe: ComponentRecipe, calibration: "Calibration | None", target_mnn: MnnVersion
+    component: Component, recipe: ComponentRecipe, planned: "PlannedWeights | None", target_mnn: MnnVersion
 ) -> list[tuple[str, Callable[[ir.Model], int]]]:
     half = recipe.floats == "fp16"
-    passes: list[tuple[str, Callable[[ir.Model], int]]] = [
-        ("fuse_weight_norm", fuse_weight_norm),
-        ("scale_gated_products", scale_gated_products),
-    ]
+    passes: list[tuple[str, Callable[[ir.Model], int]]] = [("fuse_weight_norm", fuse_weight_norm)]
+    finished: frozenset[str] = frozenset()
+    if planned is not None:
+        weights = planned
+        finished = weights.names()
+        passes.append(("take_planned", lambda model: take_planned(model, weights)))
+    passes.append(("scale_gated_products", scale_gated_products))
     if target_mnn != "3.6":
         passes.append(("subtract_row_maximum", subtract_row_maximum))
     if recipe.embedding != "float":
         kind = recipe.embedding
         passes.append(("quantise_embedding", lambda model: quantise_embedding(model, kind, half_scales=half)))
     if half:
-        passes += [("make_fp16_safe", make_fp16_safe), ("round_to_half", round_to_half)]
+        passes += [
+            ("make_fp16_safe", make_fp16_safe),
+            ("round_to_half", lambda model: round_to_half(model, weights_of(model, finished))),
+        ]
     scheme = recipe.weights
     if scheme is not None and scheme.rounding != "converter":
-        if recipe.needs_calibration and calibration is None:
+        if recipe.compensates and planned is None:
             raise ConversionError(
-                f"{component.value}: rounding: error_compensated needs calibration, which `convert` collects. "
+                f"{component.value}: rounding: error_compensated needs weights that `convert` rounds ahead. "
                 "Use that, or rounding: least_squares."
             )
-        from sa3_convert.passes.round_weights import round_weights
-
-        known = calibration if recipe.needs_calibration else None
-        passes.append(("round_weights", lambda model: round_weights(model, scheme, known)))
+        passes.append(("round_weights", lambda model: round_weights(model, scheme, finished)))
     return passes
 
 
@@ -107,7 +111,7 @@ def onnx_for_mnn(
     component: Component,
     recipe: ComponentRecipe,
     *,
-    calibration: "Calibration | None" = None,
+    planned: "PlannedWeights | None" = None,
     target_mnn: MnnVersion = DEFAULT_TARGET,
 ) -> PassReport:
     """Rewrite the ONNX file `reference` into `target` and `target`.data; weights are never all in memory.
@@ -120,7 +124,7 @@ def onnx_for_mnn(
 
     """
     model = load_onnx(reference)
-    report = apply_passes(model, component, recipe, calibration=calibration, target_mnn=target_mnn)
+    report = apply_passes(model, component, recipe, planned=planned, target_mnn=target_mnn)
     # Only a file has external data, and only there is it a hazard.
     save_onnx(model, target, check=lambda written: refuse_hazards(load_onnx(written), target_mnn=target_mnn))
     return report

@@ -79,23 +79,32 @@ def quantise_embedding(model: ir.Model, kind: Literal["int8", "int4"], *, half_s
     return count
 
 
-def quantise_rows(table: NDArray[np.generic], bits: Literal[4, 8], *, half_scales: bool = False) -> QuantisedRows:
+def quantise_rows(
+    table: NDArray[np.generic], bits: Literal[4, 8], *, half_scales: bool = False, curve: float | None = None
+) -> QuantisedRows:
     """Quantise each row with the curve and the scale of least squared error.
 
     Args:
         table: [rows, width] float; read in blocks, so it may be a memory-mapped file.
         bits: 4 or 8.
         half_scales: use only scales that float16 holds exactly.
+        curve: c, for rows of a larger table; None is `best_curve` of these.
 
     """
-    sample = table[:: max(1, table.shape[0] // _SAMPLE)].astype(np.float32)
-    curve = min(_CURVES, key=lambda c: float(_search(sample, bits, c, half_scales)[2].sum()))
+    if curve is None:
+        curve = best_curve(table, bits, half_scales=half_scales)
     codes = np.empty(table.shape, np.int8)
     scales = np.empty((table.shape[0], 1), np.float32)
     for start in range(0, table.shape[0], _ROWS_AT_ONCE):
         block = slice(start, start + _ROWS_AT_ONCE)
         codes[block], scales[block], _ = _search(table[block].astype(np.float32), bits, curve, half_scales)
     return QuantisedRows(codes, scales, bits, curve)
+
+
+def best_curve(table: NDArray[np.generic], bits: Literal[4, 8], *, half_scales: bool = False) -> float:
+    """Return the candidate for c that has the least squared error on rows evenly spread over the table."""
+    sample = table[:: max(1, table.shape[0] // _SAMPLE)].astype(np.float32)
+    return min(_CURVES, key=lambda c: float(_search(sample, bits, c, half_scales)[2].sum()))
 
 
 def pack(codes: NDArray[np.int8]) -> NDArray[np.int8]:

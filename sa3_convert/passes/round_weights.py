@@ -4,37 +4,66 @@ For each linear and convolution that the recipe quantises:
 
     W → lo + step·round((W − lo)/step)     (asymmetric; symmetric: lo = 0)
 
-per output channel, or per block of its inputs, with lo and step as `quantise.grid` chooses them. With calibration,
-later columns make up for the rounding of earlier ones (`quantise.compensated`) where that is measured to help. Each
-weight is rounded when the graph is saved, so no two are in memory at once.
+per output channel, or per block of its inputs, with lo and step as `quantise.grid` chooses them. Each weight is rounded
+when the graph is saved, so no two are in memory at once.
+
+Layers whose rounding was planned ahead (`quantise.network`) take the weight that the plan holds before any other pass,
+so that what later passes do to a weight is done to this one; powers of two, which is all they do, keep it on its grid.
 
 Nothing is done with layers that a rule keeps in floating point, with weights that the converter leaves alone (shared by
 more than four MatMuls, three-dimensional, computed), and with recipes that leave the rounding to the converter.
 """
 
+from collections.abc import Set
 from functools import partial
 
 import onnx_ir as ir
 
 from sa3_convert.errors import ConversionError
-from sa3_convert.quantise.grid import Grid, round_least_squares
+from sa3_convert.quantise.grid import Floats, Grid, grid_for, round_least_squares
 from sa3_convert.quantise.layers import quantisable_layers
-from sa3_convert.quantise.moments import Calibration
-from sa3_convert.quantise.rounding import round_calibrated
+from sa3_convert.quantise.planned import PlannedWeights
 from sa3_convert.recipe import WeightScheme
 
 
-def round_weights(model: ir.Model, scheme: WeightScheme, calibration: Calibration | None = None) -> int:
+def take_planned(model: ir.Model, planned: PlannedWeights) -> int:
+    """Put planned weights in the place of the layers' own, in place; they are read when they are used.
+
+    Returns:
+        How many layers took theirs.
+
+    Raises:
+        ConversionError: the plan cannot be read, or holds a layer that the graph does not have.
+
+    """
+    layers = {layer.name: layer for layer in quantisable_layers(model)}
+    names = planned.names()
+    if strange := names - layers.keys():
+        raise ConversionError(f"A weight was planned for {min(strange)!r}, which is no layer of the graph.")
+    for name in names:
+        layers[name].replace(partial(_planned, name=name, planned=planned))
+    return len(names)
+
+
+def weights_of(model: ir.Model, names: Set[str]) -> frozenset[str]:
+    """Return the names of the initialisers that hold the weights of these layers."""
+    return frozenset(str(layer.weight.name) for layer in quantisable_layers(model) if layer.name in names)
+
+
+def _planned(_: Floats, name: str, planned: PlannedWeights) -> Floats:
+    return planned.read(name)
+
+
+def round_weights(model: ir.Model, scheme: WeightScheme, finished: Set[str] = frozenset()) -> int:
     """Plan the rounding of every weight that the scheme quantises, in place.
 
     Args:
         model: rewritten in place.
         scheme: bits, blocks and rules.
-        calibration: if given, error-compensated rounding is used where it helps; of layers that share a weight, the
-            first one's inputs count.
+        finished: layers whose weights are on their grid already.
 
     Returns:
-        How many weights will be rounded.
+        How many weights are quantised.
 
     Raises:
         ConversionError: two layers share a weight, and the scheme's rules give them different grids.
@@ -42,20 +71,15 @@ def round_weights(model: ir.Model, scheme: WeightScheme, calibration: Calibratio
     """
     grids: dict[ir.Value, Grid] = {}
     for layer in quantisable_layers(model):
-        bits, block_size = scheme.for_layer(layer.name)
-        if bits is None:
+        grid = grid_for(scheme, layer.name)
+        if grid is None:
             continue
-        grid = Grid(bits, scheme.symmetric, block_size, half_scales=scheme.scales == "fp16")
         known = grids.setdefault(layer.weight, grid)
         if known != grid:
             raise ConversionError(
                 f"Layer {layer.name!r} shares the weight {layer.weight.name!r} with another one that the recipe's "
                 f"rules give other bits or blocks ({known.bits} bits, block {known.block_size}); give both the same."
             )
-        if known is grid:
-            layer.replace(
-                partial(round_least_squares, grid=grid)
-                if calibration is None
-                else partial(round_calibrated, layer=layer.name, grid=grid, calibration=calibration)
-            )
+        if known is grid and layer.name not in finished:
+            layer.replace(partial(round_least_squares, grid=grid))
     return len(grids)

@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sa3_convert.recipe import WeightScheme
+
 Floats = NDArray[np.float32]
 
 STARTS: Final = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.5, 0.4)
@@ -66,6 +68,12 @@ class Grid:
     def bottom(self) -> int:
         """Return the lowest code."""
         return -self.top if self.symmetric else 0
+
+
+def grid_for(scheme: WeightScheme, layer: str) -> Grid | None:
+    """Return the grid that a scheme gives a layer; None keeps it in floating point."""
+    bits, block_size = scheme.for_layer(layer)
+    return None if bits is None else Grid(bits, scheme.symmetric, block_size, half_scales=scheme.scales == "fp16")
 
 
 def round_as_converter(weight: Floats, grid: Grid) -> Floats:

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sa3_convert.quantise.compensated import round_error_compensated
 from sa3_convert.quantise.grid import Floats, Grid, round_as_converter, round_least_squares
 
 GRIDS = st.builds(
@@ -105,32 +104,3 @@ def test_heavy_tails_gain_more_from_least_squares_than_gaussian_weights() -> Non
     heavy = np.random.default_rng(0).standard_t(4, (16, 768)).astype(np.float32)
     grid = Grid(bits=3, symmetric=False, block_size=None)
     assert gain_db(heavy, grid) > gain_db(gaussian((16, 768)), grid) + 1
-
-
-def correlated_inputs(count: int, width: int, seed: int) -> Floats:
-    directions = gaussian((8, width), seed=99)
-    return gaussian((count, width), seed) + gaussian((count, 8), seed + 1) @ directions
-
-
-@pytest.mark.parametrize("block", [None, 32])
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_compensation_lowers_the_output_error_on_unseen_correlated_inputs(block: int | None, symmetric: bool) -> None:
-    grid = Grid(bits=4, symmetric=symmetric, block_size=block)
-    weight, seen, unseen = gaussian((64, 128)), correlated_inputs(1000, 128, 1), correlated_inputs(500, 128, 5)
-    hessian = (seen.T @ seen).astype(np.float64)
-    compensated = round_error_compensated(weight, hessian, grid)
-    before = error(unseen @ weight.T, unseen @ round_least_squares(weight, grid).T)
-    after = error(unseen @ weight.T, unseen @ compensated.T)
-    assert after < before / 2
-    np.testing.assert_allclose(round_as_converter(compensated, grid), compensated, atol=1e-5, strict=True)
-
-
-def test_inputs_that_never_occur_do_not_break_compensation() -> None:
-    grid = Grid(bits=4, symmetric=False, block_size=None)
-    rounded = round_error_compensated(gaussian((8, 32)), np.zeros((32, 32)), grid)
-    assert np.isfinite(rounded).all()
-
-
-def test_a_hessian_of_another_layer_is_refused() -> None:
-    with pytest.raises(ValueError, match="do not belong together"):
-        round_error_compensated(gaussian((8, 32)), np.eye(16), Grid(4, False, None))

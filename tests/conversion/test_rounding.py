@@ -1,4 +1,4 @@
-"""Error-compensated rounding in a whole conversion: a stage of its own, kept until the reference changes."""
+"""Error-compensated rounding in a whole conversion: a stage of its own, kept until checkpoint or recipe change."""
 
 from pathlib import Path
 
@@ -29,25 +29,25 @@ def made_anew(asked: ConvertRequest) -> list[str]:
     return [event.stage for event in events if event.state == "done"]
 
 
-def test_calibration_runs_once_and_only_for_recipes_that_ask_for_it(toy: Path, tmp_path: Path) -> None:
+def test_weights_are_rounded_ahead_once_and_only_for_recipes_that_ask_for_it(toy: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     plain = request(toy, cache, tmp_path / "plain", rounding="least_squares")
     assert made_anew(plain) == ["export", "mnn", "verify"]
 
     compensated = request(toy, cache, tmp_path / "int8", rounding="error_compensated")
-    assert [step.todo for step in plan(compensated)] == [("calibrate", "mnn", "verify")]
-    assert made_anew(compensated) == ["calibrate", "mnn", "verify"]
+    assert [step.todo for step in plan(compensated)] == [("round", "mnn", "verify")]
+    assert made_anew(compensated) == ["round", "mnn", "verify"]
     assert [step.todo for step in plan(compensated)] == [()]
     assert made_anew(compensated) == []
 
     fewer_bits = request(toy, cache, tmp_path / "int6", bits=6, rounding="error_compensated")
-    assert made_anew(fewer_bits) == ["mnn", "verify"]
+    assert made_anew(fewer_bits) == ["round", "mnn", "verify"]
 
 
-def test_calibration_that_was_damaged_is_collected_again(toy: Path, tmp_path: Path) -> None:
+def test_planned_weights_that_were_damaged_are_made_again(toy: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    assert "calibrate" in made_anew(request(toy, cache, tmp_path / "first", rounding="error_compensated"))
-    (moments,) = cache.glob("calibrate/*/moments.safetensors")
-    moments.write_bytes(b"damaged")
+    assert "round" in made_anew(request(toy, cache, tmp_path / "first", rounding="error_compensated"))
+    (planned,) = cache.glob("round/*/weights.safetensors")
+    planned.write_bytes(b"damaged")
     again = request(toy, cache, tmp_path / "second", bits=6, rounding="error_compensated")
-    assert made_anew(again) == ["calibrate", "mnn", "verify"]
+    assert made_anew(again) == ["round", "mnn", "verify"]
