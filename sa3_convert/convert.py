@@ -311,7 +311,7 @@ def _make_component(
             "split",
             keys.split,
             lambda folder: split_stage(
-                reference, component, recipe, moments, layout, folder, threads, request.target_mnn
+                reference, component, recipe, planned, layout, folder, threads, request.target_mnn
             ),
         )
     return _Made(export, mnn, verify, int8, split)

@@ -165,7 +165,7 @@ def split_stage(
     reference: Path,
     component: Component,
     recipe: ComponentRecipe,
-    moments: Path | None,
+    planned: Path | None,
     layout: CheckpointLayout,
     folder: Path,
     threads: int | None,
@@ -175,18 +175,18 @@ def split_stage(
     from sa3_convert.mnn.convert import mnn_from_onnx
     from sa3_convert.passes.pipeline import onnx_for_mnn
     from sa3_convert.passes.split import rules_of_part, split_onnx
-    from sa3_convert.quantise.moments import Calibration
+    from sa3_convert.quantise.planned import PlannedWeights
     from sa3_convert.verify.component import verify_split
 
     targets = [folder / name for name in split_names(component)]
-    calibration = None if moments is None else Calibration(moments)
+    weights = None if planned is None else PlannedWeights(planned)
     with tempfile.TemporaryDirectory(prefix="onnx-", dir=folder) as scratch:
         parts = [Path(scratch) / target.with_suffix(".onnx").name for target in targets]
         handed_over = split_onnx(reference, parts[0], parts[1], CHANGING[component])
         for part, target in zip(parts, targets, strict=True):
             own = rules_of_part(recipe, part)
             prepared = Path(scratch) / "for-mnn" / part.name
-            onnx_for_mnn(part, prepared, component, own, calibration=calibration, target_mnn=target_mnn)
+            onnx_for_mnn(part, prepared, component, own, planned=weights, target_mnn=target_mnn)
             mnn_from_onnx(prepared, target, own)
     result = verify_split(reference, targets[0], targets[1], component, layout, quick=True, threads=threads)
     result.check_floor(recipe.floor_db)

@@ -33,16 +33,18 @@ def take_planned(model: ir.Model, planned: PlannedWeights) -> int:
         How many layers took theirs.
 
     Raises:
-        ConversionError: the plan cannot be read, or holds a layer that the graph does not have.
+        ConversionError: the plan cannot be read, or holds none of the graph's layers. A part of a component has some of them.
 
     """
-    layers = {layer.name: layer for layer in quantisable_layers(model)}
     names = planned.names()
-    if strange := names - layers.keys():
-        raise ConversionError(f"A weight was planned for {min(strange)!r}, which is no layer of the graph.")
-    for name in names:
-        layers[name].replace(partial(_planned, name=name, planned=planned))
-    return len(names)
+    layers = [layer for layer in quantisable_layers(model) if layer.name in names]
+    if not layers:
+        raise ConversionError(
+            f"{planned.path} holds weights for {min(names, default='no layer')!r}, not for this graph."
+        )
+    for layer in layers:
+        layer.replace(partial(_planned, name=layer.name, planned=planned))
+    return len(layers)
 
 
 def weights_of(model: ir.Model, names: Set[str]) -> frozenset[str]:

@@ -67,19 +67,18 @@ def round_error_compensated(weight: Floats, moments: InputMoments, grid: Grid) -
     if weight.ndim != 2 or moments.rounded.shape != (weight.shape[1], weight.shape[1]):
         raise ValueError(f"weight {weight.shape} and moments {tuple(moments.rounded.shape)} do not belong together")
     length = grid.group_length(weight.shape)
-    with _one_thread():
-        aim = _aim(torch.from_numpy(weight.copy()), moments)
-        rows = aim.reshape(-1, length)
-        lo, step = least_squares_grid(rows, grid)
-        codes = _compensate(aim, _spread(lo, aim, length), _spread(step, aim, length), moments.rounded, grid)
-        codes = codes.reshape(-1, length)
-        values = torch.where(_has_both_ends(codes, grid), lo + step * codes, to_grid(rows, lo, step, grid))
+    aim = _aim(torch.from_numpy(weight.copy()), moments)
+    rows = aim.reshape(-1, length)
+    lo, step = least_squares_grid(rows, grid)
+    codes = _compensate(aim, _spread(lo, aim, length), _spread(step, aim, length), moments.rounded, grid)
+    codes = codes.reshape(-1, length)
+    values = torch.where(_has_both_ends(codes, grid), lo + step * codes, to_grid(rows, lo, step, grid))
     result: Floats = values.reshape(weight.shape).numpy()
     return result
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Keep torch from handing single columns to other threads, which takes many times as long as the work itself."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -18,7 +18,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from sa3_convert.quantise.compensated import InputMoments, round_error_compensated
+from sa3_convert.quantise.compensated import InputMoments, one_thread, round_error_compensated
 from sa3_convert.quantise.grid import Floats, Grid, round_least_squares
 
 GridOf = Callable[[str], Grid | None]
@@ -103,7 +103,9 @@ def _replaced(linear: nn.Module, name: str, inputs: _Inputs, grid_of: GridOf) ->
         return
     weight = linear.weight.detach()
     original: Floats = weight.numpy()
-    plain, compensated = round_least_squares(original, grid), round_error_compensated(original, inputs.moments, grid)
+    with one_thread():
+        plain = round_least_squares(original, grid)
+        compensated = round_error_compensated(original, inputs.moments, grid)
     without, with_it = (inputs.error(weight, rounded) for rounded in (plain, compensated))
     gain = 10 * math.log10((without + _NOTHING) / (with_it + _NOTHING))
     rounded = RoundedLinear(name, compensated if gain > 0 else plain, gain)

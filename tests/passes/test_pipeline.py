@@ -77,8 +77,8 @@ def test_rounding_that_is_asked_for_and_finds_no_layer_fails() -> None:
         apply_passes(model, Component.DIT, recipe(weights={"bits": 8, "rounding": "least_squares"}))
 
 
-def test_rounding_that_needs_calibration_is_refused() -> None:
-    with pytest.raises(ConversionError, match="calibration"):
+def test_rounding_that_needs_planned_weights_is_refused() -> None:
+    with pytest.raises(ConversionError, match="rounds ahead"):
         apply_passes(encoder(), Component.DIT, recipe(weights={"bits": 8, "rounding": "error_compensated"}))
 
 
