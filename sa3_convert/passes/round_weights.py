@@ -33,7 +33,7 @@ def take_planned(model: ir.Model, planned: PlannedWeights) -> int:
         How many layers took theirs.
 
     Raises:
-        ConversionError: the plan cannot be read, or holds none of the graph's layers. A part of a component has some of them.
+        ConversionError: the plan cannot be read, or holds none of the graph's layers (a part of a component has some).
 
     """
     names = planned.names()
