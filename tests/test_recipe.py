@@ -13,7 +13,7 @@ from sa3_convert.errors import RecipeError
 from sa3_convert.recipe import ComponentRecipe, LayerRule, Recipe, WeightScheme, load_recipe, plain
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-NAMES = ["fp32", "fp16", "int8", "card", "compact", "balanced", "small"]
+NAMES = ["fp32", "fp16", "int8", "card", "balanced", "small"]
 
 
 def data(**changes: Any) -> dict[str, Any]:
