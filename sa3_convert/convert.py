@@ -153,6 +153,7 @@ def convert(request: ConvertRequest, report: Report) -> Outcome:
         )
     request.out.mkdir(parents=True, exist_ok=True)
     with _lock(request.out):
+        _sweep(request)
         keys = {c: request.keys(c) for c in selected}
         if existing is not None and not request.force and is_up_to_date(existing, request, keys):
             return Outcome(existing, up_to_date=True)
@@ -243,6 +244,13 @@ def _existing_bundle(request: ConvertRequest) -> Bundle | None:
             f"{wanted[1]!r}. Give another --out, or --force."
         )
     return bundle if found == wanted else None
+
+
+def _sweep(request: ConvertRequest) -> None:
+    """Remove what a conversion that was killed has left; the lock says that none is writing into the bundle."""
+    for leftover in request.out.rglob(".*.partial"):
+        leftover.unlink(missing_ok=True)
+    StageCache(request.cache).sweep()
 
 
 @contextlib.contextmanager

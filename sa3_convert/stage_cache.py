@@ -83,7 +83,7 @@ class StageCache:
             return found, True
         parent = self._root / stage
         parent.mkdir(parents=True, exist_ok=True)
-        self._sweep(parent)
+        self.sweep()
         temporary = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{os.getpid()}-", dir=parent))
         try:
             notes = make(temporary)
@@ -97,10 +97,9 @@ class StageCache:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    @staticmethod
-    def _sweep(parent: Path) -> None:
+    def sweep(self) -> None:
         """Remove what processes that are gone have left."""
-        for leftover in parent.glob(f"{_PARTIAL}*"):
+        for leftover in self._root.glob(f"*/{_PARTIAL}*"):
             pid = leftover.name.removeprefix(_PARTIAL).split("-")[0]
             if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc").exists():
                 shutil.rmtree(leftover, ignore_errors=True)

@@ -92,9 +92,7 @@ class Diagnosis:
             if data["schema"] != SCHEMA:
                 raise ValueError(f"schema {data['schema']!r}")
             return cls(
-                mnn=str(data["mnn"]),
-                backend=str(data["backend"]),
-                machine=str(data["machine"]),
+                **{name: str(data[name]) for name in ("mnn", "backend", "machine")},
                 results=tuple(_result(entry) for entry in data["results"]),
                 seconds=float(data["seconds"]),
                 surroundings=dict(data["surroundings"]),

@@ -90,15 +90,15 @@ def test_a_loss_of_one_decibel_in_one_component_is_found(
 def test_a_worse_rounding_is_found_and_the_recipe_is_named(
     converted: Convert, toy: Path, kept: Path, plan: Plan, tmp_path: Path
 ) -> None:
-    text = (CONFIGS / "int8.yaml").read_text().replace("block_size: 16, rounding: least_squares", "block_size: 32")
-    (tmp_path / "worse.yaml").write_text(text.replace("floor_db: 36", "floor_db: 30"))
+    text = (CONFIGS / "int8.yaml").read_text().replace("bits: 8\n      block_size: 64", "bits: 7\n      block_size: 64")
+    (tmp_path / "worse.yaml").write_text(text.replace("floor_db: 28", "floor_db: 20"))
     bundle = converted(toy, load_recipe(tmp_path / "worse.yaml"), tmp_path / "worse")[0].bundle
     result = check_drift(bundle, found(kept, bundle), plan)
     fallen = {(row.figure.component, row.figure.name.split(":")[0]) for row in result.failures}
     assert (Component.TEXT_ENCODER, "generations") in fallen
     # What the text encoder loses reaches the DiT when it runs free, and there alone.
     assert all(c is Component.TEXT_ENCODER or name.startswith("free-running") for c, name in fallen)
-    assert "components.text_encoder.weights.block_size 16 → 32" in result.changes.recipe
+    assert "components.text_encoder.weights.bits 8 → 7" in result.changes.recipe
     assert any(row.figure.kind == "storage" for row in result.failures)
 
 
@@ -145,7 +145,7 @@ def test_what_figures_depend_on_is_kept(toy_int8: Bundle) -> None:
     assert origin.converted_with == toy_int8.manifest.tools
     assert set(origin.checkpoint) == {component.value for component in Component}
     assert origin.files["dit.mnn"] == toy_int8.artifact(Component.DIT).sha256
-    assert origin.recipe["components"]["text_encoder"]["weights"]["block_size"] == 16
+    assert origin.recipe["components"]["text_encoder"]["weights"]["block_size"] == 64
     assert {"passes", "mnn", "quantise"} <= set(origin.code)
 
 

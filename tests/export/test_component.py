@@ -223,7 +223,7 @@ def test_a_missing_weight_is_refused_before_anything_is_written(tmp_path: Path) 
     state = whole.state(Component.NUMBER_CONDITIONER)
     lost = state.pop(next(iter(state)))
     assert lost.numel()
-    damaged = SimpleNamespace(layout=whole.layout, state=lambda _: state)
+    damaged = SimpleNamespace(layout=whole.layout, state=lambda _, scratch: state)
     with pytest.raises(CheckpointError, match="is missing"):
         export_component(damaged, Component.NUMBER_CONDITIONER, tmp_path / "number_conditioner.onnx")
     assert list(tmp_path.iterdir()) == []
@@ -233,7 +233,7 @@ def test_the_weights_are_let_go_of(tmp_path: Path) -> None:
     checkpoint = golden_checkpoint("small")
     weights = checkpoint.state(Component.NUMBER_CONDITIONER)
     kept = [weakref.ref(tensor) for tensor in weights.values()]
-    borrowed = SimpleNamespace(layout=checkpoint.layout, state=lambda _: weights)
+    borrowed = SimpleNamespace(layout=checkpoint.layout, state=lambda _, scratch: weights)
     export_component(borrowed, Component.NUMBER_CONDITIONER, tmp_path / "number_conditioner.onnx")
     weights.clear()
     assert [ref for ref in kept if ref() is not None] == []
