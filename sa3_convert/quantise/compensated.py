@@ -15,8 +15,6 @@ Both help as far as the inputs are correlated. The first step is the idea of asy
 arXiv:2504.02692) in closed form.
 """
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -75,17 +73,6 @@ def round_error_compensated(weight: Floats, moments: InputMoments, grid: Grid) -
     values = torch.where(_has_both_ends(codes, grid), lo + step * codes, to_grid(rows, lo, step, grid))
     result: Floats = values.reshape(weight.shape).numpy()
     return result
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Keep torch from handing single columns to other threads, which takes many times as long as the work itself."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _aim(weight: Tensor, moments: InputMoments) -> Tensor:

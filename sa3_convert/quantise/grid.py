@@ -17,8 +17,9 @@ The search alternates, from several clipped starts, between rounding to the near
 squares fit of (lo, step) or step to the codes (Lloyd's iteration restricted to uniform grids).
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
@@ -134,16 +135,27 @@ def _by_rows(weight: Floats, grid: Grid, rounded: Callable[[torch.Tensor], torch
     def fill(start: int) -> None:
         result[start : start + step] = rounded(flat[start : start + step])
 
-    threads = torch.get_num_threads()
     # Pieces that stay in a processor's cache, each on one thread: what torch would hand to others is too small.
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(fill, range(0, len(flat), step)))
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread() as threads, ThreadPoolExecutor(threads) as pool:
+        list(pool.map(fill, range(0, len(flat), step)))
     values: Floats = result.reshape(weight.shape).numpy()
     return values
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[int]:
+    """Keep torch from handing small pieces to other threads, which takes many times as long as the work itself.
+
+    Yields:
+        How many threads torch may use outside.
+
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _extreme_grid(rows: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,6 +22,7 @@ from sa3_convert.networks.build import build_network
 from sa3_convert.quantise.allocation import Allocation, Option, allocate, smallest_for_error
 from sa3_convert.quantise.calibrate import CALIBRATION_SEED
 from sa3_convert.quantise.curvature import Curvatures, measure_curvature
+from sa3_convert.quantise.grid import one_thread
 from sa3_convert.quantise.sensitivity import LayerSensitivity, Sensitivity, all_grids, priced
 from sa3_convert.recipe import ComponentRecipe, LayerRule, ScaleType, WeightScheme
 from sa3_convert.stages import stage_keys
@@ -244,19 +245,14 @@ def _priced(
     state = checkpoint.state(component)
     weights = layers_to_measure(checkpoint, component)
     missing = [layer for layer in weights if layer not in layers]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            work = pool.map(
-                lambda layer: priced(state[weights[layer]].numpy(), curvatures[layer], all_grids(scales)), missing
-            )
-            for layer, sensitivity in zip(missing, work, strict=True):
-                layers[layer] = sensitivity
-                write_text(partial, json.dumps({name: done.model_dump() for name, done in layers.items()}))
-                tick("rounding", len(layers), len(weights))
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread() as threads, ThreadPoolExecutor(threads) as pool:
+        work = pool.map(
+            lambda layer: priced(state[weights[layer]].numpy(), curvatures[layer], all_grids(scales)), missing
+        )
+        for layer, sensitivity in zip(missing, work, strict=True):
+            layers[layer] = sensitivity
+            write_text(partial, json.dumps({name: done.model_dump() for name, done in layers.items()}))
+            tick("rounding", len(layers), len(weights))
     return {layer: layers[layer] for layer in weights}
 
 

@@ -18,8 +18,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from sa3_convert.quantise.compensated import InputMoments, one_thread, round_error_compensated
-from sa3_convert.quantise.grid import Floats, Grid, round_least_squares
+from sa3_convert.quantise.compensated import InputMoments, round_error_compensated
+from sa3_convert.quantise.grid import Floats, Grid, one_thread, round_least_squares
 
 GridOf = Callable[[str], Grid | None]
 """The grid of a linear by its name; None keeps it as it is."""
