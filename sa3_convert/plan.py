@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from sa3_convert.bundle.manifest import MANIFEST, Bundle
 from sa3_convert.components import Component
-from sa3_convert.convert import ConvertRequest
 from sa3_convert.errors import BundleError, InputError
 from sa3_convert.recipe import ComponentRecipe
+from sa3_convert.request import ConvertRequest
 from sa3_convert.stage_cache import StageCache
 from sa3_convert.stages import Keys, Stage
 

@@ -9,8 +9,9 @@ from sa3_convert.bundle.manifest import Bundle
 from sa3_convert.checkpoint.lora_file import LoraRequest
 from sa3_convert.checkpoint.reader import Checkpoint
 from sa3_convert.checkpoint.synthetic import synthesize
-from sa3_convert.convert import ConvertRequest, Outcome, StageEvent, convert
+from sa3_convert.convert import Outcome, StageEvent, convert
 from sa3_convert.recipe import Recipe, load_recipe
+from sa3_convert.request import ConvertRequest
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -10,8 +10,9 @@ from rich.table import Table
 
 from sa3_convert.bundle.manifest import Bundle
 from sa3_convert.components import Component
-from sa3_convert.convert import ConvertRequest, StageEvent
+from sa3_convert.convert import StageEvent
 from sa3_convert.plan import Step, bytes_needed
+from sa3_convert.request import ConvertRequest
 from sa3_convert.verify.result import Verdict
 
 _PIPED_WIDTH = 140

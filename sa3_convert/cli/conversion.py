@@ -60,11 +60,11 @@ def convert(
 ) -> None:
     """Convert a checkpoint into a bundle of verified MNN models. What is up to date is not redone."""
     from sa3_convert.cli.console import bundle_table, plan_table, show_stage, stderr, stdout
-    from sa3_convert.convert import ConvertRequest
     from sa3_convert.convert import convert as make_bundle
     from sa3_convert.doctor.consult import check_conversion
     from sa3_convert.plan import plan
     from sa3_convert.recipe import load_recipe
+    from sa3_convert.request import ConvertRequest
 
     resolved = load_recipe(recipe)
     request = ConvertRequest(

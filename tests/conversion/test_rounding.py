@@ -4,9 +4,10 @@ from pathlib import Path
 
 from sa3_convert.checkpoint.reader import Checkpoint
 from sa3_convert.components import Component
-from sa3_convert.convert import ConvertRequest, StageEvent, convert
+from sa3_convert.convert import StageEvent, convert
 from sa3_convert.plan import plan
 from sa3_convert.recipe import ComponentRecipe, Recipe, Rounding, WeightScheme
+from sa3_convert.request import ConvertRequest
 
 TEXT_ENCODER = Component.TEXT_ENCODER
 

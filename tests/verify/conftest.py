@@ -9,8 +9,9 @@ import pytest
 from sa3_convert.bundle.manifest import Bundle
 from sa3_convert.checkpoint.reader import Checkpoint
 from sa3_convert.components import Component
-from sa3_convert.convert import ConvertRequest, convert
+from sa3_convert.convert import convert
 from sa3_convert.recipe import Recipe
+from sa3_convert.request import ConvertRequest
 from tests.conftest import GOLDEN
 
 COMPONENTS = (Component.NUMBER_CONDITIONER, Component.DIT)

@@ -8,8 +8,9 @@ import pytest
 from sa3_convert.checkpoint.reader import Checkpoint
 from sa3_convert.checkpoint.synthetic import synthesize
 from sa3_convert.components import Component, components_of
-from sa3_convert.convert import ConvertRequest, convert
+from sa3_convert.convert import convert
 from sa3_convert.recipe import Recipe
+from sa3_convert.request import ConvertRequest
 from sa3_convert.verify.bisect_bundle import DEFAULT_LATENTS
 from sa3_convert.verify.inputs import sample_inputs
 from tests.verify.planting import FAULTS, blames, layers, plant

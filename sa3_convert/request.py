@@ -1,0 +1,63 @@
+"""What one conversion is asked for: a checkpoint, a recipe, where to, and which extras."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sa3_convert.components import Component, components_of
+from sa3_convert.errors import UsageError
+from sa3_convert.mnn.target import DEFAULT_TARGET, MnnVersion
+from sa3_convert.recipe import Recipe
+from sa3_convert.stages import Keys, stage_keys
+
+if TYPE_CHECKING:
+    from sa3_convert.checkpoint.reader import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertRequest:
+    """What to convert, how, and to where."""
+
+    checkpoint: "Checkpoint"
+    recipe: Recipe
+    out: Path
+    cache: Path
+    components: tuple[Component, ...] = ()
+    """Empty means all that the checkpoint has."""
+    force: bool = False
+    """Redo everything, and replace a bundle that was made from something else."""
+    with_reference: bool = False
+    """Copy the reference ONNX files into the bundle instead of leaving them in the cache."""
+    with_ort_int8: bool = False
+    """Also make what the engine `onnxruntime-int8` runs; it is kept where the reference is."""
+    target_mnn: MnnVersion = DEFAULT_TARGET
+    """The oldest MNN that the result has to be right on."""
+    with_split_dit: bool = False
+    """Also make the DiT in two parts, of which one runs once per generation."""
+    threads: int | None = None
+
+    def keys(self, component: Component) -> Keys:
+        """Return the fingerprints of a component's stages."""
+        recipe = self.recipe.for_component(component)
+        return stage_keys(
+            self.checkpoint,
+            component,
+            recipe,
+            target_mnn=self.target_mnn,
+            ort_int8=self.with_ort_int8,
+            split=self.with_split_dit,
+        )
+
+    def selected(self) -> tuple[Component, ...]:
+        """Return the components to convert, in pipeline order.
+
+        Raises:
+            UsageError: the checkpoint has no such component.
+
+        """
+        available = components_of(self.checkpoint.layout)
+        for component in self.components:
+            if component not in available:
+                have = ", ".join(c.value for c in available)
+                raise UsageError(f"This checkpoint has no component {component.value!r}; it has {have}.")
+        return tuple(c for c in available if not self.components or c in self.components)
