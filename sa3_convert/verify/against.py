@@ -4,7 +4,8 @@ Both sides run the same file, so every tensor that MNN hands out is compared, wh
 travel: a tensor is charged to its operator only where it differs clearly more than what the operator was given.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from sa3_convert.errors import UsageError, VerificationError
 from sa3_convert.mnn.backends import BACKENDS, Backend, require_backend
+from sa3_convert.mnn.contents import ModelStorage
 from sa3_convert.mnn.session import Level
 from sa3_convert.mnn.storage import read_storage
 from sa3_convert.session import Arrays
@@ -151,47 +153,39 @@ def bisect_against(path: Path, feeds: Arrays, target: Runtime, reference: Runtim
     for runtime in (target, reference):
         require_backend(runtime.backend)
     storage = read_storage(path)
-    graph = TargetGraph(storage)
-    made_from = {out: op.inputs for op in storage.operators if not op.graph for out in op.outputs}
-    names = [
-        out
-        for op in storage.operators
-        if not op.graph
-        for out in op.outputs
-        # MNN does not hand out what has only a name of its own, such as SliceTf58; asking costs a load.
-        if out in graph.tensors and not (out.startswith(op.type) and out.removeprefix(op.type).isdigit())
-    ]
-    ratios: dict[str, float] = {}
-    found: list[Difference] = []
-    sides = [
+    sides = tuple(
         TargetRuns(path, feeds, r.threads, r.backend, precision=r.precision, memory=r.memory)
         for r in (target, reference)
-    ]
+    )
     # The outputs alone first: what does not load or run on a side fails here, with that side's own message.
     ends = [port.name for port in storage.outputs]
     for side in sides:
         side.outputs(ends)
+    found = tuple(_differences(storage, *sides))
+    if not found:
+        raise VerificationError(f"MNN hands out no float tensor of {path}: nothing can be compared.")
+    return Against(target, reference, found)
+
+
+def _differences(storage: ModelStorage, target: TargetRuns, reference: TargetRuns) -> Iterator[Difference]:
+    """Yield what both sides hand out, in the file's order."""
+    graph = TargetGraph(storage)
+    made_from = {out: op.inputs for op in storage.operators if not op.graph for out in op.outputs}
+    # MNN does not hand out what has only a name of its own, such as SliceTf58; asking costs a load.
+    own = {out for op in storage.operators for out in op.outputs if re.fullmatch(rf"{op.type}\d+", out)}
+    names = [out for out in made_from if out in graph.tensors and out not in own]
+    ratios: dict[str, float] = {}
     for start in range(0, len(names), _AT_ONCE):
         group = names[start : start + _AT_ONCE]
-        values, expected = (side.available(group) for side in sides)
+        values, expected = target.available(group), reference.available(group)
         for name in group:
             ratio = _ratio(expected.get(name), values.get(name))
             if ratio is None:
                 continue
+            stored = graph.stored(name, ratios.keys())
             ratios[name] = ratio
-            found.append(
-                Difference(
-                    name,
-                    graph.operator(name),
-                    graph.stored(name, ratios.keys() - {name}),
-                    expected[name].shape,
-                    _incoming(name, made_from, ratios),
-                    ratio,
-                )
-            )
-    if not found:
-        raise VerificationError(f"MNN hands out no float tensor of {path}: nothing can be compared.")
-    return Against(target, reference, tuple(found))
+            incoming = _incoming(name, made_from, ratios)
+            yield Difference(name, graph.operator(name), stored, expected[name].shape, incoming, ratio)
 
 
 def _ratio(reference: NDArray[Any] | None, target: NDArray[Any] | None) -> float | None:
