@@ -111,23 +111,16 @@ def assemble(
 
 
 def _component_artifacts(request: ConvertRequest, component: Component, keys: Keys, made: Made) -> list[Artifact]:
-    recipe, name = request.recipe.for_component(component), component.value
-    mnn, weights = _entries(made.mnn, f"{name}.mnn", f"{name}.mnn.weight", "")
-    for entry in filter(None, (mnn, weights)):
-        link_or_copy(made.mnn.file(entry.path), request.out / entry.path)
-    if weights is None:
-        # Of an earlier, larger model: MNN finds it by its name.
-        (request.out / f"{name}.mnn.weight").unlink(missing_ok=True)
+    recipe = request.recipe.for_component(component)
     artifacts = [
         Artifact(
-            **dict(mnn),
+            **_placed(request, made.mnn, f"{component.value}.mnn"),
             kind="mnn",
             component=component,
             precision=recipe.precision,
             storage=made.mnn.notes["storage"],
             fidelity=Fidelity(**made.verify.notes["fidelity"]),
             floor_db=recipe.floor_db,
-            companion=weights,
             target_mnn=request.target_mnn,
             fingerprint=keys.verify,
         ),
@@ -159,24 +152,29 @@ def _component_artifacts(request: ConvertRequest, component: Component, keys: Ke
 
 def _split_artifacts(request: ConvertRequest, component: Component, keys: Keys, made: CachedResult) -> list[Artifact]:
     recipe = request.recipe.for_component(component)
-    artifacts = []
-    for kind, name in zip(SPLIT_KINDS, split_names(component), strict=True):
-        entry, weights = _entries(made, name, f"{name}.weight", "")
-        for file in filter(None, (entry, weights)):
-            link_or_copy(made.file(file.path), request.out / file.path)
-        artifacts.append(
-            Artifact(
-                **dict(entry),
-                kind=kind,
-                component=component,
-                precision=recipe.precision,
-                fidelity=Fidelity(**made.notes["fidelity"]),
-                floor_db=recipe.floor_db,
-                companion=weights,
-                fingerprint=keys.split,
-            )
+    return [
+        Artifact(
+            **_placed(request, made, name),
+            kind=kind,
+            component=component,
+            precision=recipe.precision,
+            fidelity=Fidelity(**made.notes["fidelity"]),
+            floor_db=recipe.floor_db,
+            fingerprint=keys.split,
         )
-    return artifacts
+        for kind, name in zip(SPLIT_KINDS, split_names(component), strict=True)
+    ]
+
+
+def _placed(request: ConvertRequest, result: CachedResult, name: str) -> dict[str, Any]:
+    """Put a `.mnn` into the bundle, with its file of weights if it has one; return how the manifest describes both."""
+    mnn, weights = _entries(result, name, f"{name}.weight", "")
+    for entry in filter(None, (mnn, weights)):
+        link_or_copy(result.file(entry.path), request.out / entry.path)
+    if weights is None:
+        # Of an earlier, larger model: MNN finds it by its name.
+        (request.out / f"{name}.weight").unlink(missing_ok=True)
+    return dict(mnn) | {"companion": weights}
 
 
 def _kept(request: ConvertRequest, result: CachedResult, component: Component, folder: str) -> dict[str, Any]:

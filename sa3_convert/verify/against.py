@@ -170,9 +170,10 @@ def bisect_against(path: Path, feeds: Arrays, target: Runtime, reference: Runtim
 def _differences(storage: ModelStorage, target: TargetRuns, reference: TargetRuns) -> Iterator[Difference]:
     """Yield what both sides hand out, in the file's order."""
     graph = TargetGraph(storage)
-    made_from = {out: op.inputs for op in storage.operators if not op.graph for out in op.outputs}
+    operators = [op for op in storage.operators if not op.graph]
+    made_from = {out: op.inputs for op in operators for out in op.outputs}
     # MNN does not hand out what has only a name of its own, such as SliceTf58; asking costs a load.
-    own = {out for op in storage.operators for out in op.outputs if re.fullmatch(rf"{op.type}\d+", out)}
+    own = {out for op in operators for out in op.outputs if re.fullmatch(rf"{op.type}\d+", out)}
     names = [out for out in made_from if out in graph.tensors and out not in own]
     ratios: dict[str, float] = {}
     for start in range(0, len(names), _AT_ONCE):
