@@ -7,7 +7,7 @@ of the product's contract. T, the number of latents, is the only dynamic length.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Final, Literal
 
 from sa3_convert.checkpoint.layout import CheckpointLayout
 from sa3_convert.errors import UsageError
@@ -21,6 +21,10 @@ class Component(StrEnum):
     DIT = "dit"
     DECODER = "decoder"
     ENCODER = "encoder"
+
+
+TOKEN_TABLE: Final = "embed_tokens.weight"
+"""The text encoder's table of tokens, which is stored as a recipe's `embedding` says."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sa3_convert.bundle.manifest import MANIFEST, Bundle
-from sa3_convert.components import Component
+from sa3_convert.components import TOKEN_TABLE, Component
 from sa3_convert.errors import BundleError, InputError
 from sa3_convert.recipe import ComponentRecipe
 from sa3_convert.request import ConvertRequest
@@ -32,23 +32,21 @@ class Step:
 
 def estimate_model_bytes(shapes: dict[str, tuple[int, ...]], recipe: ComponentRecipe) -> int:
     """Return the expected size of a `.mnn`: payload of the weights, and scales and offsets of the quantised ones."""
-    float_bytes = 2 if recipe.floats == "fp16" else 4
     total = 0
     for name, shape in shapes.items():
         count = math.prod(shape)
-        if name == "embed_tokens.weight":
-            bits = {"float": 8 * float_bytes, "int8": 8, "int4": 4}[recipe.embedding]
-            total += count * bits // 8 + (float_bytes * shape[0] if recipe.embedding != "float" else 0)
+        if name == TOKEN_TABLE:
+            total += recipe.table_bytes(shape[0], shape[1])
         elif recipe.weights is not None and len(shape) >= 2 and min(shape[:2]) > 1:
             bits_of_layer, block = recipe.weights.for_layer(name.removesuffix(".weight"))
             if bits_of_layer is None:
-                total += count * float_bytes
+                total += count * recipe.float_bytes
             else:
                 groups = shape[0] * (1 if block is None else max(1, shape[1] // block))
                 numbers = groups * (1 if recipe.weights.symmetric else 2)
                 total += count * bits_of_layer // 8 + numbers * (2 if recipe.weights.scales == "fp16" else 4)
         else:
-            total += count * float_bytes
+            total += count * recipe.float_bytes
     return total
 
 

@@ -96,6 +96,16 @@ class ComponentRecipe(_Strict):
         return self.weights is not None and self.weights.rounding == "error_compensated"
 
     @property
+    def float_bytes(self) -> int:
+        """Bytes of a number that stays in floating point."""
+        return 2 if self.floats == "fp16" else 4
+
+    def table_bytes(self, rows: int, width: int) -> int:
+        """Return the bytes of a token table; one of integers has a scale per row."""
+        bits = {"float": 8 * self.float_bytes, "int8": 8, "int4": 4}[self.embedding]
+        return rows * width * bits // 8 + (self.float_bytes * rows if self.embedding != "float" else 0)
+
+    @property
     def precision(self) -> str:
         """Short name for the manifest: the type of the bulk of the weights."""
         return self.floats if self.weights is None else f"int{self.weights.bits}"

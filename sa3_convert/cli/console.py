@@ -18,8 +18,9 @@ from sa3_convert.verify.result import Verdict
 _PIPED_WIDTH = 140
 """Columns for tables that go to a file or a log, where nothing says how wide it is."""
 
-stdout = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
-stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+# Names, paths and regular expressions have brackets that are no markup.
+stdout = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
+stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 if TYPE_CHECKING:
     from sa3_convert.checkpoint.lora import Lora

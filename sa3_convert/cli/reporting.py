@@ -46,4 +46,4 @@ class Reporting:
         write_report(self._folder, bundle, findings, layers=layers, heard=self._heard, since=self._since)
         page = self._folder / PAGE
         size = shown_size(page.stat().st_size)
-        stderr.print(f"Report: {page} ({size}); for a pull request: {self._folder / SUMMARY}", markup=False)
+        stderr.print(f"Report: {page} ({size}); for a pull request: {self._folder / SUMMARY}")

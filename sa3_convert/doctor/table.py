@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from sa3_convert.doctor.known import changes
 from sa3_convert.doctor.results import Answer, Diagnosis, ProbeResult
@@ -23,7 +24,7 @@ def render(diagnosis: Diagnosis, *, everything: bool) -> Table:
         worst = result.worst
         if everything or worst.outcome != "works":
             style = _STYLES.get(worst.outcome, "red")
-            table.add_row(result.probe, _asked(result), f"[{style}]{worst.outcome}[/]", _ratio(worst), _done(result))
+            table.add_row(result.probe, _asked(result), Text(worst.outcome, style), _ratio(worst), _done(result))
     return table
 
 

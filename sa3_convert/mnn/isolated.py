@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sa3_convert.errors import ConversionError
+from sa3_convert.mnn.worker import FULL_DISK, has_room
 
 # -P: the working directory is not searched for modules.
 WORKER: tuple[str, ...] = (sys.executable, "-P", "-s", "-m", "sa3_convert.mnn.worker")
@@ -17,6 +18,8 @@ TIMEOUT_SECONDS = 3600.0
 
 _KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TMPDIR", "MALLOC_ARENA_MAX")
 _LAST_LINES = 12
+_OUTPUT_LOST = 120
+"""How Python ends when the last of its output could not be written."""
 
 
 def run_worker(
@@ -64,6 +67,8 @@ def run_worker(
             + f"Nothing was written.{last_lines(log)}"
         )
     if status != 0:
+        if status in (FULL_DISK, _OUTPUT_LOST) or not has_room(folder):
+            raise ConversionError(f"The disk is full, so what {what} wrote cannot be trusted.{last_lines(log)}")
         raise ConversionError(f"{what} failed with exit status {status}.{last_lines(log)}")
     return _read(log)
 

@@ -5,16 +5,19 @@ never imported: they start pip when they are. Nothing here reaches a network or 
 to it.
 """
 
+import contextlib
 import ctypes
 import json
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 SCRATCH = ".__convert_external_data.bin"
 """The converter's own name for the file, in its working directory, through which it passes all weights."""
+FULL_DISK: Final = 74
+"""Exit status: what was written cannot be trusted. Words would be lost, because they go to a file, too."""
 _ROOM = 1 << 20
 _PR_SET_PDEATHSIG = 1
 _FORBIDDEN = ("socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
@@ -45,21 +48,26 @@ def _convert(flags: list[str]) -> int:
     with Path(SCRATCH).open("wb"):
         _tools.mnnconvert(["mnnconvert", *flags])
         sys.stdout.flush()
-        try:
-            _write_more(Path("room"))
-        except OSError as error:
-            sys.stderr.write(f"The disk is full ({error.strerror}), so what the converter wrote cannot be trusted.\n")
-            return 1
+        if not has_room(Path()):
+            return FULL_DISK
     Path(SCRATCH).unlink(missing_ok=True)
     return 0
 
 
-def _write_more(path: Path) -> None:
-    with path.open("wb") as stream:
-        stream.write(b"\0" * _ROOM)
-        stream.flush()
-        os.fsync(stream.fileno())
-    path.unlink()
+def has_room(folder: Path) -> bool:
+    """Tell whether a folder's disk takes more."""
+    probe = folder / "room"
+    try:
+        with probe.open("wb") as stream:
+            stream.write(b"\0" * _ROOM)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError:
+        return False
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+    return True
 
 
 def _ports(path: Path, report: Path) -> int:

@@ -62,7 +62,9 @@ class Layer:
         transposed = self.transposed
 
         def evaluate() -> ir.TensorProtocol:
-            values = np.asarray(original.numpy(), dtype=np.float32)
+            values = np.array(original.numpy(), dtype=np.float32)
+            if isinstance(original, ir.ExternalTensor):
+                original.release()  # what was mapped would stay resident: in the end, the whole model
             rewritten = rewrite(np.ascontiguousarray(values.T) if transposed else values)
             return ir.Tensor(np.ascontiguousarray(rewritten.T if transposed else rewritten), name=original.name)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import numpy as np
 import torch
 
-from sa3_convert.components import Component
+from sa3_convert.components import TOKEN_TABLE, Component
 from sa3_convert.errors import UsageError
 from sa3_convert.files import write_text
 from sa3_convert.fingerprint import fingerprint, source_digest
@@ -24,7 +24,7 @@ from sa3_convert.quantise.calibrate import CALIBRATION_SEED
 from sa3_convert.quantise.curvature import Curvatures, measure_curvature
 from sa3_convert.quantise.grid import one_thread
 from sa3_convert.quantise.sensitivity import LayerSensitivity, Sensitivity, all_grids, priced
-from sa3_convert.recipe import ComponentRecipe, LayerRule, ScaleType, WeightScheme
+from sa3_convert.recipe import ComponentRecipe, LayerRule, Rounding, ScaleType, WeightScheme
 from sa3_convert.stages import stage_keys
 from sa3_convert.verify.inputs import sample_inputs
 
@@ -164,7 +164,8 @@ def plan_component(
     else:
         raise UsageError("Give a size (--target-mib) or a fidelity (--min-snr).")
     floor = max(1.0, round(_decibels(allocation.error) - WORST_CASE_MARGIN_DB, 1))
-    scheme = scheme_of(allocation, groups, sensitivity.scales)
+    rounding: Rounding = "error_compensated" if base.compensates else "least_squares"
+    scheme = scheme_of(allocation, groups, sensitivity.scales, rounding)
     recipe = base.model_copy(update={"weights": scheme, "floor_db": floor})
     return Plan(recipe, allocation, groups, fixed)
 
@@ -173,11 +174,15 @@ def _bytes_beside(checkpoint: "Checkpoint", component: Component, base: Componen
     """Return the bytes of all that is not a layer's weight; MNN gives a bias of zeros to each layer without one."""
     shapes = {name: entry.shape for name, entry in checkpoint.stored(component).items()}
     layers = layers_to_measure(checkpoint, component)
-    float_bytes = 2 if base.floats == "fp16" else 4
+    table = shapes.pop(TOKEN_TABLE, (0, 0))
     # Norms and biases stay float32 in every file.
-    kept = sum((float_bytes if len(s) > 1 else 4) * math.prod(s) for n, s in shapes.items() if n not in layers.values())
+    kept = sum(
+        (base.float_bytes if len(shape) > 1 else 4) * math.prod(shape)
+        for name, shape in shapes.items()
+        if name not in layers.values()
+    )
     biases = sum(4 * shapes[weight][0] for layer, weight in layers.items() if f"{layer}.bias" not in shapes)
-    return kept + biases
+    return kept + biases + base.table_bytes(table[0], table[1])
 
 
 def _decibels(error: float) -> float:
@@ -207,7 +212,12 @@ def combined(choices: Sequence[Sequence[Option]]) -> list[Option]:
     ]
 
 
-def scheme_of(allocation: Allocation, layers: Mapping[str, Sequence[str]], scales: ScaleType) -> WeightScheme:
+def scheme_of(
+    allocation: Allocation,
+    layers: Mapping[str, Sequence[str]],
+    scales: ScaleType,
+    rounding: Rounding = "least_squares",
+) -> WeightScheme:
     """Return the allocation as a recipe's scheme: the commonest option, and one rule for each other one."""
     patterns: dict[tuple[int | None, int | None], list[str]] = defaultdict(list)
     for pattern, option in allocation.chosen.items():
@@ -225,7 +235,7 @@ def scheme_of(allocation: Allocation, layers: Mapping[str, Sequence[str]], scale
     )
     bits, block = common
     assert bits is not None
-    return WeightScheme(bits=bits, block_size=block, rounding="least_squares", scales=scales, layers=rules)
+    return WeightScheme(bits=bits, block_size=block, rounding=rounding, scales=scales, layers=rules)
 
 
 def layers_to_measure(checkpoint: "Checkpoint", component: Component) -> dict[str, str]:
@@ -233,7 +243,7 @@ def layers_to_measure(checkpoint: "Checkpoint", component: Component) -> dict[st
     return {
         name.removesuffix(".weight"): name
         for name, entry in checkpoint.stored(component).items()
-        if name.endswith(".weight") and len(entry.shape) >= 2 and not name.startswith("embed_tokens")
+        if name.endswith(".weight") and len(entry.shape) >= 2 and name != TOKEN_TABLE
     }
 
 

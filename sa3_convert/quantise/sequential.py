@@ -2,7 +2,8 @@
 
 Two streams go through the stack: the original's states and the rounded network's. Per block, the original runs once
 while the inputs of its linears are kept; then the linears are rounded in the order in which they run, those that share
-an input together, and the rounded block runs up to each of them to see what reaches it by then.
+an input together, and the rounded block runs up to each of them to see what reaches it by then. What a rounded linear
+gives is kept until the block is done, so that only what lies between linears is computed again.
 
 Some samples are held out: a linear keeps its compensated weight only if that lowers the error on them, too. Else it is
 rounded by least squares.
@@ -72,12 +73,18 @@ def round_blocks(
     for name, block in blocks.items():
         groups = _groups(block, samples[0].original)
         originals, states = _run(block, [sample.original for sample in samples], [group[0] for group in groups])
+        finished: dict[str, _Finished] = {}
         for group in groups:
             moved = _inputs_of(block, [sample.rounded for sample in samples], group[0])
             inputs = _Inputs(originals.pop(group[0]), moved, len(fit))
             for path in group:
-                yield from _replaced(block.get_submodule(path), f"{name}.{path}", inputs, grid_of)
+                linear = block.get_submodule(path)
+                yield from _replaced(linear, f"{name}.{path}", inputs, grid_of)
+                finished[path] = _Finished(linear, len(samples))
+                block.set_submodule(path, finished[path])
         _, moved_states = _run(block, [sample.rounded for sample in samples], ())
+        for path, done in finished.items():
+            block.set_submodule(path, done.linear)
         for sample, state, moved_state in zip(samples, states, moved_states, strict=True):
             sample.original, sample.rounded = (state, sample.original[1]), (moved_state, sample.rounded[1])
 
@@ -111,6 +118,27 @@ def _replaced(linear: nn.Module, name: str, inputs: _Inputs, grid_of: GridOf) ->
     rounded = RoundedLinear(name, compensated if gain > 0 else plain, gain)
     linear.weight = nn.Parameter(torch.from_numpy(rounded.weight), requires_grad=False)
     yield rounded
+
+
+class _Finished(nn.Module):
+    """A linear that stays as it is: what it gives for each sample is computed in the first pass over them and kept.
+
+    Every pass takes the samples in the same order, and calls the linear once for each.
+    """
+
+    def __init__(self, linear: nn.Module, samples: int) -> None:
+        super().__init__()
+        self.linear = linear
+        self._samples = samples
+        self._calls = 0
+        self._outputs: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        index = self._calls % self._samples
+        self._calls += 1
+        if index == len(self._outputs):
+            self._outputs.append(self.linear(x))
+        return self._outputs[index]
 
 
 class _ReachedError(Exception):

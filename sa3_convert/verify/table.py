@@ -1,6 +1,7 @@
 """Verification on sampled inputs and bisection as tables for the terminal."""
 
 from rich.table import Table
+from rich.text import Text
 
 from sa3_convert.verify.against import Against
 from sa3_convert.verify.bisect_result import BisectResult, limit_db
@@ -37,7 +38,7 @@ def _figures(measurement: Measurement) -> tuple[str, ...]:
     return f"{f.signal_to_noise_db:.1f}", f"{f.cosine:.6f}", f"{f.max_abs_error:.2e}", f"{f.mean_abs_error:.2e}"
 
 
-def _row(verdict: Verdict) -> tuple[str, ...]:
+def _row(verdict: Verdict) -> tuple[str | Text, ...]:
     fidelity = verdict.fidelity
     worst = fidelity.worst
     return (
@@ -48,7 +49,7 @@ def _row(verdict: Verdict) -> tuple[str, ...]:
         f"{verdict.floor_db:g}",
         f"{worst.cosine:.6f}",
         f"{worst.max_abs_error:.2e}",
-        "[green]ok[/]" if verdict.passed else "[red]failed[/]",
+        Text("ok", "green") if verdict.passed else Text("failed", "red"),
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 
 import sa3_convert.cli.app as cli
 from sa3_convert import errors
+from sa3_convert.cli.console import stderr, stdout
 
 HEAVY = ("torch", "MNN", "_tools", "onnx", "onnxruntime", "onnx_ir", "onnxscript", "transformers")
 
@@ -113,3 +114,9 @@ def test_a_missing_recipe_is_exit_3(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_folder_that_is_no_bundle_is_exit_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["verify", str(tmp_path)]) == 3
     assert "is no bundle" in capsys.readouterr().err
+
+
+def test_brackets_in_what_is_shown_are_no_markup() -> None:
+    """A recipe's rule `[qk]_proj$` was shown as `_proj$`."""
+    for console in (stdout, stderr):
+        assert console.render_str("match: '[qk]_proj$'").plain == "match: '[qk]_proj$'"

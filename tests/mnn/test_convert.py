@@ -289,6 +289,15 @@ def test_a_scratch_disk_that_runs_full_is_an_error_although_the_file_looks_whole
     assert names_in(tmp_path) == ["big.onnx", "enough.mnn"]
 
 
+def test_a_converter_whose_last_words_do_not_fit_on_the_disk_is_told_as_such(tmp_path: Path) -> None:
+    source = big_linear(tmp_path / "big.onnx")
+    # What Python does at its end when standard output takes no more.
+    silenced = Converter(command=("sh", "-c", 'exec "$@" > /dev/full', "sh", sys.executable, "-c", "print('done')"))
+    with pytest.raises(ConversionError, match="disk is full"):
+        mnn_from_onnx(source, tmp_path / "full.mnn", INT8, converter=silenced)
+    assert names_in(tmp_path) == ["big.onnx"]
+
+
 def test_too_little_disk_is_told_before_anything_starts(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

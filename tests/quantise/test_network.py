@@ -128,6 +128,33 @@ def test_compensation_that_does_not_help_elsewhere_is_dropped() -> None:
     np.testing.assert_array_equal(linear.weight, round_least_squares(original, grid), strict=True)
 
 
+def test_each_linear_runs_once_per_sample_in_either_network_and_stays_where_it_was() -> None:
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 64), nn.GELU(), nn.Linear(64, 32))
+    linears = [block[0], block[2], block[4]]
+    states = [torch.randn(1, 8, 32) for _ in range(4)]
+    samples = [Streams((state, ()), (state.clone(), ())) for state in states]
+    runs = [0, 0, 0]
+
+    def counted(position: int) -> None:
+        def count(*_: object) -> None:
+            runs[position] += 1
+
+        linears[position].register_forward_hook(count)
+
+    for position in range(3):
+        counted(position)
+    with torch.no_grad():
+        rounded = list(round_blocks({"block": block}, samples[:3], samples[3:], lambda _: Grid(4, False, 16)))
+        # Once to see which linears share their inputs; then per sample, in the original and in the rounded network.
+        assert runs == [1 + 2 * len(samples)] * 3
+        assert [block[0], block[2], block[4]] == linears
+        for state, sample in zip(states, samples, strict=True):
+            torch.testing.assert_close(sample.rounded[0], block(state), rtol=0, atol=0)
+    for linear, one in zip(linears, rounded, strict=True):
+        np.testing.assert_array_equal(linear.weight.detach().numpy(), one.weight, strict=True)
+
+
 def test_a_recipe_that_needs_planned_weights_fails_without(reference: Path, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="rounds ahead"):
         onnx_for_mnn(reference, tmp_path / "out.onnx", TEXT_ENCODER, recipe())

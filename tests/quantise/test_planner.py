@@ -9,13 +9,13 @@ import pytest
 
 from sa3_convert.checkpoint.reader import Checkpoint
 from sa3_convert.checkpoint.synthetic import synthesize
-from sa3_convert.components import Component
+from sa3_convert.components import TOKEN_TABLE, Component
 from sa3_convert.errors import UsageError
 from sa3_convert.networks.build import build_network
 from sa3_convert.quantise.grid import Grid, round_least_squares
 from sa3_convert.quantise.planner import Target, layers_to_measure, measure, plan_component
 from sa3_convert.quantise.sensitivity import Sensitivity
-from sa3_convert.recipe import ComponentRecipe, load_recipe
+from sa3_convert.recipe import ComponentRecipe, Rounding, WeightScheme, load_recipe
 from sa3_convert.verify.inputs import sample_inputs
 
 BASE = ComponentRecipe(floor_db=1)
@@ -109,6 +109,31 @@ def test_the_written_recipe_is_one_that_convert_takes(
     changed = int8.model_copy(update={"components": dict(int8.components) | {Component.TEXT_ENCODER: plan.recipe}})
     (tmp_path / "planned.yaml").write_text(changed.to_yaml())
     assert load_recipe(tmp_path / "planned.yaml").components[Component.TEXT_ENCODER] == plan.recipe
+
+
+def test_the_token_table_is_counted_as_the_recipe_stores_it(checkpoint: Checkpoint, sensitivity: Sensitivity) -> None:
+    target, rows, width = Target(snr_db=25.0), *checkpoint.stored(Component.TEXT_ENCODER)[TOKEN_TABLE].shape
+    fixed = {
+        kind: plan_component(
+            checkpoint, Component.TEXT_ENCODER, BASE.model_copy(update={"embedding": kind}), sensitivity, target
+        ).fixed_bytes
+        for kind in ("float", "int8", "int4")
+    }
+    assert fixed["float"] - fixed["int8"] == 3 * rows * width - 4 * rows
+    assert fixed["int8"] - fixed["int4"] == rows * width // 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "planned"),
+    [("converter", "least_squares"), ("least_squares", "least_squares"), ("error_compensated", "error_compensated")],
+)
+def test_a_plan_keeps_compensated_rounding(
+    checkpoint: Checkpoint, sensitivity: Sensitivity, asked: Rounding, planned: Rounding
+) -> None:
+    base = BASE.model_copy(update={"weights": WeightScheme(bits=8, rounding=asked)})
+    plan = plan_component(checkpoint, Component.TEXT_ENCODER, base, sensitivity, Target(snr_db=25.0))
+    assert plan.recipe.weights is not None
+    assert plan.recipe.weights.rounding == planned
 
 
 def test_layers_of_a_role_get_one_precision(checkpoint: Checkpoint, sensitivity: Sensitivity) -> None:
