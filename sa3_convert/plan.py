@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sa3_convert.bundle.manifest import MANIFEST, Bundle
 from sa3_convert.components import TOKEN_TABLE, Component
 from sa3_convert.errors import BundleError, InputError
+from sa3_convert.estimate import Estimate, available_memory, estimate
 from sa3_convert.recipe import ComponentRecipe
 from sa3_convert.request import ConvertRequest
 from sa3_convert.stage_cache import StageCache
@@ -28,6 +29,7 @@ class Step:
     reference_bytes: int
     model_bytes: int
     """Estimated from the tensors' shapes."""
+    takes: Estimate
 
 
 def estimate_model_bytes(shapes: dict[str, tuple[int, ...]], recipe: ComponentRecipe) -> int:
@@ -54,7 +56,7 @@ def plan(request: ConvertRequest) -> list[Step]:
     """Return what has to be done for each component, by manifest and cache; `convert` reads the files themselves.
 
     Raises:
-        InputError: the disk does not have room for it.
+        InputError: disk or memory do not have room for it.
 
     """
     cache = StageCache(request.cache)
@@ -63,16 +65,20 @@ def plan(request: ConvertRequest) -> list[Step]:
         recipe = request.recipe.for_component(component)
         keys = request.keys(component)
         shapes = {name: entry.shape for name, entry in request.checkpoint.stored(component).items()}
+        todo = _todo(request, cache, component, keys)
+        reference_bytes = 4 * sum(math.prod(shape) for shape in shapes.values())
         steps.append(
             Step(
                 component=component,
                 keys=keys,
-                todo=_todo(request, cache, component, keys),
-                reference_bytes=4 * sum(math.prod(shape) for shape in shapes.values()),
+                todo=todo,
+                reference_bytes=reference_bytes,
                 model_bytes=estimate_model_bytes(shapes, recipe),
+                takes=estimate(todo, reference_bytes, recipe),
             )
         )
     _require_room(request, steps)
+    _require_memory(steps)
     return steps
 
 
@@ -120,3 +126,14 @@ def _require_room(request: ConvertRequest, steps: list[Step]) -> None:
             f"Not enough room in {folder}: this conversion needs about {needed / 2**20:.1f} MiB "
             f"and {free / 2**20:.1f} MiB are free. Free some, or give --cache and --out on another disk."
         )
+
+
+def _require_memory(steps: list[Step]) -> None:
+    free = available_memory()
+    for step in steps:
+        needed = step.takes.memory_bytes
+        if free is not None and needed > free:
+            raise InputError(
+                f"Not enough memory: converting {step.component.value} needs about {needed / 2**30:.1f} GiB and "
+                f"{free / 2**30:.1f} GiB are free. End other programs, add swap, or leave it out with --component."
+            )

@@ -11,6 +11,7 @@ from rich.table import Table
 from sa3_convert.bundle.manifest import Bundle
 from sa3_convert.components import Component
 from sa3_convert.convert import StageEvent
+from sa3_convert.estimate import Estimate, total
 from sa3_convert.plan import Step, bytes_needed
 from sa3_convert.request import ConvertRequest
 from sa3_convert.verify.result import Verdict
@@ -111,18 +112,33 @@ def plan_table(request: ConvertRequest, steps: list[Step]) -> Table:
     for name in ("component", "precision"):
         table.add_column(name)
     table.add_column("reference MiB", justify="right")
-    table.add_column("model MiB", justify="right")
+    for name in ("model MiB", "memory GiB", "about"):
+        table.add_column(name, justify="right")
     table.add_column("to do")
     for step in steps:
         precision = request.recipe.for_component(step.component).precision
         sizes = (f"{size / 2**20:.2f}" for size in (step.reference_bytes, step.model_bytes))
-        table.add_row(step.component.value, precision, *sizes, " → ".join(step.todo) or "up to date")
+        table.add_row(
+            step.component.value, precision, *sizes, *_taken(step.takes), " → ".join(step.todo) or "up to date"
+        )
     table.add_section()
     totals = (sum(s.reference_bytes for s in steps), sum(s.model_bytes for s in steps))
     table.add_row(
-        "total", "", *(f"{size / 2**20:.2f}" for size in totals), f"{bytes_needed(steps) / 2**20:.0f} MiB of room"
+        "total",
+        "",
+        *(f"{size / 2**20:.2f}" for size in totals),
+        *_taken(total(step.takes for step in steps)),
+        f"{bytes_needed(steps) / 2**20:.0f} MiB of disk",
     )
     return table
+
+
+def _taken(takes: Estimate) -> tuple[str, str]:
+    """Return memory and time for a table; nothing for what is done."""
+    if not takes.seconds:
+        return "", ""
+    minutes, seconds = divmod(round(takes.seconds), 60)
+    return f"{takes.memory_bytes / 2**30:.1f}", f"{minutes} min" if minutes > 2 else f"{60 * minutes + seconds} s"
 
 
 def planned_table(component: Component, plan: "Plan") -> Table:
