@@ -90,8 +90,9 @@ def test_a_loss_of_one_decibel_in_one_component_is_found(
 def test_a_worse_rounding_is_found_and_the_recipe_is_named(
     converted: Convert, toy: Path, kept: Path, plan: Plan, tmp_path: Path
 ) -> None:
-    text = (CONFIGS / "int8.yaml").read_text().replace("bits: 8\n      block_size: 64", "bits: 7\n      block_size: 64")
-    (tmp_path / "worse.yaml").write_text(text.replace("floor_db: 28", "floor_db: 20"))
+    first, rest = (CONFIGS / "int8.yaml").read_text().split("  number_conditioner:")
+    first = first.replace("bits: 8", "bits: 7").replace("floor_db: 28", "floor_db: 20")
+    (tmp_path / "worse.yaml").write_text(f"{first}  number_conditioner:{rest}")
     bundle = converted(toy, load_recipe(tmp_path / "worse.yaml"), tmp_path / "worse")[0].bundle
     result = check_drift(bundle, found(kept, bundle), plan)
     fallen = {(row.figure.component, row.figure.name.split(":")[0]) for row in result.failures}
@@ -115,7 +116,7 @@ def test_a_damaged_bundle_is_compared_with_nothing(copy_of_int8: Copy, kept: Pat
 
 
 def test_a_bundle_that_fails_verification_becomes_no_baseline(copy_of_int8: Copy, plan: Plan, tmp_path: Path) -> None:
-    bundle = lose(copy_of_int8(), Component.DIT, 9.0)
+    bundle = lose(copy_of_int8(), Component.NUMBER_CONDITIONER, 9.0)
     with pytest.raises(VerificationError):
         update_baseline(tmp_path / "drift.json", bundle, "why not", plan)
     assert list(tmp_path.iterdir()) == []
@@ -145,7 +146,7 @@ def test_what_figures_depend_on_is_kept(toy_int8: Bundle) -> None:
     assert origin.converted_with == toy_int8.manifest.tools
     assert set(origin.checkpoint) == {component.value for component in Component}
     assert origin.files["dit.mnn"] == toy_int8.artifact(Component.DIT).sha256
-    assert origin.recipe["components"]["text_encoder"]["weights"]["block_size"] == 64
+    assert origin.recipe["components"]["text_encoder"]["weights"]["block_size"] == 128
     assert {"passes", "mnn", "quantise"} <= set(origin.code)
 
 

@@ -11,6 +11,10 @@ from tests.bundles import CONFIGS
 def test_its_text_encoder_holds_integers_and_halves_only(toy_int8: Bundle) -> None:
     storage = read_storage(toy_int8.file(Component.TEXT_ENCODER))
     summary = audit(storage, load_recipe(CONFIGS / "int8.yaml").for_component(Component.TEXT_ENCODER))
-    assert summary.quantised == summary.layers > 0
+    kept = [f"layers.{layer}.self_attn.{name}_proj" for layer in (0, 1) for name in "vo"]
+    assert sorted(summary.kept_float) == sorted(kept)
+    assert summary.quantised == summary.layers - len(kept) > 0
     assert [table.type for table in summary.tables] == ["int8"]
-    assert {weight.scale_type for _, weight in storage.weighted()} == {"fp16"}
+    scaled = [weight for _, weight in storage.weighted() if weight.scale_type is not None]
+    assert len(scaled) == summary.quantised
+    assert {weight.scale_type for weight in scaled} == {"fp16"}

@@ -37,7 +37,7 @@ def test_a_recipe_that_was_edited_inside_the_bundle_is_refused_with_exit_3(
     folder = tmp_path / "bundle"
     shutil.copytree(toy_int8.path, folder)
     recipe = (folder / "recipe.yaml").read_text()
-    (folder / "recipe.yaml").write_text(recipe.replace("floor_db: 41.0", "floor_db: 9.0"))
+    (folder / "recipe.yaml").write_text(recipe.replace("floor_db: 32.0", "floor_db: 9.0"))
     manifest = json.loads((folder / MANIFEST).read_text())
     for artifact in manifest["artifacts"]:
         if artifact["kept_at"]:
