@@ -34,7 +34,9 @@ def test_the_text_encoder_equals_the_reference(golden: Golden, case: dict[str, A
 def test_the_number_conditioner_equals_the_reference(golden: Golden, case: dict[str, Any]) -> None:
     conditioner = network(golden.folder, Component.NUMBER_CONDITIONER)
     embedding = conditioner(torch.tensor([case["seconds"]], dtype=torch.float32))
-    assert_close_to_peak(array(embedding), golden.tensors[case["output"]], 1e-6)
+    # Not below: phases reach 6·10⁴ rad, and exp rounds the last bit of some frequencies otherwise on other processors:
+    # 10⁻⁶ of the peak where the reference ran, 3·10⁻⁵ on one with AVX-512.
+    assert_close_to_peak(array(embedding), golden.tensors[case["output"]], PARITY)
 
 
 @pytest.mark.parametrize(("golden", "case"), cases("dit"))
