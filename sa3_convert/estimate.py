@@ -16,6 +16,8 @@ from sa3_convert.stages import Stage
 _GIB: Final = 2**30
 _PROC: Final = Path("/proc/meminfo")
 _GROUP: Final = Path("/sys/fs/cgroup")
+_LEAST_MEMORY: Final = 0.6
+"""GiB of a process with torch and ONNX Runtime in it and a toy to convert."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,11 @@ class Rate:
     """GiB, not counting pages of mapped files, which the system takes back when it needs them."""
     start_seconds: float = 1.0
     start_memory: float = 1.0
+    """Of true-size components; toys take less."""
+
+    def memory(self, gib: float) -> float:
+        """Return GiB for a reference of `gib`."""
+        return min(self.start_memory, _LEAST_MEMORY + 4 * gib) + self.memory_per_gib * gib
 
 
 _RATES: Final[Mapping[Stage, Rate]] = {
@@ -64,7 +71,7 @@ def estimate(stages: Iterable[Stage], reference_bytes: int, recipe: ComponentRec
     seconds = sum(rate.start_seconds + rate.seconds_per_gib * size for rate in rates.values())
     if "mnn" in rates and recipe.weights is not None and recipe.weights.rounding == "least_squares":
         seconds += _PLANNED_SECONDS_PER_GIB * size
-    memory = max((rate.start_memory + rate.memory_per_gib * size for rate in rates.values()), default=0.0)
+    memory = max((rate.memory(size) for rate in rates.values()), default=0.0)
     return Estimate(seconds, round(memory * _GIB))
 
 

@@ -8,6 +8,7 @@ import sa3_convert.cli.app as cli
 from sa3_convert.components import Component
 from sa3_convert.estimate import available_memory, estimate, total
 from sa3_convert.recipe import ComponentRecipe, WeightScheme
+from sa3_convert.stages import Stage
 from tests.bundles import CONFIGS
 
 GIB = 2**30
@@ -26,6 +27,18 @@ def test_more_weights_more_stages_and_planned_rounding_take_longer() -> None:
     assert estimate(("export", "mnn", "verify"), GIB, PLAIN).seconds > short.seconds
     assert estimate(("mnn", "verify"), GIB, PLANNED).seconds > short.seconds
     assert estimate(("verify",), GIB, PLANNED) == estimate(("verify",), GIB, PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("stages", "gib", "measured"),
+    [(("round",), 1.05, 4.57), (("export", "mnn", "verify"), 5.41, 6.68), (("export", "mnn", "verify"), 1.59, 3.6)],
+)
+def test_memory_is_near_what_true_size_components_took(stages: tuple[Stage, ...], gib: float, measured: float) -> None:
+    assert estimate(stages, round(gib * GIB), PLANNED).memory_bytes / GIB == pytest.approx(measured, rel=0.15)
+
+
+def test_a_toy_needs_little_memory() -> None:
+    assert estimate(("export", "round", "mnn", "verify"), 1_000_000, PLAIN).memory_bytes < 0.7 * GIB
 
 
 def test_components_follow_one_another() -> None:
