@@ -3,7 +3,6 @@
 import math
 import shutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from sa3_convert.bundle.manifest import MANIFEST, Bundle
 from sa3_convert.components import TOKEN_TABLE, Component
@@ -13,9 +12,6 @@ from sa3_convert.recipe import ComponentRecipe
 from sa3_convert.request import ConvertRequest
 from sa3_convert.stage_cache import StageCache
 from sa3_convert.stages import Keys, Stage
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, slots=True)

@@ -216,7 +216,7 @@ def scheme_of(
     allocation: Allocation,
     layers: Mapping[str, Sequence[str]],
     scales: ScaleType,
-    rounding: Rounding = "least_squares",
+    rounding: Rounding,
 ) -> WeightScheme:
     """Return the allocation as a recipe's scheme: the commonest option, and one rule for each other one."""
     patterns: dict[tuple[int | None, int | None], list[str]] = defaultdict(list)
