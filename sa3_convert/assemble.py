@@ -121,7 +121,7 @@ def _component_artifacts(request: ConvertRequest, component: Component, keys: Ke
             storage=made.mnn.notes["storage"],
             fidelity=Fidelity(**made.verify.notes["fidelity"]),
             floor_db=recipe.floor_db,
-            target_mnn=request.target_mnn,
+            target_mnn=request.target_of(component),
             fingerprint=keys.verify,
         ),
         Artifact(

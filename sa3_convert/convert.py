@@ -191,7 +191,9 @@ def _make_component(
         )
         planned = rounded.file(PLANNED)
     mnn = staged(
-        "mnn", keys.mnn, lambda folder: mnn_stage(reference, component, recipe, planned, folder, request.target_mnn)
+        "mnn",
+        keys.mnn,
+        lambda folder: mnn_stage(reference, component, recipe, planned, folder, request.target_of(component)),
     )
     target = mnn.file(f"{component.value}.mnn")
     layout, threads = request.checkpoint.layout, request.threads
@@ -209,7 +211,7 @@ def _make_component(
             "split",
             keys.split,
             lambda folder: split_stage(
-                reference, component, recipe, planned, layout, folder, threads, request.target_mnn
+                reference, component, recipe, planned, layout, folder, threads, request.target_of(component)
             ),
         )
     return Made(export, mnn, verify, int8, split)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from sa3_convert.components import Component, components_of
 from sa3_convert.errors import UsageError
-from sa3_convert.mnn.target import DEFAULT_TARGET, MnnVersion
+from sa3_convert.mnn.target import MnnVersion, target_for
 from sa3_convert.recipe import Recipe
 from sa3_convert.stages import Keys, stage_keys
 
@@ -30,8 +30,8 @@ class ConvertRequest:
     """Copy the reference ONNX files into the bundle instead of leaving them in the cache."""
     with_ort_int8: bool = False
     """Also make what the engine `onnxruntime-int8` runs; it is kept where the reference is."""
-    target_mnn: MnnVersion = DEFAULT_TARGET
-    """The oldest MNN that the result has to be right on."""
+    target_mnn: MnnVersion | None = None
+    """The oldest MNN that the result has to be right on; None is, by component, the oldest that can read it."""
     with_split_dit: bool = False
     """Also make the DiT in two parts, of which one runs once per generation."""
     threads: int | None = None
@@ -43,10 +43,19 @@ class ConvertRequest:
             self.checkpoint,
             component,
             recipe,
-            target_mnn=self.target_mnn,
+            target_mnn=self.target_of(component),
             ort_int8=self.with_ort_int8,
             split=self.with_split_dit,
         )
+
+    def target_of(self, component: Component) -> MnnVersion:
+        """Return the oldest MNN that a component is made to be right on.
+
+        Raises:
+            UsageError: what is asked for cannot read what the recipe stores.
+
+        """
+        return target_for(self.recipe.for_component(component), self.target_mnn)
 
     def selected(self) -> tuple[Component, ...]:
         """Return the components to convert, in pipeline order.

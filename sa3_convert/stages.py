@@ -156,7 +156,7 @@ def mnn_stage(
         prepared = Path(scratch) / reference.name
         weights = None if planned is None else PlannedWeights(planned)
         passes = onnx_for_mnn(reference, prepared, component, recipe, planned=weights, target_mnn=target_mnn)
-        storage = mnn_from_onnx(prepared, target, recipe)
+        storage = mnn_from_onnx(prepared, target, recipe, target_mnn=target_mnn)
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     return {"storage": storage.summary(), "passes": passes.counts(), "detail": f"{size / 2**20:.1f} MiB"}
 
@@ -187,7 +187,7 @@ def split_stage(
             own = rules_of_part(recipe, part)
             prepared = Path(scratch) / "for-mnn" / part.name
             onnx_for_mnn(part, prepared, component, own, planned=weights, target_mnn=target_mnn)
-            mnn_from_onnx(prepared, target, own)
+            mnn_from_onnx(prepared, target, own, target_mnn=target_mnn)
     result = verify_split(reference, targets[0], targets[1], component, layout, quick=True, threads=threads)
     result.check_floor(recipe.floor_db)
     return _notes(result) | {"handed_over": len(handed_over)}

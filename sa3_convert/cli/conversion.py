@@ -15,15 +15,16 @@ from sa3_convert.cli.options import (
 )
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
-from sa3_convert.mnn.target import DEFAULT_TARGET, MnnVersion
+from sa3_convert.mnn.target import MnnVersion, target_for
 from sa3_convert.stage_cache import cache_beside
 
 RecipeOption = Annotated[Path, typer.Option("--recipe", metavar="FILE", help="How to store each component.")]
 TargetOption = Annotated[
-    MnnVersion,
+    MnnVersion | None,
     typer.Option(
         "--target-mnn",
-        help="The oldest MNN that the models must be right on; before 3.6 CUDA needs another Softmax.",
+        help="The oldest MNN that the models must be right on; when not given, the oldest that can read what the "
+        "recipe stores.",
     ),
 ]
 DEFAULT_RECIPE = Path("configs/int8.yaml")
@@ -50,7 +51,7 @@ def convert(
     with_ort_int8: Annotated[
         bool, typer.Option("--with-ort-int8", help="Also quantise for `run --engine onnxruntime-int8`.")
     ] = False,
-    target_mnn: TargetOption = DEFAULT_TARGET,
+    target_mnn: TargetOption = None,
     with_split_dit: Annotated[
         bool, typer.Option("--with-split-dit", help="Also make the DiT in two parts for `run --split-dit`.")
     ] = False,
@@ -131,14 +132,14 @@ def fuse(
     component: OneComponentOption,
     out: Annotated[Path, typer.Option("--out", metavar="FILE.onnx", help="The ONNX for MNN.")],
     recipe: RecipeOption = DEFAULT_RECIPE,
-    target_mnn: TargetOption = DEFAULT_TARGET,
+    target_mnn: TargetOption = None,
 ) -> None:
     """Stage 2: the passes that make an ONNX safe for MNN, and the hazard lint."""
     from sa3_convert.passes.pipeline import onnx_for_mnn
     from sa3_convert.recipe import load_recipe
 
     chosen = load_recipe(recipe).for_component(component)
-    report = onnx_for_mnn(reference, out, component, chosen, target_mnn=target_mnn)
+    report = onnx_for_mnn(reference, out, component, chosen, target_mnn=target_for(chosen, target_mnn))
     for name, count in report.counts().items():
         typer.echo(f"{name:<24} {count}")
     typer.echo(f"{out}: no hazards")
@@ -149,11 +150,14 @@ def mnn(
     component: OneComponentOption,
     out: Annotated[Path, typer.Option("--out", metavar="FILE.mnn", help="The model.")],
     recipe: RecipeOption = DEFAULT_RECIPE,
+    target_mnn: TargetOption = None,
 ) -> None:
     """Stage 3: MNN's converter, judged by the file that it wrote."""
     from sa3_convert.mnn.convert import mnn_from_onnx
+    from sa3_convert.mnn.readers import oldest_reader
     from sa3_convert.recipe import load_recipe
 
     chosen = load_recipe(recipe).for_component(component)
-    mnn_from_onnx(source, out, chosen)
-    typer.echo(f"{out}: {out.stat().st_size / 2**20:.2f} MiB, holds what {recipe} asks for")
+    storage = mnn_from_onnx(source, out, chosen, target_mnn=target_for(chosen, target_mnn))
+    size = out.stat().st_size / 2**20
+    typer.echo(f"{out}: {size:.2f} MiB, holds what {recipe} asks for; for {oldest_reader(storage)}")

@@ -67,6 +67,8 @@ class OperatorStorage:
     """Name of the subgraph that it belongs to; empty for the main graph."""
     type: str
     """MNN's name for it."""
+    parameter_kind: int
+    """Number of the kind of its parameters (`schema.Kind`); 0 if it has none."""
     function: str | None
     """Which function, of a unary or binary operator."""
     inputs: tuple[str, ...]

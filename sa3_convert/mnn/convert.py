@@ -23,7 +23,9 @@ from sa3_convert.mnn.identity import set_content_uuid
 from sa3_convert.mnn.isolated import TIMEOUT_SECONDS, WORKER, last_lines, run_worker
 from sa3_convert.mnn.layer_rules import apply_rules, read_layers, scheme_flags
 from sa3_convert.mnn.onnx_input import OnnxInput, Ports, read_onnx_input
+from sa3_convert.mnn.readers import check_reader
 from sa3_convert.mnn.storage import read_storage
+from sa3_convert.mnn.target import MnnVersion
 from sa3_convert.recipe import ComponentRecipe
 
 _COMMON_FLAGS = (
@@ -78,7 +80,12 @@ def converter_version() -> str:
 
 
 def mnn_from_onnx(
-    onnx_path: Path, mnn_path: Path, recipe: ComponentRecipe, *, converter: Converter = DEFAULT_CONVERTER
+    onnx_path: Path,
+    mnn_path: Path,
+    recipe: ComponentRecipe,
+    *,
+    target_mnn: MnnVersion | None = None,
+    converter: Converter = DEFAULT_CONVERTER,
 ) -> ModelStorage:
     """Convert one ONNX file and audit the result; the same input, recipe and version of MNN give the same bytes.
 
@@ -91,6 +98,7 @@ def mnn_from_onnx(
             passes on the graph, done before.
         mnn_path: the result. A file of that name stays untouched unless everything went well.
         recipe: how weights and floats are stored.
+        target_mnn: the oldest MNN that has to read the result; None does not care.
         converter: how the converter is started.
 
     Returns:
@@ -98,7 +106,7 @@ def mnn_from_onnx(
 
     Raises:
         ConversionError: anything went wrong (the message holds the converter's last lines), or the file does not hold
-            what the recipe asks for (the message names the layer).
+            what the recipe asks for (the message names the layer), or the target cannot read it.
 
     """
     source = read_onnx_input(onnx_path.absolute())
@@ -115,6 +123,8 @@ def mnn_from_onnx(
         except ModelFileError as error:
             raise ConversionError(f"MNN's converter wrote a damaged file: {error}") from None
         audit(storage, recipe)
+        if target_mnn is not None:
+            check_reader(storage, target_mnn)
         _take_final_name(made, mnn_path)
     return storage
 

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from sa3_convert.mnn.contents import ModelStorage, Port
 from sa3_convert.mnn.layer_rules import layer_name
+from sa3_convert.mnn.readers import oldest_reader
 from sa3_convert.mnn.weights import WeightStorage
 
 _SMALL_CONSTANT: Final = 1024
@@ -38,6 +39,7 @@ def _headline(storage: ModelStorage) -> Text:
     )
     if storage.weight_file_bytes:
         text.append(f"; {_size(storage.weight_file_bytes)} in the .weight file beside it")
+    text.append(f"\nRuns on {_plain(str(oldest_reader(storage)))}")
     return text
 
 

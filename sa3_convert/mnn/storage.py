@@ -172,6 +172,7 @@ class _Reader:
                 name=name,
                 graph=graph.name,
                 type=operator_type,
+                parameter_kind=kind,
                 function=_function(kind, parameter),
                 inputs=graph.named(table.integers(Op.INPUTS)),
                 outputs=outputs,

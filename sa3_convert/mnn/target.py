@@ -1,7 +1,42 @@
 """The versions of MNN that a conversion can be for: the oldest one on which the result has to be right."""
 
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
-MnnVersion = Literal["3.0", "3.5", "3.6"]
+from sa3_convert.errors import UsageError
+from sa3_convert.recipe import ComponentRecipe
 
-DEFAULT_TARGET: Final[MnnVersion] = "3.6"
+MnnVersion = Literal["3.0", "3.1", "3.5", "3.6"]
+
+DEFAULT_TARGET: Final[MnnVersion] = "3.1"
+"""What costs nothing: 3.0 does not know SiLU as one operator."""
+_HALF_SCALES: Final[MnnVersion] = "3.6"
+"""Measured: MNN 3.5.0 and before look for float32 scales, find none, and divide by their number (SIGFPE)."""
+
+
+def is_older(version: MnnVersion, than: MnnVersion) -> bool:
+    """Whether a version came before another."""
+    order = get_args(MnnVersion)
+    return order.index(version) < order.index(than)
+
+
+def target_for(recipe: ComponentRecipe, asked: MnnVersion | None) -> MnnVersion:
+    """Return the oldest MNN that a component, stored as its recipe says, is made to be right on.
+
+    Args:
+        recipe: how it is stored.
+        asked: what the user wants; None is the oldest that costs nothing and reads what is stored.
+
+    Raises:
+        UsageError: what is asked for cannot read it.
+
+    """
+    has_half_scales = recipe.weights is not None and recipe.weights.scales == "fp16"
+    oldest = _HALF_SCALES if has_half_scales else DEFAULT_TARGET
+    if asked is None:
+        return oldest
+    if has_half_scales and is_older(asked, oldest):
+        raise UsageError(
+            f"MNN {asked} cannot read scales: fp16, which the recipe asks for: it crashes. "
+            f"Use scales: fp32 in the recipe, or --target-mnn {oldest}."
+        )
+    return asked

@@ -73,6 +73,26 @@ def attribute_int(node: ir.Node, name: str, default: int) -> int:
     return default if attribute is None else int(attribute.as_int())
 
 
+def produced(value: ir.Value | None, operator: str) -> ir.Node | None:
+    """Return the node that makes a value, if it is this standard operator."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == operator and not node.domain else None
+
+
+def rms_eps(reciprocal: ir.Node | None, source: ir.Value) -> ir.Node | None:
+    """Return the Add of ε in 1 / Sqrt(ReduceMean(source²) + ε), what an RMS norm multiplies `source` with, or None."""
+    root = None if reciprocal is None else produced(reciprocal.inputs[0], "Sqrt")
+    add = None if root is None else produced(root.inputs[0], "Add")
+    if add is None or scalar(add.inputs[1]) is None:
+        return None
+    mean = produced(add.inputs[0], "ReduceMean")
+    power = None if mean is None else produced(mean.inputs[0], "Pow")
+    if mean is None or power is None or power.inputs[0] is not source or scalar(power.inputs[1]) != 2:
+        return None
+    axes = constant_tensor(mean.inputs[1]) if len(mean.inputs) > 1 else None
+    return add if axes is not None and axes.numpy().tolist() == [-1] else None
+
+
 def is_shifted_by_its_maximum(value: ir.Value) -> bool:
     """Whether a value is x − ReduceMax(x)."""
     subtract = value.producer()

@@ -2,7 +2,7 @@
 
 The hazard lint refuses graphs by these rows, and each probe of `doctor` belongs to one of them, so that both speak of
 the same list. CPU rows were measured with MNN 3.6.1 on x86-64 and are measured again by the tests and by `doctor`; CUDA
-rows come from its source.
+rows come from its source. What older versions do with a converted file was measured with their wheels, 3.0.0 to 3.6.0.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,9 @@ from sa3_convert.passes import hazard_rules as rules
 from sa3_convert.passes.hazard_rules import Facts
 
 Severity = Literal["wrong", "unsupported", "cuda", "tool", "info"]
-"""wrong: other numbers on the CPU without an error. unsupported: no file. cuda: wrong on CUDA. tool: the converter or
-the Python bindings do something else than they were asked. info: worth knowing."""
+"""wrong: other numbers on the CPU without an error. unsupported: no file, or none that the
+target can run. cuda: wrong on CUDA. tool: the converter or the Python bindings do something else than they were asked.
+info: worth knowing."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,32 @@ HAZARD_KINDS: tuple[HazardKind, ...] = (
         "subtract_row_maximum, or convert for 3.6",
         "pass subtract_row_maximum, by --target-mnn; " + _LINT,
         rules.softmax_without_maximum,
+    ),
+    HazardKind(
+        "shape-range",
+        "unsupported",
+        "3.0.0 to 3.4.1, measured, converted by 3.6.1",
+        "Shape with start or end: these versions refuse the whole file",
+        "Slice the whole shape, or convert for 3.5",
+        "pass use_whole_shapes, by --target-mnn; " + _LINT,
+        rules.shape_with_range,
+    ),
+    HazardKind(
+        "silu-unknown",
+        "unsupported",
+        "3.0.0, measured, converted by 3.6.1",
+        "x · Sigmoid(x) becomes one operator, which this version cannot run",
+        "x / (1 + Exp(−x)), or convert for 3.1",
+        "pass spell_silu, by --target-mnn; " + _LINT,
+        rules.silu,
+    ),
+    HazardKind(
+        "half-scales-unread",
+        "tool",
+        "3.0.0 to 3.5.0, measured, converted by 3.6.1",
+        "weights with FP16 scales: these versions crash (SIGFPE)",
+        "scales: fp32, or convert for 3.6",
+        "mnn.target refuses the pair",
     ),
     HazardKind(
         "unfused-weight-norm",

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from sa3_convert.mnn.target import MnnVersion
+from sa3_convert.mnn.target import MnnVersion, is_older
 from sa3_convert.passes import _graph
+from sa3_convert.passes.safe_softmax import needs_shift
+from sa3_convert.passes.spelled_silu import is_silu
+from sa3_convert.passes.whole_shapes import has_range
 
 
 @dataclass(frozen=True)
@@ -161,10 +164,20 @@ def gathers_from_the_end(node: ir.Node, facts: Facts) -> bool:
 
 
 def softmax_without_maximum(node: ir.Node, facts: Facts) -> bool:
-    """Whether a Softmax's input is not shifted by its row maximum, and the target needs that."""
-    if node.op_type not in ("Softmax", "LogSoftmax") or facts.target_mnn == "3.6":
+    """Whether rows of a Softmax may be too low for the target."""
+    if node.op_type not in ("Softmax", "LogSoftmax"):
         return False
-    return node.inputs[0] is None or not _graph.is_shifted_by_its_maximum(node.inputs[0])
+    return is_older(facts.target_mnn, "3.6") and needs_shift(node)
+
+
+def shape_with_range(node: ir.Node, facts: Facts) -> bool:
+    """Whether a Shape has a range that the target does not know."""
+    return node.op_type == "Shape" and is_older(facts.target_mnn, "3.5") and has_range(node)
+
+
+def silu(node: ir.Node, facts: Facts) -> bool:
+    """Whether the converter would make a SiLU that the target does not know."""
+    return is_older(facts.target_mnn, "3.1") and is_silu(node)
 
 
 def weight_is_a_norm(node: ir.Node, facts: Facts) -> bool:

@@ -68,7 +68,7 @@ def gated_products(model: ir.Model) -> list[GatedProduct]:
         if node.op_type != "MatMul" or _weight(node) is None:
             continue
         eps = _norm_behind(node.outputs[0])
-        product = _produced(node.inputs[0], "Mul")
+        product = _graph.produced(node.inputs[0], "Mul")
         if eps is None or product is None or not _used_once(product.outputs[0]):
             continue
         for gated, up in (product.inputs, reversed(product.inputs)):
@@ -82,7 +82,7 @@ def gated_products(model: ir.Model) -> list[GatedProduct]:
 def _matched(gated: ir.Value | None, up: ir.Value | None, eps: ir.Node) -> GatedProduct | None:
     """Recognise a(x·G) and x·U with the same normalised x."""
     gate, factor = _gate(gated)
-    up_node = _produced(up, "MatMul")
+    up_node = _graph.produced(up, "MatMul")
     if gate is None or up_node is None or up_node.inputs[0] is not gate.inputs[0]:
         return None
     weights = _weight(gate), _weight(up_node)
@@ -98,11 +98,11 @@ def _matched(gated: ir.Value | None, up: ir.Value | None, eps: ir.Node) -> Gated
 
 def _gate(value: ir.Value | None) -> tuple[ir.Node | None, float]:
     """Return the Linear behind g·h(g) and the largest |h|."""
-    product = _produced(value, "Mul")
+    product = _graph.produced(value, "Mul")
     if product is None:
         return None, 0
     for linear, gate in (product.inputs, reversed(product.inputs)):
-        node, largest = _produced(linear, "MatMul"), _largest(gate)
+        node, largest = _graph.produced(linear, "MatMul"), _largest(gate)
         if node is not None and largest is not None:
             return node, largest
     return None, 0
@@ -110,32 +110,32 @@ def _gate(value: ir.Value | None) -> tuple[ir.Node | None, float]:
 
 def _largest(value: ir.Value | None) -> float | None:
     """Return the largest magnitude of Sigmoid(…), or of c·(1 + Tanh(…)) or c·(1 + Erf(…))."""
-    if _produced(value, "Sigmoid") is not None:
+    if _graph.produced(value, "Sigmoid") is not None:
         return 1.0
-    half = _produced(value, "Mul")
+    half = _graph.produced(value, "Mul")
     if half is None:
         return None
     for constant, shifted in (half.inputs, reversed(half.inputs)):
-        factor, add = _graph.scalar(constant), _produced(shifted, "Add")
+        factor, add = _graph.scalar(constant), _graph.produced(shifted, "Add")
         if factor is None or add is None:
             continue
         for one, bounded in (add.inputs, reversed(add.inputs)):
-            if _graph.scalar(one) == 1 and (_produced(bounded, "Tanh") or _produced(bounded, "Erf")):
+            if _graph.scalar(one) == 1 and (_graph.produced(bounded, "Tanh") or _graph.produced(bounded, "Erf")):
                 return 2 * abs(factor)
     return None
 
 
 def _gamma(value: ir.Value | None) -> NDArray[np.float32] | None:
     """Return the gain of the RMS norm that makes a value."""
-    product = _produced(value, "Mul")
+    product = _graph.produced(value, "Mul")
     if product is None:
         return None
     for normalised, gain in (product.inputs, reversed(product.inputs)):
-        inner = _produced(normalised, "Mul")
+        inner = _graph.produced(normalised, "Mul")
         if _graph.constant_tensor(gain) is None or inner is None or gain is None:
             continue
         for source, reciprocal in (inner.inputs, reversed(inner.inputs)):
-            if source is not None and _eps_of(_produced(reciprocal, "Reciprocal"), source) is not None:
+            if source is not None and _graph.rms_eps(_graph.produced(reciprocal, "Reciprocal"), source) is not None:
                 array = np.asarray(_graph.array(gain), np.float32)
                 return array if array.ndim == 1 else None
     return None
@@ -149,26 +149,7 @@ def _norm_behind(value: ir.Value) -> ir.Node | None:
     if value.is_graph_output() or len(users) != 2 or len(scaled) != 1 or len(powers) != 1:
         return None
     other = next((i for i in scaled[0].inputs if i is not value), None)
-    return _eps_of(_produced(other, "Reciprocal"), value)
-
-
-def _eps_of(reciprocal: ir.Node | None, source: ir.Value) -> ir.Node | None:
-    """Return the Add of 1 / Sqrt(ReduceMean(source²) + ε)."""
-    root = None if reciprocal is None else _produced(reciprocal.inputs[0], "Sqrt")
-    add = None if root is None else _produced(root.inputs[0], "Add")
-    if add is None or _graph.scalar(add.inputs[1]) is None:
-        return None
-    mean = _produced(add.inputs[0], "ReduceMean")
-    power = None if mean is None else _produced(mean.inputs[0], "Pow")
-    if mean is None or power is None or power.inputs[0] is not source or _graph.scalar(power.inputs[1]) != 2:
-        return None
-    axes = _graph.constant_tensor(mean.inputs[1]) if len(mean.inputs) > 1 else None
-    return add if axes is not None and axes.numpy().tolist() == [-1] else None
-
-
-def _produced(value: ir.Value | None, operator: str) -> ir.Node | None:
-    node = None if value is None else value.producer()
-    return node if node is not None and node.op_type == operator and not node.domain else None
+    return _graph.rms_eps(_graph.produced(other, "Reciprocal"), value)
 
 
 def _used_once(value: ir.Value) -> bool:

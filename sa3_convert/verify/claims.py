@@ -82,13 +82,16 @@ def _check_claims(file: Path, artifact: Artifact, precision: str, floor_db: floa
 def _check_storage(bundle: Bundle, recipe: Recipe, component: Component) -> None:
     """Hold manifest and recipe to what the bytes of a `.mnn` say."""
     from sa3_convert.mnn.audit import audit
+    from sa3_convert.mnn.readers import check_reader
     from sa3_convert.mnn.storage import read_storage
 
     artifact, file = bundle.artifact(component), bundle.file(component)
     storage = read_storage(file)
     try:
         audit(storage, recipe.for_component(component))
+        if artifact.target_mnn is not None:
+            check_reader(storage, artifact.target_mnn)
     except ConversionError as error:
-        raise VerificationError(f"{file} does not hold what the bundle's recipe asks for. {error}") from None
+        raise VerificationError(f"{file} does not hold what the bundle promises. {error}") from None
     if artifact.storage is not None and artifact.storage != storage.summary():
         raise VerificationError(f"{file} stores its weights otherwise than the manifest says. Convert again.")

@@ -27,6 +27,9 @@ SHIFTED = "(int32[4] i) => (float[4] y) { a = Cast<to = 7>(i)  b = Add(a, k)  y 
 WEIGHT_NORM = """(float[1, 6, N] x) => (float[1, 4, N] y) {
     NORM  d = Div(v, n)  w = Mul(d, g)  y = Conv<pads = [1, 1]>(x, w) }"""
 ROWS = {"table": X, "i": np.array([-1, 0, 2, -4], np.int32)}
+SILU = "(float[4, 6] x) => (float[4, 6] y) { s = Sigmoid(x)  y = Mul(x, s) }"
+PART_OF_SHAPE = """(float[4, N] x) => (float[1, M] y) {
+    n = Shape<start = 1>(x)  m = Concat<axis = 0>(one, n)  y = Expand(k, m) }"""
 V, G = RNG.standard_normal((4, 6, 3)).astype(np.float32), np.ones((4, 1, 1), np.float32)
 
 
@@ -126,6 +129,15 @@ ELSEWHERE = [
     Case("integer-arithmetic", "(int32[4] i) => (int32[4] y) { y = Add(i, k) }", {"k": np.int32(2)}),
     Case("softmax-low-rows", "(float[4, 6] x) => (float[4, 6] y) { y = Softmax(x) }", target="3.5"),
     Case("softmax-low-rows", "(float[4, 6] x) => (float[4, 6] y) { y = Softmax(x) }", target="3.0"),
+    Case("shape-range", PART_OF_SHAPE, {"k": X[:1, :1], "one": np.array([1])}, target="3.1"),
+    Case(
+        "shape-range",
+        PART_OF_SHAPE.replace("start = 1", "start = 0, end = 1"),
+        {"k": X[:1, :1], "one": np.array([1])},
+        target="3.0",
+    ),
+    Case("silu-unknown", SILU, target="3.0"),
+    Case("silu-unknown", SILU.replace("Mul(x, s)", "Mul(s, x)"), target="3.0"),
     Case(
         "unfused-weight-norm",
         WEIGHT_NORM.replace("NORM", "q = Mul(v, v)  s = ReduceSum(q, axes)  n = Sqrt(s)"),
@@ -208,6 +220,16 @@ RIGHT = [
         {"x": X},
         target="3.0",
     ),
+    Case("shape-range", PART_OF_SHAPE, {"k": X[:1, :1], "one": np.array([1])}, {"x": X}, target="3.5"),
+    Case(
+        "shape-range",
+        PART_OF_SHAPE.replace("n = Shape<start = 1>(x)", "s = Shape(x)  n = Slice(s, one, two)"),
+        {"k": X[:1, :1], "one": np.array([1]), "two": np.array([2])},
+        {"x": X},
+        target="3.0",
+    ),
+    Case("silu-unknown", SILU, feeds={"x": X}, target="3.1"),
+    Case("silu-unknown", SILU.replace("Mul(x, s)", "Mul(k, s)"), {"k": X}, {"x": X}, target="3.0"),
     Case(
         "unfused-weight-norm",
         "(float[1, 6, N] x) => (float[1, 4, N] y) { n = Neg(v)  y = Conv<pads = [1, 1]>(x, n) }",
@@ -320,8 +342,8 @@ def test_hazards_in_branches_are_found() -> None:
 
 def test_a_plain_graph_is_clean() -> None:
     model = graph("(float[2, 64] x) => (float[2, 64] y) { h = MatMul(x, w)  y = Softmax(h) }", w=np.eye(64, dtype="f"))
-    assert find_hazards(model) == []
-    refuse_hazards(model)
+    assert find_hazards(model, target_mnn="3.6") == []
+    refuse_hazards(model, target_mnn="3.6")
 
 
 def test_refusal_names_node_kind_and_fix() -> None:

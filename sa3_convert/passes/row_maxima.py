@@ -1,0 +1,229 @@
+"""How low the row maximum of a Softmax can fall, whatever the input: a proof from the weights in the graph.
+
+Logits are products of rows whose length something bounds, so by Cauchy and Schwarz |q·k| ≤ ‖q‖₂·‖k‖₂ with
+
+    ‖x / sqrt(mean(x²) + ε)‖₂ ≤ √d              the RMS norm of queries and keys
+    ‖tanh(x)‖₂ ≤ √d                             DynamicTanh
+    ‖γ∘x‖₂ ≤ max|γ|·‖x‖₂    ‖x + β‖₂ ≤ ‖x‖₂ + ‖β‖₂
+    ‖rotated x‖₂ ≤ max √(cos² + sin²)·‖x‖₂      rotary positions
+
+or they are capped: |c·tanh(l / c)| ≤ c. An additive mask lowers what it hides, but not the maximum of a row in which it
+leaves a key. Two kinds do so in every row: one with zeros padded to it (the DiT's memory tokens), and m_q·(1 − m_k),
+which is 0 at k = q for every m of zeros and ones (the text encoder's, whose padded queries see everything).
+
+What is not recognised has no bound: −∞.
+"""
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+
+from sa3_convert.passes import _graph
+
+
+def lowest_row_maximum(softmax: ir.Node) -> float:
+    """Return a number that no row maximum of a Softmax's input is below; −∞ if none is known.
+
+    Masks of the form m·(1 − m) are taken to be made of zeros and ones, as the components' contract says.
+    """
+    logits = softmax.inputs[0]
+    if logits is None or not _is_last_axis(logits, _graph.attribute_int(softmax, "axis", -1)):
+        return -math.inf
+    add = _graph.produced(logits, "Add")
+    if add is not None:
+        for masked, mask in (add.inputs, reversed(add.inputs)):
+            if mask is not None and _leaves_a_key(mask):
+                logits = masked
+                break
+    return -_largest_magnitude(logits)
+
+
+def _largest_magnitude(logits: ir.Value | None) -> float:
+    """Bound c·tanh(…) or q·kᵀ."""
+    capped = _graph.produced(logits, "Mul")
+    if capped is not None:
+        for bounded, factor in (capped.inputs, reversed(capped.inputs)):
+            cap = _graph.scalar(factor)
+            if cap is not None and _graph.produced(bounded, "Tanh") is not None:
+                return abs(cap)
+    product = _graph.produced(logits, "MatMul")
+    transposed = None if product is None else _graph.produced(product.inputs[1], "Transpose")
+    if product is None or transposed is None or not _swaps_the_last_two(transposed):
+        return math.inf
+    return _longest_row(product.inputs[0]) * _longest_row(transposed.inputs[0])
+
+
+def _longest_row(value: ir.Value | None) -> float:
+    """Bound the Euclidean norm of each row over the last axis."""
+    node = None if value is None else value.producer()
+    if value is None or node is None or node.domain:
+        return math.inf
+    first = node.inputs[0]
+    match node.op_type:
+        case "Tanh":
+            return math.sqrt(_width(value))
+        case "Transpose" if _order(node)[-1:] == [len(_order(node)) - 1]:
+            return _longest_row(first)
+        case "Mul":
+            return _longest_product(value, node)
+        case "Add":
+            for moved, constant in (node.inputs, reversed(node.inputs)):
+                offset = _per_channel(constant, _width(value))
+                if offset is not None:
+                    return _longest_row(moved) + float(np.linalg.norm(offset))
+        case "Concat":
+            return _longest_rotated(node)
+    return math.inf
+
+
+def _longest_product(value: ir.Value, node: ir.Node) -> float:
+    width = _width(value)
+    for scaled, factor in (node.inputs, reversed(node.inputs)):
+        gains = _per_channel(factor, width)
+        if gains is not None:
+            return float(np.abs(gains).max()) * _longest_row(scaled)
+        reciprocal = _graph.produced(factor, "Reciprocal")
+        if scaled is not None and reciprocal is not None:
+            eps = _graph.rms_eps(reciprocal, scaled)
+            if eps is not None and (_graph.scalar(eps.inputs[1]) or 0) >= 0:
+                return math.sqrt(width)
+    return math.inf
+
+
+def _longest_rotated(concat: ir.Node) -> float:
+    """Bound (a·cos − b·sin, b·cos + a·sin, rest) with (a, b, rest) the parts of one value."""
+    if len(concat.inputs) not in (2, 3) or not _is_last_axis(
+        concat.outputs[0], _graph.attribute_int(concat, "axis", 0)
+    ):
+        return math.inf
+    left, right = _graph.produced(concat.inputs[0], "Sub"), _graph.produced(concat.inputs[1], "Add")
+    if left is None or right is None:
+        return math.inf
+    factors = [_factors(term) for node in (left, right) for term in node.inputs]
+    for a, cos in factors[0]:
+        split = None if a is None else a.producer()
+        if split is None or split.op_type != "Split" or not _is_last_axis(a, _graph.attribute_int(split, "axis", 0)):
+            continue
+        if len(split.outputs) != len(concat.inputs) or list(concat.inputs[2:]) != list(split.outputs[2:]):
+            continue
+        b = split.outputs[1]
+        sines = [sin for value, sin in factors[1] if value is b]
+        if a is split.outputs[0] and sines and _are(factors[2], b, cos) and _are(factors[3], a, sines[0]):
+            return _longest_unit(cos, sines[0]) * _longest_row(split.inputs[0])
+    return math.inf
+
+
+_Factors = list[tuple[ir.Value | None, ir.Value | None]]
+
+
+def _factors(term: ir.Value | None) -> _Factors:
+    product = _graph.produced(term, "Mul")
+    if product is None:
+        return []
+    first, second = product.inputs
+    return [(first, second), (second, first)]
+
+
+def _are(factors: _Factors, first: ir.Value, second: ir.Value | None) -> bool:
+    return any(one is first and other is second for one, other in factors)
+
+
+def _longest_unit(cos: ir.Value | None, sin: ir.Value | None) -> float:
+    """Bound √(cos² + sin²): 1 for the cosine and sine of one phase, what constant tables hold otherwise."""
+    cosine, sine = _graph.produced(cos, "Cos"), _graph.produced(sin, "Sin")
+    if cosine is not None and sine is not None:
+        return 1.0 if cosine.inputs[0] is sine.inputs[0] else math.sqrt(2)
+    tables = [_graph.constant_tensor(table) for table in (cos, sin)]
+    if tables[0] is None or tables[1] is None or tables[0].shape != tables[1].shape:
+        return math.inf
+    return float(np.hypot(*(table.numpy().astype(np.float64) for table in tables if table is not None)).max())
+
+
+def _leaves_a_key(mask: ir.Value) -> bool:
+    """Whether an additive mask is 0 for at least one key of every row."""
+    node = mask.producer()
+    while node is not None and node.op_type == "Unsqueeze" and _keeps_the_last_axis(node):
+        node = None if node.inputs[0] is None else node.inputs[0].producer()
+    if node is None:
+        return False
+    if node.op_type == "Pad":
+        return _pads_zeros(node)
+    if node.op_type != "Mul":
+        return False
+    return any(
+        _graph.scalar(factor) is not None and _hides_from_tokens_only(product)
+        for product, factor in (node.inputs, reversed(node.inputs))
+    )
+
+
+def _pads_zeros(pad: ir.Node) -> bool:
+    """Whether zeros are put beside the last axis of all dimensions."""
+    mode = pad.attributes.get("mode")
+    pads = _graph.constant_tensor(pad.inputs[1])
+    value = pad.inputs[2] if len(pad.inputs) > 2 else None
+    if (mode is not None and mode.as_string() != "constant") or pads is None:
+        return False
+    if (value is not None and _graph.scalar(value) != 0) or (len(pad.inputs) > 3 and pad.inputs[3] is not None):
+        return False
+    before, after = np.split(pads.numpy(), 2)
+    return bool(before[-1] > 0 or after[-1] > 0)
+
+
+def _hides_from_tokens_only(value: ir.Value | None) -> bool:
+    """Whether a value is m_q·(1 − m_k) of one mask m, over queries and keys."""
+    product = _graph.produced(value, "Mul")
+    if product is None:
+        return False
+    for queries, keys in (product.inputs, reversed(product.inputs)):
+        unseen = _graph.produced(_without_unsqueezes(keys), "Sub")
+        if unseen is None or _graph.scalar(unseen.inputs[0]) != 1:
+            continue
+        if _last_sizes(queries)[1:] == (1,) and _last_sizes(keys)[:1] == (1,):
+            return unseen.inputs[1] is _without_unsqueezes(queries)
+    return False
+
+
+def _without_unsqueezes(value: ir.Value | None) -> ir.Value | None:
+    while (node := _graph.produced(value, "Unsqueeze")) is not None:
+        value = node.inputs[0]
+    return value
+
+
+def _last_sizes(value: ir.Value | None) -> tuple[object, ...]:
+    return () if value is None or value.shape is None else tuple(value.shape)[-2:]
+
+
+def _keeps_the_last_axis(unsqueeze: ir.Node) -> bool:
+    axes, shape = _graph.constant_tensor(unsqueeze.inputs[1]), unsqueeze.outputs[0].shape
+    return axes is not None and shape is not None and not {-1, len(shape) - 1} & set(axes.numpy().tolist())
+
+
+def _is_last_axis(value: ir.Value | None, axis: int) -> bool:
+    return axis == -1 or (value is not None and value.shape is not None and axis == len(value.shape) - 1)
+
+
+def _swaps_the_last_two(transpose: ir.Node) -> bool:
+    order = _order(transpose)
+    return len(order) >= 2 and order[-2:] == [len(order) - 1, len(order) - 2]
+
+
+def _order(transpose: ir.Node) -> list[int]:
+    """Return which axis goes where; empty when the graph leaves it to the default."""
+    return list(transpose.attributes["perm"].as_ints()) if "perm" in transpose.attributes else []
+
+
+def _per_channel(value: ir.Value | None, width: float) -> np.ndarray | None:
+    """Return a constant scalar or vector over the last axis as [width]."""
+    tensor = _graph.constant_tensor(value)
+    if tensor is None or not math.isfinite(width) or tensor.size not in (1, width):
+        return None
+    if tensor.size > 1 and tensor.shape[-1] != width:
+        return None
+    return np.broadcast_to(tensor.numpy().astype(np.float64).reshape(-1), (int(width),))
+
+
+def _width(value: ir.Value) -> float:
+    """Return the size of the last axis; infinity if it is not fixed."""
+    size = None if value.shape is None or not len(value.shape) else value.shape[-1]
+    return size if isinstance(size, int) else math.inf
