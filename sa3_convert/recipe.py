@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from sa3_convert.components import SPECS, Component
 from sa3_convert.errors import RecipeError
+from sa3_convert.recipe_files import read_recipe
 
 FloatType = Literal["fp32", "fp16"]
 EmbeddingType = Literal["float", "int8", "int4"]
@@ -156,21 +157,13 @@ class Recipe(_Strict):
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read and check a recipe file.
+    """Read and check a recipe file, with the one that it extends.
 
     Raises:
         RecipeError: it is missing, not YAML, or not valid; the message names the key and the nearest known one.
 
     """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(
-            f"Recipe {path} does not exist. The ones that come with the project are in configs/."
-        ) from None
-    # yaml lets a ValueError pass for a date or a number that cannot be, and ends deep nesting with a RecursionError.
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise RecipeError(f"Recipe {path} cannot be read: {error}") from None
+    data = read_recipe(path)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -193,7 +186,7 @@ def _explain(error: ValidationError) -> list[str]:
 
 def _known_keys() -> list[str]:
     models: tuple[type[BaseModel], ...] = (Recipe, ComponentRecipe, WeightScheme, LayerRule)
-    return sorted({field.alias or name for model in models for name, field in model.model_fields.items()})
+    return sorted({"extends", *(field.alias or name for model in models for name, field in model.model_fields.items())})
 
 
 def plain(recipe: ComponentRecipe) -> dict[str, Any]:

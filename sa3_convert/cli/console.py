@@ -85,6 +85,7 @@ def bundle_table(bundle: Bundle) -> Table:
     table.add_column("SNR dB", justify="right")
     table.add_column("floor", justify="right")
     table.add_column("cosine", justify="right")
+    table.add_column("for MNN")
     table.add_column("SHA-256")
     total = 0
     for artifact in bundle.manifest.artifacts:
@@ -99,6 +100,7 @@ def bundle_table(bundle: Bundle) -> Table:
             f"{artifact.fidelity.signal_to_noise_db:.1f}",
             f"{artifact.floor_db:g}",
             f"{artifact.fidelity.cosine:.6f}",
+            f"{artifact.target_mnn}+" if artifact.target_mnn else "",
             artifact.sha256[:16],
         )
     table.add_section()

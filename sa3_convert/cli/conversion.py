@@ -18,7 +18,10 @@ from sa3_convert.errors import UsageError
 from sa3_convert.mnn.target import MnnVersion, target_for
 from sa3_convert.stage_cache import cache_beside
 
-RecipeOption = Annotated[Path, typer.Option("--recipe", metavar="FILE", help="How to store each component.")]
+RecipeOption = Annotated[
+    Path,
+    typer.Option("--recipe", metavar="FILE", help="How to store each component: a file, or the name of one of ours."),
+]
 TargetOption = Annotated[
     MnnVersion | None,
     typer.Option(
@@ -65,9 +68,10 @@ def convert(
     from sa3_convert.doctor.consult import check_conversion
     from sa3_convert.plan import plan
     from sa3_convert.recipe import load_recipe
+    from sa3_convert.recipe_files import recipe_file
     from sa3_convert.request import ConvertRequest
 
-    resolved = load_recipe(recipe)
+    resolved = load_recipe(recipe_file(recipe))
     request = ConvertRequest(
         checkpoint=open_checkpoint(checkpoint, lora),
         recipe=resolved,
@@ -137,8 +141,9 @@ def fuse(
     """Stage 2: the passes that make an ONNX safe for MNN, and the hazard lint."""
     from sa3_convert.passes.pipeline import onnx_for_mnn
     from sa3_convert.recipe import load_recipe
+    from sa3_convert.recipe_files import recipe_file
 
-    chosen = load_recipe(recipe).for_component(component)
+    chosen = load_recipe(recipe_file(recipe)).for_component(component)
     report = onnx_for_mnn(reference, out, component, chosen, target_mnn=target_for(chosen, target_mnn))
     for name, count in report.counts().items():
         typer.echo(f"{name:<24} {count}")
@@ -156,8 +161,9 @@ def mnn(
     from sa3_convert.mnn.convert import mnn_from_onnx
     from sa3_convert.mnn.readers import oldest_reader
     from sa3_convert.recipe import load_recipe
+    from sa3_convert.recipe_files import recipe_file
 
-    chosen = load_recipe(recipe).for_component(component)
+    chosen = load_recipe(recipe_file(recipe)).for_component(component)
     storage = mnn_from_onnx(source, out, chosen, target_mnn=target_for(chosen, target_mnn))
     size = out.stat().st_size / 2**20
     typer.echo(f"{out}: {size:.2f} MiB, holds what {recipe} asks for; for {oldest_reader(storage)}")

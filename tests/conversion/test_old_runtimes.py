@@ -32,13 +32,14 @@ def verify(bundle: Bundle, runtime: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.parametrize("recipe", ["fp16", "portable"])
 @pytest.mark.parametrize(
     ("target", "version"), [("3.0", "3.0.0"), (None, "3.1.0"), (None, "3.2.0"), (None, "3.4.1"), (None, "3.5.0")]
 )
 def test_the_target_runs_it_and_keeps_its_floors(
-    converted: Convert, toy: Path, wheels: Path, tmp_path: Path, target: str | None, version: str
+    converted: Convert, toy: Path, wheels: Path, tmp_path: Path, recipe: str, target: str | None, version: str
 ) -> None:
-    bundle = converted(toy, "fp16", tmp_path / "bundle", target_mnn=target)[0].bundle
+    bundle = converted(toy, recipe, tmp_path / "bundle", target_mnn=target)[0].bundle
     done = verify(bundle, installed(wheels, version))
     assert done.returncode == 0, done.stdout + done.stderr
 

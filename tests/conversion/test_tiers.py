@@ -98,13 +98,6 @@ def test_sizes_that_are_promised(
     assert 0.97 * mebibytes < size <= mebibytes
 
 
-@pytest.mark.parametrize("component", [Component.TEXT_ENCODER, Component.NUMBER_CONDITIONER])
-def test_medium_differs_from_int8_where_its_own_networks_do(component: Component) -> None:
-    int8, medium = (load_recipe(CONFIGS / f"{tier}.yaml") for tier in ("int8", "medium"))
-    assert medium.for_component(component) == int8.for_component(component)
-    assert medium.for_component(Component.DIT).weights == int8.for_component(Component.DIT).weights
-
-
 def test_smaller_tiers_are_smaller(variant: Checkpoint) -> None:
     for component in MIXED:
         shapes = {name: entry.shape for name, entry in variant.stored(component).items()}
