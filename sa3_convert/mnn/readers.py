@@ -6,11 +6,12 @@ matter which converter wrote a file, but what it holds. Source: `schema/default/
 occurs in converted Stable Audio models was also measured with the wheels of 3.0.0 to 3.6.1 on x86-64.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from sa3_convert.errors import ConversionError
+from sa3_convert.errors import BackendError, ConversionError
 from sa3_convert.mnn.contents import ModelStorage, OperatorStorage
 
 OLDEST_KNOWN: Final = "3.0"
@@ -54,6 +55,10 @@ class Reader:
     because: str
     """What no older one knows, and where; empty when nothing rules out the oldest known."""
 
+    def is_met_by(self, version: str) -> bool:
+        """Whether a version is this one or newer."""
+        return _parts(version) >= _parts(self.version)
+
     def __str__(self) -> str:
         """Return "MNN 3.6 or newer" with the reason."""
         return f"MNN {self.version} or newer" + (f" ({self.because})" if self.because else "")
@@ -76,10 +81,25 @@ def check_reader(storage: ModelStorage, target: str) -> None:
 
     """
     reader = oldest_reader(storage)
-    if _parts(reader.version) > _parts(target):
+    if not reader.is_met_by(target):
         raise ConversionError(
             f"{storage.path.name} is to be right on MNN {target}, but only {reader} reads it. "
             f"Convert with --target-mnn {reader.version}, or report this."
+        )
+
+
+def require_reader(storage: ModelStorage, installed: str) -> None:
+    """Refuse a file that the installed MNN would refuse itself or, in some cases, crash on.
+
+    Raises:
+        BackendError: MNN is too old for it.
+
+    """
+    reader = oldest_reader(storage)
+    if not reader.is_met_by(installed):
+        raise BackendError(
+            f"{storage.path} needs {reader}; {installed} is installed. Upgrade MNN, or convert for it with "
+            f"`--target-mnn` and, for MNN before 3.6, `--recipe portable`."
         )
 
 
@@ -91,4 +111,5 @@ def _found(storage: ModelStorage) -> Iterator[tuple[_Novelty, OperatorStorage]]:
 
 
 def _parts(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("."))
+    """Return the numbers in front: a build of one's own may have more behind them."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])

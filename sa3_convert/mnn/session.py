@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from sa3_convert.errors import BackendError, ModelFileError
 from sa3_convert.mnn.backends import Backend, forward_type_name, load_mnn, require_backend
 from sa3_convert.mnn.capture import capture_stdout
+from sa3_convert.mnn.readers import require_reader
 from sa3_convert.mnn.storage import read_storage
 from sa3_convert.processors import default_threads
 from sa3_convert.session import Arrays
@@ -60,7 +61,7 @@ class MnnSession:
         backend: where to run.
 
     Raises:
-        BackendError: MNN or the backend is not there, or MNN chose another one.
+        BackendError: MNN or the backend is not there, MNN is too old for the file, or it chose another backend.
         ModelFileError: the file is missing, damaged, or has other inputs or outputs than named.
 
     """
@@ -84,7 +85,7 @@ class MnnSession:
         self._recent: list[str] = []
         self._mnn: Any = load_mnn()
         # MNN trusts a file: a damaged one can end the process, and missing or short weights are read as noise.
-        read_storage(path)
+        require_reader(read_storage(path), self._mnn.version())
         require_backend(backend)
         config = {
             "backend": backend.upper(),

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from onnx import TensorProto, helper
 
-from sa3_convert.errors import ConversionError
+from sa3_convert.errors import BackendError, ConversionError
 from sa3_convert.mnn.contents import ModelStorage
 from sa3_convert.mnn.convert import mnn_from_onnx
 from sa3_convert.mnn.readers import check_reader, oldest_reader
+from sa3_convert.mnn.session import MnnSession
 from sa3_convert.recipe import ComponentRecipe, WeightScheme
 from tests.mnn.converted import gaussian, save_graph
 
@@ -75,6 +76,21 @@ def test_what_the_target_cannot_read_is_refused_and_not_kept(
     else:
         mnn_from_onnx(graph, made, HALF_SCALES, target_mnn=target)  # type: ignore[arg-type]
     assert made.exists() is not refused
+
+
+@pytest.mark.parametrize(
+    ("installed", "enough"), [("3.5.0", False), ("3.6.0", True), ("3.6.1-cuda", True), ("4", True)]
+)
+def test_a_session_wants_an_mnn_that_reads_the_file(
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: str, enough: bool
+) -> None:
+    mnn_from_onnx(graph, tmp_path / "network.mnn", HALF_SCALES)
+    monkeypatch.setattr("MNN.version", lambda: installed)
+    if enough:
+        MnnSession(tmp_path / "network.mnn").close()
+        return
+    with pytest.raises(BackendError, match=r"needs MNN 3\.6 or newer \(FP16 scales, in .*3\.5\.0 is installed"):
+        MnnSession(tmp_path / "network.mnn")
 
 
 def test_a_target_that_is_new_enough_passes(storage: ModelStorage) -> None:

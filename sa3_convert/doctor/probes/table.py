@@ -12,5 +12,8 @@ UNPROBED = {
     "unfused-weight-norm": "right as it stands; the reductions are probed",
     "split-weights-half": "needs more than 2000 MB of weights",
     "weights-unpacked": "is about a GPU's memory, not about numbers",
+    "shape-range": "is about older versions than this project installs; `mnn.readers` sees it in a file",
+    "silu-unknown": "the same",
+    "half-scales-unread": "the same",
 }
 """Rows of the hazard table without a probe, and why."""
