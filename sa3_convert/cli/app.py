@@ -22,7 +22,7 @@ from sa3_convert.cli import (
     judgement,
     planning,
 )
-from sa3_convert.errors import Sa3Error
+from sa3_convert.errors import BackendError, Sa3Error
 
 INTERRUPTED = 130
 
@@ -106,6 +106,14 @@ def _failed(error: Exception) -> int:
         what = "The disk is full" if error.errno == errno.ENOSPC else "The system refused"
         _complain(f"{what}: {error}. Nothing half-written was left behind.", error)
         return 3
+    if isinstance(error, ImportError) and (error.name or "").split(".")[0] != sa3_convert.__name__:
+        # Running a bundle needs less than everything else does, and may be all that was installed.
+        _complain(
+            f"A package that this needs cannot be imported ({error}). "
+            "Install what converting and judging take: pip install 'sa3-convert[convert]'.",
+            error,
+        )
+        return BackendError.exit_code
     _complain(
         f"This is a bug in sa3-convert: {type(error).__name__}: {error}\n"
         "Please report it with the output of the same command with --debug in front: sa3-convert --debug …",

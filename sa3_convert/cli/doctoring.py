@@ -26,15 +26,8 @@ def doctor(
     if not as_json:
         for line in surroundings_lines(surroundings()):
             typer.echo(line)
-    from sa3_convert.errors import BackendError
-
-    try:
-        from sa3_convert.doctor.diagnose import diagnose
-        from sa3_convert.doctor.saved import save
-    except ImportError as error:
-        raise BackendError(
-            f"Probing needs what converting needs ({error}). Install it: pip install 'sa3-convert[convert]'."
-        ) from None
+    from sa3_convert.doctor.diagnose import diagnose
+    from sa3_convert.doctor.saved import save
 
     with stderr.status("probing") as status:
         found = diagnose(backend, lambda done, total: status.update(f"probing {backend}: {done} of {total}"))

@@ -48,6 +48,33 @@ def test_help_works_with_no_heavy_package_installed(arguments: list[str]) -> Non
     assert "sa3-convert" in result.stdout
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["convert", "CHECKPOINT", "--out", "OUT"],
+        ["export", "CHECKPOINT", "--component", "dit", "--out", "OUT.onnx"],
+        ["fuse", "X.onnx", "--component", "dit", "--out", "OUT.onnx"],
+        ["doctor"],
+    ],
+)
+def test_what_converting_needs_is_named_where_only_running_was_installed(
+    arguments: list[str], toy: Path, tmp_path: Path
+) -> None:
+    places = {"CHECKPOINT": str(toy), "OUT": str(tmp_path / "out"), "OUT.onnx": str(tmp_path / "out.onnx")}
+    done = run_blocked(*(places.get(argument, argument) for argument in arguments))
+    assert done.returncode == 7, done.stderr
+    assert "pip install 'sa3-convert[convert]'" in done.stderr
+    assert "bug" not in done.stderr
+
+
+def test_a_module_of_our_own_that_is_missing_is_a_bug(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "sa3_convert.mnn.storage", None)
+    assert cli.run(["inspect", str(tmp_path / "x.mnn")]) == 70
+    assert "bug" in capsys.readouterr().err
+
+
 def test_a_wrong_flag_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["convert", "--nonsense"]) == 2
     assert "No such option" in capsys.readouterr().err
