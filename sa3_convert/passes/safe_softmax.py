@@ -26,7 +26,8 @@ def needs_shift(softmax: ir.Node) -> bool:
     logits = softmax.inputs[0]
     if logits is None or _graph.is_shifted_by_its_maximum(logits):
         return logits is None
-    return lowest_row_maximum(softmax) < LOWEST_SAFE
+    # Zero times no bound is NaN, which is no bound either.
+    return not lowest_row_maximum(softmax) >= LOWEST_SAFE
 
 
 def subtract_row_maximum(model: ir.Model) -> int:

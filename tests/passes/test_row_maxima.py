@@ -204,3 +204,8 @@ def test_only_rows_that_may_be_too_low_are_shifted(gain: float, shifted: int) ->
     assert needs_shift(softmax(built)) is bool(shifted)
     assert subtract_row_maximum(built) == shifted
     assert not needs_shift(softmax(built))
+
+
+def test_gains_of_zero_do_not_bound_what_they_meet() -> None:
+    body = PLAIN.replace("k = Mul(nk, gamma_k)", "k = Mul(nk, z)")
+    assert needs_shift(softmax(inferred(model(body, gamma_q=np.zeros(D, np.float32)))))
