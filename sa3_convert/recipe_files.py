@@ -32,7 +32,7 @@ def recipe_file(given: Path, beside: Path = Path()) -> Path:
     name = given.name.removesuffix(".yaml")
     if given.parent in (Path(), Path(_CONFIGS)) and name in own:
         return own[name]
-    raise RecipeError(f"Recipe {beside / given} does not exist. The project's own are {', '.join(own)}.")
+    raise _absent(beside / given)
 
 
 def own_recipes() -> dict[str, Path]:
@@ -90,10 +90,14 @@ def _parsed(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecipeError(f"Recipe {path} does not exist. The project's own are {', '.join(own_recipes())}.") from None
+        raise _absent(path) from None
     # yaml lets a ValueError pass for a date or a number that cannot be, and ends deep nesting with a RecursionError.
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise RecipeError(f"Recipe {path} cannot be read: {error}") from None
+
+
+def _absent(path: Path) -> RecipeError:
+    return RecipeError(f"Recipe {path} does not exist. The project's own are {', '.join(own_recipes())}.")
 
 
 def _installed() -> list[Path]:

@@ -12,6 +12,7 @@ from sa3_convert.cli.options import (
     OneComponentOption,
     ThreadsOption,
     open_checkpoint,
+    open_recipe,
 )
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
@@ -67,11 +68,9 @@ def convert(
     from sa3_convert.convert import convert as make_bundle
     from sa3_convert.doctor.consult import check_conversion
     from sa3_convert.plan import plan
-    from sa3_convert.recipe import load_recipe
-    from sa3_convert.recipe_files import recipe_file
     from sa3_convert.request import ConvertRequest
 
-    resolved = load_recipe(recipe_file(recipe))
+    resolved = open_recipe(recipe)
     request = ConvertRequest(
         checkpoint=open_checkpoint(checkpoint, lora),
         recipe=resolved,
@@ -140,10 +139,8 @@ def fuse(
 ) -> None:
     """Stage 2: the passes that make an ONNX safe for MNN, and the hazard lint."""
     from sa3_convert.passes.pipeline import onnx_for_mnn
-    from sa3_convert.recipe import load_recipe
-    from sa3_convert.recipe_files import recipe_file
 
-    chosen = load_recipe(recipe_file(recipe)).for_component(component)
+    chosen = open_recipe(recipe).for_component(component)
     report = onnx_for_mnn(reference, out, component, chosen, target_mnn=target_for(chosen, target_mnn))
     for name, count in report.counts().items():
         typer.echo(f"{name:<24} {count}")
@@ -160,10 +157,8 @@ def mnn(
     """Stage 3: MNN's converter, judged by the file that it wrote."""
     from sa3_convert.mnn.convert import mnn_from_onnx
     from sa3_convert.mnn.readers import oldest_reader
-    from sa3_convert.recipe import load_recipe
-    from sa3_convert.recipe_files import recipe_file
 
-    chosen = load_recipe(recipe_file(recipe)).for_component(component)
+    chosen = open_recipe(recipe).for_component(component)
     storage = mnn_from_onnx(source, out, chosen, target_mnn=target_for(chosen, target_mnn))
     size = out.stat().st_size / 2**20
     typer.echo(f"{out}: {size:.2f} MiB, holds what {recipe} asks for; for {oldest_reader(storage)}")

@@ -9,6 +9,7 @@ from sa3_convert.components import Component
 
 if TYPE_CHECKING:
     from sa3_convert.checkpoint.reader import Checkpoint
+    from sa3_convert.recipe import Recipe
 
 CheckpointArgument = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="Folder of a checkpoint, or a hub id that was fetched before.")
@@ -30,6 +31,19 @@ JsonFileOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", h
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, max=256, help="Threads; all cores when not given.")
 ]
+
+
+def open_recipe(recipe: Path) -> "Recipe":
+    """Read the recipe that the user named, by path or by the name of one of ours.
+
+    Raises:
+        RecipeError: it is not there, or not valid.
+
+    """
+    from sa3_convert.recipe import load_recipe
+    from sa3_convert.recipe_files import recipe_file
+
+    return load_recipe(recipe_file(recipe))
 
 
 def open_checkpoint(checkpoint: str, loras: list[str] | None) -> "Checkpoint":

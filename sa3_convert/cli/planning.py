@@ -12,6 +12,7 @@ from sa3_convert.cli.options import (
     OneComponentOption,
     ThreadsOption,
     open_checkpoint,
+    open_recipe,
 )
 from sa3_convert.errors import UsageError
 
@@ -48,10 +49,8 @@ def plan(
     from sa3_convert.cli.console import planned_table, stderr, stdout
     from sa3_convert.files import write_text
     from sa3_convert.quantise.planner import Target, layers_to_measure, measure, passes_to_run, plan_component
-    from sa3_convert.recipe import load_recipe
-    from sa3_convert.recipe_files import recipe_file
 
-    base = load_recipe(recipe_file(recipe))
+    base = open_recipe(recipe)
     opened = open_checkpoint(checkpoint, lora)
     folder = cache or out.absolute().parent / ".sa3-convert-cache"
     if dry_run:

@@ -6,13 +6,13 @@ matter which converter wrote a file, but what it holds. Source: `schema/default/
 occurs in converted Stable Audio models was also measured with the wheels of 3.0.0 to 3.6.1 on x86-64.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from sa3_convert.errors import BackendError, ConversionError
 from sa3_convert.mnn.contents import ModelStorage, OperatorStorage
+from sa3_convert.mnn.target import is_older, version_numbers
 
 OLDEST_KNOWN: Final = "3.0"
 
@@ -55,10 +55,6 @@ class Reader:
     because: str
     """What no older one knows, and where; empty when nothing rules out the oldest known."""
 
-    def is_met_by(self, version: str) -> bool:
-        """Whether a version is this one or newer."""
-        return _parts(version) >= _parts(self.version)
-
     def __str__(self) -> str:
         """Return "MNN 3.6 or newer" with the reason."""
         return f"MNN {self.version} or newer" + (f" ({self.because})" if self.because else "")
@@ -66,7 +62,7 @@ class Reader:
 
 def oldest_reader(storage: ModelStorage) -> Reader:
     """Return the oldest MNN that reads and runs a file."""
-    found = max(_found(storage), key=lambda item: _parts(item[0].since), default=None)
+    found = max(_found(storage), key=lambda item: version_numbers(item[0].since), default=None)
     if found is None:
         return Reader(OLDEST_KNOWN, "")
     novelty, operator = found
@@ -81,7 +77,7 @@ def check_reader(storage: ModelStorage, target: str) -> None:
 
     """
     reader = oldest_reader(storage)
-    if not reader.is_met_by(target):
+    if is_older(target, reader.version):
         raise ConversionError(
             f"{storage.path.name} is to be right on MNN {target}, but only {reader} reads it. "
             f"Convert with --target-mnn {reader.version}, or report this."
@@ -96,7 +92,7 @@ def require_reader(storage: ModelStorage, installed: str) -> None:
 
     """
     reader = oldest_reader(storage)
-    if not reader.is_met_by(installed):
+    if is_older(installed, reader.version):
         raise BackendError(
             f"{storage.path} needs {reader}; {installed} is installed. Upgrade MNN, or convert for it with "
             f"`--target-mnn` and, for MNN before 3.6, `--recipe portable`."
@@ -108,8 +104,3 @@ def _found(storage: ModelStorage) -> Iterator[tuple[_Novelty, OperatorStorage]]:
         for novelty in _NOVELTIES:
             if novelty.is_in(operator):
                 yield novelty, operator
-
-
-def _parts(version: str) -> tuple[int, ...]:
-    """Return the numbers in front: a build of one's own may have more behind them."""
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])

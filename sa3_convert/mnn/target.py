@@ -1,9 +1,13 @@
 """The versions of MNN that a conversion can be for: the oldest one on which the result has to be right."""
 
-from typing import Final, Literal, get_args
+import re
+from typing import TYPE_CHECKING, Final, Literal
 
 from sa3_convert.errors import UsageError
-from sa3_convert.recipe import ComponentRecipe
+
+if TYPE_CHECKING:
+    # The command line is built from this module, and a recipe's data classes take longer to import than all of it.
+    from sa3_convert.recipe import ComponentRecipe
 
 MnnVersion = Literal["3.0", "3.1", "3.5", "3.6"]
 
@@ -13,13 +17,17 @@ _HALF_SCALES: Final[MnnVersion] = "3.6"
 """Measured: MNN 3.5.0 and before look for float32 scales, find none, and divide by their number (SIGFPE)."""
 
 
-def is_older(version: MnnVersion, than: MnnVersion) -> bool:
+def version_numbers(version: str) -> tuple[int, ...]:
+    """Return up to three numbers in front, which order versions: a build of one's own may have more behind them."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+
+
+def is_older(version: str, than: str) -> bool:
     """Whether a version came before another."""
-    order = get_args(MnnVersion)
-    return order.index(version) < order.index(than)
+    return version_numbers(version) < version_numbers(than)
 
 
-def target_for(recipe: ComponentRecipe, asked: MnnVersion | None) -> MnnVersion:
+def target_for(recipe: "ComponentRecipe", asked: MnnVersion | None) -> MnnVersion:
     """Return the oldest MNN that a component, stored as its recipe says, is made to be right on.
 
     Args:

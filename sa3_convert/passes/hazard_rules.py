@@ -7,10 +7,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sa3_convert.mnn.target import MnnVersion, is_older
-from sa3_convert.passes import _graph
-from sa3_convert.passes.safe_softmax import needs_shift
-from sa3_convert.passes.spelled_silu import is_silu
-from sa3_convert.passes.whole_shapes import has_range
+from sa3_convert.passes import _graph, safe_softmax, spelled_silu, whole_shapes
 
 
 @dataclass(frozen=True)
@@ -167,17 +164,19 @@ def softmax_without_maximum(node: ir.Node, facts: Facts) -> bool:
     """Whether rows of a Softmax may be too low for the target."""
     if node.op_type not in ("Softmax", "LogSoftmax"):
         return False
-    return is_older(facts.target_mnn, "3.6") and needs_shift(node)
+    return is_older(facts.target_mnn, safe_softmax.NEEDED_BEFORE) and safe_softmax.needs_shift(node)
 
 
 def shape_with_range(node: ir.Node, facts: Facts) -> bool:
     """Whether a Shape has a range that the target does not know."""
-    return node.op_type == "Shape" and is_older(facts.target_mnn, "3.5") and has_range(node)
+    if node.op_type != "Shape":
+        return False
+    return is_older(facts.target_mnn, whole_shapes.NEEDED_BEFORE) and whole_shapes.has_range(node)
 
 
 def silu(node: ir.Node, facts: Facts) -> bool:
     """Whether the converter would make a SiLU that the target does not know."""
-    return is_older(facts.target_mnn, "3.1") and is_silu(node)
+    return is_older(facts.target_mnn, spelled_silu.NEEDED_BEFORE) and spelled_silu.is_silu(node)
 
 
 def weight_is_a_norm(node: ir.Node, facts: Facts) -> bool:

@@ -12,16 +12,14 @@ from google.protobuf.message import DecodeError
 from sa3_convert.components import Component
 from sa3_convert.errors import ConversionError, ModelFileError
 from sa3_convert.mnn.target import DEFAULT_TARGET, MnnVersion, is_older
+from sa3_convert.passes import safe_softmax, spelled_silu, whole_shapes
 from sa3_convert.passes.fp16_safe import make_fp16_safe
 from sa3_convert.passes.fuse_weight_norm import fuse_weight_norm
 from sa3_convert.passes.half import round_to_half
 from sa3_convert.passes.hazards import refuse_hazards
 from sa3_convert.passes.quantise_embedding import quantise_embedding
 from sa3_convert.passes.round_weights import round_weights, take_planned, weights_of
-from sa3_convert.passes.safe_softmax import subtract_row_maximum
 from sa3_convert.passes.scale_gated_products import scale_gated_products
-from sa3_convert.passes.spelled_silu import spell_silu
-from sa3_convert.passes.whole_shapes import use_whole_shapes
 from sa3_convert.recipe import ComponentRecipe
 
 if TYPE_CHECKING:
@@ -80,18 +78,18 @@ def _passes(
 ) -> list[tuple[str, Callable[[ir.Model], int]]]:
     half = recipe.floats == "fp16"
     passes: list[tuple[str, Callable[[ir.Model], int]]] = [("fuse_weight_norm", fuse_weight_norm)]
-    if is_older(target_mnn, "3.5"):
-        passes.append(("use_whole_shapes", use_whole_shapes))
-    if is_older(target_mnn, "3.1"):
-        passes.append(("spell_silu", spell_silu))
+    if is_older(target_mnn, whole_shapes.NEEDED_BEFORE):
+        passes.append(("use_whole_shapes", whole_shapes.use_whole_shapes))
+    if is_older(target_mnn, spelled_silu.NEEDED_BEFORE):
+        passes.append(("spell_silu", spelled_silu.spell_silu))
     finished: frozenset[str] = frozenset()
     if planned is not None:
         weights = planned
         finished = weights.names()
         passes.append(("take_planned", lambda model: take_planned(model, weights)))
     passes.append(("scale_gated_products", scale_gated_products))
-    if is_older(target_mnn, "3.6"):
-        passes.append(("subtract_row_maximum", subtract_row_maximum))
+    if is_older(target_mnn, safe_softmax.NEEDED_BEFORE):
+        passes.append(("subtract_row_maximum", safe_softmax.subtract_row_maximum))
     if recipe.embedding != "float":
         kind = recipe.embedding
         passes.append(("quantise_embedding", lambda model: quantise_embedding(model, kind, half_scales=half)))

@@ -93,43 +93,41 @@ def _longest_product(value: ir.Value, node: ir.Node) -> float:
 
 def _longest_rotated(concat: ir.Node) -> float:
     """Bound (a·cos − b·sin, b·cos + a·sin, rest) with (a, b, rest) the parts of one value."""
-    if len(concat.inputs) not in (2, 3) or not _is_last_axis(
-        concat.outputs[0], _graph.attribute_int(concat, "axis", 0)
-    ):
+    axis = _graph.attribute_int(concat, "axis", 0)
+    if len(concat.inputs) not in (2, 3) or not _is_last_axis(concat.outputs[0], axis):
         return math.inf
     left, right = _graph.produced(concat.inputs[0], "Sub"), _graph.produced(concat.inputs[1], "Add")
-    if left is None or right is None:
+    split = None if left is None else _split_behind(left.inputs[0])
+    if left is None or right is None or split is None or len(split.outputs) != len(concat.inputs):
         return math.inf
-    factors = [_factors(term) for node in (left, right) for term in node.inputs]
-    for a, cos in factors[0]:
-        split = None if a is None else a.producer()
-        if split is None or split.op_type != "Split" or not _is_last_axis(a, _graph.attribute_int(split, "axis", 0)):
-            continue
-        if len(split.outputs) != len(concat.inputs) or list(concat.inputs[2:]) != list(split.outputs[2:]):
-            continue
-        b = split.outputs[1]
-        sines = [sin for value, sin in factors[1] if value is b]
-        if a is split.outputs[0] and sines and _are(factors[2], b, cos) and _are(factors[3], a, sines[0]):
-            return _longest_unit(cos, sines[0]) * _longest_row(split.inputs[0])
-    return math.inf
+    a, b, *rest = split.outputs
+    cos, sin = _factor(left.inputs[0], a), _factor(left.inputs[1], b)
+    rotates = _factor(right.inputs[0], b) is cos and _factor(right.inputs[1], a) is sin
+    if cos is None or sin is None or not rotates or list(concat.inputs[2:]) != rest:
+        return math.inf
+    return _longest_unit(cos, sin) * _longest_row(split.inputs[0])
 
 
-_Factors = list[tuple[ir.Value | None, ir.Value | None]]
+def _split_behind(product: ir.Value | None) -> ir.Node | None:
+    """Return the Split along the last axis whose part is multiplied."""
+    node = _graph.produced(product, "Mul")
+    for part in () if node is None else node.inputs:
+        split = _graph.produced(part, "Split")
+        if split is not None and _is_last_axis(part, _graph.attribute_int(split, "axis", 0)):
+            return split
+    return None
 
 
-def _factors(term: ir.Value | None) -> _Factors:
-    product = _graph.produced(term, "Mul")
-    if product is None:
-        return []
-    first, second = product.inputs
-    return [(first, second), (second, first)]
+def _factor(product: ir.Value | None, value: ir.Value) -> ir.Value | None:
+    """Return what a value is multiplied with."""
+    node = _graph.produced(product, "Mul")
+    if node is None or value not in node.inputs:
+        return None
+    first, second = node.inputs
+    return second if first is value else first
 
 
-def _are(factors: _Factors, first: ir.Value, second: ir.Value | None) -> bool:
-    return any(one is first and other is second for one, other in factors)
-
-
-def _longest_unit(cos: ir.Value | None, sin: ir.Value | None) -> float:
+def _longest_unit(cos: ir.Value, sin: ir.Value) -> float:
     """Bound √(cos² + sin²): 1 for the cosine and sine of one phase, what constant tables hold otherwise."""
     cosine, sine = _graph.produced(cos, "Cos"), _graph.produced(sin, "Sin")
     if cosine is not None and sine is not None:

@@ -11,12 +11,17 @@ Nothing is done when no row can be that low (see `row_maxima`), when the maximum
 is not float32.
 """
 
+from typing import Final
+
 import numpy as np
 import onnx_ir as ir
 
+from sa3_convert.mnn.target import MnnVersion
 from sa3_convert.passes import _graph
 from sa3_convert.passes.row_maxima import lowest_row_maximum
 
+NEEDED_BEFORE: Final[MnnVersion] = "3.6"
+"""Lint and pipeline ask for it below this version."""
 LOWEST_SAFE = -64.0
 """exp(−64) is 2·10⁻²⁸: what lies up to 23 below such a maximum, a weight of 10⁻¹⁰, is still a normal float32."""
 
@@ -24,8 +29,10 @@ LOWEST_SAFE = -64.0
 def needs_shift(softmax: ir.Node) -> bool:
     """Whether a row of a Softmax's input may be so low that MNN before 3.6 gets it wrong on CUDA."""
     logits = softmax.inputs[0]
-    if logits is None or _graph.is_shifted_by_its_maximum(logits):
-        return logits is None
+    if logits is None:
+        return True
+    if _graph.is_shifted_by_its_maximum(logits):
+        return False
     # Zero times no bound is NaN, which is no bound either.
     return not lowest_row_maximum(softmax) >= LOWEST_SAFE
 

@@ -8,10 +8,16 @@ measured); 3.1 has it. For large negative x the exponential is infinite and the 
 Nothing is done with a Sigmoid that multiplies something else.
 """
 
+from typing import Final
+
 import numpy as np
 import onnx_ir as ir
 
+from sa3_convert.mnn.target import MnnVersion
 from sa3_convert.passes import _graph
+
+NEEDED_BEFORE: Final[MnnVersion] = "3.1"
+"""Lint and pipeline ask for it below this version."""
 
 
 def is_silu(product: ir.Node) -> bool:

@@ -8,11 +8,16 @@ buffer"), and on an operator without a range all versions agree. The result is t
 Nothing is done for a Shape without a range; one whose range is everything loses it.
 """
 
+from typing import Final
+
 import numpy as np
 import onnx_ir as ir
 
+from sa3_convert.mnn.target import MnnVersion
 from sa3_convert.passes import _graph
 
+NEEDED_BEFORE: Final[MnnVersion] = "3.5"
+"""Lint and pipeline ask for it below this version."""
 _END = np.iinfo(np.int32).max
 
 
