@@ -1,9 +1,7 @@
 """A bundle from the results of its stages: files put in place, the manifest last."""
 
-import contextlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,7 @@ from sa3_convert.bundle.manifest import (
 from sa3_convert.checkpoint.layout import TEXT_ENCODER_FOLDER
 from sa3_convert.components import Component, components_of
 from sa3_convert.errors import ConversionError
-from sa3_convert.files import atomic_path, link_or_copy, write_text
+from sa3_convert.files import copy_file, write_text
 from sa3_convert.request import ConvertRequest
 from sa3_convert.stage_cache import CachedResult
 from sa3_convert.stages import Keys, split_names
@@ -170,7 +168,7 @@ def _placed(request: ConvertRequest, result: CachedResult, name: str) -> dict[st
     """Put a `.mnn` into the bundle, with its file of weights if it has one; return how the manifest describes both."""
     mnn, weights = _entries(result, name, f"{name}.weight", "")
     for entry in filter(None, (mnn, weights)):
-        link_or_copy(result.file(entry.path), request.out / entry.path)
+        copy_file(result.file(entry.path), request.out / entry.path)
     if weights is None:
         # Of an earlier, larger model: MNN finds it by its name.
         (request.out / f"{name}.weight").unlink(missing_ok=True)
@@ -183,9 +181,7 @@ def _kept(request: ConvertRequest, result: CachedResult, component: Component, f
     onnx, data = _entries(result, f"{name}.onnx", f"{name}.onnx.data", f"{folder}/")
     if request.with_reference:
         for entry in filter(None, (onnx, data)):
-            # A copy: ONNX libraries refuse external data that has a second hard link.
-            with atomic_path(request.out / entry.path) as temporary:
-                shutil.copyfile(result.file(Path(entry.path).name), temporary)
+            copy_file(result.file(Path(entry.path).name), request.out / entry.path)
     kept_at = None if request.with_reference else os.path.relpath(result.folder, request.out)
     return dict(onnx) | {"companion": data, "kept_at": kept_at}
 
@@ -210,9 +206,7 @@ def _shared_artifacts(request: ConvertRequest) -> list[Artifact]:
     ]
     tokenizer = checkpoint.folder / TEXT_ENCODER_FOLDER / TOKENIZER
     if checkpoint.layout.text_encoder is not None:
-        # A hard link would tie the bundle to the user's own file, which may be edited in place.
-        with contextlib.suppress(shutil.SameFileError):
-            write_text(out / TOKENIZER, tokenizer.read_text(encoding="utf-8"))
+        copy_file(tokenizer, out / TOKENIZER)
         artifacts.append(Artifact(**dict(FileEntry.of(out, TOKENIZER)), kind="tokenizer"))
     return artifacts
 

@@ -1,51 +1,254 @@
-"""Files that are either whole or absent: write beside, check, rename; and their SHA-256."""
+"""Files that are written whole or not at all: beside, checked, renamed; and that are still what was checked.
+
+What is written next to its final name is locked by the process that writes it, so that a later one can tell what a
+killed process has left, and removes it.
+"""
 
 import contextlib
+import fcntl
 import hashlib
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import stat
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, Final
+
+from sa3_convert.errors import BundleError
+from sa3_convert.untrusted import open_regular
+
+STANDARD_OUTPUT: Final = Path("-")
+"""The name that stands for standard output wherever a file is written."""
+
+_PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial", re.DOTALL)
+_NAME = 50
+"""Characters of the final name in the temporary one, which must not grow too long for the file system."""
+_FICLONE = 0x40049409
+"""Linux: `ioctl_ficlone(2)`."""
+_swept: set[Path] = set()
 
 
 def sha256_file(path: Path) -> str:
-    """Return the hex SHA-256 of a file's bytes, read in bounded pieces."""
-    with path.open("rb") as stream:
+    """Return the hex SHA-256 of a regular file's bytes, read in bounded pieces."""
+    with open_regular(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes the final name only if the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The name is known before the file exists, so there is no moment at which an interrupt could leave it behind.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-    try:
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    """Yield a temporary path beside `path`; it takes the final name only if the block ends without an error.
+
+    A link is followed: what it leads to is replaced. What is written gets the permissions that a new file gets here.
+    Into a pipe, a device or standard output the whole is written when the block has ended.
+
+    Raises:
+        OSError: nothing can be written there.
+
+    """
+    if is_stream(path):
+        with tempfile.TemporaryDirectory(prefix="sa3-convert-") as folder:
+            temporary = Path(folder) / "output"
+            temporary.touch()
+            yield temporary
+            with temporary.open("rb") as whole, _opened_stream(path) as stream:
+                shutil.copyfileobj(whole, stream)
+        return
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(f"{path} is a folder")
+    with _partial(target, _new_file) as temporary:
         yield temporary
-        temporary.chmod(0o644)
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        temporary.replace(target)
+
+
+@contextlib.contextmanager
+def partial_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`, under a temporary name, that is gone after the block unless it was renamed."""
+    with _partial(Path(os.path.realpath(path)), Path.mkdir) as temporary:
+        yield temporary
 
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text so that a reader sees the old file or the whole new one, never a part."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """Put `source`'s content under `target`'s name, by a hard link where the file system allows, else by a copy.
+def copy_file(source: Path, target: Path) -> None:
+    """Put a copy of `source` under `target`'s name: sharing blocks where the file system can, never an inode.
 
-    Safe because no file of this project is ever written in place.
+    So neither a later change of the copy nor of its permissions reaches the source.
     """
-    with atomic_path(target) as temporary:
-        temporary.unlink()
+    with atomic_path(target) as temporary, open_regular(source) as given, temporary.open("rb+") as stream:
+        if not _cloned(given, stream):
+            shutil.copyfileobj(given, stream, 1 << 20)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of `name` within `folder`, links followed.
+
+    Raises:
+        BundleError: it would lie outside.
+
+    """
+    root = Path(os.path.realpath(folder))
+    path = Path(os.path.realpath(root / name))
+    if path == root or not path.is_relative_to(root):
+        raise BundleError(f"{name!r} leads out of {folder}. Nothing is read or written there.")
+    return path
+
+
+def is_stream(path: Path) -> bool:
+    """Tell whether a path is standard output, a pipe or a device, or a name of an open file of this process."""
+    if path == STANDARD_OUTPUT:
+        return True
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    if not stat.S_ISREG(mode):
+        return not stat.S_ISDIR(mode)
+    # /dev/stdout and /dev/fd/N lead to /proc/self/fd; renaming another file over what they lead to would lose it.
+    while path.is_symlink():
+        path = path.parent / path.readlink()
+        if path.is_relative_to("/proc"):
+            return True
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """Which bytes a name stood for at a moment: the same state is the same file, and nobody has written to it."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+    @classmethod
+    def of(cls, stream: BinaryIO) -> "FileState":
+        """Return the state of an open file."""
+        return cls._from(os.fstat(stream.fileno()))
+
+    @classmethod
+    def at(cls, path: Path) -> "FileState":
+        """Return the state of the file that stands at a path, links followed."""
+        return cls._from(path.stat())
+
+    @classmethod
+    def _from(cls, found: os.stat_result) -> "FileState":
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedFile:
+    """A file whose SHA-256 was taken, and which can be held to that after it was loaded by its name."""
+
+    path: Path
+    sha256: str
+    state: FileState
+
+    @classmethod
+    def read(cls, path: Path) -> "CheckedFile":
+        """Read a file once for its SHA-256."""
+        with open_regular(path) as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            return cls(path, digest, FileState.of(stream))
+
+    def require_unchanged(self) -> None:
+        """Refuse a file that was replaced, changed or removed since it was read.
+
+        Raises:
+            BundleError: it was.
+
+        """
         try:
-            os.link(source, temporary)
+            same = FileState.at(self.path) == self.state
         except OSError:
-            shutil.copyfile(source, temporary)
+            same = False
+        if not same:
+            raise BundleError(f"{self.path} was replaced or changed while it was in use. Run the command again.")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes that are gone have left half-written in a folder; looks once per process and folder."""
+    if folder in _swept or not folder.is_dir():
+        return
+    _swept.add(folder)
+    for entry in folder.iterdir():
+        if _PARTIAL.fullmatch(entry.name):
+            with contextlib.suppress(OSError):
+                descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    _remove(entry)
+                finally:
+                    os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _partial(target: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """Yield something new beside `target` that this process holds locked; what is left under its name is removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sweep(target.parent)
+    with contextlib.ExitStack() as stack:
+        while True:
+            # The name is known before the file exists, so there is no moment at which an interrupt leaves it behind.
+            temporary = target.with_name(f".{target.name[:_NAME]}.{secrets.token_hex(8)}.partial")
+            stack.callback(_remove, temporary)
+            make(temporary)
+            descriptor = os.open(temporary, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            # Some network file systems have no locks; there nothing is swept either.
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if _stands_for(temporary, descriptor):
+                break
+            # Else it was swept before it was locked.
+        yield temporary
+
+
+def _new_file(path: Path) -> None:
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
+
+
+def _stands_for(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _opened_stream(path: Path) -> Iterator[BinaryIO]:
+    if path == STANDARD_OUTPUT:
+        sys.stdout.flush()
+        with os.fdopen(os.dup(1), "wb") as stream:
+            yield stream
+    else:
+        with path.open("wb") as stream:
+            yield stream
+
+
+def _cloned(source: BinaryIO, target: BinaryIO) -> bool:
+    """Let two files share their blocks until one of them changes; tell whether the file system could."""
+    try:
+        fcntl.ioctl(target.fileno(), _FICLONE, source.fileno())
+    except OSError:
+        return False
+    return True

@@ -1,11 +1,16 @@
 """A file is whole under its name, or not there."""
 
 import os
+import stat
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from sa3_convert.files import atomic_path, link_or_copy, sha256_file, write_text
+from sa3_convert.errors import BundleError
+from sa3_convert.files import CheckedFile, atomic_path, copy_file, inside, partial_folder, sha256_file, write_text
 
 
 def test_the_file_appears_only_at_the_end(tmp_path: Path) -> None:
@@ -44,18 +49,148 @@ def test_an_interrupt_at_the_moment_of_creation_leaves_nothing(tmp_path: Path, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_link_has_the_same_content(tmp_path: Path) -> None:
-    (tmp_path / "source").write_bytes(b"weights")
-    link_or_copy(tmp_path / "source", tmp_path / "target")
-    assert sha256_file(tmp_path / "target") == sha256_file(tmp_path / "source")
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_what_is_written_gets_the_permissions_of_a_new_file(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        write_text(tmp_path / "file.txt", "text")
+        with partial_folder(tmp_path / "folder") as temporary:
+            temporary.rename(tmp_path / "folder")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file.txt").stat().st_mode) == 0o666 & ~mask
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o777 & ~mask
 
 
-def test_where_links_are_not_possible_the_content_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError("another device")
+def test_a_copy_shares_neither_content_nor_permissions_with_its_source(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"weights" * 100_000)
+    source.chmod(0o400)
+    before = source.stat()
+    copy_file(source, target)
+    assert sha256_file(target) == sha256_file(source)
+    target.chmod(0o644)
+    target.write_bytes(b"edited")
+    assert (source.stat().st_mode, source.stat().st_ctime_ns) == (before.st_mode, before.st_ctime_ns)
+    assert source.read_bytes() == b"weights" * 100_000
 
-    monkeypatch.setattr(os, "link", refuse)
-    (tmp_path / "source").write_bytes(b"weights")
-    link_or_copy(tmp_path / "source", tmp_path / "target")
-    assert (tmp_path / "target").read_bytes() == b"weights"
-    assert (tmp_path / "target").stat().st_nlink == 1
+
+def test_a_copy_of_a_link_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(b"weights")
+    (tmp_path / "link").symlink_to("blob")
+    copy_file(tmp_path / "link", tmp_path / "copy")
+    assert not (tmp_path / "copy").is_symlink()
+    assert (tmp_path / "copy").read_bytes() == b"weights"
+
+
+def test_a_link_is_followed_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "real.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to("elsewhere/real.txt")
+    write_text(tmp_path / "link.txt", "new")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "elsewhere" / "real.txt").read_text() == "new"
+
+
+def test_a_link_that_leads_nowhere_yet_is_given_its_file(tmp_path: Path) -> None:
+    (tmp_path / "link.txt").symlink_to("new.txt")
+    write_text(tmp_path / "link.txt", "text")
+    assert (tmp_path / "new.txt").read_text() == "text"
+
+
+def test_a_pipe_gets_the_whole_text_and_stays_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    write_text(tmp_path / "pipe", "whole")
+    reader.join()
+    assert read == ["whole"]
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdout", "/proc/self/fd/1", "/dev/fd/1"])
+@pytest.mark.parametrize("redirected", [True, False])
+def test_standard_output_by_any_name_is_written_to_and_not_replaced(
+    tmp_path: Path, name: str, redirected: bool
+) -> None:
+    code = f"from pathlib import Path; from sa3_convert.files import write_text; write_text(Path({name!r}), 'text')"
+    command = [sys.executable, "-c", f"print('before', flush=True); {code}; print('after')"]
+    if redirected:
+        with (tmp_path / "out").open("w+") as stream:
+            subprocess.run(command, stdout=stream, check=True)
+        # Not opened at its end, so a name of the descriptor begins at its start, as for every program.
+        assert "text" in (tmp_path / "out").read_text()
+    else:
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "before\ntextafter\n"
+    assert Path(name).exists() or name == "-"
+
+
+def test_a_device_is_written_to(tmp_path: Path) -> None:
+    write_text(Path("/dev/null"), "text")
+    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
+
+
+def test_what_a_killed_process_left_is_swept_by_the_next_that_writes_there(tmp_path: Path) -> None:
+    code = (
+        "import os, signal; from pathlib import Path; from sa3_convert.files import atomic_path, partial_folder\n"
+        "with atomic_path(Path('a.wav')), partial_folder(Path('b')) as folder:\n"
+        "    (folder / 'inside').touch()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False)
+    assert len(list(tmp_path.iterdir())) == 2
+    write_text(tmp_path / "other.txt", "text")
+    assert [file.name for file in tmp_path.iterdir()] == ["other.txt"]
+
+
+def test_what_is_being_written_is_not_swept(tmp_path: Path) -> None:
+    code = "from pathlib import Path; from sa3_convert.files import write_text; write_text(Path('b.txt'), 'b')"
+    with atomic_path(tmp_path / "a.txt") as temporary:
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+        temporary.write_text("a")
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"a.txt": "a", "b.txt": "b"}
+
+
+def test_files_of_others_are_not_swept(tmp_path: Path) -> None:
+    for name in (".a.partial", "a.0123456789abcdef.partial", ".a.0123456789abcdeg.partial"):
+        (tmp_path / name).touch()
+    write_text(tmp_path / "text", "")
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_name_as_long_as_the_file_system_takes_can_be_written(tmp_path: Path) -> None:
+    write_text(tmp_path / ("n" * 255), "text")
+    assert [file.name for file in tmp_path.iterdir()] == ["n" * 255]
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "", ".", "link/x", "a/b/../../.."])
+def test_a_name_that_leads_out_of_its_folder_is_refused(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "link").symlink_to(tmp_path)
+    with pytest.raises(BundleError, match="leads out of"):
+        inside(folder, name)
+
+
+def test_a_name_inside_its_folder_is_taken(tmp_path: Path) -> None:
+    assert inside(tmp_path, "a/b.txt") == Path(os.path.realpath(tmp_path)) / "a" / "b.txt"
+
+
+@pytest.mark.parametrize("change", ["replace", "write", "remove", "same"])
+def test_a_checked_file_that_is_another_now_is_refused(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "model.mnn"
+    path.write_bytes(b"first")
+    checked = CheckedFile.read(path)
+    checked.require_unchanged()
+    if change == "replace":
+        write_text(path, "other")
+    elif change == "write":
+        path.write_bytes(b"other")
+    elif change == "remove":
+        path.unlink()
+    else:
+        copy_file(path, path.with_name("copy"))
+        path.with_name("copy").replace(path)
+    with pytest.raises(BundleError, match="replaced or changed"):
+        checked.require_unchanged()

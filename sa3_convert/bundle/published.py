@@ -7,8 +7,6 @@ published name, the one of fewest bits takes it, as on the card. The text encode
 inside them: with several variants each gets its own, beside its DiT.
 """
 
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +16,7 @@ from sa3_convert.bundle.manifest import Artifact, Bundle, FileEntry
 from sa3_convert.checkpoint.variants import PublishedNames, published_names
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError, UsageError
-from sa3_convert.files import link_or_copy, sha256_file
+from sa3_convert.files import copy_file, inside, partial_folder, sha256_file
 
 Layout = Literal["hub", "flat"]
 
@@ -189,17 +187,13 @@ def export_bundles(bundles: Sequence[Bundle], target: Path, layout: Layout) -> l
     files = published_files(bundles)
     if layout == "flat":
         files = _flattened(files)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with partial_folder(target) as temporary:
         for file in files:
-            link_or_copy(file.source, temporary / file.path)
-            if sha256_file(temporary / file.path) != file.entry.sha256:
+            copy = inside(temporary, file.path)
+            copy_file(file.source, copy)
+            if sha256_file(copy) != file.entry.sha256:
                 raise BundleError(f"{file.source} changed while it was exported.")
-        temporary.chmod(0o755)
         if target.exists():
             target.rmdir()
         temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return files

@@ -21,7 +21,7 @@ from sa3_convert.checkpoint.layout import TEXT_ENCODER_FOLDER, read_json
 from sa3_convert.checkpoint.reader import CONFIG, TOKENIZER, WEIGHTS, Checkpoint
 from sa3_convert.checkpoint.variants import VARIANTS
 from sa3_convert.errors import CheckpointError, UsageError
-from sa3_convert.files import link_or_copy, sha256_file, write_text
+from sa3_convert.files import copy_file, sha256_file, write_text
 
 if TYPE_CHECKING:
     from huggingface_hub import HfFileMetadata
@@ -226,7 +226,7 @@ class _Download:
         cached = try_to_load_from_cache(self._hub_id, name, revision=self._commit)
         if not isinstance(cached, str):
             return False
-        link_or_copy(Path(cached).resolve(), self.folder / name)
+        copy_file(Path(cached).resolve(), self.folder / name)
         return True
 
     def _url(self, name: str) -> str:

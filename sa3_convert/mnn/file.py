@@ -1,7 +1,6 @@
 """A model's bytes: the `.mnn`, memory-mapped, and the `.weight` file beside it that MNN makes of large models."""
 
 import mmap
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -9,6 +8,7 @@ from typing import BinaryIO, Final, Self
 
 from sa3_convert.errors import ModelFileError
 from sa3_convert.mnn.flatbuffer import Buffer, Extent
+from sa3_convert.untrusted import NotAFileError, open_regular
 
 _SMALLEST: Final = 12
 
@@ -33,7 +33,7 @@ class ModelBytes:
         self.external_size = 0
 
     def __enter__(self) -> Self:
-        with open_regular(self.path) as stream:
+        with open_model(self.path) as stream:
             self.size = stream.seek(0, 2)
             if self.size < _SMALLEST:
                 raise ModelFileError(f"it has only {self.size} bytes")
@@ -96,12 +96,12 @@ class ModelBytes:
 
     def _open_external(self) -> BinaryIO:
         if self._external is None:
-            self._external = open_regular(weight_path(self.path))
+            self._external = open_model(weight_path(self.path))
             self.external_size = self._external.seek(0, 2)
         return self._external
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_model(path: Path) -> BinaryIO:
     """Open a file for reading; a directory, a pipe or a device is refused before it can block.
 
     Raises:
@@ -109,10 +109,10 @@ def open_regular(path: Path) -> BinaryIO:
 
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ModelFileError(f"{path} is not a file")
-        return path.open("rb")
+        return open_regular(path)
     except FileNotFoundError:
         raise ModelFileError(f"{path} does not exist") from None
+    except NotAFileError:
+        raise ModelFileError(f"{path} is not a file") from None
     except OSError as error:
         raise ModelFileError(f"{path} cannot be opened: {error.strerror}") from None

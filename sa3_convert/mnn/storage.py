@@ -13,7 +13,7 @@ from typing import Final
 
 from sa3_convert.errors import ModelFileError
 from sa3_convert.mnn.contents import ConstantStorage, ModelStorage, OperatorStorage, ParameterStorage, Port
-from sa3_convert.mnn.file import ModelBytes, open_regular, unusable, weight_path
+from sa3_convert.mnn.file import ModelBytes, open_model, unusable, weight_path
 from sa3_convert.mnn.flatbuffer import Extent, Table
 from sa3_convert.mnn.schema import (
     BLOB_FIELDS,
@@ -70,7 +70,7 @@ def content_digest(path: Path) -> str:
     storage = read_storage(path)
     digest = hashlib.sha256()
     identity = storage.identity or Extent(0, 0)
-    with open_regular(path) as stream:
+    with open_model(path) as stream:
         position = 0
         while piece := bytearray(stream.read(_PIECE)):
             start, end = (min(max(at - position, 0), len(piece)) for at in (identity.offset, _end(identity)))
@@ -78,7 +78,7 @@ def content_digest(path: Path) -> str:
             digest.update(piece)
             position += len(piece)
     if storage.weight_file_bytes:
-        with open_regular(weight_path(path)) as stream:
+        with open_model(weight_path(path)) as stream:
             while plain := stream.read(_PIECE):
                 digest.update(plain)
     return digest.hexdigest()

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from sa3_convert.files import link_or_copy
+from sa3_convert.files import copy_file
 from sa3_convert.ort import OrtSession
 from sa3_convert.quantise.layers import quantisable_layers
 from sa3_convert.quantise.moments import Moments
@@ -82,6 +82,6 @@ def _with_outputs(reference: Path, names: list[str], folder: Path) -> Path:
     data = reference.with_name(f"{reference.name}.data")
     if data.exists():
         # ONNX Runtime refuses links that lead out of the model's folder.
-        link_or_copy(data, folder / data.name)
+        copy_file(data, folder / data.name)
     ir.save(model, target)
     return target
