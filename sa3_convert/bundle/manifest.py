@@ -231,6 +231,15 @@ class Bundle:
         if size != entry.bytes or (contents and sha256_file(file) != entry.sha256):
             raise BundleError(f"{file} is not the file that the manifest describes (size or SHA-256). Convert again.")
 
+    def is_whole(self, artifact: Artifact) -> bool:
+        """Tell whether an artifact's files are there and are what the manifest says, to the last byte."""
+        try:
+            for entry in artifact.files:
+                self._check_file(artifact, entry, contents=True)
+        except (BundleError, OSError):
+            return False
+        return True
+
     def write(self) -> None:
         """Write the manifest; the last thing that happens to a bundle, so that it never describes what is not there."""
         write_text(self.path / MANIFEST, self.manifest.to_json())
