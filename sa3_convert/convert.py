@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sa3_convert.assemble import assemble
-from sa3_convert.bundle.manifest import Bundle
+from sa3_convert.bundle.manifest import MANIFEST, Bundle
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
-from sa3_convert.existing import existing_bundle
 from sa3_convert.plan import Plan, Step, plan
 from sa3_convert.request import ConvertRequest
 from sa3_convert.stage_cache import CachedResult, Notes, StageCache
@@ -73,17 +72,26 @@ def convert(request: ConvertRequest, report: Report, planned: Callable[[Plan], N
     """
     for component in request.selected():
         request.recipe.for_component(component)
-    existing_bundle(request)
+    found, todo = _manifest(request.out), plan(request)
     request.out.mkdir(parents=True, exist_ok=True)
     with _lock(request.out):
+        if _manifest(request.out) != found:
+            # Another conversion has ended since.
+            todo = plan(request)
         cache = StageCache(request.cache)
         _sweep(request.out, cache)
-        todo = plan(request)
         planned(todo)
         if todo.existing is not None and todo.up_to_date:
             return Outcome(todo.existing, up_to_date=True)
         results = {step.component: _make_component(request, cache, step, report) for step in todo.steps}
         return Outcome(assemble(request, todo, results), up_to_date=False)
+
+
+def _manifest(out: Path) -> bytes | None:
+    try:
+        return (out / MANIFEST).read_bytes()
+    except OSError:
+        return None
 
 
 def _sweep(out: Path, cache: StageCache) -> None:

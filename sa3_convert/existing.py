@@ -1,6 +1,7 @@
 """What stands where a bundle shall be: whether it may be completed, and what in it is what would be made now."""
 
 import hashlib
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -65,8 +66,8 @@ def existing_bundle(request: ConvertRequest) -> Bundle | None:
     found, wanted = _made_from(bundle.manifest), _asked_for(request)
     if found != wanted and not request.force:
         raise UsageError(
-            f"{out} holds a bundle of {_described(*found, bundle.manifest.loras)}; this would replace it by "
-            f"{_described(*wanted, lora_entries(request.checkpoint))}. Give another --out, or --force."
+            f"{out} holds a bundle of {_described(*found[:2], bundle.manifest.loras)}; this would replace it by "
+            f"{_described(*wanted[:2], lora_entries(request.checkpoint))}. Give another --out, or --force."
         )
     if not request.force and (others := ", ".join(c.value for c in of_other_weights(bundle, request))):
         raise UsageError(
@@ -98,16 +99,16 @@ def _asked_for(request: ConvertRequest) -> tuple[str, str, tuple[tuple[str, floa
     return checkpoint.variant_name, request.recipe.name, loras
 
 
-def _described(variant: str, recipe: str, loras: object, entries: tuple[LoraEntry, ...]) -> str:
-    inside = ", ".join(f"{entry.name}:{entry.strength:g} ({entry.sha256[:8]})" for entry in entries)
-    return f"{variant} with recipe {recipe!r} and {f'LoRAs {inside}' if entries else 'no LoRA'}"
+def _described(variant: str, recipe: str, loras: tuple[LoraEntry, ...]) -> str:
+    inside = f"LoRAs {', '.join(lora.label for lora in loras)}" if loras else "no LoRA"
+    return f"{variant} with recipe {recipe!r} and {inside}"
 
 
 def lora_entries(checkpoint: "Checkpoint") -> tuple[LoraEntry, ...]:
     """Return what the manifest says of a checkpoint's adapters."""
     return tuple(
         LoraEntry(
-            name=lora.file.path.name,
+            name=os.fsencode(lora.file.path.name).decode("utf-8", "backslashreplace"),
             sha256=lora.file.sha256,
             strength=lora.strength,
             type=lora.file.type_name,

@@ -77,9 +77,8 @@ def lora_table(lora: "Lora") -> Table:
 
 def bundle_table(bundle: Bundle) -> Table:
     """Return the closing table of a conversion: what was made, how big, how close, and its hash."""
-    loras = "".join(f" + {lora.name}:{lora.strength:g}" for lora in bundle.manifest.loras)
     table = Table(
-        title=f"{bundle.path}: {bundle.manifest.variant}{loras}, recipe {bundle.manifest.recipe}", title_justify="left"
+        title=f"{bundle.path}: {bundle.manifest.label}, recipe {bundle.manifest.recipe}", title_justify="left"
     )
     table.add_column("component")
     table.add_column("precision")
