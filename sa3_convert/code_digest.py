@@ -269,17 +269,18 @@ class Reached:
             self.follow(found.origin, found.name)
 
     def _load(self, module: _Module) -> None:
-        """Reach what happens when a module is loaded, and those that are loaded with it."""
+        """Reach what happens when a module is loaded: its packages are loaded first, and then what it imports."""
         if (module.name, "") in self._followed:
             return
         self._followed.add((module.name, ""))
         self._reach(module.effects)
+        others = [name for found in module.loads for name in (found.origin, f"{found.origin}.{found.name}")]
+        for name in (module.name.rpartition(".")[0], *others):
+            if (other := self._source.module(name)) is not None:
+                self._load(other)
         for found in module.loads:
             if found.name == "*":
                 self.follow(found.origin, "*")
-            for name in (found.origin, f"{found.origin}.{found.name}"):
-                if (other := self._source.module(name)) is not None:
-                    self._load(other)
 
     def _reach(self, statements: Iterable[_Statement]) -> None:
         for statement in statements:

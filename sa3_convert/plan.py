@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sa3_convert.bundle.manifest import Artifact, ArtifactKind, Bundle
+from sa3_convert.bundle.manifest import SPLIT_KINDS, Artifact, ArtifactKind, Bundle
 from sa3_convert.components import TOKEN_TABLE, Component
 from sa3_convert.errors import InputError
 from sa3_convert.estimate import Estimate, available_memory, estimate
@@ -44,6 +44,8 @@ class Step:
     reference_bytes: int
     model_bytes: int
     """Estimated from the tensors' shapes."""
+    placed_bytes: int
+    """Of what is put into the bundle, at the most."""
     takes: Estimate
 
 
@@ -85,7 +87,7 @@ def estimate_model_bytes(shapes: dict[str, tuple[int, ...]], recipe: ComponentRe
 
 
 def plan(request: ConvertRequest) -> Plan:
-    """Return what has to be done. Every file that stays or is used was read and has its hash; nothing is changed.
+    """Return what has to be done. What stays of the components, or is used, was read and has its hash; nothing changes.
 
     Extras that the bundle has stay without being asked for, as long as they are what would be made now.
 
@@ -137,6 +139,11 @@ def _step(request: ConvertRequest, component: Component, keys: Keys, kept: Colle
     recipe = request.recipe.for_component(component)
     shapes = {name: entry.shape for name, entry in request.checkpoint.stored(component).items()}
     reference_bytes = 4 * sum(math.prod(shape) for shape in shapes.values())
+    model_bytes = estimate_model_bytes(shapes, recipe)
+    # Two parts have the weights of one model between them.
+    sizes = {"mnn": model_bytes} | dict.fromkeys(SPLIT_KINDS, model_bytes // 2)
+    if request.with_reference:
+        sizes |= {"onnx": reference_bytes, "onnx-int8": reference_bytes}
     return Step(
         component=component,
         keys=keys,
@@ -144,7 +151,8 @@ def _step(request: ConvertRequest, component: Component, keys: Keys, kept: Colle
         place=place,
         found=found,
         reference_bytes=reference_bytes,
-        model_bytes=estimate_model_bytes(shapes, recipe),
+        model_bytes=model_bytes,
+        placed_bytes=sum(sizes.get(kind, 0) for kind in place),
         takes=estimate(todo, reference_bytes, recipe),
     )
 
@@ -175,6 +183,7 @@ def bytes_needed(steps: Sequence[Step]) -> int:
         # The integer form has a quarter of the reference's weights, but all of its token table.
         s.reference_bytes * (("export" in s.todo) + ("ort-int8" in s.todo))
         + s.model_bytes * (("mnn" in s.todo) + ("split" in s.todo))
+        + s.placed_bytes
         for s in steps
     )
     # While one component is converted, its rewritten ONNX and the converter's scratch file with all weights exist too;

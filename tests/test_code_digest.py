@@ -183,6 +183,8 @@ def test_every_way_to_name_something_is_followed_to_its_constants(small: Callabl
         ("plain", "from math import pi as VALUE\n\ndef helper():\n    return VALUE\n"),
         ("plain", "VALUE = 1\nVALUE += 1\n\ndef helper():\n    return VALUE\n"),
         ("plain", "import sys\nsys.setrecursionlimit(9)\nVALUE = 1\n\ndef helper():\n    return VALUE\n"),
+        ("__init__", "import os\n\nos.environ['SMALL'] = '1'\n"),
+        ("plain", "import small.spare\n\nVALUE = 1\n\ndef helper():\n    return VALUE and small\n"),
         ("start", "from small.spare import helper\n\ndef start():\n    return helper()\n"),
         ("start", "import numpy as np\nfrom small.plain import helper\n\ndef start():\n    return np and helper()\n"),
     ],

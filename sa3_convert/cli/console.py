@@ -148,8 +148,13 @@ def _bundle_to_do(plan: Plan) -> Iterator[str]:
     if plan.shared:
         yield f"write {', '.join(plan.shared)}"
     if plan.dropped:
-        yield "drop " + ", ".join(f"{a.kind} of {a.component.value}" if a.component else a.kind for a in plan.dropped)
+        yield f"leave out {', '.join(dropped(plan))}"
     yield "write the manifest"
+
+
+def dropped(plan: Plan) -> list[str]:
+    """Return what a bundle had and will not have."""
+    return [f"{a.kind} of {a.component.value}" if a.component else a.kind for a in plan.dropped]
 
 
 def _taken(takes: Estimate) -> tuple[str, str]:

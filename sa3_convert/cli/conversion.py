@@ -63,7 +63,7 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Redo everything; replace another bundle.")] = False,
 ) -> None:
     """Convert a checkpoint into a bundle of verified MNN models. What is up to date is not redone."""
-    from sa3_convert.cli.console import bundle_table, plan_table, show_stage, stderr, stdout
+    from sa3_convert.cli.console import bundle_table, dropped, plan_table, show_stage, stderr, stdout
     from sa3_convert.convert import convert as make_bundle
     from sa3_convert.doctor.consult import check_conversion
     from sa3_convert.plan import Plan, plan
@@ -91,11 +91,13 @@ def convert(
         stdout.print(plan_table(request, plan(request)))
         return
 
-    def show_recipe(plan: Plan) -> None:
+    def show(plan: Plan) -> None:
+        if plan.dropped:
+            stderr.print(f"Left out of the bundle from now on: {', '.join(dropped(plan))}.")
         if any(step.todo for step in plan.steps):
             stderr.print(resolved.to_yaml().rstrip(), style="dim")
 
-    outcome = make_bundle(request, show_stage, show_recipe)
+    outcome = make_bundle(request, show_stage, show)
     stdout.print(bundle_table(outcome.bundle))
     if outcome.up_to_date:
         typer.echo(f"{out} is up to date; nothing was done.")

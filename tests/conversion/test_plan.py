@@ -21,8 +21,8 @@ from sa3_convert.existing import ORT_INT8_FOLDER, REFERENCE_FOLDER, SHARED
 from sa3_convert.plan import Plan, plan
 from sa3_convert.recipe import load_recipe
 from sa3_convert.request import ConvertRequest
-from sa3_convert.stage_cache import Notes
-from sa3_convert.stages import PLANNED, FidelityNotes, MnnNotes, OrtInt8Notes, RoundNotes, split_names
+from sa3_convert.stage_cache import Notes, StageCache
+from sa3_convert.stages import PLANNED, FidelityNotes, MnnNotes, OrtInt8Notes, RoundNotes, Stage, split_names
 from tests.bundles import CONFIGS, Convert, Runs
 from tests.checkpoint.adapters import SECONDS, toy_adapter
 from tests.conversion.test_convert import with_component
@@ -202,6 +202,24 @@ def check_bundle(request: ConvertRequest, bundle: Bundle) -> None:
             assert artifact.kept_at is None or not request.with_reference
     assert all(bundle.is_whole(bundle.artifact(None, kind)) for kind in SHARED)
     assert plan(replace(request, force=False)).up_to_date
+
+
+@pytest.mark.parametrize("stage", ["mnn", "verify", "ort-int8", "split"])
+def test_a_result_without_the_notes_that_are_needed_is_made_again(
+    quick_stages: None, toy: Path, tmp_path: Path, stage: Stage
+) -> None:
+    request = replace(World(toy, tmp_path, 0).request(), components=(), force=False, with_ort_int8=True)
+    request = replace(request, with_split_dit=True, recipe=load_recipe(CONFIGS / "int8.yaml"))
+    convert(request, lambda _: None)
+    for step in plan(replace(request, force=True)).steps:
+        if stage in step.keys:
+            StageCache(request.cache).make(stage, step.keys[stage], lambda _: Notes(detail="alone"), replace=True)
+    shutil.rmtree(request.out)
+    planned = {step.component for step in plan(request).steps if stage in step.todo}
+    assert planned
+    runs = Runs()
+    convert(request, runs)
+    assert {(component.value, stage) for component in planned} == {one for one in runs.done() if one[1] == stage}
 
 
 def test_the_dry_run_of_a_finished_bundle_says_that_references_are_copied(
