@@ -122,12 +122,17 @@ def lora_entries(checkpoint: "Checkpoint") -> tuple[LoraEntry, ...]:
 
 def of_other_weights(bundle: Bundle, request: ConvertRequest) -> list[Component]:
     """Return the components of a bundle that are not converted now and were not made from this checkpoint's weights."""
-    digests, selected = bundle.manifest.checkpoint.get("digests", {}), request.selected()
+    digests, selected = _digests(bundle.manifest), request.selected()
     return [
         component
         for component in bundle.components
         if component not in selected and digests.get(component.value) != request.checkpoint.digest(component)
     ]
+
+
+def _digests(manifest: Manifest) -> dict[str, Any]:
+    digests = manifest.checkpoint.get("digests")
+    return digests if isinstance(digests, dict) else {}
 
 
 def checkpoint_digests(request: ConvertRequest) -> dict[str, str]:
@@ -143,15 +148,15 @@ def is_current(manifest: Manifest, request: ConvertRequest) -> bool:
         and manifest.loras == lora_entries(request.checkpoint)
         and manifest.tools == tool_versions()
         and manifest.layout == request.checkpoint.layout
-        and manifest.checkpoint.get("digests") == checkpoint_digests(request)
+        and _digests(manifest) == checkpoint_digests(request)
     )
 
 
 def is_right(bundle: Bundle, artifact: Artifact, request: ConvertRequest, keys: Keys) -> bool:
     """Tell whether a component's file is whole, where it is wanted, and what would be made now."""
     return (
-        artifact.fingerprint is not None
-        and artifact.fingerprint == keys.get(RESULTS[artifact.kind][-1])
+        artifact.kind in RESULTS
+        and artifact.fingerprint == keys.get(RESULTS[artifact.kind][-1], "")
         and not (request.with_reference and artifact.kept_at is not None)
         and bundle.is_whole(artifact)
     )
@@ -161,8 +166,7 @@ def is_right_shared(bundle: Bundle, artifact: Artifact, request: ConvertRequest)
     """Tell whether a file for all components is whole and what would be written now."""
     if artifact.kind == "bottleneck_params":
         decoder = Component.DECODER
-        made_from: Any = bundle.manifest.checkpoint.get("digests", {}).get(decoder.value)
-        same = made_from == request.checkpoint.digest(decoder)
+        same = _digests(bundle.manifest).get(decoder.value) == request.checkpoint.digest(decoder)
     else:
         text = shared_text(request, artifact.kind)
         same = text is not None and artifact.sha256 == hashlib.sha256(text.encode()).hexdigest()

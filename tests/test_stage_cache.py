@@ -151,7 +151,7 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
         yield from _places(child, (*path, key))
 
 
-def _damaged_data(entry: Any, rng: random.Random) -> Any:
+def damaged_data(entry: Any, rng: random.Random) -> Any:
     """Return an entry with one part replaced, removed, renamed or added."""
     changed = copy.deepcopy(entry)
     place = rng.choice([path for path in _places(entry) if path])
@@ -164,6 +164,8 @@ def _damaged_data(entry: Any, rng: random.Random) -> Any:
             holder[last] = rng.choice(ODD)
         case 1:
             del holder[last]
+        case _ if isinstance(holder, list):
+            holder.append(rng.choice(ODD))
         case 2:
             holder[str(rng.choice(ODD))] = holder.pop(last)
         case _:
@@ -201,7 +203,7 @@ def test_of_a_thousand_damaged_entries_none_is_accepted_unless_it_says_the_same(
     text = file.read_bytes()
     whole, rng, accepted = json.loads(text), random.Random(0), 0
     for number in range(1500):
-        damaged = json.dumps(_damaged_data(whole, rng)).encode() if number % 2 else _damaged_text(text, rng)
+        damaged = json.dumps(damaged_data(whole, rng)).encode() if number % 2 else _damaged_text(text, rng)
         file.write_bytes(damaged)
         opened.clear()
         found = find(cache)

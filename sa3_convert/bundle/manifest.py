@@ -250,7 +250,7 @@ class Bundle:
         try:
             for entry in artifact.files:
                 self._check_file(artifact, entry, contents=True)
-        except (BundleError, OSError):
+        except (BundleError, OSError, ValueError):
             return False
         return True
 

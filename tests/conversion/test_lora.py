@@ -1,5 +1,6 @@
 """A LoRA is merged before export: only what it touches is converted again, and the bundle says what is in it."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ from sa3_convert.networks.build import build_network
 from sa3_convert.ort import OrtSession
 from sa3_convert.passes.pipeline import load_onnx
 from sa3_convert.runtime.audio import read_metadata
+from sa3_convert.verify.drift import key_of
 from sa3_convert.verify.inputs import sample_inputs
 from tests.bundles import CONFIGS, Convert
 from tests.checkpoint.adapters import SECONDS, toy_adapter
@@ -143,6 +145,27 @@ def test_the_audio_says_which_loras_made_it(adapted: Bundle, adapter: Path, tmp_
     assert read_metadata(wav)["loras"] == [
         {"name": "warm.safetensors", "sha256": sha256_file(adapter), "strength": 0.5}
     ]
+
+
+def test_whatever_names_the_bundle_names_the_lora(
+    adapted: Bundle, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    label = f"small-music + warm.safetensors:0.5 ({sha256_file(adapter)[:12]})"
+    assert adapted.manifest.label == key_of(adapted)[0] == label
+    report, figures = tmp_path / "report", tmp_path / "figures.json"
+    verify = ["verify", str(adapted.path), "--component", NUMBER.value, "--quick", "--no-bisect"]
+    assert cli.run([*verify, "--json", str(figures), "--report", str(report)]) == 0
+    assert json.loads(figures.read_text())["bundle"] == label
+    assert json.loads((report / "report.json").read_text())["made"]["variant"] == label
+    assert label in (report / "summary.md").read_text()
+    assert label in (report / "index.html").read_text()
+    capsys.readouterr()
+    assert cli.run(["table", str(adapted.path)]) == 0
+    assert label in capsys.readouterr().out
+    assert cli.run(["bundle", "export", str(adapted.path), "--to", str(tmp_path / "site")]) == 0
+    (published,) = (tmp_path / "site").glob("music/fp32/number_conditioner_*")
+    assert published.name.startswith("number_conditioner_music_warm-")
+    assert (tmp_path / "site" / "music" / "fp32" / "dit_music_fp32.mnn").is_file()
 
 
 def test_the_torch_engine_needs_the_same_loras(

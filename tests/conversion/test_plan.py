@@ -1,6 +1,7 @@
 """What the dry run says is what `convert` then does, whatever stands there and whatever is asked for."""
 
 import contextlib
+import json
 import random
 import shutil
 from dataclasses import replace
@@ -16,7 +17,7 @@ from sa3_convert.checkpoint.reader import Checkpoint
 from sa3_convert.cli import app as cli
 from sa3_convert.components import Component
 from sa3_convert.convert import convert
-from sa3_convert.errors import UsageError
+from sa3_convert.errors import Sa3Error, UsageError
 from sa3_convert.existing import ORT_INT8_FOLDER, REFERENCE_FOLDER, SHARED
 from sa3_convert.plan import Plan, plan
 from sa3_convert.recipe import load_recipe
@@ -26,6 +27,7 @@ from sa3_convert.stages import PLANNED, FidelityNotes, MnnNotes, OrtInt8Notes, R
 from tests.bundles import CONFIGS, Convert, Runs
 from tests.checkpoint.adapters import SECONDS, toy_adapter
 from tests.conversion.test_convert import with_component
+from tests.test_stage_cache import damaged_data
 
 FIDELITY = Fidelity(signal_to_noise_db=99.0, cosine=1.0, max_abs_error=0.0)
 
@@ -220,6 +222,26 @@ def test_a_result_without_the_notes_that_are_needed_is_made_again(
     runs = Runs()
     convert(request, runs)
     assert {(component.value, stage) for component in planned} == {one for one in runs.done() if one[1] == stage}
+
+
+def test_a_manifest_that_was_damaged_is_refused_or_mended(quick_stages: None, toy: Path, tmp_path: Path) -> None:
+    world = World(toy, tmp_path, 0)
+    request = replace(world.request(), checkpoint=world.checkpoints[0], components=(), force=False, with_ort_int8=True)
+    convert(request, lambda _: None)
+    manifest = request.out / MANIFEST
+    whole = json.loads(manifest.read_text())
+    refused = 0
+    for _ in range(300):
+        manifest.write_text(json.dumps(damaged_data(whole, world.rng)))
+        try:
+            planned = plan(request)
+        except Sa3Error:
+            refused += 1
+            continue
+        assert all(request.out in (request.out / artifact.path).parents for artifact in planned.kept)
+    assert refused < 150
+    convert(replace(request, force=True), lambda _: None)
+    check_bundle(request, Bundle.open(request.out))
 
 
 def test_the_dry_run_of_a_finished_bundle_says_that_references_are_copied(
