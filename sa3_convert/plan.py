@@ -1,17 +1,32 @@
-"""What a conversion will do, how much room it needs, and whether there is enough of it: known before any long work."""
+"""What a conversion has to do, worked out once: the dry run prints it, and `convert` does it.
+
+For each component, the files of the bundle that are whole and were made from exactly this stay as they are; for the
+others the plan says which stages still have to run and which results of the cache are put in place.
+"""
 
 import math
 import shutil
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from sa3_convert.bundle.manifest import MANIFEST, Bundle
+from sa3_convert.bundle.manifest import SPLIT_KINDS, Artifact, ArtifactKind, Bundle
 from sa3_convert.components import TOKEN_TABLE, Component
-from sa3_convert.errors import BundleError, InputError
+from sa3_convert.errors import InputError
 from sa3_convert.estimate import Estimate, available_memory, estimate
+from sa3_convert.existing import (
+    RESULTS,
+    SHARED,
+    existing_bundle,
+    is_current,
+    is_right,
+    is_right_shared,
+    of_other_weights,
+)
 from sa3_convert.recipe import ComponentRecipe
 from sa3_convert.request import ConvertRequest
-from sa3_convert.stage_cache import StageCache
-from sa3_convert.stages import Keys, Stage
+from sa3_convert.stage_cache import CachedResult, StageCache
+from sa3_convert.stages import INPUTS, NOTES, Keys, Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +36,34 @@ class Step:
     component: Component
     keys: Keys
     todo: tuple[Stage, ...]
-    """Stages that have to run; empty when the bundle has it already."""
+    """Stages that have to run."""
+    place: tuple[ArtifactKind, ...]
+    """Files that the bundle gets, or that its manifest says where to find, from the results of stages."""
+    found: Mapping[Stage, CachedResult[Any]]
+    """Results of the cache that this needs."""
     reference_bytes: int
     model_bytes: int
     """Estimated from the tensors' shapes."""
+    placed_bytes: int
+    """Of what is put into the bundle, at the most."""
     takes: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that a conversion will do."""
+
+    existing: Bundle | None
+    """The bundle that is completed, if one stands there."""
+    steps: tuple[Step, ...]
+    kept: tuple[Artifact, ...]
+    """Files that stay as they are, of components that are not converted too."""
+    dropped: tuple[Artifact, ...]
+    """Files of the bundle that are not its own any more: of other weights, or extras that nobody asks for."""
+    shared: tuple[ArtifactKind, ...]
+    """Files for all components that are written."""
+    up_to_date: bool
+    """Whether there is nothing to do at all."""
 
 
 def estimate_model_bytes(shapes: dict[str, tuple[int, ...]], recipe: ComponentRecipe) -> int:
@@ -48,58 +86,104 @@ def estimate_model_bytes(shapes: dict[str, tuple[int, ...]], recipe: ComponentRe
     return total
 
 
-def plan(request: ConvertRequest) -> list[Step]:
-    """Return what has to be done for each component, by manifest and cache; `convert` reads the files themselves.
+def plan(request: ConvertRequest) -> Plan:
+    """Return what has to be done. What stays of the components, or is used, was read and has its hash; nothing changes.
+
+    Extras that the bundle has stay without being asked for, as long as they are what would be made now.
 
     Raises:
+        UsageError: something else stands at `out`, or components of other weights would stay in it.
         InputError: disk or memory do not have room for it.
 
     """
-    cache = StageCache(request.cache)
-    steps = []
-    for component in request.selected():
-        recipe = request.recipe.for_component(component)
-        keys = request.keys(component)
-        shapes = {name: entry.shape for name, entry in request.checkpoint.stored(component).items()}
-        todo = _todo(request, cache, component, keys)
-        reference_bytes = 4 * sum(math.prod(shape) for shape in shapes.values())
-        steps.append(
-            Step(
-                component=component,
-                keys=keys,
-                todo=todo,
-                reference_bytes=reference_bytes,
-                model_bytes=estimate_model_bytes(shapes, recipe),
-                takes=estimate(todo, reference_bytes, recipe),
-            )
-        )
+    existing = existing_bundle(request)
+    keys = {component: request.keys(component) for component in request.selected()}
+    kept = _kept(request, existing, keys)
+    steps = tuple(_step(request, component, keys[component], kept) for component in keys)
     _require_room(request, steps)
     _require_memory(steps)
-    return steps
+    stays = {(artifact.component, artifact.kind) for artifact in kept}
+    shared = tuple(kind for kind in _shared(request) if (None, kind) not in stays)
+    placed = {(step.component, kind) for step in steps for kind in step.place} | {(None, kind) for kind in shared}
+    listed = existing.manifest.artifacts if existing else ()
+    dropped = tuple(artifact for artifact in listed if (artifact.component, artifact.kind) not in stays | placed)
+    done = existing is not None and not placed and not dropped and is_current(existing.manifest, request)
+    return Plan(existing, steps, kept, dropped, shared, up_to_date=done)
 
 
-def _todo(request: ConvertRequest, cache: StageCache, component: Component, keys: Keys) -> tuple[Stage, ...]:
-    if request.force:
-        return tuple(stage for stage, _ in keys.in_order())
-    if (request.out / MANIFEST).exists():
-        try:
-            bundle = Bundle.open(request.out)
-            bundle.check((component,), contents=False)
-            int8 = keys.ort_int8 is None or bundle.artifact(component, "onnx-int8").fingerprint == keys.ort_int8
-            split = keys.split is None or bundle.artifact(component, "mnn-step").fingerprint == keys.split
-            if int8 and split and bundle.artifact(component).fingerprint == keys.verify:
-                return ()
-        except BundleError:
-            pass
-    return tuple(stage for stage, key in keys.in_order() if not cache.has(stage, key))
+def _kept(request: ConvertRequest, existing: Bundle | None, keys: Mapping[Component, Keys]) -> tuple[Artifact, ...]:
+    if existing is None:
+        return ()
+    others = of_other_weights(existing, request)
+    kept = []
+    for artifact in existing.manifest.artifacts:
+        if artifact.component is None:
+            stays = not request.force and is_right_shared(existing, artifact, request)
+        elif artifact.component in keys:
+            stays = not request.force and is_right(existing, artifact, request, keys[artifact.component])
+        else:
+            stays = artifact.component not in others
+        if stays:
+            kept.append(artifact)
+    return tuple(kept)
 
 
-def bytes_needed(steps: list[Step]) -> int:
+def _shared(request: ConvertRequest) -> Collection[ArtifactKind]:
+    return [kind for kind in SHARED if kind != "tokenizer" or request.checkpoint.layout.text_encoder is not None]
+
+
+def _step(request: ConvertRequest, component: Component, keys: Keys, kept: Collection[Artifact]) -> Step:
+    have = {artifact.kind for artifact in kept if artifact.component is component}
+    place = tuple(kind for kind in request.kinds(component) if kind not in have)
+    todo, found = _stages(request, keys, place)
+    recipe = request.recipe.for_component(component)
+    shapes = {name: entry.shape for name, entry in request.checkpoint.stored(component).items()}
+    reference_bytes = 4 * sum(math.prod(shape) for shape in shapes.values())
+    model_bytes = estimate_model_bytes(shapes, recipe)
+    # Two parts have the weights of one model between them.
+    sizes = {"mnn": model_bytes} | dict.fromkeys(SPLIT_KINDS, model_bytes // 2)
+    if request.with_reference:
+        sizes |= {"onnx": reference_bytes, "onnx-int8": reference_bytes}
+    return Step(
+        component=component,
+        keys=keys,
+        todo=todo,
+        place=place,
+        found=found,
+        reference_bytes=reference_bytes,
+        model_bytes=model_bytes,
+        placed_bytes=sum(sizes.get(kind, 0) for kind in place),
+        takes=estimate(todo, reference_bytes, recipe),
+    )
+
+
+def _stages(
+    request: ConvertRequest, keys: Keys, place: Collection[ArtifactKind]
+) -> tuple[tuple[Stage, ...], dict[Stage, CachedResult[Any]]]:
+    """Return the stages that have to run for some files, and the results of the cache that they and the files need."""
+    cache = StageCache(request.cache)
+    needed = {stage for kind in place for stage in RESULTS[kind]}
+    todo: list[Stage] = []
+    found: dict[Stage, CachedResult[Any]] = {}
+    for stage in reversed(tuple(keys)):
+        if stage not in needed:
+            continue
+        result = None if request.force else cache.find(stage, keys[stage], NOTES[stage])
+        if result is None:
+            todo.insert(0, stage)
+            needed.update(INPUTS[stage])
+        else:
+            found[stage] = result
+    return tuple(todo), found
+
+
+def bytes_needed(steps: Sequence[Step]) -> int:
     """Return the temporary and lasting room that a plan takes at its peak."""
     lasting = sum(
         # The integer form has a quarter of the reference's weights, but all of its token table.
         s.reference_bytes * (("export" in s.todo) + ("ort-int8" in s.todo))
         + s.model_bytes * (("mnn" in s.todo) + ("split" in s.todo))
+        + s.placed_bytes
         for s in steps
     )
     # While one component is converted, its rewritten ONNX and the converter's scratch file with all weights exist too;
@@ -111,7 +195,7 @@ def bytes_needed(steps: list[Step]) -> int:
     return lasting + passing
 
 
-def _require_room(request: ConvertRequest, steps: list[Step]) -> None:
+def _require_room(request: ConvertRequest, steps: Sequence[Step]) -> None:
     folder = request.cache
     while not folder.exists():
         folder = folder.parent
@@ -124,7 +208,7 @@ def _require_room(request: ConvertRequest, steps: list[Step]) -> None:
         )
 
 
-def _require_memory(steps: list[Step]) -> None:
+def _require_memory(steps: Sequence[Step]) -> None:
     free = available_memory()
     for step in steps:
         needed = step.takes.memory_bytes

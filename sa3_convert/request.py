@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sa3_convert.bundle.manifest import SPLIT_KINDS, ArtifactKind
 from sa3_convert.components import Component, components_of
 from sa3_convert.errors import UsageError
 from sa3_convert.mnn.target import MnnVersion, target_for
 from sa3_convert.recipe import Recipe
-from sa3_convert.stages import Keys, stage_keys
+from sa3_convert.stages import CHANGING, Keys, stage_keys
 
 if TYPE_CHECKING:
     from sa3_convert.checkpoint.reader import Checkpoint
@@ -39,14 +40,13 @@ class ConvertRequest:
     def keys(self, component: Component) -> Keys:
         """Return the fingerprints of a component's stages."""
         recipe = self.recipe.for_component(component)
-        return stage_keys(
-            self.checkpoint,
-            component,
-            recipe,
-            target_mnn=self.target_of(component),
-            ort_int8=self.with_ort_int8,
-            split=self.with_split_dit,
-        )
+        return stage_keys(self.checkpoint, component, recipe, target_mnn=self.target_of(component))
+
+    def kinds(self, component: Component) -> tuple[ArtifactKind, ...]:
+        """Return the files that are asked for of a component."""
+        int8: tuple[ArtifactKind, ...] = ("onnx-int8",) if self.with_ort_int8 else ()
+        split = SPLIT_KINDS if self.with_split_dit and component in CHANGING else ()
+        return ("mnn", "onnx", *int8, *split)
 
     def target_of(self, component: Component) -> MnnVersion:
         """Return the oldest MNN that a component is made to be right on.

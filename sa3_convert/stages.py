@@ -1,117 +1,109 @@
 """The stages of one component's conversion: what each depends on, and what it makes."""
 
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from sa3_convert.bundle.manifest import Fidelity
 from sa3_convert.checkpoint.layout import CheckpointLayout
+from sa3_convert.code_digest import code_digest
 from sa3_convert.components import Component, contract
-from sa3_convert.fingerprint import fingerprint, source_digest, version_of
+from sa3_convert.fingerprint import fingerprint, version_of
 from sa3_convert.mnn.target import DEFAULT_TARGET, MnnVersion
 from sa3_convert.recipe import ComponentRecipe, plain
+from sa3_convert.stage_cache import Notes
 
 if TYPE_CHECKING:
     from sa3_convert.checkpoint.reader import Checkpoint
     from sa3_convert.verify.result import ComponentFidelity
 
 Stage = Literal["export", "round", "mnn", "verify", "ort-int8", "split"]
+Keys = Mapping[Stage, str]
+"""Fingerprints of the stages that a component can go through, in order; each contains those of its inputs."""
 
+INPUTS: Final[Mapping[Stage, tuple[Stage, ...]]] = {
+    "export": (),
+    "round": (),
+    "mnn": ("export", "round"),
+    "verify": ("export", "mnn"),
+    "ort-int8": ("export",),
+    "split": ("export", "round"),
+}
+"""The stages in order, with those whose files each reads; `round` where the recipe asks for it."""
 PLANNED: Final = "weights.safetensors"
 """What the round stage leaves."""
 CHANGING: Final[Mapping[Component, tuple[str, ...]]] = {Component.DIT: ("x", "t")}
 """Components that run several times in one generation, and the inputs that differ between those runs."""
-_ROUNDING: Final = tuple(f"quantise/{name}" for name in ("grid", "layers", "planned"))
-"""Modules that decide where weights are rounded to while the graph is rewritten."""
-_PLANNING: Final = (
-    *(f"quantise/{name}" for name in ("calibrate", "compensated", "grid", "network", "planned", "sequential")),
-    "networks",
-    "passes/quantise_embedding",
-    "verify/inputs",
-)
-"""Modules that decide where they are rounded to ahead of that."""
-_VERIFYING: Final = (
-    *(f"verify/{name}" for name in ("cases", "compare", "component", "inputs", "metrics", "result")),
-    "ort",
-    "session",
-)
-"""Modules that a conversion's own verification is made of."""
 
 
-@dataclass(frozen=True, slots=True)
-class Keys:
-    """Fingerprints of a component's stages; each contains the one before."""
+class RoundNotes(Notes):
+    """How much each linear won."""
 
-    export: str
-    round: str | None
-    """None when the recipe leaves all rounding to the mnn stage."""
-    mnn: str
-    verify: str
-    ort_int8: str | None = None
-    """None when it is not asked for."""
-    split: str | None = None
-    """None when it is not asked for, or there is nothing to split."""
+    gains_db: dict[str, float]
 
-    def in_order(self) -> tuple[tuple[Stage, str], ...]:
-        """Return the stages that the component goes through, each with its fingerprint."""
-        rounding: tuple[tuple[Stage, str], ...] = () if self.round is None else (("round", self.round),)
-        int8: tuple[tuple[Stage, str], ...] = () if self.ort_int8 is None else (("ort-int8", self.ort_int8),)
-        split: tuple[tuple[Stage, str], ...] = () if self.split is None else (("split", self.split),)
-        return (("export", self.export), *rounding, ("mnn", self.mnn), ("verify", self.verify), *int8, *split)
+
+class MnnNotes(Notes):
+    """What was done, and what the file holds."""
+
+    storage: dict[str, Any]
+    passes: dict[str, int]
+
+
+class FidelityNotes(Notes):
+    """How close a model is to its reference."""
+
+    fidelity: Fidelity
+
+
+class OrtInt8Notes(FidelityNotes):
+    """Of the form for ONNX Runtime, which has floors of its own."""
+
+    floor_db: float
+    precision: Literal["int8", "fp32"]
+
+
+NOTES: Final[Mapping[Stage, type[Notes]]] = {
+    "export": Notes,
+    "round": RoundNotes,
+    "mnn": MnnNotes,
+    "verify": FidelityNotes,
+    "ort-int8": OrtInt8Notes,
+    "split": FidelityNotes,
+}
 
 
 def stage_keys(
-    checkpoint: "Checkpoint",
-    component: Component,
-    recipe: ComponentRecipe,
-    *,
-    target_mnn: MnnVersion = DEFAULT_TARGET,
-    ort_int8: bool = False,
-    split: bool = False,
+    checkpoint: "Checkpoint", component: Component, recipe: ComponentRecipe, *, target_mnn: MnnVersion = DEFAULT_TARGET
 ) -> Keys:
     """Return the fingerprints of a component's stages: weights, dimensions, recipe, our code, and the tools."""
-    merge = {"merge": source_digest("checkpoint/lora")} if checkpoint.loras_of(component) else {}
-    export = fingerprint(
-        **merge,
+
+    def key(stage: Callable[..., Notes], *tools: str, **parts: Any) -> str:
+        return fingerprint(code=code_digest(stage), tools=[version_of(name) for name in tools], **parts)
+
+    keys: dict[Stage, str] = {}
+    keys["export"] = export = key(
+        export_stage,
+        *("torch", "onnx", "onnx-ir", "onnxscript"),
         component=component.value,
         weights=checkpoint.digest(component),
         contract=repr(contract(component, checkpoint.layout)),
         layout=repr(checkpoint.layout),
-        code=source_digest("networks", "export", "components"),
-        tools=[version_of(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript")],
     )
     storage = {name: value for name, value in plain(recipe).items() if name != "floor_db"}
-    rounding = None
     if recipe.compensates:
-        rounding = fingerprint(
-            export=export, recipe=storage, code=source_digest(*_PLANNING), tools=[version_of("torch")]
-        )
-    mnn = fingerprint(
-        export=rounding or export,
-        recipe=storage,
-        target_mnn=target_mnn,
-        code=source_digest("passes", "mnn", *_ROUNDING),
-        tools=[version_of(name) for name in ("MNN", "onnx-ir")],
+        keys["round"] = key(round_stage, "torch", export=export, recipe=storage)
+    keys["mnn"] = key(
+        mnn_stage, "MNN", "onnx-ir", export=keys.get("round", export), recipe=storage, target_mnn=target_mnn
     )
-    verify = fingerprint(
-        mnn=mnn,
-        floor_db=recipe.floor_db,
-        code=source_digest(*_VERIFYING),
-        tools=[version_of("onnxruntime")],
-    )
-    int8 = fingerprint(
-        export=export,
-        code=source_digest("quantise/ort_int8", *_VERIFYING),
-        tools=[version_of(name) for name in ("onnx", "onnxruntime")],
-    )
-    parts = fingerprint(verify=verify, code=source_digest("runtime/split_session"))
-    return Keys(
-        export, rounding, mnn, verify, int8 if ort_int8 else None, parts if split and component in CHANGING else None
-    )
+    keys["verify"] = key(verify_stage, "onnxruntime", mnn=keys["mnn"], floor_db=recipe.floor_db)
+    keys["ort-int8"] = key(ort_int8_stage, "onnx", "onnxruntime", export=export)
+    if component in CHANGING:
+        keys["split"] = key(split_stage, verify=keys["verify"])
+    return keys
 
 
-def export_stage(checkpoint: "Checkpoint", component: Component, folder: Path) -> dict[str, Any]:
+def export_stage(checkpoint: "Checkpoint", component: Component, folder: Path) -> Notes:
     """Export one component's reference ONNX into `folder`."""
     from sa3_convert.export.component import export_component
 
@@ -119,12 +111,12 @@ def export_stage(checkpoint: "Checkpoint", component: Component, folder: Path) -
     path = folder / f"{component.value}.onnx"
     export_component(checkpoint, component, path)
     size = sum(file.stat().st_size for file in folder.iterdir())
-    return {"bytes": size, "detail": f"{size / 2**20:.1f} MiB"}
+    return Notes(detail=f"{size / 2**20:.1f} MiB")
 
 
 def round_stage(
     checkpoint: "Checkpoint", component: Component, recipe: ComponentRecipe, folder: Path, threads: int | None
-) -> dict[str, Any]:
+) -> RoundNotes:
     """Round the linears whose rounding makes up for what came before."""
     from sa3_convert.quantise.network import round_network
     from sa3_convert.quantise.planned import PlannedWeights
@@ -132,10 +124,10 @@ def round_stage(
     linears = round_network(checkpoint, component, recipe, threads=threads)
     PlannedWeights.write(folder / PLANNED, {linear.name: linear.weight for linear in linears})
     helped = sum(linear.compensated for linear in linears)
-    return {
-        "gains_db": {linear.name: round(linear.gain_db, 2) for linear in linears},
-        "detail": f"compensated {helped} of {len(linears)} linears",
-    }
+    return RoundNotes(
+        gains_db={linear.name: round(linear.gain_db, 2) for linear in linears},
+        detail=f"compensated {helped} of {len(linears)} linears",
+    )
 
 
 def mnn_stage(
@@ -145,7 +137,7 @@ def mnn_stage(
     planned: Path | None,
     folder: Path,
     target_mnn: MnnVersion,
-) -> dict[str, Any]:
+) -> MnnNotes:
     """Rewrite the reference for MNN, convert it, and audit the file that comes out."""
     from sa3_convert.mnn.convert import mnn_from_onnx
     from sa3_convert.passes.pipeline import onnx_for_mnn
@@ -158,7 +150,7 @@ def mnn_stage(
         passes = onnx_for_mnn(reference, prepared, component, recipe, planned=weights, target_mnn=target_mnn)
         storage = mnn_from_onnx(prepared, target, recipe, target_mnn=target_mnn)
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-    return {"storage": storage.summary(), "passes": passes.counts(), "detail": f"{size / 2**20:.1f} MiB"}
+    return MnnNotes(storage=storage.summary(), passes=passes.counts(), detail=f"{size / 2**20:.1f} MiB")
 
 
 def split_stage(
@@ -170,7 +162,7 @@ def split_stage(
     folder: Path,
     threads: int | None,
     target_mnn: MnnVersion,
-) -> dict[str, Any]:
+) -> FidelityNotes:
     """Convert a component in two parts, and compare them, run as one, with the reference."""
     from sa3_convert.mnn.convert import mnn_from_onnx
     from sa3_convert.passes.pipeline import onnx_for_mnn
@@ -182,7 +174,7 @@ def split_stage(
     weights = None if planned is None else PlannedWeights(planned)
     with tempfile.TemporaryDirectory(prefix="onnx-", dir=folder) as scratch:
         parts = [Path(scratch) / target.with_suffix(".onnx").name for target in targets]
-        handed_over = split_onnx(reference, parts[0], parts[1], CHANGING[component])
+        split_onnx(reference, parts[0], parts[1], CHANGING[component])
         for part, target in zip(parts, targets, strict=True):
             own = rules_of_part(recipe, part)
             prepared = Path(scratch) / "for-mnn" / part.name
@@ -190,7 +182,7 @@ def split_stage(
             mnn_from_onnx(prepared, target, own, target_mnn=target_mnn)
     result = verify_split(reference, targets[0], targets[1], component, layout, quick=True, threads=threads)
     result.check_floor(recipe.floor_db)
-    return _notes(result) | {"handed_over": len(handed_over)}
+    return FidelityNotes(**_figures(result))
 
 
 def split_names(component: Component) -> tuple[str, str]:
@@ -205,18 +197,18 @@ def verify_stage(
     recipe: ComponentRecipe,
     layout: CheckpointLayout,
     threads: int | None,
-) -> dict[str, Any]:
+) -> FidelityNotes:
     """Run target and reference on the same inputs; below the floor is an error, so no result is kept."""
     from sa3_convert.verify.component import verify_files
 
     result = verify_files(reference, target, component, layout, quick=True, threads=threads)
     result.check_floor(recipe.floor_db)
-    return _notes(result)
+    return FidelityNotes(**_figures(result))
 
 
 def ort_int8_stage(
     reference: Path, component: Component, layout: CheckpointLayout, folder: Path, threads: int | None
-) -> dict[str, Any]:
+) -> OrtInt8Notes:
     """Quantise the reference for ONNX Runtime and compare the two; below the floor is an error."""
     from sa3_convert.quantise.ort_int8 import FLOORS_DB, quantise_for_ort
     from sa3_convert.verify.component import verify_onnx
@@ -226,17 +218,14 @@ def ort_int8_stage(
     result = verify_onnx(reference, target, component, layout, quick=True, threads=threads)
     floor = FLOORS_DB[component]
     result.check_floor(floor)
-    return _notes(result) | {"floor_db": floor, "precision": "int8" if quantised else "fp32"}
+    return OrtInt8Notes(**_figures(result), floor_db=floor, precision="int8" if quantised else "fp32")
 
 
-def _notes(result: "ComponentFidelity") -> dict[str, Any]:
+def _figures(result: "ComponentFidelity") -> dict[str, Any]:
     worst = result.worst
     return {
-        "fidelity": {
-            "signal_to_noise_db": worst.signal_to_noise_db,
-            "cosine": worst.cosine,
-            "max_abs_error": worst.max_abs_error,
-        },
-        "cases": result.to_data(),
+        "fidelity": Fidelity(
+            signal_to_noise_db=worst.signal_to_noise_db, cosine=worst.cosine, max_abs_error=worst.max_abs_error
+        ),
         "detail": f"{worst.signal_to_noise_db:.1f} dB",
     }

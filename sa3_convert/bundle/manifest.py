@@ -21,6 +21,7 @@ ArtifactKind = Literal[
 SPLIT_KINDS: Final[tuple[ArtifactKind, ArtifactKind]] = ("mnn-prepare", "mnn-step")
 """A model in two parts: what runs once per generation, and what runs in every step."""
 
+_LONGEST_NAME: Final = 60
 _LAYOUT: TypeAdapter[CheckpointLayout] = TypeAdapter(CheckpointLayout)
 
 
@@ -98,6 +99,14 @@ class LoraEntry(_Data):
     layers: dict[Component, int]
     """How many layers of each component it changes; none at strength 0."""
 
+    @property
+    def label(self) -> str:
+        """Its name, as far as it can be shown, strength, and the start of its hash: names alone prove nothing."""
+        shown = "".join(
+            c if c.isprintable() else c.encode("unicode_escape").decode() for c in self.name[:_LONGEST_NAME]
+        )
+        return f"{shown}:{self.strength:g} ({self.sha256[:12]})"
+
 
 class Manifest(_Data):
     """The whole `manifest.json`."""
@@ -122,6 +131,11 @@ class Manifest(_Data):
         if len(seen) != len(set(seen)):
             raise ValueError("two artifacts are of the same component and kind")
         return self
+
+    @property
+    def label(self) -> str:
+        """The variant and the adapters that are in it: what tells a bundle from the plain one wherever it is named."""
+        return " + ".join((self.variant, *(lora.label for lora in self.loras)))
 
     def to_json(self) -> str:
         """Return the text of `manifest.json`."""
@@ -230,6 +244,15 @@ class Bundle:
             raise BundleError(f"{file} is missing {why}") from None
         if size != entry.bytes or (contents and sha256_file(file) != entry.sha256):
             raise BundleError(f"{file} is not the file that the manifest describes (size or SHA-256). Convert again.")
+
+    def is_whole(self, artifact: Artifact) -> bool:
+        """Tell whether an artifact's files are there and are what the manifest says, to the last byte."""
+        try:
+            for entry in artifact.files:
+                self._check_file(artifact, entry, contents=True)
+        except (BundleError, OSError, ValueError):
+            return False
+        return True
 
     def write(self) -> None:
         """Write the manifest; the last thing that happens to a bundle, so that it never describes what is not there."""

@@ -5,23 +5,31 @@ only where the audited file has it: a text encoder of eight bits is never writte
 autoencoder and medium ones another, so each is written once, and where bundles of several precisions offer one
 published name, the one of fewest bits takes it, as on the card. The text encoders differ by the padding embedding
 inside them: with several variants each gets its own, beside its DiT.
+
+A model with adapters in it carries a tag in its name, after the variant: their names, in letters that every file system
+and web server takes, and the start of a hash of their contents and strengths. It never lies under a shared name. What
+adapters leave alone is the plain model, and keeps its name.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
-from sa3_convert.bundle.manifest import Artifact, Bundle, FileEntry
+from sa3_convert.bundle.manifest import Artifact, Bundle, FileEntry, LoraEntry
 from sa3_convert.checkpoint.variants import PublishedNames, published_names
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError, UsageError
 from sa3_convert.files import copy_file, inside, partial_folder, sha256_file
+from sa3_convert.fingerprint import fingerprint
 
 Layout = Literal["hub", "flat"]
 
 _SHARED = (Component.TEXT_ENCODER, Component.DECODER, Component.ENCODER)
 """Components for which the published tree has one file for all variants."""
+_LONGEST_NAME: Final = 24
+_MOST_NAMES: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +45,9 @@ class Published:
     """Digest of the checkpoint's tensors behind it."""
 
 
-def published_path(variant: str, component: Component, precision: str, *, own: bool = False) -> str:
+def published_path(
+    variant: str, component: Component, precision: str, *, own: bool = False, loras: Sequence[LoraEntry] = ()
+) -> str:
     """Return a model's path in the published hub tree.
 
     Args:
@@ -45,11 +55,12 @@ def published_path(variant: str, component: Component, precision: str, *, own: b
         component: the component.
         precision: its audited precision, such as `int8`.
         own: whether the variant has weights of its own where the tree has one file for all variants.
+        loras: the adapters that change the component.
 
     """
     names = published_names(variant)
-    family, base = names.folder, names.base
-    if own:
+    family, base = names.folder, names.base + _tag(loras)
+    if (own or loras) and component in _SHARED:
         return f"{family}/{precision}/{component.value}_{family}{base}_{precision}.mnn"
     match component:
         case Component.TEXT_ENCODER:
@@ -64,6 +75,17 @@ def published_path(variant: str, component: Component, precision: str, *, own: b
             return f"{family}/{precision}/dit_{family}{base}_{precision}{suffix}.mnn"
         case Component.NUMBER_CONDITIONER:
             return f"{family}/{precision}/number_conditioner_{family}{base}_{precision}.mnn"
+
+
+def _tag(loras: Sequence[LoraEntry]) -> str:
+    """Return what names say of adapters: nothing of none; names are for people, the hash tells sets apart."""
+    if not loras:
+        return ""
+    names = (re.sub(r"[^a-z0-9]+", "-", Path(lora.name).stem.lower())[:_LONGEST_NAME].strip("-") for lora in loras)
+    known = [name or "lora" for name in names]
+    shown = known[:_MOST_NAMES] + ([f"{len(known) - _MOST_NAMES}-more"] if len(known) > _MOST_NAMES else [])
+    exact = fingerprint(loras=[[lora.sha256, lora.strength] for lora in loras])
+    return f"_{'-'.join(shown)}-{exact[:12]}"
 
 
 def published_files(bundles: Sequence[Bundle]) -> list[Published]:
@@ -100,9 +122,15 @@ def _is_shared(component: Component, bundle: Bundle, bundles: Sequence[Bundle]) 
 
     def sharing(other: Bundle) -> bool:
         same_codec = _names(other).codec == _names(bundle).codec
-        return component in other.components and (component is Component.TEXT_ENCODER or same_codec)
+        plain = component in other.components and not _loras(other, component)
+        return plain and (component is Component.TEXT_ENCODER or same_codec)
 
     return len({_weights_digest(other, component) for other in bundles if sharing(other)}) <= 1
+
+
+def _loras(bundle: Bundle, component: Component) -> list[LoraEntry]:
+    """Return the adapters that change a component."""
+    return [lora for lora in bundle.manifest.loras if lora.layers.get(component)]
 
 
 def _tier(bundle: Bundle) -> str:
@@ -131,7 +159,8 @@ def _paths(bundle: Bundle, artifact: Artifact, tier: str, *, own: bool) -> list[
     if artifact.component is Component.NUMBER_CONDITIONER:
         # Part of its tier by name; a fifth of a megabyte in any precision.
         precision = tier
-    path = published_path(bundle.manifest.variant, artifact.component, precision, own=own)
+    loras = _loras(bundle, artifact.component)
+    path = published_path(bundle.manifest.variant, artifact.component, precision, own=own, loras=loras)
     found: list[tuple[str, FileEntry]] = [(path, artifact)]
     if artifact.companion is not None:
         found.append((f"{path}.weight", artifact.companion))

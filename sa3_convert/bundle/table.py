@@ -1,5 +1,6 @@
 """Bundles side by side as Markdown, from what their manifests say."""
 
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
@@ -34,6 +35,7 @@ class Bench(_Data):
     """What `bench --json` found of one bundle."""
 
     variant: str
+    """With its LoRAs, as the manifest's label has it."""
     recipe: str
     rows: tuple[BenchRow, ...]
 
@@ -57,7 +59,7 @@ class Bench(_Data):
 
 
 def markdown_table(bundles: Sequence[Bundle], benches: Sequence[Bench] = ()) -> str:
-    """Return one row per bundle: variant, recipe, size and fidelity of each component, and the size of all models.
+    """Return one row per bundle: variant and LoRAs, recipe, size and fidelity of each component, size of all models.
 
     Fidelity is the worst signal-to-noise ratio, in dB, that the conversion measured against ONNX Runtime on the fp32
     reference. Components that no bundle has get no column; one that a bundle lacks is a dash. Each engine and duration
@@ -77,13 +79,18 @@ def markdown_table(bundles: Sequence[Bundle], benches: Sequence[Bench] = ()) -> 
     header += [f"{duration:g} s by {engine}" for engine, duration in speeds]
     rows = [header, ["---"] * len(header)]
     for bundle in bundles:
-        columns = measured.get((bundle.manifest.variant, bundle.manifest.recipe), {})
+        columns = measured.get((bundle.manifest.label, bundle.manifest.recipe), {})
         rows.append([*_row(bundle, components), *(_speed(columns.get(key)) for key in speeds)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def markdown_text(text: str) -> str:
+    """Return text that Markdown shows as it stands, on one line."""
+    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(text.split()))
+
+
 def _check_measured(keys: Collection[tuple[str, str]], benches: Sequence[Bench], bundles: Sequence[Bundle]) -> None:
-    known = {(bundle.manifest.variant, bundle.manifest.recipe) for bundle in bundles}
+    known = {(bundle.manifest.label, bundle.manifest.recipe) for bundle in bundles}
     for variant, recipe in keys:
         if (variant, recipe) not in known:
             raise UsageError(f"--bench: {variant} with recipe {recipe!r} was measured, which is none of the bundles.")
@@ -102,7 +109,7 @@ def _row(bundle: Bundle, components: Sequence[Component]) -> list[str]:
     models = {component: bundle.artifact(component) for component in bundle.components}
     cells = [_cell(models[component]) if component in models else "–" for component in components]
     total = sum(_bytes(model) for model in models.values())
-    return [bundle.manifest.variant, f"`{bundle.manifest.recipe}`", *cells, f"{total / 2**20:.1f} MiB"]
+    return [markdown_text(bundle.manifest.label), f"`{bundle.manifest.recipe}`", *cells, f"{total / 2**20:.1f} MiB"]
 
 
 def _cell(model: Artifact) -> str:

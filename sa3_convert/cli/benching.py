@@ -62,7 +62,7 @@ def bench(
     described = machine()
     rows = measure(BenchRequest(found, durations, repeats, steps, memory), lambda line: stderr.print(line, style="dim"))
     manifest = Bundle.open(bundle).manifest
-    stdout.print(table(rows, f"{bundle}: {manifest.variant}, recipe {manifest.recipe}, median of {repeats}"))
+    stdout.print(table(rows, f"{bundle}: {manifest.label}, recipe {manifest.recipe}, median of {repeats}"))
     versions = ", ".join(f"{name} {described['versions'][name]}" for name in ("MNN", "onnxruntime", "torch"))
     typer.echo(
         f"{described['processor']}, {described['usable_cores']} of {described['cores']} cores, "
@@ -72,7 +72,7 @@ def bench(
         data = {
             "schema": 1,
             "machine": described,
-            "variant": manifest.variant,
+            "variant": manifest.label,
             "recipe": manifest.recipe,
             "repeats": repeats,
             "steps": steps,

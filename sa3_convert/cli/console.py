@@ -3,6 +3,7 @@
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -12,7 +13,8 @@ from sa3_convert.bundle.manifest import Bundle
 from sa3_convert.components import Component
 from sa3_convert.convert import StageEvent
 from sa3_convert.estimate import Estimate, total
-from sa3_convert.plan import Step, bytes_needed
+from sa3_convert.existing import RESULTS
+from sa3_convert.plan import Plan, Step, bytes_needed
 from sa3_convert.request import ConvertRequest
 from sa3_convert.verify.result import Verdict
 
@@ -25,7 +27,7 @@ stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 if TYPE_CHECKING:
     from sa3_convert.checkpoint.lora import Lora
-    from sa3_convert.quantise.planner import Plan
+    from sa3_convert.quantise.planner import Plan as BitPlan
 
 _VERBS = {
     "export": "exporting",
@@ -75,9 +77,8 @@ def lora_table(lora: "Lora") -> Table:
 
 def bundle_table(bundle: Bundle) -> Table:
     """Return the closing table of a conversion: what was made, how big, how close, and its hash."""
-    loras = "".join(f" + {lora.name}:{lora.strength:g}" for lora in bundle.manifest.loras)
     table = Table(
-        title=f"{bundle.path}: {bundle.manifest.variant}{loras}, recipe {bundle.manifest.recipe}", title_justify="left"
+        title=f"{bundle.path}: {bundle.manifest.label}, recipe {bundle.manifest.recipe}", title_justify="left"
     )
     table.add_column("component")
     table.add_column("precision")
@@ -108,8 +109,9 @@ def bundle_table(bundle: Bundle) -> Table:
     return table
 
 
-def plan_table(request: ConvertRequest, steps: list[Step]) -> Table:
+def plan_table(request: ConvertRequest, plan: Plan) -> Table:
     """Return what a conversion would do, with sizes estimated from the tensors' shapes."""
+    steps = plan.steps
     table = Table(title=f"Plan for {request.out} (nothing was done)", title_justify="left")
     for name in ("component", "precision"):
         table.add_column(name)
@@ -120,9 +122,9 @@ def plan_table(request: ConvertRequest, steps: list[Step]) -> Table:
     for step in steps:
         precision = request.recipe.for_component(step.component).precision
         sizes = (f"{size / 2**20:.2f}" for size in (step.reference_bytes, step.model_bytes))
-        table.add_row(
-            step.component.value, precision, *sizes, *_taken(step.takes), " → ".join(step.todo) or "up to date"
-        )
+        table.add_row(step.component.value, precision, *sizes, *_taken(step.takes), _to_do(step) or "up to date")
+    if plan.existing is not None and not plan.up_to_date:
+        table.add_row("bundle", "", "", "", "", "", "; ".join(_bundle_to_do(plan)))
     table.add_section()
     totals = (sum(s.reference_bytes for s in steps), sum(s.model_bytes for s in steps))
     table.add_row(
@@ -135,6 +137,26 @@ def plan_table(request: ConvertRequest, steps: list[Step]) -> Table:
     return table
 
 
+def _to_do(step: Step) -> str:
+    """Return the stages that run, and the files that are put in place from what earlier runs left."""
+    ready = [kind for kind in step.place if not set(RESULTS[kind]) & set(step.todo)]
+    return " → ".join((*step.todo, *([f"place {', '.join(ready)}"] if ready else [])))
+
+
+def _bundle_to_do(plan: Plan) -> Iterator[str]:
+    """Yield what changes in a bundle besides its components' files."""
+    if plan.shared:
+        yield f"write {', '.join(plan.shared)}"
+    if plan.dropped:
+        yield f"leave out {', '.join(dropped(plan))}"
+    yield "write the manifest"
+
+
+def dropped(plan: Plan) -> list[str]:
+    """Return what a bundle had and will not have."""
+    return [f"{a.kind} of {a.component.value}" if a.component else a.kind for a in plan.dropped]
+
+
 def _taken(takes: Estimate) -> tuple[str, str]:
     """Return memory and time for a table; nothing for what is done."""
     if not takes.seconds:
@@ -143,7 +165,7 @@ def _taken(takes: Estimate) -> tuple[str, str]:
     return f"{takes.memory_bytes / 2**30:.1f}", f"{minutes} min" if minutes > 2 else f"{60 * minutes + seconds} s"
 
 
-def planned_table(component: Component, plan: "Plan") -> Table:
+def planned_table(component: Component, plan: "BitPlan") -> Table:
     """Return how many layers a plan stores at each precision, and which layers it keeps highest."""
     table = Table(title=f"{component.value}: {plan.size / 2**20:.2f} MiB", title_justify="left")
     for name in ("bits", "block"):

@@ -17,7 +17,6 @@ from sa3_convert.cli.options import (
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
 from sa3_convert.mnn.target import MnnVersion, target_for
-from sa3_convert.stage_cache import cache_beside
 
 RecipeOption = Annotated[
     Path,
@@ -64,11 +63,12 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Redo everything; replace another bundle.")] = False,
 ) -> None:
     """Convert a checkpoint into a bundle of verified MNN models. What is up to date is not redone."""
-    from sa3_convert.cli.console import bundle_table, plan_table, show_stage, stderr, stdout
+    from sa3_convert.cli.console import bundle_table, dropped, plan_table, show_stage, stderr, stdout
     from sa3_convert.convert import convert as make_bundle
     from sa3_convert.doctor.consult import check_conversion
-    from sa3_convert.plan import plan
+    from sa3_convert.plan import Plan, plan
     from sa3_convert.request import ConvertRequest
+    from sa3_convert.stage_cache import cache_beside
 
     resolved = open_recipe(recipe)
     request = ConvertRequest(
@@ -85,15 +85,19 @@ def convert(
         threads=threads,
     )
     stderr.print(f"{checkpoint}: {request.checkpoint.variant_name}; recipe {resolved.name}: {resolved.description}")
-    steps = plan(request)
     if note := check_conversion(request.selected()):
         stderr.print(f"Note: {note}")
     if dry_run:
-        stdout.print(plan_table(request, steps))
+        stdout.print(plan_table(request, plan(request)))
         return
-    if any(step.todo for step in steps):
-        stderr.print(resolved.to_yaml().rstrip(), style="dim")
-    outcome = make_bundle(request, show_stage)
+
+    def show(plan: Plan) -> None:
+        if plan.dropped:
+            stderr.print(f"Left out of the bundle from now on: {', '.join(dropped(plan))}.")
+        if any(step.todo for step in plan.steps):
+            stderr.print(resolved.to_yaml().rstrip(), style="dim")
+
+    outcome = make_bundle(request, show_stage, show)
     stdout.print(bundle_table(outcome.bundle))
     if outcome.up_to_date:
         typer.echo(f"{out} is up to date; nothing was done.")

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Final, Literal
 import numpy as np
 import torch
 
+from sa3_convert.code_digest import code_digest
 from sa3_convert.components import TOKEN_TABLE, Component
 from sa3_convert.errors import UsageError
 from sa3_convert.files import write_text
-from sa3_convert.fingerprint import fingerprint, source_digest
+from sa3_convert.fingerprint import fingerprint
 from sa3_convert.networks.build import build_network
 from sa3_convert.quantise.allocation import Allocation, Option, allocate, smallest_for_error
 from sa3_convert.quantise.calibrate import CALIBRATION_SEED
@@ -105,8 +106,8 @@ def measure(
 
     """
     keys = stage_keys(checkpoint, component, ComponentRecipe(floor_db=1))
-    code = source_digest(*(f"quantise/{name}" for name in ("curvature", "grid", "sensitivity")), "verify/inputs")
-    key = fingerprint(export=keys.export, cases=_CASES[component], code=code)
+    code = code_digest(sample_inputs, layers_to_measure, measure_curvature, _priced)
+    key = fingerprint(export=keys["export"], cases=_CASES[component], code=code)
     folder = cache / "sensitivity"
     kept = folder / f"{component.value}-{key[:16]}-{scales}.json"
     with contextlib.suppress(OSError, ValueError):

@@ -74,7 +74,7 @@ def verify_bundle(
         for model in models:
             verdicts.append(_verdict(bundle, model, samples, expected, threads, progress, settings or {}))
             report(verdicts[-1])
-    return BundleFidelity(bundle.manifest.variant, recipe.name, tuple(verdicts))
+    return BundleFidelity(bundle.manifest.label, recipe.name, tuple(verdicts))
 
 
 def _expected(

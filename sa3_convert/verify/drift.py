@@ -98,8 +98,8 @@ def origin_of(bundle: Bundle) -> Origin:
 
 
 def key_of(bundle: Bundle) -> tuple[str, str, str]:
-    """Return what a bundle's part of a baseline is found by: variant, recipe, size."""
-    return bundle.manifest.variant, bundle.manifest.recipe, size_of(bundle.layout)
+    """Return what a bundle's part of a baseline is found by: variant with its LoRAs, recipe, size."""
+    return bundle.manifest.label, bundle.manifest.recipe, size_of(bundle.layout)
 
 
 def find_baseline(path: Path, bundle: Bundle) -> BundleBaseline:

@@ -1,14 +1,14 @@
 """The two sides of an end-to-end comparison: the stages of generation, on the reference or on the target."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sa3_convert.bundle.manifest import Bundle
+from sa3_convert.code_digest import code_digest
 from sa3_convert.components import SPECS, Component
-from sa3_convert.fingerprint import source_digest
 from sa3_convert.runtime.autoencode import decoded, patched
 from sa3_convert.runtime.conditioning import Conditioning, conditioning
 from sa3_convert.runtime.engines import Engine
@@ -19,15 +19,6 @@ from sa3_convert.verify.generation import GenerationCase, Trajectory, denoised, 
 from sa3_convert.verify.reference_store import ReferenceStore
 
 Floats = NDArray[np.float32]
-
-_CODE = (
-    "verify/generation",
-    *(
-        f"runtime/{name}"
-        for name in ("autoencode", "chunks", "conditioning", "lengths", "noise", "samplers", "schedule")
-    ),
-)
-"""What a reference generation depends on besides models and inputs."""
 
 
 class Side:
@@ -158,15 +149,18 @@ class References:
         self._hashes = {c: [entry.sha256 for entry in a.files] for c, a in files.items() if c is not None}
         self._tokenizer = side.bundle.artifact(None, "tokenizer").sha256
 
+    def _get(self, compute: Callable[[], Mapping[str, Floats]], **parts: Any) -> Mapping[str, Floats]:
+        return self._store.get(compute, code=code_digest(Side), **parts)
+
     def prompt_embedding(self, case: GenerationCase) -> Floats:
         """Return [1, tokens, D]."""
         parts = {"model": self._hashes[Component.TEXT_ENCODER], "tokenizer": self._tokenizer, "prompt": case.text}
-        return self._store.get(lambda: {"values": self.side.prompt_embedding(case)}, **parts)["values"]
+        return self._get(lambda: {"values": self.side.prompt_embedding(case)}, **parts)["values"]
 
     def seconds_embedding(self, case: GenerationCase) -> Floats:
         """Return [1, 1, D]."""
         parts = {"model": self._hashes[Component.NUMBER_CONDITIONER], "seconds": case.seconds}
-        return self._store.get(lambda: {"values": self.side.seconds_embedding(case)}, **parts)["values"]
+        return self._get(lambda: {"values": self.side.seconds_embedding(case)}, **parts)["values"]
 
     def conditioning(self, case: GenerationCase) -> Conditioning:
         """Return what the DiT is told."""
@@ -179,7 +173,7 @@ class References:
             made = self.side.trajectory(case, self.conditioning(case), steps=self.steps, nudge=nudge)
             return {"velocities": np.stack(made.velocities)}
 
-        stored = self._store.get(compute, **self._path(case, nudge))["velocities"]
+        stored = self._get(compute, **self._path(case, nudge))["velocities"]
         return replayed(list(stored), self.side.layout, case, nudge=nudge)
 
     def audio(self, case: GenerationCase, *, nudge: float = 0.0) -> Floats:
@@ -189,14 +183,14 @@ class References:
             return {"values": self.side.audio(case, self.trajectory(case, nudge=nudge).result)}
 
         parts = {"decoder": self._hashes[Component.DECODER], **self._path(case, nudge)}
-        return self._store.get(compute, **parts)["values"]
+        return self._get(compute, **parts)["values"]
 
     def encoded(self, case: GenerationCase) -> Floats:
         """Return what the encoder gives for the reference audio."""
         parts = {"encoder": self._hashes[Component.ENCODER], "decoder": self._hashes[Component.DECODER]}
-        return self._store.get(
-            lambda: {"values": self.side.encoded(self.audio(case))}, **parts, **self._path(case, 0.0)
-        )["values"]
+        return self._get(lambda: {"values": self.side.encoded(self.audio(case))}, **parts, **self._path(case, 0.0))[
+            "values"
+        ]
 
     def _path(self, case: GenerationCase, nudge: float) -> dict[str, Any]:
         return {
@@ -207,5 +201,4 @@ class References:
             "seconds": case.seconds,
             "steps": self.steps,
             "nudge": nudge,
-            "code": source_digest(*_CODE),
         }

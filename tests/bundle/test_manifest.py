@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sa3_convert.bundle.manifest import MANIFEST, Artifact, Bundle, FileEntry, Manifest
+from sa3_convert.bundle.manifest import MANIFEST, Artifact, Bundle, FileEntry, LoraEntry, Manifest
 from sa3_convert.checkpoint.layout import read_layout
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError
@@ -46,6 +46,37 @@ def make_bundle(
     bundle = Bundle(folder, manifest)
     bundle.write()
     return bundle
+
+
+def lora_entry(name: str = "warm.safetensors", content: str = "a", **changes: object) -> LoraEntry:
+    """An adapter that changes the DiT."""
+    settings = {"strength": 0.5, "type": "lora", "rank": 4, "alpha": 8.0, "layers": {Component.DIT: 3}} | changes
+    return LoraEntry.model_validate({"name": name, "sha256": content * 64} | settings)
+
+
+def with_loras(bundle: Bundle, *loras: LoraEntry) -> Bundle:
+    """The same bundle with a manifest that names adapters."""
+    changed = Bundle(bundle.path, bundle.manifest.model_copy(update={"loras": loras}))
+    changed.write()
+    return changed
+
+
+def test_a_bundle_with_loras_is_not_called_what_the_plain_one_is(tmp_path: Path) -> None:
+    plain = make_bundle(tmp_path)
+    assert plain.manifest.label == "small-music"
+    adapted = with_loras(plain, lora_entry(), lora_entry("bright.safetensors", "b", strength=-1))
+    label = "small-music + warm.safetensors:0.5 (aaaaaaaaaaaa) + bright.safetensors:-1 (bbbbbbbbbbbb)"
+    assert adapted.manifest.label == label
+    same_names = [lora_entry(content="b"), lora_entry(strength=0.25), lora_entry("other.safetensors")]
+    labels = {with_loras(plain, lora).manifest.label for lora in (lora_entry(), *same_names)}
+    assert len(labels) == 4
+
+
+def test_names_of_loras_are_shown_without_control_characters(tmp_path: Path) -> None:
+    label = with_loras(make_bundle(tmp_path), lora_entry("\x1b[2Ja\nb\u202e" + 200 * "é")).manifest.label
+    assert label.isprintable()
+    assert "\\x1b[2Ja\\nb\\u202eé" in label
+    assert len(label) < 120
 
 
 def test_what_is_written_is_read_back_equal(tmp_path: Path) -> None:

@@ -1,14 +1,17 @@
 """Bundles come out under exactly the names that the published tree and its client use."""
 
+import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sa3_convert.bundle.manifest import Bundle, FileEntry
+from sa3_convert.bundle.manifest import Bundle, FileEntry, LoraEntry
 from sa3_convert.bundle.published import export_bundles, published_path
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError, UsageError
-from tests.bundle.test_manifest import make_bundle
+from tests.bundle.test_manifest import lora_entry, make_bundle, with_loras
 
 PUBLISHED_TREE = {
     "music/int8/dit_music_int8.mnn",
@@ -152,3 +155,69 @@ def test_files_of_one_name_are_not_laid_over_one_another(tmp_path: Path) -> None
     with pytest.raises(BundleError, match=r"cannot hold both encoder\.mnn.*--layout hub"):
         export_bundles([fp16, fp32], tmp_path / "flat", "flat")
     export_bundles([fp16, fp32], tmp_path / "hub", "hub")
+
+
+def adapted(folder: Path, *loras: LoraEntry) -> Bundle:
+    """A bundle in which what adapters change has other content than in the plain one."""
+    changed = {component for lora in loras for component in lora.layers}
+    salt = "".join(lora.sha256[0] + str(lora.strength) for lora in loras)
+    plain = make_bundle(folder, digests={c.value: salt if c in changed else "plain" for c in Component})
+    artifacts = []
+    for artifact in plain.manifest.artifacts:
+        if artifact.component in changed:
+            (folder / artifact.path).write_text(f"{artifact.path} {salt}")
+        artifacts.append(artifact.model_copy(update=dict(FileEntry.of(folder, artifact.path))))
+    whole = Bundle(folder, plain.manifest.model_copy(update={"artifacts": tuple(artifacts)}))
+    return with_loras(whole, *loras)
+
+
+def test_bundles_with_other_loras_lie_beside_the_plain_one_and_share_what_is_the_same(tmp_path: Path) -> None:
+    everything = dict.fromkeys(Component, 1)
+    sets = {
+        "plain": (),
+        "dit": (lora_entry(),),
+        "stronger": (lora_entry(strength=1.0),),
+        "namesake": (lora_entry(content="b"),),
+        "both": (lora_entry(), lora_entry("Bright & shiny!.safetensors", "c")),
+        "all": (lora_entry("x.safetensors", "d", layers=everything),),
+    }
+    bundles = [adapted(tmp_path / name, *loras) for name, loras in sets.items()]
+    export_bundles(bundles[:1], tmp_path / "alone", "hub")
+    export_bundles(bundles, tmp_path / "hub", "hub")
+    plain, names = tree(tmp_path / "alone"), tree(tmp_path / "hub")
+    assert plain == {name for name in PUBLISHED_TREE if "sfx" not in name and "fp16" not in name} - {
+        "shared/text_encoder.mnn"
+    }
+    assert plain <= names
+    assert len(names - plain) == len(("dit", "stronger", "namesake", "both")) + len(Component)
+    for name in plain:
+        assert (tmp_path / "hub" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    dits = [name for name in names - plain if "dit_" in name]
+    assert len({(tmp_path / "hub" / name).read_bytes() for name in dits}) == len(dits) == 5
+    assert any(re.fullmatch(r"music/int8/dit_music_warm-bright-shiny-[0-9a-f]{12}_int8\.mnn", name) for name in dits)
+    export_bundles(bundles, tmp_path / "flat", "flat")
+    assert {Path(name).name for name in names} == tree(tmp_path / "flat")
+
+
+@pytest.mark.parametrize("component", Component)
+def test_what_a_lora_changes_never_passes_for_the_plain_model(tmp_path: Path, component: Component) -> None:
+    export_bundles([make_bundle(tmp_path / "plain")], tmp_path / "hub", "hub")
+    alone = adapted(tmp_path / "bundle", lora_entry(layers={component: 1}))
+    export_bundles([alone], tmp_path / "adapted", "hub")
+    (missing,) = tree(tmp_path / "hub") - tree(tmp_path / "adapted")
+    (tagged,) = tree(tmp_path / "adapted") - tree(tmp_path / "hub")
+    assert Path(missing).name.startswith(component.value)
+    assert Path(tagged).name.startswith(f"{component.value}_music_warm-")
+
+
+def test_a_lora_without_effect_leaves_the_plain_names(tmp_path: Path) -> None:
+    export_bundles([adapted(tmp_path / "b", lora_entry(strength=0, layers={}))], tmp_path / "hub", "hub")
+    assert "music/int8/dit_music_int8.mnn" in tree(tmp_path / "hub")
+
+
+@given(st.lists(st.text(min_size=1, max_size=300), min_size=1, max_size=8))
+def test_names_of_lora_files_add_letters_digits_and_hyphens_alone(names: list[str]) -> None:
+    loras = [lora_entry(name) for name in names]
+    path = published_path("small-music", Component.DIT, "int8", loras=loras)
+    assert re.fullmatch(r"music/int8/dit_music_[a-z0-9-]+-[0-9a-f]{12}_int8\.mnn", path)
+    assert len(path) < 160

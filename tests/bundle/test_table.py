@@ -11,6 +11,7 @@ from sa3_convert.bundle.table import Bench, markdown_table
 from sa3_convert.cli.app import app
 from sa3_convert.components import Component
 from sa3_convert.errors import InputError, UsageError
+from tests.bundle.test_manifest import lora_entry, make_bundle, with_loras
 from tests.bundles import Convert
 
 
@@ -92,6 +93,19 @@ def test_measurements_of_no_bundle_in_the_table_are_refused(small: Bundle, tmp_p
     twice = Bench.read(measured(tmp_path))
     with pytest.raises(UsageError, match="two files"):
         markdown_table([small], [twice, twice])
+
+
+def test_loras_are_named_and_what_was_measured_with_them_stands_beside_them_only(tmp_path: Path) -> None:
+    plain = make_bundle(tmp_path / "plain")
+    adapted = with_loras(make_bundle(tmp_path / "adapted"), lora_entry("a|b_*<i>.safetensors"))
+    bench = Bench.read(measured(tmp_path, variant=adapted.manifest.label))
+    *_, first, second = markdown_table([plain, adapted], [bench]).splitlines()
+    assert cells(first)[0] == "small-music"
+    assert cells(first)[-1] == "–"
+    assert second.startswith(r"| small-music + a\|b\_\*\<i\>.safetensors:0.5 (aaaaaaaaaaaa) | `int8` |")
+    assert cells(second)[-1] == "1.0 s"
+    with pytest.raises(UsageError, match="none of the bundles"):
+        markdown_table([plain], [bench])
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"variant": "x"}'])

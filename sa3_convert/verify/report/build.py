@@ -71,7 +71,7 @@ def _made(bundle: Bundle, components: Sequence[schema.ComponentReport]) -> schem
     checkpoint = bundle.manifest.checkpoint
     return schema.Made(
         bundle=str(bundle.path),
-        variant=bundle.manifest.variant,
+        variant=bundle.manifest.label,
         recipe=bundle.manifest.recipe,
         checkpoint=str(checkpoint.get("source", "unknown")),
         digests=checkpoint.get("digests", {}),

@@ -1,8 +1,8 @@
 """`summary.md`: what a pull request needs to know."""
 
-import re
 from collections.abc import Iterator, Sequence
 
+from sa3_convert.bundle.table import markdown_text
 from sa3_convert.verify.report.schema import Change, Report
 from sa3_convert.verify.report.shown import shown_db, shown_floor, shown_name, shown_size
 
@@ -15,21 +15,21 @@ def render_summary(report: Report) -> str:
 
 
 def _lines(report: Report) -> Iterator[str]:
-    yield f"## {_escaped(report.made.variant)}, recipe {_escaped(report.made.recipe)}"
+    yield f"## {markdown_text(report.made.variant)}, recipe {markdown_text(report.made.recipe)}"
     yield ""
-    yield f"**{_escaped(report.verdict)}**"
+    yield f"**{markdown_text(report.verdict)}**"
     yield ""
     problems = [problem.what for problem in report.problems]
     problems += [found.verdict for found in report.bisections if found.fell_short]
     if problems:
-        yield from (f"- {_escaped(problem)}" for problem in problems)
+        yield from (f"- {markdown_text(problem)}" for problem in problems)
         yield ""
     yield from _table(report)
     yield ""
     if report.generations is not None:
         yield from _generations(report)
     if report.end_to_end is not None:
-        yield _escaped(report.end_to_end.judgement)
+        yield markdown_text(report.end_to_end.judgement)
         yield ""
     yield from _changes(report)
     yield from _commands(report)
@@ -73,7 +73,7 @@ def _changed(since: str, changes: Sequence[Change]) -> Iterator[str]:
     yield f"| since {since} | before | now |"
     yield "|---|---|---|"
     for change in changes[:_MOST_CHANGES]:
-        yield f"| {_escaped(change.what)} | {_escaped(change.before)} | {_escaped(change.now)} |"
+        yield f"| {markdown_text(change.what)} | {markdown_text(change.before)} | {markdown_text(change.now)} |"
     if len(changes) > _MOST_CHANGES:
         yield f"| and {len(changes) - _MOST_CHANGES} more, in report.json | | |"
     yield ""
@@ -94,9 +94,4 @@ def _not_run(report: Report) -> Iterator[str]:
     if report.not_run:
         yield "### Not run"
         yield ""
-        yield from (f"- {_escaped(missing.what)} `{missing.command}`" for missing in report.not_run)
-
-
-def _escaped(text: str) -> str:
-    """Return text that Markdown shows as it stands, on one line."""
-    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(text.split()))
+        yield from (f"- {markdown_text(missing.what)} `{missing.command}`" for missing in report.not_run)
