@@ -115,7 +115,7 @@ def test_an_answer_of_the_user_to_the_contrary_is_not_asked_for(toy_fp32: Bundle
 def test_every_command_is_silent(tmp_path: Path) -> None:
     home = tmp_path / "home"
     out = home / "out"
-    bundle, recipe = out / "bundle", Path(__file__).parents[2] / "configs" / "fp32.yaml"
+    bundle, recipe = out / "bundle", Path(__file__).parents[2] / "configs" / "int8.yaml"
     said = ["--prompt", "rain", "--seconds", 1, "--steps", 2]
     model = bundle / "reference" / "number_conditioner.onnx"
     commands = [
