@@ -78,7 +78,8 @@ def _diffusion(
 ) -> CheckpointLayout:
     pretransform = model.section("pretransform")
     pretransform.only("type", "autoencoder")
-    pretransform.ignore("iterate_batch", "chunked", "scale", "enable_grad", "model_half")
+    pretransform.ignore("iterate_batch", "chunked", "enable_grad", "model_half")
+    pretransform.only("scale", (1, 1.0), 1)
     autoencoder = _autoencoder(pretransform.section("config"), audio_channels)
     pretransform.finish()
 
@@ -308,8 +309,7 @@ def _autoencoder(config: Section, audio_channels: int, *, alone: bool = False) -
     bottleneck.finish()
     latent_dim = config.integer("latent_dim")
     ratio = config.integer("downsampling_ratio")
-    config.integer("io_channels", channels)
-    for key in ("in_channels", "out_channels"):
+    for key in ("io_channels", "in_channels", "out_channels"):
         config.only(key, channels, channels)
     config.only("soft_clip", False, False)
     encoder = _same_half(config.section("encoder"), "in_channels", "encoder")

@@ -204,6 +204,8 @@ UNSUPPORTED: dict[str, tuple[Callable[[Config], object], str]] = {
         lambda c: c["model"]["pretransform"]["config"]["bottleneck"].update(type="vae"),
         "type is 'vae'",
     ),
+    "scaled latents": (lambda c: c["model"]["pretransform"].update(scale=0.5), "pretransform.scale is 0.5"),
+    "channels": (lambda c: c["model"]["pretransform"]["config"].update(io_channels=1), "io_channels is 1; only 2"),
     "list for an object": (lambda c: c.update(model=[]), "expected an object"),
     "missing": (lambda c: c.pop("sample_rate"), "no 'sample_rate'"),
 }
