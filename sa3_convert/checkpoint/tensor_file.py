@@ -119,9 +119,9 @@ class TensorFile:
             prefix = wrapped[0].removesuffix(missing[0])
             there = sum(f"{prefix}{name}" in self.entries for name in expected)
             return (
-                f"{there} of the {len(expected)} tensors stand there with {prefix!r} before their names, as in the "
-                "checkpoint of a training. Export the model from it (stable-audio-tools' unwrap_model.py takes the "
-                "averaged weights), or strip that prefix from the names."
+                f"{there} of the {len(expected)} tensors stand there with {prefix!r} before their names. If this is "
+                "the checkpoint of a training, export the model from it (stable-audio-tools' unwrap_model.py takes the "
+                "averaged weights); otherwise strip that prefix from the names."
             )
         if unknown and not missing:
             return (
@@ -267,7 +267,9 @@ def _sharded(index: Path) -> dict[str, StoredTensor]:
             elif placed.get(name) != path.name:
                 problems.append(f"{shown(name)} stands in {path.name}, the index says {shown(placed.get(name))}")
             entries[name] = entry
-    problems += [f"{shown(name)} is not in {placed[name]}" for name in placed if name not in entries]
+        if problems:
+            break
+    problems = problems or [f"{shown(name)} is not in {placed[name]}" for name in placed if name not in entries]
     if problems:
         rest = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise CheckpointError(

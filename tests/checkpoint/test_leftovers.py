@@ -1,5 +1,6 @@
 """What training leaves in a file of weights is left aside; what would be another model is refused by name."""
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from sa3_convert.checkpoint.reader import Checkpoint
+from sa3_convert.checkpoint.synthetic import synthesize
 from sa3_convert.checkpoint.tensors import is_leftover
 from sa3_convert.components import Component
 from sa3_convert.errors import CheckpointError
@@ -103,6 +105,15 @@ def test_the_checkpoint_of_a_training_is_recognised_with_what_to_do(copy: Path) 
     rewrite(copy / WEIGHTS, lambda t: {f"diffusion.{n}": v for n, v in t.items() if not n.startswith("diffusion_ema")})
     with pytest.raises(CheckpointError, match=r"(\d+) of the \1 tensors stand there with 'diffusion.' before.*unwrap"):
         Checkpoint.open(copy)
+
+
+def test_the_weights_of_a_whole_checkpoint_are_told_from_those_of_an_autoencoder_alone(
+    small_toy: Path, tmp_path: Path
+) -> None:
+    synthesize(tmp_path / "same-s", "same-s")
+    shutil.copyfile(small_toy / WEIGHTS, tmp_path / "same-s" / WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"(\d+) of the \1 tensors stand there with 'pretransform.model.' before"):
+        Checkpoint.open(tmp_path / "same-s")
 
 
 def test_quantised_weights_are_no_buffers(copy: Path) -> None:
