@@ -1,6 +1,7 @@
 """What is read from outside is a file, small enough, and holds nothing that surprises later code."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,14 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
 def test_json_that_would_surprise_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r".+"):
         parse_json(text)
+
+
+def test_a_name_that_stands_twice_is_found_at_once_among_many() -> None:
+    text = "{" + ",".join(f'"{number}":0' for number in [*range(200_000), 199_999]) + "}"
+    began = time.process_time()
+    with pytest.raises(ValueError, match="names '199999' twice"):
+        parse_json(text)
+    assert time.process_time() - began < 10
 
 
 @pytest.mark.parametrize("text", ["18446744073709551615", "-1.5e300", r'"\ud83d\ude00"', "[" * 60 + "]" * 60, "null"])

@@ -75,7 +75,6 @@ def fetch(
         raise UsageError(f"{hub_id!r} is no hub id; give org/name, for example stabilityai/stable-audio-3-small-music.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists and is not empty. Give another folder, or remove it first.")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     with _explained(hub_id):
         commit = _commit(hub_id, revision, endpoint)
         download = _Download(hub_id, commit, endpoint, _staging(folder, hub_id, commit))

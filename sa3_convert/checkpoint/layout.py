@@ -18,7 +18,7 @@ from sa3_convert.checkpoint.dimensions import (
     SameLayout,
     TextEncoderLayout,
 )
-from sa3_convert.checkpoint.section import Section, read_json
+from sa3_convert.checkpoint.section import Section, read_json, shown
 from sa3_convert.errors import CheckpointError
 
 __all__ = [
@@ -69,7 +69,7 @@ def read_layout(folder: Path) -> CheckpointLayout:
         )
     if kind not in _DIFFUSION_TYPES:
         supported = ", ".join(repr(name) for name in (*_DIFFUSION_TYPES, "autoencoder"))
-        raise CheckpointError(f"model_config.json.model_type is {kind!r}; supported: {supported}.")
+        raise CheckpointError(f"model_config.json.model_type is {shown(kind)}; supported: {supported}.")
     return _diffusion(folder, model, sample_rate, sample_size, audio_channels)
 
 
@@ -78,7 +78,8 @@ def _diffusion(
 ) -> CheckpointLayout:
     pretransform = model.section("pretransform")
     pretransform.only("type", "autoencoder")
-    pretransform.ignore("iterate_batch", "chunked", "scale", "enable_grad", "model_half")
+    pretransform.ignore("iterate_batch", "chunked", "enable_grad", "model_half")
+    pretransform.only("scale", (1, 1.0), 1)
     autoencoder = _autoencoder(pretransform.section("config"), audio_channels)
     pretransform.finish()
 
@@ -95,7 +96,7 @@ def _diffusion(
     objective = diffusion.raw("diffusion_objective", "v")
     if objective not in ("rf_denoiser", "rectified_flow"):
         raise CheckpointError(
-            f"model.diffusion.diffusion_objective is {objective!r}; "
+            f"model.diffusion.diffusion_objective is {shown(objective)}; "
             "only 'rf_denoiser' and 'rectified_flow' are supported."
         )
     diffusion.only("type", "dit")
@@ -141,7 +142,7 @@ def _conditioners(configs: Any) -> tuple[Section, Section]:
         section = Section(entry, f"model.conditioning.configs[{index}]")
         identifier = section.raw("id")
         if not isinstance(identifier, str) or identifier not in types:
-            raise CheckpointError(f"Conditioner {identifier!r} is not supported; known: {', '.join(types)}.")
+            raise CheckpointError(f"Conditioner {shown(identifier)} is not supported; known: {', '.join(types)}.")
         if identifier in found:
             raise CheckpointError(f"model.conditioning.configs has two conditioners {identifier!r}.")
         section.only("type", types[identifier])
@@ -177,9 +178,9 @@ def _text_encoder(folder: Path, prompt: Section, cond_dim: int) -> tuple[TextEnc
             f"{path.parent} is missing: the text encoder belongs to the checkpoint. "
             f"Download the folder {TEXT_ENCODER_FOLDER} beside model.safetensors."
         )
-    raw = read_json(path)
-    values = raw.get("encoder") if isinstance(raw, dict) else None
-    encoder = Section(values, f"{TEXT_ENCODER_FOLDER}/config.json: encoder")
+    whole = Section(read_json(path), f"{TEXT_ENCODER_FOLDER}/config.json")
+    whole.only("quantization_config", None, None)
+    encoder = whole.section("encoder")
     layout = TextEncoderLayout(
         vocab_size=encoder.integer("vocab_size"),
         hidden_size=encoder.integer("hidden_size"),
@@ -196,6 +197,12 @@ def _text_encoder(folder: Path, prompt: Section, cond_dim: int) -> tuple[TextEnc
     )
     encoder.only("hidden_activation", "gelu_pytorch_tanh", "gelu_pytorch_tanh")
     encoder.only("attention_bias", False, False)
+    types = encoder.raw("layer_types", None) or []
+    if not isinstance(types, list) or any(kind not in ("sliding_attention", "full_attention") for kind in types):
+        raise CheckpointError(
+            f"The text encoder's layer_types are {shown(types)}; only 'sliding_attention' and 'full_attention' are "
+            "supported."
+        )
     # At the lengths used here a sliding window this wide sees everything, so both layer types are full attention.
     window = encoder.integer("sliding_window", 4096)
     if window < max_length:
@@ -210,11 +217,22 @@ def _text_encoder(folder: Path, prompt: Section, cond_dim: int) -> tuple[TextEnc
 
 
 def _rope_theta(encoder: Section) -> float:
-    if encoder.has("rope_theta"):
-        return encoder.number("rope_theta", positive=True)
-    parameters = encoder.section("rope_parameters")
-    parameters.only("rope_type", "default", "default")
-    return parameters.number("rope_theta", positive=True)
+    """Return theta, from either place or both; `rope_scaling` is what older files call `rope_parameters`."""
+    encoder.only("partial_rotary_factor", (1, 1.0, None), None)
+    stated = [encoder.number("rope_theta", positive=True)] if encoder.has("rope_theta") else []
+    for key in ("rope_parameters", "rope_scaling"):
+        if (parameters := encoder.optional_section(key)) is None:
+            continue
+        parameters.only("rope_type", "default", "default")
+        parameters.only("type", "default", "default")
+        parameters.only("partial_rotary_factor", (1, 1.0), 1)
+        if parameters.has("rope_theta"):
+            stated.append(parameters.number("rope_theta", positive=True))
+        parameters.finish()
+    if len(set(stated)) != 1:
+        found = f"contradicts itself: {stated}" if stated else "is stated neither as rope_theta nor in rope_parameters"
+        raise CheckpointError(f"The text encoder's rope_theta {found}.")
+    return stated[0]
 
 
 def _dit(config: Section) -> DitLayout:
@@ -291,8 +309,7 @@ def _autoencoder(config: Section, audio_channels: int, *, alone: bool = False) -
     bottleneck.finish()
     latent_dim = config.integer("latent_dim")
     ratio = config.integer("downsampling_ratio")
-    config.integer("io_channels", channels)
-    for key in ("in_channels", "out_channels"):
+    for key in ("io_channels", "in_channels", "out_channels"):
         config.only(key, channels, channels)
     config.only("soft_clip", False, False)
     encoder = _same_half(config.section("encoder"), "in_channels", "encoder")
@@ -364,7 +381,7 @@ def _attention_span(config: Section, kind: str, stride: int, depth: int) -> tupl
         config.ignore("chunk_size", "chunk_midpoint_shift")
         pair = isinstance(window, list) and len(window) == 2
         if not pair or not all(type(side) is int and 0 < side < _DEEPEST for side in window):
-            raise CheckpointError(f"{kind}: sliding_window is {window!r}, expected two positive integers.")
+            raise CheckpointError(f"{kind}: sliding_window is {shown(window)}, expected two positive integers.")
         return None, (window[0], window[1])
     chunk_size = config.integer("chunk_size", 128)
     config.only("chunk_midpoint_shift", True, False)

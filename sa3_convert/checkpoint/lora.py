@@ -4,14 +4,13 @@ A weight W is seen as [fan_out, fan_in], a convolution's input channels times it
 strength the step is V = W + s·B·A, or W + s·U·M·Vᵀ with the first singular vectors of the unadapted weight. Types with
 magnitudes then divide each row by its norm and multiply it by its magnitude, and likewise, after that, each column.
 Strength 0 leaves the weight alone. Several adapters follow one another in the order in which they are given.
-Source of the arithmetic: the published reference implementation.
+Sources of the arithmetic: the published reference implementation; for `use_rslora`, s = alpha / √rank · strength, PEFT.
 """
 
-import tempfile
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -61,8 +60,9 @@ class Lora:
 
     def _scale(self) -> float:
         """Return s, rounded to float32 as the reference does; out of its range it is infinite, which is found later."""
+        divisor = math.sqrt(self.file.rank) if self.file.rank_stabilised else self.file.rank
         with np.errstate(over="ignore"):
-            return float(np.float32(self.file.alpha / self.file.rank) * np.float32(self.strength))
+            return float(np.float32(self.file.alpha / divisor) * np.float32(self.strength))
 
     def _step(self, factors: "Mapping[str, Tensor]", unadapted: "Tensor") -> "Tensor":
         """Return the low-rank step [fan_out, fan_in]."""
@@ -114,29 +114,19 @@ def open_loras(requests: Sequence[LoraRequest], weights: TensorFile, checkpoint:
     return tuple(loras)
 
 
-class MergedTensors:
-    """Merged weights, kept in a file without a name that is mapped: in memory only while they are used."""
+def merged(name: str, weight: "Tensor", loras: Sequence[Lora]) -> "Tensor":
+    """Return `weight` after those adapters that change it.
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it lives as long as its tensors
+    Raises:
+        LoraError: the result is not finite.
 
-    def merged(self, name: str, weight: "Tensor", loras: Sequence[Lora]) -> "Tensor":
-        """Return a mapped tensor: `weight` after those adapters that change it.
+    """
+    import torch
 
-        Raises:
-            LoraError: the result is not finite.
-
-        """
-        import torch
-
-        result = weight
-        for lora in loras:
-            if lora.changes(name):
-                result = lora.applied(name, result, weight)
-        if not torch.isfinite(result).all():
-            raise LoraError(f"{name} is not finite after {', '.join(str(lora.file.path) for lora in loras)}.")
-        offset = self._file.seek(0, 2)
-        self._file.write(result.contiguous().numpy().data)
-        self._file.flush()
-        mapped = np.memmap(self._file, np.float32, "c", offset, tuple(result.shape))
-        return torch.from_numpy(mapped)
+    result = weight
+    for lora in loras:
+        if lora.changes(name):
+            result = lora.applied(name, result, weight)
+    if not torch.isfinite(result).all():
+        raise LoraError(f"{name} is not finite after {', '.join(str(lora.file.path) for lora in loras)}.")
+    return result

@@ -6,7 +6,6 @@ convolution's path below the diffusion model or below the conditioner. Source: t
 """
 
 import itertools
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from sa3_convert import untrusted
+from sa3_convert.checkpoint.section import shown
 from sa3_convert.checkpoint.tensor_file import TensorFile, refuse_pointer
 from sa3_convert.checkpoint.tensors import DIT_PREFIX, SECONDS_PREFIX, Shape
 from sa3_convert.errors import LoraError, UsageError
@@ -23,7 +24,8 @@ _KEY = re.compile(r"(?P<layer>.+)\.parametrizations\.weight\.0\.(?P<factor>\w+)"
 _STRENGTH = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 _NO_NUMBER = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
 _RANGE = re.compile(r"\[(\d+)-(\d+)\]", re.ASCII)
-_LONGEST_FILTER = 100_000
+_LONGEST_FILTER = 10_000
+_LARGEST_RANK = 2**31 - 1
 _PICKLED_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _PICKLED_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _UNUSED = frozenset({"lora_dropout_mask"})
@@ -32,6 +34,16 @@ _ROOTS: Final[Mapping[str, str]] = {"model.": "model.", "conditioners.": "condit
 """How a layer's path starts → what stands before it in the checkpoint."""
 _ADAPTED: Final = (DIT_PREFIX, SECONDS_PREFIX)
 """The text encoder and the autoencoder are never adapted."""
+_UNLIKE_THE_REFERENCE: Final[Mapping[str, tuple[Any, ...]]] = {
+    "alpha_pattern": ({},),
+    "fan_in_fan_out": (False,),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+    "layer_replication": ([],),
+    "lora_bias": (False,),
+    "rank_pattern": ({},),
+}
+"""Settings of PEFT that change what an adapter does → the values that do not. What else a file notes is no setting."""
+_SYNONYMS: Final[Mapping[str, tuple[str, ...]]] = {"rank": ("r", "lora_rank"), "alpha": ("lora_alpha",)}
 _SHOWN = 5
 
 
@@ -85,7 +97,7 @@ class LoraRequest:
 
         """
         path, colon, strength = text.rpartition(":")
-        if not colon or Path(text).exists():
+        if not colon or _exists(text):
             path, strength = text, "1"
         elif _NO_NUMBER.fullmatch(strength):
             raise UsageError(f"--lora {text}: the strength must be a finite number, not {strength}.")
@@ -98,6 +110,13 @@ class LoraRequest:
         return cls(Path(path).expanduser(), float(strength))
 
 
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except OSError:  # a name longer than the system takes
+        return False
+
+
 @dataclass(frozen=True, slots=True)
 class LoraFile:
     """An open adapter whose header is sound and whose values are finite."""
@@ -107,6 +126,8 @@ class LoraFile:
     type_name: str
     rank: int
     alpha: float
+    rank_stabilised: bool
+    """Whether alpha is divided by √rank instead of by rank (rsLoRA)."""
     include: tuple[str, ...] | None
     exclude: tuple[str, ...]
     layers: Mapping[str, Mapping[str, str]]
@@ -143,24 +164,46 @@ def read_lora(path: Path) -> LoraFile:
     if type_name == "dora":
         type_name = _dora_variant(tensors, layers)
     if not isinstance(type_name, str) or type_name not in LORA_TYPES:
-        raise LoraError(f"{path} is of the type {type_name!r}; known: {', '.join(LORA_TYPES)}.")
+        raise LoraError(f"{path} is of the type {shown(type_name)}; known: {', '.join(LORA_TYPES)}.")
     rank = config.get("rank", _rank(tensors, layers))
-    if type(rank) is not int or rank < 1:
-        raise LoraError(f"{path}: lora_config.rank is {rank!r}, expected a positive integer.")
+    if type(rank) is not int or not 1 <= rank <= _LARGEST_RANK:
+        raise LoraError(f"{path}: lora_config.rank is {shown(rank)}, expected a positive integer.")
     alpha = config.get("alpha", rank)
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
-        raise LoraError(f"{path}: lora_config.alpha is {alpha!r}, expected a number.")
-    for entry in tensors.entries:
-        tensors.require_finite(entry)
-    include, exclude = _filter(path, config, "include"), _filter(path, config, "exclude")
-    return LoraFile(tensors, sha256_file(path), type_name, rank, float(alpha), include, exclude or (), layers)
+    if type(alpha) not in (int, float):
+        raise LoraError(f"{path}: lora_config.alpha is {shown(alpha)}, expected a number.")
+    rank_stabilised = config.get("use_rslora") or False
+    if rank_stabilised not in (True, False):
+        raise LoraError(f"{path}: lora_config.use_rslora is {shown(rank_stabilised)}, expected true or false.")
+    _refuse_other_arithmetic(path, config, {"rank": rank, "alpha": alpha}, type_name)
+    for layer in layers.values():
+        for entry in layer.values():
+            tensors.require_finite(entry)
+    include, exclude = _filter(path, config, "include"), _filter(path, config, "exclude") or ()
+    return LoraFile(
+        tensors, sha256_file(path), type_name, rank, float(alpha), bool(rank_stabilised), include, exclude, layers
+    )
+
+
+def _refuse_other_arithmetic(path: Path, config: Mapping[str, Any], used: Mapping[str, Any], type_name: str) -> None:
+    """Refuse settings under which the adapter would do something else than is done here."""
+    unlike = dict(_UNLIKE_THE_REFERENCE) | {"use_dora": (type_name.startswith("dora"),)}
+    unlike |= {other: (used[name],) for name, others in _SYNONYMS.items() for other in others}
+    for key, supported in unlike.items():
+        value = config.get(key)
+        if value is not None and not any(value == one for one in supported):
+            raise LoraError(
+                f"{path}: lora_config.{key} is {shown(value)}, which is not supported; only "
+                f"{' or '.join(map(repr, supported))} is."
+            )
 
 
 def _refuse_pickle(path: Path) -> None:
     refuse_pointer(path)
     with path.open("rb") as stream:
-        start = stream.read(4)
-    if path.suffix.lower() in _PICKLED_SUFFIXES or start.startswith(_PICKLED_STARTS):
+        start = stream.read(9)
+    # A safetensors header's length may begin with the same bytes, but then the header follows.
+    pickled = start.startswith(_PICKLED_STARTS) and not start.endswith(b"{")
+    if path.suffix.lower() in _PICKLED_SUFFIXES or pickled:
         raise LoraError(
             f"{path} is a pickled file, which can run any program when it is read, so it is not read here. If you "
             "trust it, convert it once with the reference implementation: "
@@ -190,7 +233,7 @@ def _config(tensors: TensorFile) -> dict[str, Any]:
     if text is None:
         return {}
     try:
-        config = json.loads(text)
+        config = untrusted.parse_json(text)
     except ValueError as error:
         raise LoraError(f"{tensors.path}: lora_config in its header is not JSON: {error}") from None
     if not isinstance(config, dict):
@@ -221,11 +264,16 @@ def _filter(path: Path, config: Mapping[str, Any], key: str) -> tuple[str, ...] 
     if patterns is None:
         return None
     if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise LoraError(f"{path}: lora_config.{key} is {patterns!r}, expected a list of texts.")
-    try:
-        return tuple(text for pattern in patterns for text in expanded(pattern.strip()))
-    except ValueError as error:
-        raise LoraError(f"{path}: lora_config.{key}: {error}") from None
+        raise LoraError(f"{path}: lora_config.{key} is {shown(patterns)}, expected a list of texts.")
+    texts: list[str] = []
+    for pattern in patterns:
+        try:
+            texts += expanded(pattern.strip())
+        except ValueError as error:
+            raise LoraError(f"{path}: lora_config.{key}: {error}") from None
+        if len(texts) > _LONGEST_FILTER:
+            raise LoraError(f"{path}: lora_config.{key} stands for more than {_LONGEST_FILTER} texts.")
+    return tuple(texts)
 
 
 def expanded(pattern: str) -> list[str]:
@@ -238,7 +286,7 @@ def expanded(pattern: str) -> list[str]:
     literals = _RANGE.split(pattern)[::3]
     bounds = [(int(first), int(last)) for first, last in _RANGE.findall(pattern)]
     if math.prod(abs(last - first) + 1 for first, last in bounds) > _LONGEST_FILTER:
-        raise ValueError(f"{pattern!r} stands for more than {_LONGEST_FILTER} texts")
+        raise ValueError(f"{shown(pattern)} stands for more than {_LONGEST_FILTER} texts")
     numbers = [range(min(pair), max(pair) + 1) for pair in bounds]
     return [
         literals[0] + "".join(f"{number}{literal}" for number, literal in zip(chosen, literals[1:], strict=True))

@@ -18,6 +18,7 @@ _PATCH = 256
 _CHANNELS = 2
 _STRIDE = LATENT_SAMPLES // _PATCH
 _HEAD = 64
+_ROPE_THETA = 10000.0
 
 
 def model_config(variant: Variant, size: Size) -> dict[str, Any]:
@@ -182,7 +183,9 @@ def _gemma(size: TextEncoderSize) -> dict[str, Any]:
         "sliding_window": 4096,
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        # Older tools read the former, newer ones the latter.
+        "rope_theta": _ROPE_THETA,
+        "rope_parameters": {"rope_theta": _ROPE_THETA, "rope_type": "default"},
         "pad_token_id": 0,
         "eos_token_id": 1,
         "bos_token_id": 2,

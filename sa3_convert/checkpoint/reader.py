@@ -1,6 +1,7 @@
 """A checkpoint folder, checked before anything long: files, names, shapes and types when opened, values on demand."""
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,11 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sa3_convert.checkpoint.layout import TEXT_ENCODER_FOLDER, CheckpointLayout, read_json, read_layout
-from sa3_convert.checkpoint.lora import Lora, MergedTensors, open_loras
+from sa3_convert import untrusted
+from sa3_convert.checkpoint.layout import TEXT_ENCODER_FOLDER, CheckpointLayout, read_layout
+from sa3_convert.checkpoint.lora import Lora, merged, open_loras
 from sa3_convert.checkpoint.lora_file import LoraRequest
 from sa3_convert.checkpoint.resolve import resolve_checkpoint
-from sa3_convert.checkpoint.tensor_file import StoredTensor, TensorFile, refuse_pointer
+from sa3_convert.checkpoint.scratch import Scratch
+from sa3_convert.checkpoint.shards import WEIGHTS
+from sa3_convert.checkpoint.tensor_file import StoredTensor, TensorFile, open_weights, refuse_pointer
 from sa3_convert.checkpoint.tensors import (
     AUTOENCODER_PREFIX,
     DIT_PREFIX,
@@ -21,6 +25,7 @@ from sa3_convert.checkpoint.tensors import (
     TEXT_ENCODER_PREFIX,
     expected_tensors,
     expected_text_encoder_tensors,
+    is_leftover,
 )
 from sa3_convert.checkpoint.variants import Variant, name_of, recognise
 from sa3_convert.components import Component, components_of
@@ -30,24 +35,29 @@ from sa3_convert.fingerprint import fingerprint
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Checkpoint", "resolve_checkpoint"]
+__all__ = ["WEIGHTS", "Checkpoint", "resolve_checkpoint"]
 
 CONFIG = "model_config.json"
-WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.json"
+_LARGEST_TOKENIZER = 128 << 20
+"""Bytes; the published one has a quarter of it."""
 _THREADS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Where a component's tensors are: those of `file` that start with one of `keep`, without `strip`."""
+    """Where a component's tensors are: those of `file` that start with one of `keep`, without `strip`; no leftovers."""
 
     file: TensorFile
     strip: str
     keep: tuple[str, ...]
 
     def names(self) -> dict[str, str]:
-        return {name: name.removeprefix(self.strip) for name in self.file.entries if name.startswith(self.keep)}
+        return {
+            name: name.removeprefix(self.strip)
+            for name, entry in self.file.entries.items()
+            if name.startswith(self.keep) and not is_leftover(name, entry.stored)
+        }
 
 
 @dataclass(frozen=True)
@@ -81,11 +91,11 @@ class Checkpoint:
             for name in ("config.json", TOKENIZER):
                 refuse_pointer(text_folder / name)
         layout = read_layout(folder)
-        weights = TensorFile(folder / WEIGHTS)
+        weights = open_weights(folder)
         weights.require(expected_tensors(layout))
         text_encoder = None
         if layout.text_encoder is not None:
-            text_encoder = TensorFile(text_folder / WEIGHTS)
+            text_encoder = open_weights(text_folder)
             text_encoder.require(expected_text_encoder_tensors(layout.text_encoder), within=TEXT_ENCODER_PREFIX)
             _check_tokenizer(text_folder / TOKENIZER, layout.text_encoder.vocab_size)
         return cls(folder, layout, weights, text_encoder)
@@ -148,12 +158,13 @@ class Checkpoint:
 
         Args:
             component: which one.
-            scratch: folder with room for the weights that adapters change, in float32; the system's own for temporary
-                files when not given. Nothing is left in it.
+            scratch: folder with room for the weights that adapters change and those of half precision, in float32.
+                When not given, the former are in the system's own for temporary files and the latter in memory.
+                Nothing is left in it.
 
         Returns:
             float32 tensors. Those that are stored as float32 are views of the mapped file: they cost memory only when
-            read, and so do those that adapters change. BF16 and F16 are widened, which is exact.
+            read, and so do those in `scratch`. BF16 and F16 are widened, which is exact.
 
         Raises:
             UsageError: this checkpoint has no such component.
@@ -161,13 +172,13 @@ class Checkpoint:
 
         """
         state: dict[str, Tensor] = {}
+        room = Scratch(scratch)
         for part in self._parts(component):
-            state |= part.file.tensors(part.names())
+            state |= part.file.tensors(part.names(), None if scratch is None else room)
         if loras := self.loras_of(component):
-            merged = MergedTensors(scratch)
             for name, to in (pair for part in self._parts(component) for pair in part.names().items()):
                 if any(lora.changes(name) for lora in loras):
-                    state[to] = merged.merged(name, state[to], loras)
+                    state[to] = room.kept(merged(name, state[to], loras))
         return state
 
     def stored(self, component: Component) -> dict[str, StoredTensor]:
@@ -210,7 +221,10 @@ class Checkpoint:
 
 def _check_tokenizer(path: Path, vocab_size: int) -> None:
     """Check that the tokenizer is one and gives no id that the embedding does not have."""
-    data = read_json(path)
+    try:
+        data = json.loads(untrusted.read_text(path, _LARGEST_TOKENIZER))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
     model = data.get("model") if isinstance(data, dict) else None
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocabulary, dict | list) or not vocabulary:

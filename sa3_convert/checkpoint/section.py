@@ -1,13 +1,20 @@
 """JSON configuration read so that nothing is silently left out: each key is taken once, the rest is refused by name."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sa3_convert import untrusted
 from sa3_convert.errors import CheckpointError
 
 _LARGEST = 2**31 - 1
+_SHOWN = 200
+
+
+def shown(value: Any) -> str:
+    """Return a value of a file for a message: as Python spells it, cut where it gets long."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 class Section:
@@ -25,6 +32,13 @@ class Section:
             raise CheckpointError(f"{self._where} has no {key!r}.")
         return Section(self._values.pop(key), f"{self._where}.{key}")
 
+    def optional_section(self, key: str) -> "Section | None":
+        """Take an object that may be absent or null."""
+        if self._values.get(key) is None:
+            self.ignore(key)
+            return None
+        return self.section(key)
+
     def has(self, key: str) -> bool:
         """Tell whether a key is there and not taken."""
         return key in self._values
@@ -41,7 +55,9 @@ class Section:
         """Take an integer within bounds."""
         value = self.raw(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
-            raise CheckpointError(f"{self._where}.{key} is {value!r}, expected an integer in {minimum}..{maximum}.")
+            raise CheckpointError(
+                f"{self._where}.{key} is {shown(value)}, expected an integer in {minimum}..{maximum}."
+            )
         return value
 
     def number(self, key: str, default: Any = ..., *, positive: bool = False) -> float:
@@ -49,16 +65,16 @@ class Section:
         value = self.raw(key, default)
         sound = isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
         if not sound:
-            raise CheckpointError(f"{self._where}.{key} is {value!r}, expected a number.")
+            raise CheckpointError(f"{self._where}.{key} is {shown(value)}, expected a number.")
         if positive and value <= 0:
-            raise CheckpointError(f"{self._where}.{key} is {value!r}, expected a positive number.")
+            raise CheckpointError(f"{self._where}.{key} is {shown(value)}, expected a positive number.")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         """Take a truth value."""
         value = self.raw(key, default)
         if not isinstance(value, bool):
-            raise CheckpointError(f"{self._where}.{key} is {value!r}, expected true or false.")
+            raise CheckpointError(f"{self._where}.{key} is {shown(value)}, expected true or false.")
         return value
 
     def only(self, key: str, supported: Any, default: Any = ...) -> None:
@@ -67,7 +83,7 @@ class Section:
         allowed = supported if isinstance(supported, tuple) else (supported,)
         if not any(type(value) is type(a) and value == a for a in allowed):
             wanted = " or ".join(repr(a) for a in allowed)
-            raise CheckpointError(f"{self._where}.{key} is {value!r}; only {wanted} is supported.")
+            raise CheckpointError(f"{self._where}.{key} is {shown(value)}; only {wanted} is supported.")
 
     def one_of_list(self, key: str, default: Any = ..., *, minimum: int = 1, maximum: int = _LARGEST) -> int:
         """Take a per-stage list that must have exactly one stage, as every published SAME has."""
@@ -75,7 +91,8 @@ class Section:
         stage = value[0] if isinstance(value, list) and len(value) == 1 else None
         if isinstance(stage, bool) or not isinstance(stage, int) or not minimum <= stage <= maximum:
             raise CheckpointError(
-                f"{self._where}.{key} is {value!r}; only a list of one integer in {minimum}..{maximum} is supported."
+                f"{self._where}.{key} is {shown(value)}; "
+                f"only a list of one integer in {minimum}..{maximum} is supported."
             )
         return stage
 
@@ -91,16 +108,16 @@ class Section:
             raise CheckpointError(f"Unsupported setting {names}: this tool does not know what it means.")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, limit: int = untrusted.SMALL) -> Any:
     """Read a JSON file.
 
     Raises:
-        CheckpointError: the file is missing, unreadable or not JSON.
+        CheckpointError: the file is missing, unreadable, too large or not JSON as `untrusted.parse_json` takes it.
 
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return untrusted.read_json(path, limit)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing.") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None

@@ -1,21 +1,26 @@
-"""One safetensors file: what it holds, held to what it should hold, and its bytes in bounded pieces.
+"""Weights in safetensors, one file or shards: what they hold, held to what they should hold, and bytes in pieces.
 
-The header is parsed and checked by the safetensors library. Values are mapped for use (`tensors`) and read piecewise
-for checks and hashes, so that neither costs memory.
+A header is checked by the safetensors library: tensors lie one behind the other, as large as their type and shape say,
+up to the file's end. Values are mapped for use (`tensors`) and read piecewise for checks and hashes, so that neither
+costs memory.
 """
 
 import hashlib
-import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from sa3_convert.checkpoint.tensors import Shape, StoredType, TensorSpec
+from sa3_convert import untrusted
+from sa3_convert.checkpoint.scratch import Scratch
+from sa3_convert.checkpoint.section import shown
+from sa3_convert.checkpoint.shards import INDEX, WEIGHTS, read_index
+from sa3_convert.checkpoint.tensors import Shape, StoredType, TensorSpec, is_leftover
 from sa3_convert.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -23,6 +28,9 @@ if TYPE_CHECKING:
 
 _PIECE = 1 << 23
 _SHOWN = 5
+_SUPPORTED = ", ".join(get_args(StoredType))
+_LONGEST_HEADER = 16 << 20
+"""Bytes; that of the largest published file has a hundredth of it."""
 _LFS_POINTER = b"version https://git-lfs"
 _STORED_BYTES: Mapping[str, int] = {"F32": 4, "F16": 2, "BF16": 2}
 # All exponent bits set: an infinity or a NaN, whatever the mantissa.
@@ -33,6 +41,7 @@ _EXPONENT: Mapping[str, int] = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80
 class StoredTensor:
     """Where and how a tensor stands in its file."""
 
+    file: Path
     stored: str
     shape: Shape
     offset: int
@@ -49,7 +58,7 @@ def refuse_pointer(path: Path) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path} is {'not a file' if path.exists() else 'missing'}.")
     try:
-        with path.open("rb") as stream:
+        with untrusted.open_regular(path) as stream:
             start = stream.read(len(_LFS_POINTER))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
@@ -61,7 +70,7 @@ def refuse_pointer(path: Path) -> None:
 
 
 class TensorFile:
-    """An open safetensors file whose header is sound."""
+    """An open safetensors file whose header is sound; `entries` has every tensor by name, of whatever type."""
 
     def __init__(self, path: Path) -> None:
         """Open a file.
@@ -72,80 +81,85 @@ class TensorFile:
         """
         refuse_pointer(path)
         self.path = path
-        try:
-            with safe_open(path, "np") as file:
-                names = file.offset_keys()
-                slices = {name: file.get_slice(name) for name in names}
-                self.metadata: Mapping[str, str] = file.metadata() or {}
-                found = {name: (str(part.get_dtype()), tuple(part.get_shape())) for name, part in slices.items()}
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path} ({path.stat().st_size} bytes) is truncated, damaged or no safetensors file: {error}. "
-                "Download it again."
-            ) from None
-        self.entries = self._located(found)
-
-    def _located(self, found: Mapping[str, tuple[str, Shape]]) -> dict[str, StoredTensor]:
-        entries = {}
-        with self.path.open("rb") as stream:
-            offset = 8 + int.from_bytes(stream.read(8), "little")
-        # The library has checked that the tensors follow one another without gaps up to the file's end.
-        for name, (stored, shape) in found.items():
-            if stored not in _STORED_BYTES:
-                raise CheckpointError(
-                    f"{self.path}: {name} is stored as {stored}; only {', '.join(get_args(StoredType))} are supported."
-                )
-            nbytes = math.prod(shape) * _STORED_BYTES[stored]
-            entries[name] = StoredTensor(stored, shape, offset, nbytes)
-            offset += nbytes
-        return entries
+        self.entries, self.metadata = _read_header(path)
 
     def require(self, expected: Mapping[str, TensorSpec], *, within: str = "") -> None:
-        """Hold the file to exactly the tensors of `expected`.
+        """Hold the file to the tensors of `expected`; what training leaves behind may stand beside them.
 
         Args:
             expected: name → shape; any floating type that is supported will do.
             within: names that do not start with this are nobody's business.
 
         Raises:
-            CheckpointError: tensors are missing, extra or of another shape; the message names the first few.
+            CheckpointError: tensors are missing, not known, of another shape or no weights; the message names the
+                first few.
 
         """
         found = {name: entry for name, entry in self.entries.items() if name.startswith(within)}
-        problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
-        problems += [f"{name} is not known" for name in sorted(found.keys() - expected.keys())]
+        missing = sorted(expected.keys() - found.keys())
+        unknown = [name for name in sorted(found.keys() - expected.keys()) if not is_leftover(name, found[name].stored)]
+        problems = [f"{name} is missing" for name in missing]
+        problems += [f"{name} is not known" for name in _grouped(unknown, expected)]
         for name in sorted(expected.keys() & found.keys()):
             wanted, shape = expected[name].shape, found[name].shape
-            if wanted != shape:
+            if found[name].stored not in _STORED_BYTES:
+                problems.append(f"{name} is stored as {found[name].stored}; only {_SUPPORTED} are supported")
+            elif wanted != shape:
                 problems.append(f"{name} has shape {list(shape)}, expected {list(wanted)}")
         if problems:
             rest = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
             raise CheckpointError(
                 f"{self.path} does not fit its configuration: {'; '.join(problems[:_SHOWN])}{rest}. "
-                "Are the files of one checkpoint, and complete?"
+                f"{self._advice(expected, missing, unknown)}"
             )
 
-    def tensors(self, names: Mapping[str, str]) -> "dict[str, Tensor]":
+    def _advice(self, expected: Mapping[str, TensorSpec], missing: list[str], unknown: list[str]) -> str:
+        wrapped = [name for name in self.entries for lost in missing[:1] if name.endswith(f".{lost}")]
+        if wrapped:
+            prefix = wrapped[0].removesuffix(missing[0])
+            there = sum(f"{prefix}{name}" in self.entries for name in expected)
+            return (
+                f"{there} of the {len(expected)} tensors stand there with {prefix!r} before their names. If this is "
+                "the checkpoint of a training, export the model from it (stable-audio-tools' unwrap_model.py takes the "
+                "averaged weights); otherwise strip that prefix from the names."
+            )
+        if unknown and not missing:
+            return (
+                "If what is not known was left behind by training, strip it from the file (load_file and save_file of "
+                "safetensors); otherwise the model is another than model_config.json says."
+            )
+        return "Are the files of one checkpoint, and complete?"
+
+    def tensors(self, names: Mapping[str, str], scratch: Scratch | None = None) -> "dict[str, Tensor]":
         """Return tensors as float32; those that are stored so are views of the mapped file.
 
         Args:
             names: name in the file → name in the result.
+            scratch: where those of half precision are widened; in memory when not given.
 
         """
         import torch
 
-        with safe_open(self.path, "pt") as file:
-            return {to: file.get_tensor(name).to(torch.float32) for name, to in names.items()}
+        found = {}
+        for path in dict.fromkeys(self.entries[name].file for name in names):
+            with safe_open(path, "pt") as file:
+                for name in (name for name in names if self.entries[name].file == path):
+                    tensor = file.get_tensor(name)
+                    if scratch is not None and tensor.dtype != torch.float32:
+                        found[name] = scratch.kept(tensor)
+                    else:
+                        found[name] = tensor.to(torch.float32)
+        return {to: found[name] for name, to in names.items()}
 
     def _pieces(self, name: str) -> Iterator[bytes]:
         entry = self.entries[name]
         left = entry.nbytes
-        with self.path.open("rb") as stream:
+        with entry.file.open("rb") as stream:
             stream.seek(entry.offset)
             while left:
                 piece = stream.read(min(left, _PIECE))
                 if not piece:
-                    raise CheckpointError(f"{self.path} has become shorter while it was read.")
+                    raise CheckpointError(f"{entry.file} has become shorter while it was read.")
                 left -= len(piece)
                 yield piece
 
@@ -160,10 +174,12 @@ class TensorFile:
         """Check a tensor's values.
 
         Raises:
-            CheckpointError: one is infinite or not a number; the message gives its index.
+            CheckpointError: it is no weight, or one is infinite or not a number; the message gives its index.
 
         """
         entry = self.entries[name]
+        if entry.stored not in _STORED_BYTES:
+            raise CheckpointError(f"{entry.file}: {name} is stored as {entry.stored}; only {_SUPPORTED} are supported.")
         exponent = _EXPONENT[entry.stored]
         start = 0
         for piece in self._pieces(name):
@@ -172,7 +188,100 @@ class TensorFile:
             if bad.any():
                 index = [int(i) for i in np.unravel_index(start + int(bad.argmax()), entry.shape)]
                 raise CheckpointError(
-                    f"{self.path}: {name}{index} is not a finite number. The file is damaged or the training "
+                    f"{entry.file}: {name}{index} is not a finite number. The file is damaged or the training "
                     "diverged; download it again or take another checkpoint."
                 )
             start += bits.size
+
+
+class ShardedTensors(TensorFile):
+    """All files that an index names, read as one: what they hold must be what it says."""
+
+    def __init__(self, index: Path) -> None:
+        """Open an index and the files beside it.
+
+        Raises:
+            CheckpointError: one is missing, damaged, or not such a file, or they contradict one another.
+
+        """
+        refuse_pointer(index)
+        self.path, self.metadata = index, {}
+        self.entries = _sharded(index)
+
+
+def open_weights(folder: Path) -> TensorFile:
+    """Open a folder's weights: `model.safetensors`, or shards with their index where it is not there.
+
+    Raises:
+        CheckpointError: they are missing or damaged.
+
+    """
+    whole, index = folder / WEIGHTS, folder / INDEX
+    if not whole.exists() and index.exists():
+        return ShardedTensors(index)
+    if not whole.exists() and any(folder.glob("model-*-of-*.safetensors")):
+        raise CheckpointError(f"{folder} holds shards of {WEIGHTS}, but their index {INDEX} is missing. Download it.")
+    return TensorFile(whole)
+
+
+def _read_header(path: Path) -> tuple[dict[str, StoredTensor], Mapping[str, str]]:
+    try:
+        with untrusted.open_regular(path) as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > _LONGEST_HEADER:
+                raise ValueError(f"its header claims {length} bytes")
+            text = stream.read(length)
+        # Holds names, types, shapes and offsets to one another and to the file's length.
+        with safe_open(path, "np"):
+            header: dict[str, Any] = untrusted.parse_json(text.decode())
+        metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        entries = {name: _entry(path, 8 + length, value) for name, value in header.items()}
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size} bytes) is truncated, damaged or no safetensors file: {error}. "
+            "Download it again."
+        ) from None
+    return dict(sorted(entries.items(), key=lambda item: item[1].offset)), metadata
+
+
+def _entry(path: Path, start: int, value: Mapping[str, Any]) -> StoredTensor:
+    first, end = value["data_offsets"]
+    return StoredTensor(path, value["dtype"], tuple(value["shape"]), start + first, end - first)
+
+
+def _sharded(index: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of all files that an index names, which must be those that it names, each in its file."""
+    placed = read_index(index)
+    paths = {name: index.with_name(name) for name in sorted(set(placed.values()))}
+    if missing := [name for name, path in paths.items() if not path.exists()]:
+        raise CheckpointError(
+            f"{index} names {', '.join(missing[:_SHOWN])}, missing beside it. Download what is missing."
+        )
+    entries: dict[str, StoredTensor] = {}
+    problems: list[str] = []
+    for path in paths.values():
+        refuse_pointer(path)
+        for name, entry in _read_header(path)[0].items():
+            if name in entries:
+                problems.append(f"{shown(name)} stands in {entries[name].file.name} and in {path.name}")
+            elif placed.get(name) != path.name:
+                problems.append(f"{shown(name)} stands in {path.name}, the index says {shown(placed.get(name))}")
+            entries[name] = entry
+        if problems:
+            break
+    problems = problems or [f"{shown(name)} is not in {placed[name]}" for name in placed if name not in entries]
+    if problems:
+        rest = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise CheckpointError(
+            f"{index} and its files contradict one another: {'; '.join(problems[:_SHOWN])}{rest}. "
+            "Are they of one checkpoint, and complete? Download them again."
+        )
+    return entries
+
+
+def _grouped(unknown: list[str], expected: Mapping[str, TensorSpec]) -> Iterator[str]:
+    """Yield names; those that begin with a word that no expected name begins with as one."""
+    roots = {name.partition(".")[0] for name in expected}
+    strange = Counter(root for name in unknown if (root := name.partition(".")[0]) not in roots)
+    yield from (f"{root}… ({count} tensors)" if count > 1 else root for root, count in sorted(strange.items()))
+    yield from (name for name in unknown if name.partition(".")[0] in roots)

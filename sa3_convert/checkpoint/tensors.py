@@ -7,6 +7,7 @@ gains uniform 0.5..1.5, learned tokens 0.3·N, memory tokens 0.5·N, running_std
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -22,6 +23,14 @@ PROMPT_PREFIX = "conditioner.conditioners.prompt."
 SECONDS_PREFIX = "conditioner.conditioners.seconds_total."
 TEXT_ENCODER_PREFIX = "model.encoder."
 TEXT_DECODER_PREFIX = "model.decoder."
+
+_COUNTERS = re.compile(r"BOOL|[IU]\d+")
+_TRAINING_ONLY = re.compile(
+    # Averages that a training keeps beside the weights, under any of the usual names.
+    r"(.+\.)?(\w+_)?ema(_\w+)?(\..+)?"
+    # What else its checkpoint holds.
+    r"|(discriminator|teacher_model|losses\w*|optimizer\w*|lr_scheduler\w*)(\..+)?"
+)
 
 DECODER_LAYERS = "decoder.layers.3"
 ENCODER_LAYERS = "encoder.layers.0"
@@ -100,6 +109,16 @@ class TensorSpec:
     def nbytes(self) -> int:
         """Bytes in the file."""
         return self.elements * (4 if self.stored == "F32" else 2)
+
+
+def is_leftover(name: str, stored: str) -> bool:
+    """Tell whether a tensor that no layout has is one that training leaves behind, not part of another model.
+
+    These are integer and boolean buffers, averages of the weights (EMA) and what a training step needs. The averages
+    are not used: a model that is exported from a training has them under the plain names, and where both stand in a
+    file, the reference implementation takes the plain names and skips the rest.
+    """
+    return bool(_COUNTERS.fullmatch(stored) or _TRAINING_ONLY.fullmatch(name))
 
 
 Named = Iterator[tuple[str, Shape, Distribution]]

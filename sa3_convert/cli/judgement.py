@@ -55,7 +55,6 @@ def verify(
     cases = o.chosen_cases(prompts, seeds, seconds, case)
     from sa3_convert.bundle.manifest import Bundle
     from sa3_convert.cli.console import show_verdict
-    from sa3_convert.cli.reporting import Reporting
     from sa3_convert.cli.verifying import show_findings, shown_progress
     from sa3_convert.files import write_text
     from sa3_convert.verify.bundle import verify_bundle
@@ -66,7 +65,11 @@ def verify(
     from sa3_convert.verify.workload import workload
 
     opened, components = Bundle.open(bundle), tuple(component or ())
-    reporting = None if report_folder is None else Reporting(report_folder, since)
+    reporting = None
+    if report_folder is not None:
+        from sa3_convert.cli.reporting import Reporting
+
+        reporting = Reporting(report_folder, since)
     if full:
         store = ReferenceStore(references or default_references(opened), references_mib << 20)
         work = workload(opened, cases, steps=steps, components=components, quick=quick)

@@ -102,7 +102,7 @@ def test_what_the_reference_never_reads_does_not_matter(copy: Path) -> None:
 @pytest.mark.parametrize("spelling", ["rope_theta", "rope_parameters"])
 def test_theta_is_found_in_both_places(copy: Path, spelling: str) -> None:
     def put(config: Config) -> None:
-        config["encoder"].pop("rope_parameters")
+        del config["encoder"]["rope_parameters"], config["encoder"]["rope_theta"]
         theta = {"rope_theta": 500.0}
         config["encoder"].update(theta if spelling == "rope_theta" else {"rope_parameters": theta})
 
@@ -110,6 +110,61 @@ def test_theta_is_found_in_both_places(copy: Path, spelling: str) -> None:
     text_encoder = read_layout(copy).text_encoder
     assert text_encoder is not None
     assert text_encoder.rope_theta == 500.0
+
+
+def text_theta(copy: Path, **settings: object) -> float:
+    edit_json(copy / "t5gemma-b-b-ul2" / "config.json", lambda c: c["encoder"].update(settings))
+    text_encoder = read_layout(copy).text_encoder
+    assert text_encoder is not None
+    return text_encoder.rope_theta
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rope_scaling": None},
+        {"rope_scaling": {"type": "default"}, "rope_parameters": None},
+        {"rope_scaling": {"rope_type": "default", "rope_theta": 10000}},
+        {"rope_parameters": {"rope_theta": 10000, "rope_type": "default", "partial_rotary_factor": 1.0}},
+    ],
+)
+def test_ways_to_say_that_positions_are_not_scaled_are_taken(copy: Path, settings: dict[str, object]) -> None:
+    assert text_theta(copy, **settings) == 10000.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type is 'linear'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type is 'dynamic'"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling.factor"),
+        ({"rope_scaling": "linear"}, "rope_scaling is str, expected an object"),
+        ({"rope_parameters": {"rope_theta": 10000, "factor": 8.0}}, "rope_parameters.factor"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 10000}}}, "rope_parameters.full_attention"),
+        ({"rope_parameters": {"rope_theta": 500}}, r"rope_theta contradicts itself: \[10000.0, 500.0\]"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"rope_theta": None}, "rope_theta is None"),
+        ({"layer_types": ["chunked_attention"] * 3}, "layer_types are .*chunked_attention"),
+        ({"layer_types": 3}, "layer_types are 3"),
+    ],
+)
+def test_other_ways_to_place_or_see_tokens_are_refused(copy: Path, settings: dict[str, object], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        text_theta(copy, **settings)
+
+
+def test_a_theta_that_is_stated_nowhere_is_refused(copy: Path) -> None:
+    def remove(config: Config) -> None:
+        del config["encoder"]["rope_parameters"], config["encoder"]["rope_theta"]
+
+    edit_json(copy / "t5gemma-b-b-ul2" / "config.json", remove)
+    with pytest.raises(CheckpointError, match="is stated neither as rope_theta nor in rope_parameters"):
+        read_layout(copy)
+
+
+def test_both_spellings_of_theta_are_written(copy: Path) -> None:
+    encoder = json.loads((copy / "t5gemma-b-b-ul2" / "config.json").read_text())["encoder"]
+    assert encoder["rope_theta"] == encoder["rope_parameters"]["rope_theta"] == 10000.0
 
 
 UNSUPPORTED: dict[str, tuple[Callable[[Config], object], str]] = {
@@ -149,6 +204,8 @@ UNSUPPORTED: dict[str, tuple[Callable[[Config], object], str]] = {
         lambda c: c["model"]["pretransform"]["config"]["bottleneck"].update(type="vae"),
         "type is 'vae'",
     ),
+    "scaled latents": (lambda c: c["model"]["pretransform"].update(scale=0.5), "pretransform.scale is 0.5"),
+    "channels": (lambda c: c["model"]["pretransform"]["config"].update(io_channels=1), "io_channels is 1; only 2"),
     "list for an object": (lambda c: c.update(model=[]), "expected an object"),
     "missing": (lambda c: c.pop("sample_rate"), "no 'sample_rate'"),
 }
@@ -167,9 +224,10 @@ UNSUPPORTED_TEXT: dict[str, tuple[Callable[[Config], object], str]] = {
     "activation": (lambda c: c["encoder"].update(hidden_activation="silu"), "hidden_activation is 'silu'"),
     "width": (lambda c: c["encoder"].update(hidden_size=32), "contradicts itself"),
     "rope": (lambda c: c["encoder"]["rope_parameters"].update(rope_type="yarn"), "rope_type is 'yarn'"),
-    "infinity": (lambda c: c["encoder"].update(query_pre_attn_scalar=float("inf")), "expected a number"),
+    "infinity": (lambda c: c["encoder"].update(query_pre_attn_scalar=float("inf")), "Infinity is no number"),
     "zero": (lambda c: c["encoder"].update(query_pre_attn_scalar=0), "expected a positive number"),
-    "no encoder": (lambda c: c.pop("encoder"), "expected an object"),
+    "quantised": (lambda c: c.update(quantization_config={"bits": 4}), "quantization_config is"),
+    "no encoder": (lambda c: c.pop("encoder"), "no 'encoder'"),
 }
 
 

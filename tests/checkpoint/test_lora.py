@@ -91,6 +91,15 @@ def test_every_type_follows_its_formula(small_toy: Path, tmp_path: Path, kind: s
         np.testing.assert_allclose(state[parameter], expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora-rows", "lora-xs"])
+def test_a_rank_stabilised_adapter_divides_alpha_by_the_root_of_the_rank(
+    small_toy: Path, tmp_path: Path, kind: str
+) -> None:
+    path = toy_adapter(tmp_path / "a.safetensors", small_toy, kind, [QKV], config={"use_rslora": True, "alpha": 3})
+    expected = exactly(kind, weight_of(small_toy, QKV), factors_of(path, QKV), 3 / 2 * 0.5)
+    np.testing.assert_allclose(merged(small_toy, (path, 0.5))[QKV_PARAMETER], expected, rtol=0, atol=1e-5)
+
+
 def test_the_singular_bases_meet_their_definition(small_toy: Path) -> None:
     weight = torch.from_numpy(weight_of(small_toy, QKV))
     left, right = singular_bases(weight, 5)

@@ -39,6 +39,16 @@ def test_a_pickle_is_refused_unread_with_how_to_convert_it(small_toy: Path, tmp_
     refused(small_toy, tmp_path / name, "pickled.*convert_lora_ckpt_to_safetensors")
 
 
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580])
+def test_a_header_whose_length_begins_like_a_pickle_is_read(small_toy: Path, path: Path, length: int) -> None:
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = content[8:end].rstrip().ljust(length)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
+    assert (len(header), path.read_bytes()[0]) == (length, 0x80)
+    assert Checkpoint.open(small_toy).with_loras([LoraRequest(path)]).loras
+
+
 @pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])
 def test_a_truncated_file_is_told(small_toy: Path, path: Path, keep: float) -> None:
     content = path.read_bytes()
@@ -77,8 +87,25 @@ def test_a_file_without_tensors_is_told(small_toy: Path, tmp_path: Path) -> None
         ({"rank": 0}, "rank is 0"),
         ({"rank": None}, "rank is None"),
         ({"rank": True}, "rank is True"),
+        ({"rank": 2**31}, "rank is 2147483648, expected a positive integer"),
+        ({"rank": 10**399}, "is not JSON: a whole number has more than 64 bits"),
+        ({"alpha": 10**399}, "is not JSON: a whole number has more than 64 bits"),
+        ({"alpha": True}, "alpha is True"),
+        ({"include": ["a"] * 20_000}, "include stands for more than 10000 texts"),
+        ({"include": ["[0-99][0-99]"] * 2}, "include stands for more than 10000 texts"),
+        ({"include": [f"[0-{10**399}]"]}, "stands for more than"),
+        ({"include": {"a": 1}}, "include is {'a': 1}"),
+        ({"use_rslora": "yes"}, "use_rslora is 'yes', expected true or false"),
+        ({"use_rslora": 2}, "use_rslora is 2, expected true or false"),
+        ({"use_dora": True}, "use_dora is True, which is not supported; only False is"),
+        ({"rank_pattern": {"to_q": 8}}, "rank_pattern is {'to_q': 8}, which is not supported"),
+        ({"alpha_pattern": {"to_q": 8}}, "alpha_pattern is"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+        ({"lora_alpha": 1}, "lora_alpha is 1, which is not supported; only 8 is"),
+        ({"r": 16}, "lora_config.r is 16, which is not supported; only 4 is"),
         ({"alpha": "8"}, "alpha is '8'"),
-        ({"alpha": float("nan")}, "alpha is nan"),
+        ({"alpha": float("nan")}, "is not JSON: NaN is no number"),
         ({"include": "layers"}, "include is 'layers'"),
         ({"exclude": [1]}, r"exclude is \[1\]"),
         ({"include": ["layers.[0-999999999]"]}, "stands for more than"),
@@ -96,10 +123,56 @@ def test_a_configuration_that_cannot_be_is_told(
     refused(small_toy, toy_adapter(tmp_path / "a.safetensors", small_toy, config=config), message)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '"lora"'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '"lora"',
+        "[" * 100_000,
+        '{"adapter_type":' + "[" * 60 + "]" * 60 + "}",
+        '{"adapter_type":' + "[" * 500 + "]" * 500 + "}",
+        '{"rank":4,"rank":5}',
+        '{"alpha":1e400}',
+        '{"alpha":' + "9" * 5000 + "}",
+        '{"alpha":-Infinity}',
+        '{"include":["\\ud800"]}',
+    ],
+    ids=lambda text: text[:20],
+)
 def test_a_damaged_configuration_is_told(small_toy: Path, path: Path, text: str) -> None:
     save_file(load_file(path), path, {"lora_config": text})
-    refused(small_toy, path, "lora_config in its header")
+    refused(small_toy, path, "lora_config in its header|of the type")
+
+
+def test_what_a_configuration_notes_besides_does_not_matter(small_toy: Path, tmp_path: Path) -> None:
+    notes = {"dropout": 0.1, "steps": 500, "r": 4, "lora_alpha": 8, "use_dora": False, "rank_pattern": {}}
+    path = toy_adapter(tmp_path / "a.safetensors", small_toy, config={**notes, "trained_on": ["a"], "use_rslora": None})
+    lora = read_lora(path)
+    assert (lora.rank, lora.alpha, lora.rank_stabilised) == (4, 8.0, False)
+
+
+def test_what_counts_in_an_adapter_is_no_factor(small_toy: Path, path: Path) -> None:
+    counter = {key(QKV, "lora_dropout_mask"): np.ones((1, 4), np.int64)}
+    save_file(load_file(path) | counter, path, {"lora_config": json.dumps({"rank": 4})})
+    assert Checkpoint.open(small_toy).with_loras([LoraRequest(path)]).loras
+
+
+def test_factors_that_are_no_floats_are_told(small_toy: Path, path: Path) -> None:
+    tensors = load_file(path)
+    tensors[key(QKV, "lora_B")] = tensors[key(QKV, "lora_B")].astype(np.int8)
+    rewrite(path, tensors, rank=4)
+    refused(small_toy, path, "lora_B is stored as I8; only F32, F16, BF16 are supported")
+
+
+def test_an_index_is_no_adapter(small_toy: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": {"a": "b.safetensors"}}))
+    refused(small_toy, path, "no safetensors file")
+
+
+def test_a_name_longer_than_the_system_takes_is_a_name() -> None:
+    assert LoraRequest.parse("x" * 5000 + ":0.5") == LoraRequest(Path("x" * 5000), 0.5)
 
 
 def test_magnitudes_in_a_file_that_says_lora_are_told(small_toy: Path, path: Path) -> None:

@@ -201,6 +201,34 @@ def test_a_tokenizer_that_does_not_fit_is_refused(copy: Path, case: str) -> None
     refused(copy, message)
 
 
+HEADERS = {
+    "a name twice": '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+    '"a":{"dtype":"F16","shape":[4],"data_offsets":[0,8]}}',
+    "one tensor over another": '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+    '"b":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
+    "a gap": '{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
+    "another size": '{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}',
+    "an unknown type": '{"a":{"dtype":"F31","shape":[2],"data_offsets":[0,8]}}',
+    "a huge number": '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,' + "8" * 400 + "]}}",
+    "a huge shape": '{"a":{"dtype":"F32","shape":[9223372036854775807,9223372036854775807],"data_offsets":[0,8]}}',
+    "a fraction": '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8.0]}}',
+    "a deep shape": '{"a":{"dtype":"F32","shape":' + "[" * 100_000 + "]" * 100_000 + ',"data_offsets":[0,8]}}',
+    "deep metadata": '{"__metadata__":{"x":' + '{"x":' * 100_000 + "1" + "}" * 100_000 + "}}",
+    "a list": "[]",
+    "a longer header than any": '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}' + " " * (17 << 20),
+    "NUL in a name": '{"a\\u0000":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_header_that_cannot_be_is_told(tmp_path: Path, case: str) -> None:
+    header = HEADERS[case].encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
+    with pytest.raises(CheckpointError, match="truncated, damaged or no safetensors file"):
+        TensorFile(path)
+
+
 GOOD = (GOLDEN / "small" / "checkpoint" / T5GEMMA).read_bytes()
 HEADER = 8 + int.from_bytes(GOOD[:8], "little")
 
