@@ -1,6 +1,7 @@
 """A stand-in for the hub: the few addresses that downloading uses, and the faults that networks have."""
 
 import hashlib
+import json
 import re
 import threading
 from collections.abc import Iterator
@@ -73,10 +74,11 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def _model(self, hub_id: str, revision: str) -> None:
             if hub_id != hub.hub_id:
                 return self._refuse(404, "RepoNotFound")
-            commit = hub.revisions.get(revision)
+            commit = revision if revision in hub.revisions.values() else hub.revisions.get(revision)
             if commit is None:
                 return self._refuse(404, "RevisionNotFound")
-            body = f'{{"id": "{hub_id}", "sha": "{commit}", "siblings": []}}'.encode()
+            entries = [_entry(name, content) for name, content in hub.files.items()]
+            body = json.dumps({"id": hub_id, "sha": commit, "siblings": entries}).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
@@ -99,7 +101,6 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             start = self._start(len(content))
             self.send_response(206 if start else 200)
             self.send_header("X-Repo-Commit", revision)
-            self.send_header("ETag", f'"{_etag(name, content)}"')
             self.send_header("Content-Length", str(len(content) - start))
             if start:
                 self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
@@ -127,11 +128,19 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-def _etag(name: str, content: bytes) -> str:
-    """Return what the hub gives: the SHA-256 of large files, git's blob hash of the others."""
+def digest_of(name: str, content: bytes) -> str:
+    """Return what the hub names a file by: the SHA-256 of large ones, git's blob hash of the others."""
     if name.endswith(".safetensors"):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _entry(name: str, content: bytes) -> dict[str, Any]:
+    """Return how the hub lists a file: `blobId` of a large one is that of its pointer."""
+    entry: dict[str, Any] = {"rfilename": name, "size": len(content), "blobId": digest_of(name, content)}
+    if len(entry["blobId"]) == 64:
+        entry |= {"blobId": "b" * 40, "lfs": {"sha256": entry["blobId"], "size": len(content), "pointerSize": 134}}
+    return entry
 
 
 @contextmanager
