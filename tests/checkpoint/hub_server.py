@@ -1,10 +1,12 @@
 """A stand-in for the hub: the few addresses that downloading uses, and the faults that networks have."""
 
+import contextlib
 import hashlib
 import json
 import re
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,8 +33,11 @@ class Hub:
     recovers: bool = False
     """Whether the server works on after a break."""
     corrupt: set[str] = field(default_factory=set)
+    raw: dict[str, Callable[[socket.socket], None]] = field(default_factory=dict)
+    """File, or "list" → what answers for it on the bare connection, which is closed then."""
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     """Method, path, Range."""
+    tokens: list[str | None] = field(default_factory=list)
     broken: bool = False
 
     def transfers(self, name: str) -> list[str | None]:
@@ -57,7 +62,13 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def _answer(self) -> None:
             path = unquote(self.path.split("?")[0])
             hub.requests.append((self.command, path, self.headers.get("Range")))
-            if match := _MODEL.fullmatch(path):
+            hub.tokens.append(self.headers.get("Authorization"))
+            match = _RESOLVE.fullmatch(path)
+            if raw := hub.raw.get(match["file"] if match else "list"):
+                self.close_connection = True
+                with contextlib.suppress(OSError):
+                    raw(self.connection)
+            elif match := _MODEL.fullmatch(path):
                 self._model(match["id"], match["revision"] or "main")
             elif match := _RESOLVE.fullmatch(path):
                 self._file(match["id"], match["revision"], match["file"])
@@ -77,8 +88,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             commit = revision if revision in hub.revisions.values() else hub.revisions.get(revision)
             if commit is None:
                 return self._refuse(404, "RevisionNotFound")
-            entries = [_entry(name, content) for name, content in hub.files.items()]
-            body = json.dumps({"id": hub_id, "sha": commit, "siblings": entries}).encode()
+            body = json.dumps(listing_of(hub) | {"sha": commit}).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
@@ -133,6 +143,12 @@ def digest_of(name: str, content: bytes) -> str:
     if name.endswith(".safetensors"):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def listing_of(hub: Hub) -> dict[str, Any]:
+    """Return what the hub says about its main branch."""
+    entries = [_entry(name, content) for name, content in hub.files.items()]
+    return {"id": hub.hub_id, "sha": hub.revisions["main"], "siblings": entries}
 
 
 def _entry(name: str, content: bytes) -> dict[str, Any]:
