@@ -1,29 +1,24 @@
 """What a hub, a network in between, the local cache or an earlier download may present to `checkpoint fetch`."""
 
-import contextlib
-import copy
-import gzip
 import json
 import os
-import random
 import socket
 import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from email.utils import format_datetime
 from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import constants
 
-from sa3_convert.checkpoint import hub as hub_module
 from sa3_convert.checkpoint import hub_client
 from sa3_convert.checkpoint.hub import fetch
 from sa3_convert.checkpoint.reader import Checkpoint
-from sa3_convert.errors import CheckpointError, InputError, Sa3Error, UsageError
+from sa3_convert.errors import CheckpointError, InputError, UsageError
 from tests.checkpoint.hub_server import COMMIT, Hub, digest_of, listing_of, serve
 
 ID = "someone/tiny"
@@ -115,7 +110,7 @@ def test_a_damaged_blob_of_the_cache_is_downloaded_instead(hub: Hub, tmp_path: P
 def test_without_a_network_a_damaged_blob_is_refused(hub: Hub, tmp_path: Path, name: str) -> None:
     damaged = cache_of(hub, tmp_path) / digest_of(name, FILES[name])
     damaged.write_bytes(b"\x01" + damaged.read_bytes()[1:])
-    with pytest.raises(CheckpointError, match="is damaged. Remove it"):
+    with pytest.raises(CheckpointError, match="is damaged"):
         fetch(ID, tmp_path / "out", COMMIT, endpoint="http://127.0.0.1:9")
 
 
@@ -333,9 +328,7 @@ def test_an_answer_that_drips_is_given_up(
         over.set()
 
 
-def test_a_server_that_says_nothing_is_given_up(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_that_says_nothing_is_given_up(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
     hub.raw["list"] = lambda connection: time.sleep(0.5)
     assert "timed out" in refused(hub, tmp_path / "out")
