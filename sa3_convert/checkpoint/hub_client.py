@@ -113,7 +113,9 @@ class HubClient:
 
     def _wait(self, again: _AgainError, tries: int) -> None:
         if again.wait is None:
-            time.sleep(PAUSE * 2 ** (tries - 1))
+            pause = PAUSE * 2 ** (tries - 1)
+            self._note(f"The hub gave no whole answer; asking again in {pause:.0f} s …")
+            time.sleep(pause)
             return
         if again.wait > LONGEST_WAIT:
             long = f"{again.wait:.0f} s" if again.wait < 1e6 else "very long"
@@ -154,7 +156,15 @@ class HubClient:
                 f"{self._hub_id} is not wholly in the local cache and HF_HUB_OFFLINE is set. Unset it to download."
             ) from None
         except (HTTPError, OSError, ValueError) as error:
-            what = f"Downloading {self._hub_id} failed: {_reason(error)} Check the network. {_KEPT}"
+            name = type(error).__name__
+            if isinstance(error, ValueError) or name == "LocalProtocolError":
+                # Their words quote what was to be sent, the token among it.
+                raise CheckpointError(
+                    f"No request for {self._hub_id} can be made ({name}). Are HF_TOKEN (or what `hf auth login` kept) "
+                    "and the addresses of proxies whole?"
+                ) from None
+            reason = (str(error).strip().splitlines() or [name])[0].rstrip(".")
+            what = f"Downloading {self._hub_id} failed: {reason}. Check the network. {_KEPT}"
             raise _AgainError(UnreachableError(what)) from None
 
     def _request(self, url: str, start: int) -> "Iterator[Response | bytes]":
@@ -226,15 +236,6 @@ def _seconds_to_wait(headers: Mapping[str, str]) -> float | None:
     except (ValueError, TypeError, OverflowError, IndexError):
         match = re.search(r"\br=0;t=(\d{1,9})\b", headers.get("RateLimit", ""))
         return float(match[1]) if match else None
-
-
-def _reason(error: Exception) -> str:
-    """Return why no answer came; not in the words of those errors that quote what was sent, the token among it."""
-    name = type(error).__name__
-    if isinstance(error, ValueError) or name == "LocalProtocolError":
-        return f"no request can be made like this ({name}); is the token whole that HF_TOKEN or `hf auth login` gave?"
-    lines = str(error).strip().splitlines() or [name]
-    return lines[0].rstrip(".") + "."
 
 
 def _watched(source: "Callable[[], Iterator[Response | bytes]]") -> "Iterator[Response | bytes]":

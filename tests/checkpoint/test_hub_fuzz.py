@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
+from sa3_convert.checkpoint import hub_client
 from sa3_convert.checkpoint.hub import fetch
 from sa3_convert.errors import Sa3Error
 from tests.checkpoint.hub_server import COMMIT, Hub, listing_of
@@ -137,7 +138,8 @@ def test_only_what_the_hub_names_is_accepted_and_nothing_is_written_elsewhere(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seeds: range
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "root" / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    monkeypatch.setattr(hub_client, "PATIENCE", 0.5)
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "mine").write_bytes(b"mine")

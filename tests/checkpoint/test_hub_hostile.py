@@ -12,6 +12,8 @@ from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
+import httpx2
+import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
@@ -37,10 +39,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub with tiny files, an empty cache, no waiting; what the files hold is not looked at."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(hub_client, "PAUSE", 0.0)
-    monkeypatch.setattr(hub_client, "PATIENCE", 0.5)
     monkeypatch.setattr(hub_client, "LONGEST_WAIT", 0.01)
     monkeypatch.setattr(Checkpoint, "open", lambda folder: None)
     source = tmp_path / "repository"
@@ -312,6 +312,7 @@ def test_an_answer_that_drips_is_given_up(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, part: str
 ) -> None:
     monkeypatch.setattr(hub_client, "TRIES", 1)
+    monkeypatch.setattr(hub_client, "PATIENCE", 0.5)
     over = threading.Event()
 
     def dripping(connection: socket.socket) -> None:
@@ -368,9 +369,7 @@ def test_redirects_without_an_end_are_given_up(hub: Hub, tmp_path: Path) -> None
     assert len(hub.requests) == 6
 
 
-def test_the_token_stays_with_the_hub_and_out_of_messages(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_token_stays_with_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     with serve(tmp_path / "repository", ID) as other:
         to = f"{other.address}/{ID}/resolve/{COMMIT}/model.safetensors"
@@ -378,8 +377,6 @@ def test_the_token_stays_with_the_hub_and_out_of_messages(
         arrives(hub, tmp_path / "out")
         assert set(hub.tokens) == {"Bearer hf_secret"}
         assert other.tokens == [None]
-    monkeypatch.setenv("HF_TOKEN", "hf_sec\x01ret\u20ac")
-    assert "hf_sec" not in refused(hub, tmp_path / "second")
 
 
 def test_a_login_page_in_between_does_not_cost_what_is_there(hub: Hub, tmp_path: Path) -> None:
@@ -392,6 +389,55 @@ def test_a_login_page_in_between_does_not_cost_what_is_there(hub: Hub, tmp_path:
     hub.requests.clear()
     arrives(hub, tmp_path / "out")
     assert hub.transfers("model.safetensors") == ["bytes=1000-"]
+
+
+def test_an_address_without_https_is_not_followed_from_one_with_it(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        asked.append(str(request.url))
+        return httpx2.Response(302, headers={"Location": f"{hub.address}/list"})
+
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: httpx2.Client(transport=httpx2.MockTransport(answer)))
+    with pytest.raises(CheckpointError, match="to an address that is not https"):
+        fetch(ID, tmp_path / "out", endpoint="https://hub.invalid")
+    assert len(asked) == 1
+
+
+def test_what_cannot_be_sent_is_told_at_once_and_not_quoted(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_client.time, "sleep", lambda _: pytest.fail("waited"))
+    for token in ("hf_sec\0ret", "hf_sec\u20acret"):
+        (tmp_path / "token").write_text(token)
+        message = refused(hub, tmp_path / "out")
+        assert "No request for someone/tiny can be made" in message
+        assert "hf_sec" not in message
+
+
+@pytest.mark.parametrize("within", ["", "t5gemma-b-b-ul2/"])
+def test_weights_in_several_files_are_fetched_by_their_index(hub: Hub, tmp_path: Path, within: str) -> None:
+    del hub.files[f"{within}model.safetensors"]
+    shards = {f"model-0000{n}-of-00002.safetensors": bytes([n]) * 50 for n in (1, 2)}
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    hub.files |= {f"{within}{name}": content for name, content in shards.items()}
+    hub.files[f"{within}model.safetensors.index.json"] = json.dumps(index).encode()
+    fetch(ID, tmp_path / "out", endpoint=hub.address)
+    found = contents(tmp_path / "out")
+    del found["source.json"]
+    assert found == hub.files
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x.safetensors", "/x.safetensors", "a/b.safetensors", ".safetensors", "x.bin", "a\n.safetensors", 3, [], None],
+)
+def test_an_index_that_names_something_else_is_refused(hub: Hub, tmp_path: Path, name: Any) -> None:
+    del hub.files["model.safetensors"]
+    hub.files["model.safetensors.index.json"] = json.dumps({"weight_map": {"a": name}}).encode()
+    assert "model.safetensors.index.json" in refused(hub, tmp_path / "out")
 
 
 @pytest.mark.parametrize("address", ["file:///", "nowhere", "http://", "http://[", "http://x:y", ""])
