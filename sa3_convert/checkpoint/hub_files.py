@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sa3_convert.checkpoint.layout import TEXT_ENCODER_FOLDER
 from sa3_convert.errors import CheckpointError
 from sa3_convert.untrusted import open_regular, parse_json, read_text
 
@@ -154,7 +155,7 @@ class CachedSnapshot:
 
     def damaged(self) -> Iterator[Path]:
         """Yield the blobs of JSON files and weights whose content is not what their names say."""
-        for path in sorted(self.folder.glob("*")) + sorted(self.folder.glob("*/*")):
+        for path in sorted(self.folder.glob("*")) + sorted(self.folder.glob(f"{TEXT_ENCODER_FOLDER}/*")):
             blob = Path(os.path.realpath(path))
             if path.suffix not in (".json", ".safetensors") or not path.is_file() or not _HASH.fullmatch(blob.name):
                 continue

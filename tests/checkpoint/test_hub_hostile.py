@@ -20,6 +20,7 @@ from huggingface_hub import constants
 from sa3_convert.checkpoint import hub_client
 from sa3_convert.checkpoint.hub import fetch
 from sa3_convert.checkpoint.reader import Checkpoint
+from sa3_convert.cli.app import run
 from sa3_convert.errors import CheckpointError, InputError, UsageError
 from tests.checkpoint.hub_server import COMMIT, Hub, digest_of, listing_of, serve
 
@@ -263,6 +264,19 @@ def test_an_answer_that_is_no_list_of_files_is_refused_and_not_shown(hub: Hub, t
     message = refused(hub, tmp_path / "out")
     assert "is not the hub's list of files" in message
     assert "log in<" not in message
+
+
+@pytest.mark.parametrize("body", [b"<html>\x1b[2J</html>", b"", b"\xff", b"[" * 100_000, b'{"sha": "\x1b[2J"}'])
+def test_the_command_line_leaves_with_3_and_shows_nothing_that_came(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], body: bytes
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    for what in ("list", "model_config.json"):
+        hub.raw[what] = ok(body)
+        assert run(["checkpoint", "fetch", ID, str(tmp_path / "out")]) == 3
+        hub.raw.clear()
+    shown = capfd.readouterr()
+    assert not any(text in shown.err + shown.out for text in ("\x1b", "html"))
 
 
 @pytest.mark.parametrize("wrong", [None, "", "W/abc", "A" * 64, "a" * 63, 5, ["a" * 64]])
