@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from sa3_convert.checkpoint.hub_files import CachedSnapshot, cached_commit
 from sa3_convert.checkpoint.variants import VARIANTS
 from sa3_convert.errors import CheckpointError
 
@@ -51,12 +52,16 @@ def _hint(text: str) -> str:
 
 
 def _cached(hub_id: str, revision: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(hub_id, "model_config.json", revision=revision)
-    except HFValidationError as error:
-        raise CheckpointError(f"{hub_id} is not a valid hub id: {error}") from None
-    # Anything but a path means unknown, or known to be absent.
-    return Path(found).parent if isinstance(found, str) else None
+    """Return a snapshot of the cache, whose files are what their blobs' names say."""
+    commit = cached_commit(hub_id, revision)
+    if commit is None:
+        return None
+    snapshot = CachedSnapshot(hub_id, commit)
+    if "model_config.json" not in snapshot:
+        return None
+    for damaged in snapshot.damaged():
+        raise CheckpointError(
+            f"{damaged} is damaged: its content is not what its name in the cache says. Remove it, and download it "
+            f"again: sa3-convert checkpoint fetch {hub_id} DIR --revision {commit}"
+        )
+    return snapshot.folder

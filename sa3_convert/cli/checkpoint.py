@@ -38,8 +38,9 @@ def fetch(
 ) -> None:
     """Download a published checkpoint at a pinned revision; an interrupted download resumes."""
     from sa3_convert.checkpoint.hub import fetch as download
+    from sa3_convert.cli.console import stderr
     from sa3_convert.cli.transfer import transfer
 
     with transfer("downloading") as progress:
-        fetched = download(hub_id, folder, revision, progress)
+        fetched = download(hub_id, folder, revision, progress, stderr.print)
     typer.echo(f"{folder}: {fetched.hub_id} at {fetched.revision}, {fetched.nbytes / 2**20:.1f} MiB")

@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Self, get_args
+from functools import cache
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter
 
 from sa3_convert.components import Component
 
@@ -33,7 +36,7 @@ class ProbeResult:
 
     probe: str
     asks: str
-    answers: Mapping[str, Answer]
+    answers: Annotated[Mapping[str, Answer], Field(min_length=1)]
     """By setting ("precision high, memory normal"); a probe of the converter has one, named "converter"."""
     hazard: str | None = None
     """The row of `passes.hazard_kinds` that it shows."""
@@ -80,49 +83,24 @@ class Diagnosis:
         """Return JSON-ready data, which `from_data` reads back."""
         return {"schema": SCHEMA} | asdict(self)
 
-    @classmethod
-    def from_data(cls, data: Any) -> Self:
+    @staticmethod
+    def from_data(data: Any) -> "Diagnosis":
         """Read what `to_data` gave.
 
         Raises:
             ValueError: it is not that, or of another schema.
 
         """
-        try:
-            if data["schema"] != SCHEMA:
-                raise ValueError(f"schema {data['schema']!r}")
-            return cls(
-                **{name: str(data[name]) for name in ("mnn", "backend", "machine")},
-                results=tuple(_result(entry) for entry in data["results"]),
-                seconds=float(data["seconds"]),
-                surroundings=dict(data["surroundings"]),
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not a diagnosis: {error!r}") from None
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            raise ValueError("not a diagnosis of this schema")
+        return _reader().validate_python(data)
+
+
+@cache
+def _reader() -> TypeAdapter[Diagnosis]:
+    return TypeAdapter(Diagnosis)
 
 
 def setting_name(precision: str, memory: str) -> str:
     """Return how answers call a setting of the runtime."""
     return f"precision {precision}, memory {memory}"
-
-
-def _result(data: Any) -> ProbeResult:
-    answers = {str(name): _answer(answer) for name, answer in data["answers"].items()}
-    if not answers:
-        raise ValueError("a probe without an answer")
-    hazard = data["hazard"]
-    return ProbeResult(
-        probe=str(data["probe"]),
-        asks=str(data["asks"]),
-        answers=answers,
-        hazard=None if hazard is None else str(hazard),
-        avoided=str(data["avoided"]),
-        needed_by=tuple(Component(name) for name in data["needed_by"]),
-    )
-
-
-def _answer(data: Any) -> Answer:
-    if data["outcome"] not in get_args(Outcome):
-        raise ValueError(f"outcome {data['outcome']!r}")
-    db = data["db"]
-    return Answer(data["outcome"], None if db is None else float(db), str(data["detail"]))

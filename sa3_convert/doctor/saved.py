@@ -1,7 +1,7 @@
 """Diagnoses on disk: one file per version of MNN, backend and machine, whole or absent; reading one is all `run` does.
 
-A file that is damaged, of another shape, or about something else than its name says counts as absent: nothing is
-believed that was not probed.
+They are sealed: a file that is damaged, of another shape, or about something else than its name says counts as absent.
+Nothing is believed that was not probed.
 """
 
 import json
@@ -12,10 +12,11 @@ from typing import Any
 import platformdirs
 
 from sa3_convert.doctor.results import Diagnosis
-from sa3_convert.files import write_text
 from sa3_convert.fingerprint import fingerprint, version_of
 from sa3_convert.gpu import gpus
 from sa3_convert.runtime.machine import machine
+from sa3_convert.sealed import read_sealed, write_sealed
+from sa3_convert.untrusted import parse_json
 
 
 @cache
@@ -35,16 +36,15 @@ def diagnosis_path(backend: str) -> Path:
 def save(diagnosis: Diagnosis) -> Path:
     """Keep a diagnosis of the installed MNN on this machine; return where."""
     path = diagnosis_path(diagnosis.backend)
-    write_text(path, json.dumps(diagnosis.to_data(), indent=1, allow_nan=False) + "\n")
+    write_sealed(path, json.dumps(diagnosis.to_data(), indent=1, allow_nan=False).encode())
     return path
 
 
 def saved(backend: str) -> Diagnosis | None:
     """Return what was found for the installed MNN on this machine, or None when it was not probed."""
     try:
-        data = json.loads(diagnosis_path(backend).read_text(encoding="utf-8"))
-        diagnosis = Diagnosis.from_data(data)
-    except (OSError, ValueError, RecursionError):
+        diagnosis = Diagnosis.from_data(parse_json(read_sealed(diagnosis_path(backend)).decode()))
+    except (OSError, ValueError):
         return None
     wanted = (version_of("MNN"), backend, this_machine())
     return diagnosis if (diagnosis.mnn, diagnosis.backend, diagnosis.machine) == wanted else None

@@ -13,18 +13,21 @@ from typing import Final
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 from torch import nn
 
-from sa3_convert.files import atomic_path
 from sa3_convert.quantise.grid import Floats
+from sa3_convert.sealed import read_sealed, write_sealed
 from sa3_convert.verify.inputs import Region, Sample
 
 SAMPLED_ROWS: Final = 32
 """Output channels per layer, evenly spread, for which single weights are told apart."""
 _ROWS: Final = "rows/"
 _TOTAL: Final = "total/"
+_DONE: Final = "done"
+_LARGEST: Final = 4 << 30
+"""Bytes of kept rows; the largest network has some hundred MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,21 +135,16 @@ def _add(first: Curvatures, second: Curvatures) -> Curvatures:
 
 
 def _write(path: Path, sums: Curvatures, done: int) -> None:
-    tensors = {_ROWS + layer: c.rows for layer, c in sums.items()}
+    tensors = {_ROWS + layer: np.ascontiguousarray(c.rows) for layer, c in sums.items()}
     totals = {_TOTAL + layer: np.array(c.total) for layer, c in sums.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        save_file(tensors | totals, temporary, metadata={"done": str(done)})
+    write_sealed(path, save(tensors | totals | {_DONE: np.array(done)}))
 
 
 def _read(path: Path, weights: Mapping[str, str]) -> tuple[Curvatures, int]:
     """Return what an interrupted measurement left; nothing if there is no such file or it is of no use."""
     try:
-        with safe_open(path, "numpy") as file:
-            found = {
-                layer: Curvature(file.get_tensor(_ROWS + layer), float(file.get_tensor(_TOTAL + layer)))
-                for layer in weights
-            }
-            return found, int((file.metadata() or {})["done"])
-    except (OSError, SafetensorError, KeyError, ValueError):
+        kept = load(read_sealed(path, _LARGEST))
+        found = {layer: Curvature(kept[_ROWS + layer].copy(), float(kept[_TOTAL + layer])) for layer in weights}
+        return found, int(kept[_DONE])
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return {}, 0

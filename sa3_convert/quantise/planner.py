@@ -1,7 +1,6 @@
 """From a checkpoint and a size (or a fidelity) to a recipe: measure, allocate, write down."""
 
 import contextlib
-import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -13,11 +12,11 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 
 from sa3_convert.code_digest import code_digest
 from sa3_convert.components import TOKEN_TABLE, Component
 from sa3_convert.errors import UsageError
-from sa3_convert.files import write_text
 from sa3_convert.fingerprint import fingerprint
 from sa3_convert.networks.build import build_network
 from sa3_convert.quantise.allocation import Allocation, Option, allocate, smallest_for_error
@@ -26,6 +25,7 @@ from sa3_convert.quantise.curvature import Curvatures, measure_curvature
 from sa3_convert.quantise.grid import one_thread
 from sa3_convert.quantise.sensitivity import LayerSensitivity, Sensitivity, all_grids, priced
 from sa3_convert.recipe import ComponentRecipe, LayerRule, Rounding, ScaleType, WeightScheme
+from sa3_convert.sealed import read_sealed, write_sealed
 from sa3_convert.stages import stage_keys
 from sa3_convert.verify.inputs import sample_inputs
 
@@ -47,6 +47,9 @@ _CASES: Final = {
     Component.DECODER: tuple((seed, 32) for seed in range(4)),
     Component.ENCODER: tuple((seed, 32) for seed in range(4)),
 }
+
+
+_PRICES: Final = TypeAdapter(dict[str, LayerSensitivity])
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +114,7 @@ def measure(
     folder = cache / "sensitivity"
     kept = folder / f"{component.value}-{key[:16]}-{scales}.json"
     with contextlib.suppress(OSError, ValueError):
-        return Sensitivity.model_validate_json(kept.read_text(encoding="utf-8"))
+        return Sensitivity.model_validate_json(read_sealed(kept))
     if threads:
         torch.set_num_threads(threads)
     samples = [
@@ -127,7 +130,7 @@ def measure(
     )
     layers = _priced(checkpoint, component, scales, curvatures, kept.with_suffix(".partial"), tick)
     sensitivity = Sensitivity(fingerprint=key, scales=scales, layers=layers)
-    write_text(kept, sensitivity.model_dump_json(indent=1))
+    write_sealed(kept, sensitivity.model_dump_json(indent=1).encode())
     kept.with_suffix(".partial").unlink(missing_ok=True)
     return sensitivity
 
@@ -262,7 +265,7 @@ def _priced(
         )
         for layer, sensitivity in zip(missing, work, strict=True):
             layers[layer] = sensitivity
-            write_text(partial, json.dumps({name: done.model_dump() for name, done in layers.items()}))
+            write_sealed(partial, _PRICES.dump_json(layers))
             tick("rounding", len(layers), len(weights))
     return {layer: layers[layer] for layer in weights}
 
@@ -270,7 +273,6 @@ def _priced(
 def _kept_prices(partial: Path) -> dict[str, LayerSensitivity]:
     """Return what an interrupted run left; nothing if that is of no use."""
     try:
-        kept = json.loads(partial.read_text(encoding="utf-8"))
-        return {layer: LayerSensitivity.model_validate(prices) for layer, prices in kept.items()}
-    except (OSError, ValueError, AttributeError):
+        return _PRICES.validate_json(read_sealed(partial))
+    except (OSError, ValueError):
         return {}

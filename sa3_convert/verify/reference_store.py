@@ -2,20 +2,25 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sa3_convert.files import atomic_path
 from sa3_convert.fingerprint import fingerprint, version_of
+from sa3_convert.sealed import read_sealed, write_sealed
 
 Arrays = dict[str, NDArray[Any]]
 
 DEFAULT_LIMIT = 2 << 30
+
+_LARGEST = 1 << 30
+"""Bytes that an entry may have; the outputs of one inference are far below."""
+_ENTRY = re.compile(r"[0-9a-f]{64}\.(safetensors|npz)")
+"""Names of entries; earlier versions wrote `.npz`."""
 
 
 def digest_of(arrays: Mapping[str, NDArray[Any]]) -> str:
@@ -29,6 +34,8 @@ def digest_of(arrays: Mapping[str, NDArray[Any]]) -> str:
 
 class ReferenceStore:
     """Arrays by a fingerprint of everything that they were computed from.
+
+    An entry is sealed, and holds numbers only: it is believed whole or computed again.
 
     Args:
         folder: where they are kept; made when needed.
@@ -50,33 +57,34 @@ class ReferenceStore:
             **parts: JSON-ready; everything that the arrays depend on (the runtime's version is added).
 
         """
-        path = self._folder / f"{fingerprint(**parts, onnxruntime=version_of('onnxruntime'))}.npz"
+        from safetensors.numpy import save
+
+        path = self._folder / f"{fingerprint(**parts, onnxruntime=version_of('onnxruntime'))}.safetensors"
         found = _read(path)
         if found is not None:
             os.utime(path)
             return found
         arrays = dict(compute())
         self.computed += 1
-        with atomic_path(path) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, **arrays)  # type: ignore[arg-type]  # the stubs take names for options
+        write_sealed(path, save({name: np.asarray(array, order="C") for name, array in arrays.items()}))
         self._drop_oldest(path)
         return arrays
 
     def _drop_oldest(self, newest: Path) -> None:
-        files = sorted(self._folder.glob("*.npz"), key=lambda file: file.stat().st_mtime, reverse=True)
+        ours = (file for file in self._folder.iterdir() if _ENTRY.fullmatch(file.name))
         total = 0
-        for file in files:
+        for file in sorted(ours, key=lambda file: file.stat().st_mtime, reverse=True):
             total += file.stat().st_size
             if total > self._limit and file != newest:
                 file.unlink()
 
 
 def _read(path: Path) -> Arrays | None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except FileNotFoundError:
-        return None
+        return {name: array.copy() for name, array in load(read_sealed(path, _LARGEST)).items()}
     # A damaged entry is worth no more than a missing one: it is computed again.
-    except (OSError, ValueError, EOFError, BadZipFile):
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None

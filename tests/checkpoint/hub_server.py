@@ -1,9 +1,12 @@
 """A stand-in for the hub: the few addresses that downloading uses, and the faults that networks have."""
 
+import contextlib
 import hashlib
+import json
 import re
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,8 +33,11 @@ class Hub:
     recovers: bool = False
     """Whether the server works on after a break."""
     corrupt: set[str] = field(default_factory=set)
+    raw: dict[str, Callable[[socket.socket], None]] = field(default_factory=dict)
+    """File, or "list" → what answers for it on the bare connection, which is closed then."""
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     """Method, path, Range."""
+    tokens: list[str | None] = field(default_factory=list)
     broken: bool = False
 
     def transfers(self, name: str) -> list[str | None]:
@@ -56,7 +62,13 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def _answer(self) -> None:
             path = unquote(self.path.split("?")[0])
             hub.requests.append((self.command, path, self.headers.get("Range")))
-            if match := _MODEL.fullmatch(path):
+            hub.tokens.append(self.headers.get("Authorization"))
+            match = _RESOLVE.fullmatch(path)
+            if raw := hub.raw.get(match["file"] if match else "list"):
+                self.close_connection = True
+                with contextlib.suppress(OSError):
+                    raw(self.connection)
+            elif match := _MODEL.fullmatch(path):
                 self._model(match["id"], match["revision"] or "main")
             elif match := _RESOLVE.fullmatch(path):
                 self._file(match["id"], match["revision"], match["file"])
@@ -73,10 +85,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def _model(self, hub_id: str, revision: str) -> None:
             if hub_id != hub.hub_id:
                 return self._refuse(404, "RepoNotFound")
-            commit = hub.revisions.get(revision)
+            commit = revision if revision in hub.revisions.values() else hub.revisions.get(revision)
             if commit is None:
                 return self._refuse(404, "RevisionNotFound")
-            body = f'{{"id": "{hub_id}", "sha": "{commit}", "siblings": []}}'.encode()
+            body = json.dumps(listing_of(hub) | {"sha": commit}).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
@@ -99,7 +111,6 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             start = self._start(len(content))
             self.send_response(206 if start else 200)
             self.send_header("X-Repo-Commit", revision)
-            self.send_header("ETag", f'"{_etag(name, content)}"')
             self.send_header("Content-Length", str(len(content) - start))
             if start:
                 self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
@@ -127,11 +138,25 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-def _etag(name: str, content: bytes) -> str:
-    """Return what the hub gives: the SHA-256 of large files, git's blob hash of the others."""
+def digest_of(name: str, content: bytes) -> str:
+    """Return what the hub names a file by: the SHA-256 of large ones, git's blob hash of the others."""
     if name.endswith(".safetensors"):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def listing_of(hub: Hub) -> dict[str, Any]:
+    """Return what the hub says about its main branch."""
+    entries = [_entry(name, content) for name, content in hub.files.items()]
+    return {"id": hub.hub_id, "sha": hub.revisions["main"], "siblings": entries}
+
+
+def _entry(name: str, content: bytes) -> dict[str, Any]:
+    """Return how the hub lists a file: `blobId` of a large one is that of its pointer."""
+    entry: dict[str, Any] = {"rfilename": name, "size": len(content), "blobId": digest_of(name, content)}
+    if len(entry["blobId"]) == 64:
+        entry |= {"blobId": "b" * 40, "lfs": {"sha256": entry["blobId"], "size": len(content), "pointerSize": 134}}
+    return entry
 
 
 @contextmanager

@@ -9,12 +9,13 @@ import pytest
 from huggingface_hub import constants
 
 from sa3_convert.checkpoint import hub as hub_module
+from sa3_convert.checkpoint import hub_client
 from sa3_convert.checkpoint.hub import Fetched, fetch
 from sa3_convert.checkpoint.reader import Checkpoint
 from sa3_convert.checkpoint.synthetic import synthesize
 from sa3_convert.checkpoint.variants import VARIANTS
 from sa3_convert.errors import CheckpointError, UsageError
-from tests.checkpoint.hub_server import COMMIT, Hub, serve
+from tests.checkpoint.hub_server import COMMIT, Hub, digest_of, serve
 
 ID = "someone/toy"
 NEEDED = [
@@ -32,8 +33,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    # What is written at once; a break loses the piece that was on its way.
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100_000)
+    monkeypatch.setattr(hub_client, "PAUSE", 0.01)
     return tmp_path / "cache"
 
 
@@ -51,7 +51,7 @@ def fill_cache(cache: Path, source: Path, hub_id: str, commit: str, names: list[
     """Lay files out as the hub library does."""
     repository = cache / f"models--{hub_id.replace('/', '--')}"
     for name in names:
-        blob = repository / "blobs" / name.replace("/", "-")
+        blob = repository / "blobs" / digest_of(name, (source / name).read_bytes())
         pointer = repository / "snapshots" / commit / name
         blob.parent.mkdir(parents=True, exist_ok=True)
         pointer.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def test_a_published_variant_is_fetched_at_its_pinned_commit(small_toy: Path, tm
     with serve(small_toy, variant.hub_id, revisions={"main": COMMIT, "pin": variant.revision}) as server:
         fetched = fetch(variant.hub_id, tmp_path / "out", endpoint=server.address)
     assert fetched.revision == variant.revision
-    assert not [path for _, path, _ in server.requests if "/api/" in path]
+    assert {path.split("/")[-1] for _, path, _ in server.requests if "/api/" in path} == {variant.revision}
 
 
 def test_a_branch_is_resolved_to_its_commit(hub: Hub, tmp_path: Path) -> None:
@@ -141,9 +141,11 @@ def test_what_another_commit_left_is_not_mixed_in(hub: Hub, tmp_path: Path) -> N
         fetch(ID, tmp_path / "out", endpoint=hub.address)
     hub.broken = False
     hub.revisions["new"] = "e" * 40
+    hub.files["model.safetensors"] = hub.files["model.safetensors"][:-1] + b"x"
     hub.requests.clear()
     fetch(ID, tmp_path / "out", "new", endpoint=hub.address)
     assert hub.transfers("model.safetensors") == [None]
+    assert files(tmp_path / "out") == sorted([*NEEDED, "source.json"])
 
 
 def test_a_partial_file_longer_than_the_whole_is_begun_anew(hub: Hub, small_toy: Path, tmp_path: Path) -> None:
@@ -151,7 +153,7 @@ def test_a_partial_file_longer_than_the_whole_is_begun_anew(hub: Hub, small_toy:
     with pytest.raises(CheckpointError):
         fetch(ID, tmp_path / "out", endpoint=hub.address)
     hub.broken = False
-    partial = tmp_path / ".out.download" / "model.safetensors.partial"
+    (partial,) = (tmp_path / ".out.download").glob("*.partial")
     partial.write_bytes(b"x" * (len(hub.files["model.safetensors"]) + 1))
     fetch(ID, tmp_path / "out", endpoint=hub.address)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (small_toy / "model.safetensors").read_bytes()

@@ -75,3 +75,28 @@ def test_anything_else_is_refused(text: str, tmp_path: Path, monkeypatch: pytest
 def test_ids_that_the_hub_does_not_allow_are_refused(text: str) -> None:
     with pytest.raises(CheckpointError, match=r"not a valid hub id|neither a folder"):
         resolve_checkpoint(text)
+
+
+@pytest.mark.parametrize("content", [f"{COMMIT}\n", f" {COMMIT}\r\n"])
+def test_a_branch_whose_commit_ends_in_a_newline_is_found(small_toy: Path, cache: Path, content: str) -> None:
+    fill_cache(cache, small_toy, ID, COMMIT, NEEDED)
+    (cache / "models--someone--toy" / "refs" / "main").write_text(content)
+    assert resolve_checkpoint(ID).name == COMMIT
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"../../..", b"main", b"\0" * 40, COMMIT.encode() * 1000])
+def test_a_branch_that_is_no_commit_is_not_cached(small_toy: Path, cache: Path, content: bytes) -> None:
+    fill_cache(cache, small_toy, ID, COMMIT, NEEDED)
+    (cache / "models--someone--toy" / "refs" / "main").write_bytes(content)
+    with pytest.raises(CheckpointError, match="neither a folder nor a checkpoint"):
+        resolve_checkpoint(ID)
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_a_damaged_blob_is_named_before_it_is_used(small_toy: Path, cache: Path, name: str) -> None:
+    fill_cache(cache, small_toy, ID, COMMIT, NEEDED)
+    blob = (cache / "models--someone--toy" / "snapshots" / COMMIT / name).resolve()
+    data = blob.read_bytes()
+    blob.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=f"{blob.name} is damaged"):
+        resolve_checkpoint(ID)

@@ -16,6 +16,7 @@ from sa3_convert.doctor.known import RECORDS, changes
 from sa3_convert.doctor.results import Answer, Diagnosis, ProbeResult, setting_name
 from sa3_convert.errors import ConversionError
 from sa3_convert.fingerprint import version_of
+from sa3_convert.sealed import write_sealed
 
 HIGH, LOW = setting_name("high", "normal"), setting_name("low", "normal")
 
@@ -56,16 +57,23 @@ def test_another_backend_is_not_probed() -> None:
 
 @pytest.mark.parametrize("field", ["mnn", "backend", "machine"])
 def test_a_file_about_something_else_is_not_believed(field: str) -> None:
-    store.diagnosis_path("cpu").parent.mkdir(parents=True)
     data = diagnosis(**{field: "other"}).to_data()
-    store.diagnosis_path("cpu").write_text(json.dumps(data))
+    write_sealed(store.diagnosis_path("cpu"), json.dumps(data).encode())
     assert store.saved("cpu") is None
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "null", '{"schema": 1}', '{"schema": 0}', "[" * 100000, "\x00"])
 def test_a_damaged_file_is_not_believed(content: str) -> None:
     path = store.save(diagnosis())
+    write_sealed(path, content.encode())
+    assert store.saved("cpu") is None
     path.write_text(content)
+    assert store.saved("cpu") is None
+
+
+def test_a_file_with_another_outcome_is_not_believed() -> None:
+    path = store.save(diagnosis())
+    path.write_text(path.read_text().replace('"wrong"', '"works"'))
     assert store.saved("cpu") is None
 
 

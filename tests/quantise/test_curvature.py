@@ -106,6 +106,17 @@ def test_a_damaged_file_is_measured_again(tmp_path: Path, content: bytes) -> Non
     assert network.runs == 2
 
 
+def test_a_changed_bit_is_measured_again(tmp_path: Path) -> None:
+    path = tmp_path / "kept"
+    whole = measure_curvature(Gated(), WEIGHTS, samples(2), path, nothing)
+    data = path.read_bytes()
+    path.write_bytes(data[:-200] + bytes([data[-200] ^ 1]) + data[-199:])
+    network = Gated()
+    again = measure_curvature(network, WEIGHTS, samples(2), path, nothing)
+    assert network.runs == 2
+    assert {layer: c.total for layer, c in again.items()} == {layer: c.total for layer, c in whole.items()}
+
+
 def test_a_layer_that_does_not_reach_the_output_costs_nothing() -> None:
     silent = Curvature(np.zeros((4, INPUTS), np.float32), 0.0)
     assert silent.error(np.ones((4, INPUTS), np.float32)) == 0

@@ -164,6 +164,19 @@ def test_an_interrupted_pricing_goes_on_where_it_was(checkpoint: Checkpoint, tmp
     assert not partial.exists()
 
 
+def test_a_changed_digit_in_kept_measurements_is_measured_again(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    component = Component.NUMBER_CONDITIONER
+    made = measure(checkpoint, component, "fp16", tmp_path, lambda *_: None, threads=1)
+    (kept,) = tmp_path.glob("sensitivity/*.json")
+    kept.write_text(kept.read_text().replace('"error": ', '"error": 1', 1))
+    ticks: list[object] = []
+    assert measure(checkpoint, component, "fp16", tmp_path, lambda *tick: ticks.append(tick), threads=1) == made
+    assert ticks
+    ticks.clear()
+    assert measure(checkpoint, component, "fp16", tmp_path, lambda *tick: ticks.append(tick), threads=1) == made
+    assert not ticks
+
+
 def test_kept_floating_point_costs_what_the_recipe_stores_it_as(sensitivity: Sensitivity) -> None:
     layer = next(iter(sensitivity.layers.values()))
     (half,) = (option for option in layer.options("fp16") if option.bits is None)

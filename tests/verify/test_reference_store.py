@@ -36,7 +36,7 @@ def test_anything_else_that_it_depends_on_is_another_entry(tmp_path: Path) -> No
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-30], lambda data: b"x" * len(data)])
 def test_a_damaged_entry_is_computed_again(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     ReferenceStore(tmp_path).get(value(1), k=1)
-    (file,) = tmp_path.glob("*.npz")
+    (file,) = tmp_path.glob("*.safetensors")
     file.write_bytes(damage(file.read_bytes()))
     assert ReferenceStore(tmp_path).get(value(2), k=1)["a"][0] == 2
     assert ReferenceStore(tmp_path).get(refuse, k=1)["a"][0] == 2
@@ -44,11 +44,27 @@ def test_a_damaged_entry_is_computed_again(tmp_path: Path, damage: Callable[[byt
 
 def test_a_flipped_bit_in_an_entry_is_not_believed(tmp_path: Path) -> None:
     ReferenceStore(tmp_path).get(value(1, 1000), k=1)
-    (file,) = tmp_path.glob("*.npz")
+    (file,) = tmp_path.glob("*.safetensors")
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     assert ReferenceStore(tmp_path).get(value(2, 1000), k=1)["a"][0] == 2
+
+
+def test_an_entry_under_another_ones_name_is_not_believed(tmp_path: Path) -> None:
+    store = ReferenceStore(tmp_path)
+    store.get(value(1), k=1)
+    (one,) = tmp_path.iterdir()
+    store.get(value(2), k=2)
+    (two,) = set(tmp_path.iterdir()) - {one}
+    one.replace(two)
+    assert store.get(value(3), k=2)["a"][0] == 3
+
+
+def test_what_is_no_entry_is_never_dropped(tmp_path: Path) -> None:
+    (tmp_path / "mine.npz").write_bytes(b"x" * 100)
+    ReferenceStore(tmp_path, limit=10).get(value(1), k=1)
+    assert (tmp_path / "mine.npz").exists()
 
 
 def test_a_computation_that_fails_leaves_nothing(tmp_path: Path) -> None:
