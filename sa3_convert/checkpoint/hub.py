@@ -19,7 +19,8 @@ from sa3_convert.checkpoint.download_folder import download_folder, tidy
 from sa3_convert.checkpoint.hub_client import HubClient, Note, UnreachableError
 from sa3_convert.checkpoint.hub_files import COMMIT, CachedSnapshot, HubFile, Listing
 from sa3_convert.checkpoint.layout import TEXT_ENCODER_FOLDER, read_json
-from sa3_convert.checkpoint.reader import CONFIG, TOKENIZER, WEIGHTS, Checkpoint
+from sa3_convert.checkpoint.reader import CONFIG, TOKENIZER, Checkpoint
+from sa3_convert.checkpoint.shards import INDEX, WEIGHTS, shard_names
 from sa3_convert.checkpoint.variants import VARIANTS
 from sa3_convert.errors import CheckpointError, UsageError
 from sa3_convert.files import copy_file, sha256_file, write_text
@@ -28,9 +29,7 @@ Progress = Callable[[int, int], None]
 """Called with the bytes that are there and the bytes in all."""
 
 SOURCE = "source.json"
-_INDEX = f"{WEIGHTS}.index.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_SHARD = re.compile(r"[A-Za-z0-9][\w.-]{0,99}\.safetensors", re.ASCII)
 _OURS = re.compile(
     rf"{TEXT_ENCODER_FOLDER}/|({TEXT_ENCODER_FOLDER}/)?[\w.-]+\.(json|safetensors)|[0-9a-f]+\.partial", re.ASCII
 )
@@ -177,10 +176,10 @@ class _Download:
 
     def _weights(self, within: str) -> list[str]:
         """Return the names of the files that hold a folder's weights; their index is here already if they have one."""
-        if f"{within}{WEIGHTS}" in self._source or f"{within}{_INDEX}" not in self._source:
+        if f"{within}{WEIGHTS}" in self._source or f"{within}{INDEX}" not in self._source:
             return [f"{within}{WEIGHTS}"]
-        self._bring([f"{within}{_INDEX}"], None)
-        return [f"{within}{name}" for name in _shard_names(self._folder / within / _INDEX)]
+        self._bring([f"{within}{INDEX}"], None)
+        return [f"{within}{name}" for name in shard_names(self._folder / within / INDEX)]
 
     def _bring(self, names: Sequence[str], progress: Progress | None) -> None:
         """Bring files that are not there yet, from the cache or the hub."""
@@ -252,13 +251,3 @@ class _Download:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _shard_names(index: Path) -> list[str]:
-    """Return the files beside an index that it needs; each must have a name that cannot lead elsewhere."""
-    data = read_json(index)
-    placed = data.get("weight_map") if isinstance(data, dict) else None
-    names = list(placed.values()) if isinstance(placed, dict) else []
-    if not names or not all(isinstance(name, str) and _SHARD.fullmatch(name) for name in names):
-        raise CheckpointError(f"{_INDEX} is no index of weights, or names something else than files beside it.")
-    return sorted(set(names))
