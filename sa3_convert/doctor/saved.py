@@ -16,6 +16,7 @@ from sa3_convert.files import write_text
 from sa3_convert.fingerprint import fingerprint, version_of
 from sa3_convert.gpu import gpus
 from sa3_convert.runtime.machine import machine
+from sa3_convert.untrusted import read_json
 
 
 @cache
@@ -42,9 +43,8 @@ def save(diagnosis: Diagnosis) -> Path:
 def saved(backend: str) -> Diagnosis | None:
     """Return what was found for the installed MNN on this machine, or None when it was not probed."""
     try:
-        data = json.loads(diagnosis_path(backend).read_text(encoding="utf-8"))
-        diagnosis = Diagnosis.from_data(data)
-    except (OSError, ValueError, RecursionError):
+        diagnosis = Diagnosis.from_data(read_json(diagnosis_path(backend)))
+    except (OSError, ValueError):
         return None
     wanted = (version_of("MNN"), backend, this_machine())
     return diagnosis if (diagnosis.mnn, diagnosis.backend, diagnosis.machine) == wanted else None

@@ -26,6 +26,7 @@ from sa3_convert.quantise.grid import one_thread
 from sa3_convert.quantise.sensitivity import LayerSensitivity, Sensitivity, all_grids, priced
 from sa3_convert.recipe import ComponentRecipe, LayerRule, Rounding, ScaleType, WeightScheme
 from sa3_convert.stages import stage_keys
+from sa3_convert.untrusted import read_json
 from sa3_convert.verify.inputs import sample_inputs
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def measure(
     folder = cache / "sensitivity"
     kept = folder / f"{component.value}-{key[:16]}-{scales}.json"
     with contextlib.suppress(OSError, ValueError):
-        return Sensitivity.model_validate_json(kept.read_text(encoding="utf-8"))
+        return Sensitivity.model_validate(read_json(kept))
     if threads:
         torch.set_num_threads(threads)
     samples = [
@@ -269,7 +270,7 @@ def _priced(
 def _kept_prices(partial: Path) -> dict[str, LayerSensitivity]:
     """Return what an interrupted run left; nothing if that is of no use."""
     try:
-        kept = json.loads(partial.read_text(encoding="utf-8"))
+        kept = read_json(partial)
         return {layer: LayerSensitivity.model_validate(prices) for layer, prices in kept.items()}
     except (OSError, ValueError, AttributeError):
         return {}

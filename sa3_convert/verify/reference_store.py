@@ -5,17 +5,18 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sa3_convert.files import atomic_path
 from sa3_convert.fingerprint import fingerprint, version_of
+from sa3_convert.untrusted import open_regular
 
 Arrays = dict[str, NDArray[Any]]
 
 DEFAULT_LIMIT = 2 << 30
+_DIGEST = "sha256"
 
 
 def digest_of(arrays: Mapping[str, NDArray[Any]]) -> str:
@@ -58,7 +59,7 @@ class ReferenceStore:
         arrays = dict(compute())
         self.computed += 1
         with atomic_path(path) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, **arrays)  # type: ignore[arg-type]  # the stubs take names for options
+            np.savez(stream, **arrays, **{_DIGEST: np.array(digest_of(arrays))})  # type: ignore[arg-type]  # the stubs take names for options
         self._drop_oldest(path)
         return arrays
 
@@ -73,10 +74,10 @@ class ReferenceStore:
 
 def _read(path: Path) -> Arrays | None:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except FileNotFoundError:
-        return None
+        with open_regular(path) as stream, np.load(stream, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        # zip's own sums are of 32 bits, and none is of the names.
+        return arrays if str(arrays.pop(_DIGEST)) == digest_of(arrays) else None
     # A damaged entry is worth no more than a missing one: it is computed again.
-    except (OSError, ValueError, EOFError, BadZipFile):
+    except Exception:  # what zipfile, zlib and numpy raise of damaged files has no type in common
         return None
