@@ -51,6 +51,37 @@ def test_a_flipped_bit_in_an_entry_is_not_believed(tmp_path: Path) -> None:
     assert ReferenceStore(tmp_path).get(value(2, 1000), k=1)["a"][0] == 2
 
 
+@pytest.mark.parametrize("files", [200, pytest.param(3000, marks=pytest.mark.slow, id="thousands")])
+def test_no_damaged_entry_is_believed(tmp_path: Path, files: int) -> None:
+    arrays = {"velocity": np.arange(300, dtype=np.float32), "b": np.ones((2, 3), np.float64)}
+    store = ReferenceStore(tmp_path)
+    store.get(lambda: arrays, k=1)
+    (file,) = tmp_path.glob("*.npz")
+    whole = file.read_bytes()
+    random = np.random.default_rng(0)
+    for _ in range(files):
+        data = bytearray(whole)
+        for _ in range(int(random.integers(1, 4))):
+            position = int(random.integers(0, len(data)))
+            if random.random() < 0.2:
+                del data[position : position + int(random.integers(1, 20))]
+            else:
+                data[position] ^= 1 << int(random.integers(0, 8))
+        file.write_bytes(data)
+        found = store.get(lambda: arrays, k=1)
+        assert found.keys() == arrays.keys()
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(found[name], array, strict=True)
+
+
+def test_an_entry_whose_arrays_changed_names_is_not_believed(tmp_path: Path) -> None:
+    """zip keeps a checksum of what its members hold, none of what they are called."""
+    ReferenceStore(tmp_path).get(value(1), k=1)
+    (file,) = tmp_path.glob("*.npz")
+    file.write_bytes(file.read_bytes().replace(b"a.npy", b"b.npy"))
+    assert ReferenceStore(tmp_path).get(value(2), k=1)["a"][0] == 2
+
+
 def test_a_computation_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
         ReferenceStore(tmp_path).get(refuse, k=1)
