@@ -5,7 +5,6 @@ printed before work starts and kept in the bundle.
 """
 
 import difflib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -15,12 +14,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from sa3_convert.components import SPECS, Component
 from sa3_convert.errors import RecipeError
+from sa3_convert.layer_pattern import layer_pattern
 from sa3_convert.recipe_files import read_recipe
 
 FloatType = Literal["fp32", "fp16"]
 EmbeddingType = Literal["float", "int8", "int4"]
 Rounding = Literal["converter", "least_squares", "error_compensated"]
 ScaleType = Literal["fp32", "fp16"]
+_SHOWN = 20
+"""Faults of a recipe that are told; a file that is no recipe at all has thousands."""
 Bits = Annotated[int, Field(ge=2, le=8)]
 
 
@@ -39,7 +41,7 @@ class LayerRule(_Strict):
     """An exception for the layers whose ONNX name matches; one that matches nothing fails the conversion."""
 
     match: str
-    """Regular expression, searched in the layer's name."""
+    """Regular expression, searched in the layer's name; see `layer_pattern` for what it may hold."""
     bits: Bits | None
     """None keeps the layer in floating point."""
     block_size: int | None = None
@@ -49,11 +51,12 @@ class LayerRule(_Strict):
     @field_validator("match")
     @classmethod
     def _compiles(cls, value: str) -> str:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"{value!r} is not a regular expression: {error}") from None
+        layer_pattern(value)
         return value
+
+    def matches(self, name: str) -> bool:
+        """Tell whether the rule is for a layer."""
+        return layer_pattern(self.match).isinstance_python(name)
 
 
 class WeightScheme(_Strict):
@@ -66,7 +69,7 @@ class WeightScheme(_Strict):
     rounding: Rounding = "converter"
     scales: ScaleType = "fp32"
     """Scales and minima. Small blocks have many: with FP16, blocks of 16 cost what blocks of 32 do with FP32."""
-    layers: tuple[LayerRule, ...] = ()
+    layers: tuple[LayerRule, ...] = Field(default=(), max_length=256)
 
     _block = field_validator("block_size")(_checked_block_size)
 
@@ -74,7 +77,7 @@ class WeightScheme(_Strict):
         """Return (bits, block size) of a layer: those of the last rule that matches, else the scheme's own."""
         chosen: tuple[int | None, int | None] = (self.bits, self.block_size)
         for rule in self.layers:
-            if re.search(rule.match, name):
+            if rule.matches(name):
                 chosen = (rule.bits, rule.block_size)
         return chosen
 
@@ -116,7 +119,7 @@ class Recipe(_Strict):
     """A whole recipe file."""
 
     schema_version: Literal[1] = Field(alias="schema")
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)
     description: str
     components: Mapping[Component, ComponentRecipe]
 
@@ -156,14 +159,18 @@ class Recipe(_Strict):
         return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
 
 
-def load_recipe(path: Path) -> Recipe:
+def load_recipe(path: Path, *, resolved: bool = False) -> Recipe:
     """Read and check a recipe file, with the one that it extends.
+
+    Args:
+        path: the file.
+        resolved: whether it may not extend another; a bundle's is from anywhere and may name no file of this machine.
 
     Raises:
         RecipeError: it is missing, not YAML, or not valid; the message names the key and the nearest known one.
 
     """
-    data = read_recipe(path)
+    data = read_recipe(path, resolved=resolved)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -172,7 +179,8 @@ def load_recipe(path: Path) -> Recipe:
 
 def _explain(error: ValidationError) -> list[str]:
     lines = []
-    for problem in error.errors():
+    problems = error.errors(include_input=False, include_url=False)
+    for problem in problems[:_SHOWN]:
         where = ".".join(str(part) for part in problem["loc"] if part != "[key]")
         if problem["type"] == "extra_forbidden":
             key = str(problem["loc"][-1])
@@ -181,6 +189,8 @@ def _explain(error: ValidationError) -> list[str]:
             lines.append(f"  {where}: unknown key{hint}")
         else:
             lines.append(f"  {where or 'recipe'}: {problem['msg']}")
+    if len(problems) > _SHOWN:
+        lines.append(f"  and {len(problems) - _SHOWN} more")
     return lines
 
 

@@ -1,5 +1,9 @@
 """The project's own recipes are found by name from any folder; the user's files come first."""
 
+import json
+import os
+import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -175,3 +179,91 @@ def test_a_misspelled_key_is_recognised(elsewhere: Path) -> None:
     path.write_text(path.read_text().replace("extends:", "extend:"))
     with pytest.raises(RecipeError, match="perhaps you meant 'extends'"):
         load_recipe(path)
+
+
+@pytest.mark.parametrize("given", ["int8", "int8.yaml", "configs/int8.yaml"])
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")])
+def test_what_is_no_file_is_not_in_the_way_of_a_name_of_ours(
+    elsewhere: Path, given: str, make: Callable[[Path], None]
+) -> None:
+    (elsewhere / given).parent.mkdir(exist_ok=True)
+    make(elsewhere / given)
+    assert recipe_file(Path(given)) == CONFIGS / "int8.yaml"
+
+
+def _endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def _huge(path: Path) -> None:
+    path.write_text(HEAD + "# " + "x" * 100_000)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (Path.mkdir, "not a regular file"),
+        (os.mkfifo, "not a regular file"),
+        (_endless, "not a regular file"),
+        (_huge, "more than 65536 bytes"),
+        (lambda path: path.symlink_to(path), "symbolic links"),
+        (lambda path: path.symlink_to("nowhere"), "does not exist"),
+    ],
+)
+@pytest.mark.parametrize("extends", [False, True])
+def test_what_is_no_file_of_a_recipes_size_is_refused_at_once(
+    elsewhere: Path, make: Callable[[Path], None], said: str, extends: bool
+) -> None:
+    make(elsewhere / "theirs")
+    (elsewhere / "mine").write_text(f"{HEAD}extends: theirs\n")
+    began = time.monotonic()
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(recipe_file(Path("mine" if extends else "theirs")))
+    assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\udcff", ""])
+def test_a_name_that_no_file_can_have_is_refused(elsewhere: Path, name: str) -> None:
+    with pytest.raises(RecipeError):
+        load_recipe(recipe_file(Path(name)))
+    (elsewhere / "mine").write_text(HEAD + "extends: " + json.dumps(name))
+    with pytest.raises(RecipeError):
+        load_recipe(elsewhere / "mine")
+
+
+def test_a_long_chain_is_refused(elsewhere: Path) -> None:
+    (elsewhere / "0").write_text(BASE)
+    for link in range(1, 12):
+        (elsewhere / str(link)).write_text(f'{HEAD}extends: "{link - 1}"\n')
+    assert load_recipe(elsewhere / "8").name == "mine"
+    with pytest.raises(RecipeError, match="9th that extends another"):
+        load_recipe(elsewhere / "11")
+
+
+def test_the_recipe_of_a_bundle_may_name_no_other_file(elsewhere: Path) -> None:
+    path = extending(elsewhere, "")
+    with pytest.raises(RecipeError, match="stands for itself"):
+        load_recipe(path, resolved=True)
+    path.write_text(load_recipe(path).to_yaml())
+    assert load_recipe(path, resolved=True).name == "mine"
+
+
+def test_thousands_of_faults_are_told_in_a_few_lines(elsewhere: Path) -> None:
+    path = elsewhere / "mine"
+    path.write_text("".join(f"k{number}: 1\n" for number in range(4000)))
+    began = time.process_time()
+    with pytest.raises(RecipeError, match=r"and 39\d\d more") as caught:
+        load_recipe(path)
+    assert time.process_time() - began < 2
+    assert len(str(caught.value).splitlines()) < 30
+
+
+@pytest.mark.parametrize("match", ["(a+)+$", "(.*)*(.*)*x", "(a|a)*b"])
+def test_a_catastrophic_pattern_matches_in_no_time(elsewhere: Path, match: str) -> None:
+    path = elsewhere / "mine"
+    path.write_text(BASE.replace("a$", json.dumps(match)))
+    weights = load_recipe(path).for_component(Component.DIT).weights
+    assert weights is not None
+    began = time.process_time()
+    weights.for_layer("a" * 200 + "!")
+    assert time.process_time() - began < 0.5

@@ -1,6 +1,7 @@
 """`main`: the one place that prints errors and decides the exit code."""
 
 import errno
+import io
 import os
 import re
 import sys
@@ -22,7 +23,7 @@ from sa3_convert.cli import (
     judgement,
     planning,
 )
-from sa3_convert.errors import BackendError, Sa3Error
+from sa3_convert.errors import BackendError, Sa3Error, UsageError
 
 INTERRUPTED = 130
 
@@ -72,7 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; never raises."""
     os.environ.pop("SA3_CONVERT_DEBUG", None)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal of another encoding lacks letters of prompts and paths.
+            stream.reconfigure(errors="backslashreplace")
     try:
+        _require_text(arguments)
         result = app(arguments, standalone_mode=False, prog_name="sa3-convert")
     except Sa3Error as error:
         _complain(str(error), error)
@@ -89,6 +95,16 @@ def run(arguments: list[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
+def _require_text(arguments: Sequence[str]) -> None:
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            # Neither JSON nor the libraries that load models take such names.
+            shown = argument.encode(errors="backslashreplace").decode()
+            raise UsageError(f"{shown} is not UTF-8. Rename the file or folder, or give the text as UTF-8.") from None
+
+
 _OUT_OF_MEMORY = re.compile(r"(?i)(can't|cannot|failed to|unable to) allocate|bad.?alloc")
 """How native libraries say it: torch and ONNX Runtime have no exception type for it."""
 
@@ -102,6 +118,10 @@ def _failed(error: Exception) -> int:
     if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
         _complain("Out of memory. Convert fewer components at a time (--component), or on a larger machine.", error)
         return 4
+    if isinstance(error, UnicodeEncodeError) and any("\ud800" <= letter <= "\udfff" for letter in error.object):
+        shown = error.object.encode(errors="backslashreplace").decode()
+        _complain(f"{shown} is not UTF-8. Rename the file or folder.", error)
+        return 3
     if isinstance(error, OSError):
         what = "The disk is full" if error.errno == errno.ENOSPC else "The system refused"
         _complain(f"{what}: {error}. Nothing half-written was left behind.", error)

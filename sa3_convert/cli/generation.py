@@ -8,6 +8,7 @@ import typer
 from sa3_convert.cli import run_options as o
 from sa3_convert.cli.options import BundleArgument, LoraOption, ThreadsOption
 from sa3_convert.errors import InputError, UsageError
+from sa3_convert.untrusted import read_json
 
 
 def register(app: typer.Typer) -> None:
@@ -144,13 +145,16 @@ def _request(settings: dict[str, Any], from_file: Path | None) -> tuple[Any, dic
     if settings:
         name = next(iter(settings)).replace("_", "-")
         raise UsageError(f"--from brings its own prompt and settings; leave --{name} away.")
-    import json
-
+    unread = f"{from_file} cannot be read as the settings that `run --json` writes"
     try:
-        origin = json.loads(from_file.read_text(encoding="utf-8"))
-        found = origin.pop("request")
-        if not isinstance(found, dict):
-            raise TypeError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise InputError(f"{from_file} cannot be read as the settings that `run --json` writes.") from None
+        origin = read_json(from_file)
+    except OSError as error:
+        raise InputError(f"{unread}: {error.strerror or error}.") from None
+    except ValueError as error:
+        raise InputError(f"{unread}: {error}.") from None
+    if not isinstance(origin, dict) or not isinstance(found := origin.pop("request", None), dict):
+        raise InputError(f"{unread}: it has no request.")
+    for name, kind in (("variant", str), ("models", dict)):
+        if not isinstance(origin.get(name, kind()), kind):
+            raise InputError(f"{unread}: {name} is of another kind.")
     return GenerateRequest.from_json(found), origin

@@ -1,5 +1,7 @@
 """`plan`: from a size or a fidelity to a recipe."""
 
+import math
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -44,6 +46,8 @@ def plan(
     """Choose each layer's precision by its measured sensitivity, for a size or a fidelity; write a recipe."""
     if (target_mib is None) == (min_snr is None):
         raise UsageError("Give either --target-mib or --min-snr.")
+    if not math.isfinite(target_mib or min_snr or 0):
+        raise UsageError("--target-mib and --min-snr are finite numbers.")
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from sa3_convert.cli.console import planned_table, stderr, stdout
@@ -72,7 +76,7 @@ def plan(
     made = plan_component(opened, component, base.for_component(component), sensitivity, target, by)
     changed = base.model_copy(
         update={
-            "name": out.stem.lower(),
+            "name": re.sub("[^a-z0-9._-]+", "-", out.stem.lower()).lstrip("._-")[:100] or "planned",
             "description": f"Planned for {component.value}: {_asked(target_mib, min_snr)}.",
             "components": dict(base.components) | {component: made.recipe},
         }

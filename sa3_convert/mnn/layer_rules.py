@@ -6,7 +6,6 @@ rules are matched against it.
 """
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -95,7 +94,7 @@ def check_rules(scheme: WeightScheme, names: Sequence[str]) -> None:
 
     """
     for index, rule in enumerate(scheme.layers):
-        if not any(re.search(rule.match, name) for name in names):
+        if not any(rule.matches(name) for name in names):
             shown = ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
             raise ConversionError(
                 f"weights.layers[{index}]: {rule.match!r} matches none of the {len(names)} quantised layers ({shown})."

@@ -9,7 +9,6 @@ values, such as rotary tables and masks, are computed again rather than handed o
 that they need.
 """
 
-import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -58,7 +57,7 @@ def rules_of_part(recipe: ComponentRecipe, part: Path) -> ComponentRecipe:
     if scheme is None or not scheme.layers:
         return recipe
     names = list(_by_name(load_onnx(part).graph))
-    rules = tuple(rule for rule in scheme.layers if any(re.search(rule.match, name) for name in names))
+    rules = tuple(rule for rule in scheme.layers if any(rule.matches(name) for name in names))
     return recipe.model_copy(update={"weights": scheme.model_copy(update={"layers": rules})})
 
 

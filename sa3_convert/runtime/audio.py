@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 from sa3_convert.errors import AudioError, UsageError
 from sa3_convert.files import atomic_path
 from sa3_convert.runtime import riff
+from sa3_convert.runtime.cut_short import cut_short
+from sa3_convert.untrusted import open_regular, parse_json
 
 Floats = NDArray[np.float32]
 SampleFormat = Literal["pcm16", "pcm24", "float"]
@@ -24,10 +27,15 @@ _BLOCK = 1 << 16
 _SUBTYPES: Mapping[SampleFormat, str] = {"pcm16": "PCM_16", "pcm24": "PCM_24", "float": "FLOAT"}
 _BITS: Mapping[SampleFormat, int] = {"pcm16": 16, "pcm24": 24}
 _CONTAINERS = {".wav": "WAV", ".flac": "FLAC"}
+_READ = ("WAV", "WAVEX", "FLAC", "OGG", "MP3", "AIFF")
+"""What libsndfile or `cut_short` tells to be cut; of its other formats neither does."""
+_RATES = (1000, 384000)
+_UNKNOWN_LENGTH = 1 << 60
+_CONVERT = "If a player plays it, let an audio program write it anew as WAV or FLAC."
 
 
 def read_audio(path: Path, rate: int, *, max_seconds: float) -> Floats:
-    """Read a file that libsndfile knows (wav, flac, ogg, mp3, …).
+    """Read a WAV, FLAC, Ogg, MP3 or AIFF file, whatever its name.
 
     Args:
         path: the file.
@@ -38,22 +46,28 @@ def read_audio(path: Path, rate: int, *, max_seconds: float) -> Floats:
         [2, N] float32, N ≥ 1; mono is doubled.
 
     Raises:
-        AudioError: it is missing, empty, no audio, too long, has more than two channels, or holds NaN or infinities.
+        AudioError: it is missing, empty, no audio, cut short, too long, has more than two channels, or holds NaN or
+            infinities.
 
     """
     try:
-        if path.stat().st_size == 0:
-            raise AudioError(f"{path} is empty (0 bytes).")
-        with soundfile.SoundFile(path) as file:
-            _check_header(path, file, max_seconds)
-            samples = file.read(dtype="float32", always_2d=True)
-            found = int(file.samplerate)
+        with open_regular(path) as stream:
+            if not os.fstat(stream.fileno()).st_size:
+                raise AudioError(f"{path} is empty (0 bytes).")
+            with _ForwardFile(stream.fileno(), closefd=False) as file:
+                _check_header(path, file, max_seconds)
+                # libsndfile goes on where the file stands.
+                position = os.lseek(stream.fileno(), 0, os.SEEK_CUR)
+                if (fault := cut_short(stream, file.format)) is not None:
+                    raise AudioError(f"{path} {fault} {_CONVERT}")
+                os.lseek(stream.fileno(), position, os.SEEK_SET)
+                samples = _decoded(path, file, max_seconds)
+                found = int(file.samplerate)
     except OSError as error:
         raise AudioError(f"{path} cannot be read: {error.strerror or error}.") from None
     except soundfile.LibsndfileError as error:
-        raise AudioError(f"{path} cannot be read as audio: {error.error_string}") from None
-    if samples.shape[0] == 0:
-        raise AudioError(f"{path} holds no samples.")
+        why = error.error_string or "it is damaged or cut short."
+        raise AudioError(f"{path} cannot be read as audio: {why} {_CONVERT}") from None
     if not np.isfinite(samples).all():
         raise AudioError(f"{path} holds samples that are NaN or infinite.")
     if found != rate:
@@ -64,14 +78,50 @@ def read_audio(path: Path, rate: int, *, max_seconds: float) -> Floats:
     return np.ascontiguousarray(stereo.T, dtype=np.float32)
 
 
+class _ForwardFile(soundfile.SoundFile):  # type: ignore[misc]
+    """Read from begin to end: seeking, as soundfile does after each block, fails in a FLAC of unknown length."""
+
+    def seekable(self) -> bool:
+        return False
+
+
 def _check_header(path: Path, file: soundfile.SoundFile, max_seconds: float) -> None:
+    if file.format not in _READ:
+        raise AudioError(f"{path} is {file.format_info}, which is not taken. {_CONVERT}")
     if file.channels > _CHANNELS:
         raise AudioError(f"{path} has {file.channels} channels; give mono or stereo.")
-    seconds = file.frames / file.samplerate
+    lowest, highest = _RATES
+    if not lowest <= file.samplerate <= highest:
+        raise AudioError(
+            f"{path} says that it has {file.samplerate} samples a second; {lowest} to {highest} are taken."
+        )
+    if _states_length(file):
+        _check_length(path, file.frames / file.samplerate, max_seconds)
+
+
+def _check_length(path: Path, seconds: float, max_seconds: float) -> None:
     if seconds > max_seconds:
         raise AudioError(
             f"{path} lasts {seconds:.1f} seconds; this model takes at most {max_seconds:.1f}. Cut it first."
         )
+
+
+def _states_length(file: soundfile.SoundFile) -> bool:
+    return bool(file.frames < _UNKNOWN_LENGTH)
+
+
+def _decoded(path: Path, file: soundfile.SoundFile, max_seconds: float) -> Floats:
+    """Return all samples [N, channels], held to the limit while they are read."""
+    blocks, length = [], 0
+    while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
+        blocks.append(block)
+        length += len(block)
+        _check_length(path, length / file.samplerate, max_seconds)
+    if _states_length(file) and length < file.frames:
+        raise AudioError(f"{path} is cut short: it says that it has {file.frames} samples and has {length}. {_CONVERT}")
+    if not length:
+        raise AudioError(f"{path} holds no samples.")
+    return np.concatenate(blocks)
 
 
 class AudioWriter:
@@ -166,17 +216,23 @@ def audio_writer(
     container = _container(path, sample_format)
     comment = None if metadata is None else json.dumps(metadata, ensure_ascii=True)
     try:
-        with atomic_path(path) as temporary:
+        with atomic_path(path) as temporary, temporary.open("rb+") as stream:
+            # soundfile takes no name that is not UTF-8.
             with soundfile.SoundFile(
-                temporary, "w", rate, _CHANNELS, format=container, subtype=_SUBTYPES[sample_format]
+                stream.fileno(),
+                "w",
+                rate,
+                _CHANNELS,
+                format=container,
+                subtype=_SUBTYPES[sample_format],
+                closefd=False,
             ) as file:
                 if comment is not None and container != "WAV":
                     file.software = "sa3-convert"
                     file.comment = comment
                 yield AudioWriter(file, sample_format, dither)
             if comment is not None and container == "WAV":
-                with temporary.open("rb+") as stream:
-                    riff.append_chunk(stream, riff.information_chunk(comment))
+                riff.append_chunk(stream, riff.information_chunk(comment))
     except OSError as error:
         raise AudioError(f"{path} cannot be written: {error.strerror or error}.") from None
     except soundfile.LibsndfileError as error:
@@ -218,12 +274,13 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
     """
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             comment = riff.read_comment(stream) if stream.read(4) == b"RIFF" else None
-        if comment is None:
-            with soundfile.SoundFile(path) as file:
-                comment = file.comment
-        values = json.loads(comment)
+            if comment is None:
+                os.lseek(stream.fileno(), 0, os.SEEK_SET)
+                with soundfile.SoundFile(stream.fileno(), closefd=False) as file:
+                    comment = file.comment
+        values = parse_json(comment)
     except OSError as error:
         raise AudioError(f"{path} cannot be read: {error.strerror or error}.") from None
     except soundfile.LibsndfileError as error:

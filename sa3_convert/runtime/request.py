@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,7 +133,7 @@ class GenerateRequest:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
                 hint = f" Perhaps you meant {near[0]!r}." if near else ""
-                raise UsageError(f"There is no setting {key!r}.{hint}")
+                raise UsageError(f"There is no setting {_shown(key)}.{hint}")
         if "prompt" not in values:
             raise UsageError("The setting 'prompt' is missing.")
         return cls(**{key: _read(key, value) for key, value in values.items()})
@@ -150,6 +151,7 @@ class ResolvedRequest(GenerateRequest):
 
 _NUMBERS = ("seconds", "cfg_scale", "apg_scale", "init_noise_level")
 _WHOLE = ("seed", "steps")
+_LARGEST = 1 << 64
 _REQUIRED = ("prompt", "seconds", "seed", "apg_scale", "inpaint")
 
 
@@ -162,19 +164,31 @@ def _read(key: str, value: Any) -> Any:
             isinstance(r, list) and [_is_number(v) for v in r] == [True] * 2 for r in value
         ):
             return tuple((float(start), float(end)) for start, end in value)
-        raise UsageError(f"inpaint is {value!r}, expected a list of [start, end] in seconds.")
+        raise UsageError(f"inpaint is {_shown(value)}, expected a list of [start, end] in seconds.")
     if key in _NUMBERS:
         if not _is_number(value):
-            raise UsageError(f"{key} is {value!r}, expected a number.")
+            raise UsageError(f"{key} is {_shown(value)}, expected a number.")
         return float(value)
     if key in _WHOLE:
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise UsageError(f"{key} is {value!r}, expected a whole number.")
+        if not isinstance(value, int) or not _is_number(value):
+            raise UsageError(f"{key} is {_shown(value)}, expected a whole number.")
         return value
     if not isinstance(value, str):
-        raise UsageError(f"{key} is {value!r}, expected text.")
-    return Path(value) if key in ("init_audio", "inpaint_audio") else value
+        raise UsageError(f"{key} is {_shown(value)}, expected text.")
+    if key not in ("init_audio", "inpaint_audio"):
+        return value
+    if not value or "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise UsageError(f"{key} is {_shown(value)}, which no file is called.")
+    return Path(value)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Tell whether a value is a number that a float can be."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < _LARGEST
+    return isinstance(value, float)
+
+
+def _shown(value: Any) -> str:
+    # Python spells no integer of more than 4300 digits.
+    return "a number beyond all bounds" if isinstance(value, int) and abs(value) >= _LARGEST else reprlib.repr(value)

@@ -9,6 +9,8 @@ import struct
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from sa3_convert.untrusted import SMALL
+
 _INTEGER, _FLOAT = 1, 3
 _SOFTWARE = b"sa3-convert\0"
 
@@ -58,10 +60,10 @@ def read_comment(stream: BinaryIO) -> str | None:
 
     """
     stream.seek(12)
-    for name, size in _chunks(stream):
+    for name, size in chunks(stream):
         if name == b"LIST" and stream.read(4) == b"INFO":
-            information = io.BytesIO(stream.read(max(size - 4, 0)))
-            for key, length in _chunks(information):
+            information = io.BytesIO(stream.read(min(max(size - 4, 0), SMALL)))
+            for key, length in chunks(information):
                 if key == b"ICMT":
                     return information.read(length).rstrip(b"\0").decode("utf-8")
     return None
@@ -71,11 +73,17 @@ def _chunk(name: bytes, content: bytes) -> bytes:
     return struct.pack("<4sI", name, len(content)) + content + b"\0" * (len(content) % 2)
 
 
-def _chunks(stream: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Yield name and size of each chunk, the stream at its content; the caller may read from it."""
+def chunks(stream: BinaryIO, order: str = "<") -> Iterator[tuple[bytes, int]]:
+    """Yield name and size of each chunk, the stream at its content; the caller may read from it.
+
+    Args:
+        stream: at the first chunk.
+        order: `<` for RIFF, `>` for AIFF and RIFX, whose sizes are big-endian.
+
+    """
     position = stream.tell()
     while len(header := stream.read(8)) == 8:
-        name, size = struct.unpack("<4sI", header)
+        name, size = struct.unpack(order + "4sI", header)
         yield name, size
         position += 8 + size + size % 2
         stream.seek(position)

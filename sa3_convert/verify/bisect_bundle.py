@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import ZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from sa3_convert.components import Component, Length, contract
 from sa3_convert.errors import InputError
 from sa3_convert.mnn.backends import Backend, require_backend
 from sa3_convert.session import Arrays
+from sa3_convert.untrusted import open_regular
 from sa3_convert.verify.against import Against, Runtime, bisect_against
 from sa3_convert.verify.bisect import bisect
 from sa3_convert.verify.bisect_result import BisectResult
@@ -83,6 +84,10 @@ def _sampled(bundle: Bundle, component: Component, seed: int, latents: int | Non
     return sample_inputs(component, bundle.layout, seed=seed, latents=latents or DEFAULT_LATENTS[component]).feeds
 
 
+_LARGEST = 2 << 30
+"""Bytes of inputs; the longest audio that a model takes has a tenth of them."""
+
+
 def read_feeds(path: Path, component: Component, layout: CheckpointLayout) -> dict[str, NDArray[Any]]:
     """Read a component's inputs from a `.npz` file and hold them to the contract.
 
@@ -91,10 +96,15 @@ def read_feeds(path: Path, component: Component, layout: CheckpointLayout) -> di
 
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            feeds: dict[str, NDArray[Any]] = {name: archive[name] for name in archive.files}
-    # A plain .npy file gives an array, which has no files.
-    except (OSError, ValueError, EOFError, BadZipFile, AttributeError, TypeError) as error:
+        with open_regular(path) as stream, ZipFile(stream) as members:
+            if sum(member.file_size for member in members.infolist()) > _LARGEST:
+                raise InputError(f"{path} holds more than {_LARGEST >> 20} MiB.")
+            stream.seek(0)
+            with np.load(stream, allow_pickle=False) as archive:
+                feeds: dict[str, NDArray[Any]] = {name: archive[name] for name in archive.files}
+    except InputError:
+        raise
+    except Exception as error:  # what zipfile, zlib and numpy raise of damaged files has no type in common
         raise InputError(f"{path} is no .npz file of inputs: {error}") from None
     ports = contract(component, layout).inputs
     wanted = {port.name for port in ports}

@@ -28,7 +28,7 @@ def bundle_recipe(bundle: Bundle) -> Recipe:
         VerificationError: it is another than the manifest names.
 
     """
-    recipe = load_recipe(bundle.file(None, "recipe"))
+    recipe = load_recipe(bundle.file(None, "recipe"), resolved=True)
     if recipe.name != bundle.manifest.recipe:
         raise VerificationError(
             f"Bundle {bundle.path} says that it was made with recipe {bundle.manifest.recipe!r}, and holds recipe "

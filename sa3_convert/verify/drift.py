@@ -73,7 +73,7 @@ def measure_bundle(bundle: Bundle, plan: Plan, report: Report = no_report) -> Me
     """
     verified = verify_bundle(bundle, quick=True, threads=plan.threads, store=plan.store, progress=report)
     verified.check()
-    recipe = load_recipe(bundle.file(None, "recipe"))
+    recipe = load_recipe(bundle.file(None, "recipe"), resolved=True)
     figures = [*storage_figures(bundle, recipe), *sampled_figures(verified)]
     with both_sides(bundle, store=plan.store, steps=plan.steps, threads=plan.threads) as (references, target):
         generations = measure(references, target, plan.cases, report)
@@ -90,7 +90,7 @@ def origin_of(bundle: Bundle) -> Origin:
         converted_with=manifest.tools,
         measured_with=tool_versions(),
         processor=machine()["processor"],
-        recipe=load_recipe(bundle.file(None, "recipe")).model_dump(mode="json", by_alias=True),
+        recipe=load_recipe(bundle.file(None, "recipe"), resolved=True).model_dump(mode="json", by_alias=True),
         checkpoint=dict(manifest.checkpoint.get("digests", {})),
         code={room: source_digest(room) for room in ROOMS},
         files={e.path: e.sha256 for a in manifest.artifacts if a.kind != "recipe" for e in a.files},

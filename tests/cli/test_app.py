@@ -1,5 +1,6 @@
 """The command line's contract: names, exit codes, one paragraph per error."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +148,44 @@ def test_a_missing_recipe_is_exit_3(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_folder_that_is_no_bundle_is_exit_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["verify", str(tmp_path)]) == 3
     assert "is no bundle" in capsys.readouterr().err
+
+
+def run_with(arguments: list[str], cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "sa3_convert", *arguments]
+    here = str(Path(cli.__file__).parents[2])
+    return subprocess.run(
+        command, capture_output=True, check=False, cwd=cwd, env={**os.environ, "PYTHONPATH": here, **environment}
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", os.fsdecode(b"\xff"), "--prompt", "x", "-o", "x.wav"],
+        ["run", "bundle", "--prompt", os.fsdecode(b"\xff"), "-o", "x.wav"],
+        ["run", "bundle", "--prompt", "x", "-o", os.fsdecode(b"\xff.wav")],
+        ["inspect", os.fsdecode(b"\xff.mnn")],
+        ["convert", "checkpoint", "--out", os.fsdecode(b"\xff")],
+        ["bundle", "export", "bundle", "--to", os.fsdecode(b"\xff")],
+    ],
+)
+def test_an_argument_that_is_not_utf8_is_exit_2(arguments: list[str], tmp_path: Path) -> None:
+    done = run_with(arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert b"udcff" in done.stderr
+    assert b"is not UTF-8. Rename" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C"}, {"PYTHONIOENCODING": "latin-1"}]
+)
+def test_a_terminal_of_another_encoding_is_no_bug(environment: dict[str, str], tmp_path: Path, toy: Path) -> None:
+    done = run_with(["inspect", "日本🎷.mnn"], **environment)
+    assert done.returncode == 3, done.stderr
+    (tmp_path / "é").symlink_to(toy)
+    done = run_with(["convert", str(tmp_path / "é"), "--out", "日本", "--dry-run"], **environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
 
 
 def test_brackets_in_what_is_shown_are_no_markup() -> None:

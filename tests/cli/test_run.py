@@ -284,14 +284,48 @@ def test_unusable_audio_is_exit_3_and_named(
     assert not (tmp_path / "out.wav").exists()
 
 
-@pytest.mark.parametrize("content", [None, "", "{}", "[]", '{"request": 3}', "[" * 100_000])
+REQUEST = '{"prompt": "pad", "seconds": 0.2, "steps": 1}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "",
+        "{}",
+        "[]",
+        "null",
+        '{"request": 3}',
+        "[" * 100_000,
+        "\xff",
+        '{"request": {"prompt": "a", "prompt": "b"}}',
+        '{"request": {"prompt": "a", "seconds": NaN}}',
+        '{"request": {"prompt": "a", "seconds": 1e999}}',
+        '{"request": {"prompt": "a", "seed": ' + "9" * 5000 + "}}",
+        '{"request": {"prompt": "a", "init_audio": "a\\u0000b"}}',
+        '{"request": {"prompt": "a\\ud800"}}',
+        f'{{"request": {REQUEST}, "variant": 3}}',
+        f'{{"request": {REQUEST}, "variant": ["small-music"]}}',
+        f'{{"request": {REQUEST}, "models": "all"}}',
+        f'{{"request": {REQUEST}, "models": null}}',
+    ],
+)
 def test_settings_that_cannot_be_read_are_exit_3(
     run: Callable[..., int], content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if content is not None:
-        (tmp_path / "a.json").write_text(content)
+        (tmp_path / "a.json").write_text(content, encoding="latin-1")
     assert run("--from", str(tmp_path / "a.json"), "-o", str(tmp_path / "x.wav")) == 3
     assert "a.json" in complaint(capsys)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_settings_come_from_a_regular_file(
+    run: Callable[..., int], make: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "a.json")
+    assert run("--from", str(tmp_path / "a.json"), "-o", str(tmp_path / "x.wav")) == 3
+    assert "not a regular file" in complaint(capsys)
 
 
 @pytest.mark.parametrize("prompt", ["", "🎹🥁", "x" * 100_000, "two\nlines\tand a tab"])

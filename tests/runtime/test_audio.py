@@ -1,5 +1,8 @@
 import io
 import json
+import os
+import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +134,178 @@ def test_unusable_audio_is_told_with_its_name(tmp_path: Path, make: Any, message
     with pytest.raises(AudioError, match=message) as error:
         read(path)
     assert "input.wav" in str(error.value)
+
+
+KINDS: dict[str, tuple[str, str | None, int]] = {
+    "wav": ("WAV", "PCM_16", RATE),
+    "float": ("WAV", "FLOAT", RATE),
+    "extensible": ("WAVEX", "PCM_24", RATE),
+    "adpcm": ("WAV", "IMA_ADPCM", RATE),
+    "aiff": ("AIFF", "PCM_16", RATE),
+    "flac": ("FLAC", "PCM_16", RATE),
+    "vorbis": ("OGG", "VORBIS", RATE),
+    "opus": ("OGG", "OPUS", 48000),
+    "mp3": ("MP3", None, RATE),
+}
+
+
+def encoded(folder: Path, kind: str) -> bytes:
+    container, subtype, rate = KINDS[kind]
+    noise = np.random.default_rng(0).normal(0, 0.01, (2, rate // 5)).astype(np.float32)
+    return put(folder / kind, tone(0.2, rate) + noise, rate, format=container, subtype=subtype).read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_that_is_cut_short_anywhere_is_told(tmp_path: Path, kind: str) -> None:
+    whole = encoded(tmp_path, kind)
+    assert read(tmp_path / kind).shape[1] >= RATE // 5 - 1
+    path = tmp_path / "cut"
+    cuts = {*range(1, 20), *np.random.default_rng(1).integers(1, len(whole), 60).tolist()}
+    for cut in sorted(cuts):
+        path.write_bytes(whole[:-cut])
+        with pytest.raises(AudioError, match="cut"):
+            read(path)
+
+
+def _mutated(whole: bytes, random: np.random.Generator) -> bytes:
+    data = bytearray(whole)
+    # Headers decide what is done with the rest.
+    end = len(data) if random.random() < 0.3 else min(len(data), 200)
+    for _ in range(int(random.integers(1, 8))):
+        start = int(random.integers(0, end))
+        match random.integers(0, 4):
+            case 0:
+                data[start] = int(random.integers(0, 256))
+            case 1:
+                data[start : start + 4] = random.choice([b"\xff" * 4, b"\0" * 4, b"\x7f" + b"\xff" * 3, b"\1\0\0\0"])
+            case 2:
+                del data[start : start + int(random.integers(1, 40))]
+            case _:
+                data[start:start] = random.bytes(int(random.integers(1, 40)))
+    return bytes(data)
+
+
+def survive(folder: Path, kind: str, files: int) -> int:
+    whole, path = encoded(folder, kind), folder / "mutated"
+    random = np.random.default_rng(2)
+    taken = 0
+    for _ in range(files):
+        path.write_bytes(_mutated(whole, random))
+        try:
+            samples = read(path)
+        except AudioError:
+            continue
+        taken += 1
+        assert samples.shape[0] == 2
+        assert 1 <= samples.shape[1] <= 10 * RATE + 1
+        assert np.isfinite(samples).all()
+    return taken
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_file_is_finite_audio_or_an_audio_error(tmp_path: Path, kind: str) -> None:
+    assert survive(tmp_path, kind, 25) < 25
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_one_of_many_damaged_files_is_finite_audio_or_an_audio_error(tmp_path: Path, kind: str) -> None:
+    assert survive(tmp_path, kind, 600) < 600
+
+
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x80000000, 0x7FFFFFFF, 0x7FFFF000])
+def test_a_wav_that_a_program_wrote_to_a_pipe_is_read_to_its_end(tmp_path: Path, size: int) -> None:
+    whole = put(tmp_path / "a.wav", tone(), subtype="FLOAT").read_bytes()
+    start = whole.index(b"data") + 4
+    path = tmp_path / "piped.wav"
+    path.write_bytes(
+        whole[:4] + struct.pack("<I", 0xFFFFFFFF) + whole[8:start] + struct.pack("<I", size) + whole[start + 4 :]
+    )
+    np.testing.assert_array_equal(read(path), tone(), strict=True)
+
+
+def of_unknown_length(path: Path, seconds: float) -> Path:
+    data = bytearray(put(path, tone(seconds), format="FLAC").read_bytes())
+    # STREAMINFO's 36 bits for the number of samples; 0 is unknown.
+    data[21:26] = bytes([data[21] & 0xF0, 0, 0, 0, 0])
+    path.write_bytes(data)
+    return path
+
+
+def test_a_flac_of_unknown_length_is_read_to_its_end(tmp_path: Path) -> None:
+    path = of_unknown_length(tmp_path / "a.flac", 3)
+    np.testing.assert_allclose(read(path), tone(3), atol=2**-15)
+
+
+def test_a_flac_of_unknown_length_is_held_to_the_limit_while_it_is_read(tmp_path: Path) -> None:
+    with pytest.raises(AudioError, match=r"lasts .* at most 2\.0"):
+        read(of_unknown_length(tmp_path / "a.flac", 9), max_seconds=2)
+
+
+def test_an_mp3_whose_length_would_be_guessed_is_refused(tmp_path: Path) -> None:
+    """Half of one with a variable bit rate was taken for the whole."""
+    path = tmp_path / "a.mp3"
+    path.write_bytes(encoded(tmp_path, "mp3").replace(b"Xing", b"xing").replace(b"Info", b"info"))
+    with pytest.raises(AudioError, match="does not say how long it is"):
+        read(path)
+
+
+def test_an_mp3_with_a_tag_before_it_is_read(tmp_path: Path) -> None:
+    whole = encoded(tmp_path, "mp3")
+    path = tmp_path / "a.mp3"
+    path.write_bytes(b"ID3\x03\0\0" + bytes([0, 0, 100, 0]) + b"\0" * 12800 + whole)
+    np.testing.assert_array_equal(read(path), read(tmp_path / "mp3"), strict=True)
+
+
+@pytest.mark.parametrize("container", ["AU", "CAF", "W64", "VOC"])
+def test_a_type_that_nobody_tells_to_be_cut_is_refused(tmp_path: Path, container: str) -> None:
+    with pytest.raises(AudioError, match="is not taken"):
+        read(put(tmp_path / "a", tone(), format=container))
+
+
+@pytest.mark.parametrize("rate", [0, 1, 999, 400_000, 2**31 - 1, 2**32 - 1])
+def test_a_rate_that_no_audio_has_is_refused_at_once(tmp_path: Path, rate: int) -> None:
+    path = put(tmp_path / "a.wav", tone())
+    data = bytearray(path.read_bytes())
+    data[24:28] = struct.pack("<I", rate)
+    path.write_bytes(data)
+    with pytest.raises(AudioError):
+        read(path)
+
+
+@pytest.mark.parametrize("name", ["a.raw", "a", "a.txt", "a\nb.wav", "é.wav", os.fsdecode(b"\xff.wav")])
+def test_the_name_of_a_file_does_not_matter(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(put(tmp_path / "source.wav", tone(), subtype="FLOAT").read_bytes())
+    np.testing.assert_array_equal(read(path), tone(), strict=True)
+
+
+@pytest.mark.parametrize("name", ["a.raw", "a.wav", "a.mp3"])
+def test_raw_samples_are_no_audio_file(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(np.random.default_rng(0).bytes(50_000))
+    with pytest.raises(AudioError, match="write it anew as WAV or FLAC"):
+        read(path)
+
+
+def _pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("make", [_pipe, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, make: Any) -> None:
+    make(tmp_path / "a.wav")
+    began = time.monotonic()
+    with pytest.raises(AudioError, match="cannot be read"):
+        read(tmp_path / "a.wav")
+    assert time.monotonic() - began < 1
+
+
+def test_a_file_can_be_written_whatever_its_folder_is_called(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff")
+    write_audio(folder / "a.wav", tone(), RATE, sample_format="float", metadata={"seed": 1})
+    np.testing.assert_array_equal(read(folder / "a.wav"), tone(), strict=True)
+    assert read_metadata(folder / "a.wav") == {"seed": 1}
 
 
 def test_a_wav_cut_within_its_header_is_refused(tmp_path: Path) -> None:

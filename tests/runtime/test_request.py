@@ -140,6 +140,18 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: 
         ({"prompt": "a", "inpaint": [[1, "2"]]}, "list of"),
         ({"prompt": "a", "inpaint": None}, "list of"),
         ({"prompt": "a", "sampler": "x"}, "no sampler"),
+        ({"prompt": "a", "seconds": 10**400}, "seconds is a number beyond all bounds"),
+        ({"prompt": "a", "seconds": 10**5000}, "seconds is a number beyond all bounds"),
+        ({"prompt": "a", "steps": 10**5000}, "steps is a number beyond all bounds"),
+        ({"prompt": "a", "seed": -(10**5000)}, "seed is a number beyond all bounds"),
+        ({"prompt": "a", "cfg_scale": 10**400}, "cfg_scale is a number"),
+        ({"prompt": "a", "inpaint": [[0, 10**400]]}, "list of"),
+        ({"prompt": "a", "init_audio": "a\0b"}, "no file is called"),
+        ({"prompt": "a", "init_audio": ""}, "no file is called"),
+        ({"prompt": "a", "inpaint_audio": "\ud800", "inpaint": [[0, 1]]}, "no file is called"),
+        ({"prompt": "a\ud800"}, "not valid Unicode"),
+        ({"prompt": "a", "negative_prompt": "\0"}, "control character"),
+        ({"prompt": "a", "inpaint": [[0, 1]] * 100_000, "inpaint_audio": "a"}, "overlaps"),
     ],
 )
 def test_json_of_the_wrong_kind_is_refused_by_key(values: dict[str, Any], message: str) -> None:
