@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from sa3_convert.errors import AudioError, UsageError
 from sa3_convert.files import atomic_path
 from sa3_convert.runtime import riff
+from sa3_convert.supervisor import working_on
 
 Floats = NDArray[np.float32]
 SampleFormat = Literal["pcm16", "pcm24", "float"]
@@ -44,7 +45,7 @@ def read_audio(path: Path, rate: int, *, max_seconds: float) -> Floats:
     try:
         if path.stat().st_size == 0:
             raise AudioError(f"{path} is empty (0 bytes).")
-        with soundfile.SoundFile(path) as file:
+        with working_on(path), soundfile.SoundFile(path) as file:
             _check_header(path, file, max_seconds)
             samples = file.read(dtype="float32", always_2d=True)
             found = int(file.samplerate)
@@ -221,7 +222,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         with path.open("rb") as stream:
             comment = riff.read_comment(stream) if stream.read(4) == b"RIFF" else None
         if comment is None:
-            with soundfile.SoundFile(path) as file:
+            with working_on(path), soundfile.SoundFile(path) as file:
                 comment = file.comment
         values = json.loads(comment)
     except OSError as error:
