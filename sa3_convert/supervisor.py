@@ -109,7 +109,7 @@ def leave(code: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def working_on(path: Path | str, seconds: float | None = None) -> Iterator[None]:
+def working_on(path: Path | str, *, seconds: float | None = None, room: int | None = None) -> Iterator[None]:
     """Say that a native library has a file from outside in hand while the block runs.
 
     If the process dies in it, or soon after, its parent names the file; if it takes too long, the parent ends it.
@@ -118,6 +118,8 @@ def working_on(path: Path | str, seconds: float | None = None) -> Iterator[None]
     Args:
         path: what is read or run.
         seconds: longest time that the block may take.
+        room: bytes that the process may take beyond what it has; beyond it an allocation fails (on Linux). Not for
+            blocks that overlap.
 
     """
     page = _page
@@ -126,7 +128,8 @@ def working_on(path: Path | str, seconds: float | None = None) -> Iterator[None]
         return
     token = page.take(str(path), seconds)
     try:
-        yield
+        with contextlib.nullcontext() if room is None else _within(room):
+            yield
     finally:
         page.put_back(token)
 
@@ -232,7 +235,7 @@ class _Watch:
         # The child may have ended before this process listened for it, so it is looked at before each wait.
         while not (found := os.waitpid(self._child, os.WNOHANG))[0]:
             deadline = self._page.read().deadline
-            left = deadline - time.monotonic() if deadline else None
+            left = deadline - time.monotonic() if deadline and not self._stopped_by else None
             if left is not None and left <= 0:
                 names = " or ".join(self._page.read().names)
                 return self._killed(_INPUT, f"{names} took far longer than any such file does. {_GET_ANOTHER}")
@@ -325,6 +328,24 @@ def _stop(number: int, frame: FrameType | None) -> None:
         return
     _received = number
     raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _within(room: int) -> Iterator[None]:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        taken = int(Path("/proc/self/statm").read_bytes().split()[0]) * resource.getpagesize()
+    except OSError:
+        yield
+        return
+    allowed = [limit for limit in before if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min([taken + room, *allowed]), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def _to_the_end(command: Callable[[], int], mask: _Mask | None = None) -> int:

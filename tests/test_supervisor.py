@@ -111,6 +111,13 @@ def test_a_file_that_takes_longer_than_its_limit_is_given_up(tmp_path: Path) -> 
     assert time.monotonic() - before < 20
 
 
+def test_a_file_that_takes_more_memory_than_its_limit_fails_to_get_it(tmp_path: Path) -> None:
+    body = "with working_on('tokenizer.json', room=1 << 28): bytearray(1 << 29)"
+    code, complaint = ended(f"bytearray(1 << 29)\ntry:\n    {body}\nexcept MemoryError: return 3", tmp_path)
+    assert (code, complaint) == (3, "")
+    assert ended("with working_on('x', room=1 << 28): pass\nbytearray(1 << 29)\nreturn 0", tmp_path) == (0, "")
+
+
 def test_a_limit_ends_with_its_block(tmp_path: Path) -> None:
     assert ended("with working_on('x', seconds=0.1): pass\ntime.sleep(0.5)\nreturn 0", tmp_path) == (0, "")
 
@@ -131,8 +138,8 @@ def test_a_signal_is_raised_once_and_all_is_cleaned_up(
     body = """
 from sa3_convert.files import atomic_path
 with atomic_path(Path("out/x.wav")):
-    Path("begun").touch()
     try:
+        Path("begun").touch()
         time.sleep(60)
     finally:
         time.sleep(0.2)
@@ -153,8 +160,8 @@ def test_a_second_signal_ends_what_does_not_end(tmp_path: Path) -> None:
     body = """
 from sa3_convert.files import atomic_path
 with atomic_path(Path("out/x.wav")):
-    Path("begun").touch()
     try:
+        Path("begun").touch()
         time.sleep(60)
     finally:
         Path("asked").touch()
