@@ -87,7 +87,9 @@ def supervise(command: Callable[[], int], *, debug: bool = False) -> Ended:
         page.wakes = writer
         global _page
         _page = page
-        _die_with(parent)
+        die_with_parent()
+        if os.getppid() != parent:  # it was killed before that
+            os._exit(128 + signal.SIGKILL)
         _set_crash_reports(debug)
         leave(_to_the_end(command, before))
     return _Watch(child, page, reader, writer, before).to_the_end()
@@ -132,6 +134,14 @@ def working_on(path: Path | str, *, seconds: float | None = None, room: int | No
             yield
     finally:
         page.put_back(token)
+
+
+def die_with_parent() -> None:
+    """Have Linux end this process when the one that started it is killed."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def writing_into(folder: Path) -> None:
@@ -375,16 +385,6 @@ def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or not there at all
             stream.flush()
-
-
-def _die_with(parent: int) -> None:
-    """Have Linux end this process when its parent is killed."""
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(128 + signal.SIGKILL)
 
 
 def _set_crash_reports(debug: bool) -> None:
