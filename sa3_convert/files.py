@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from sa3_convert.errors import BundleError
+from sa3_convert.supervisor import writing_into
 from sa3_convert.untrusted import open_regular
 
 STANDARD_OUTPUT: Final = Path("-")
@@ -199,6 +200,7 @@ def _partial(target: Path, make: Callable[[Path], None]) -> Iterator[Path]:
     """Yield something new beside `target` that this process holds locked; what is left under its name is removed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target.parent)
+    writing_into(target.parent)
     with contextlib.ExitStack() as stack:
         while True:
             # The name is known before the file exists, so there is no moment at which an interrupt leaves it behind.

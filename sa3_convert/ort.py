@@ -11,6 +11,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as failures
 
 from sa3_convert.errors import BackendError, ModelFileError
 from sa3_convert.session import Arrays
+from sa3_convert.supervisor import working_on
 
 _DTYPES: Mapping[str, type[np.generic]] = {
     "tensor(float)": np.float32,
@@ -105,7 +106,8 @@ class OrtSession:
         """
         self._check(feeds)
         try:
-            results = self._session.run(self._outputs, {name: np.ascontiguousarray(a) for name, a in feeds.items()})
+            with working_on(self._path):
+                results = self._session.run(self._outputs, {name: np.ascontiguousarray(a) for name, a in feeds.items()})
         except _FAILURES as error:
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
             raise ModelFileError(f"{self._path} cannot be run with {shapes}: {error}") from None
@@ -153,7 +155,8 @@ def _load(path: Path, threads: int | None, optimise: bool, device: str) -> ort.I
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
     try:
-        session = ort.InferenceSession(str(path), options, providers=providers)
+        with working_on(path):
+            session = ort.InferenceSession(str(path), options, providers=providers)
     except _FAILURES as error:
         raise ModelFileError(
             f"{path} is not a model that ONNX Runtime can load (is its .data file beside it, and whole?): {error}"

@@ -1,7 +1,6 @@
 """A checkpoint folder, checked before anything long: files, names, shapes and types when opened, values on demand."""
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sa3_convert import untrusted
 from sa3_convert.checkpoint.layout import TEXT_ENCODER_FOLDER, CheckpointLayout, read_layout
 from sa3_convert.checkpoint.lora import Lora, merged, open_loras
 from sa3_convert.checkpoint.lora_file import LoraRequest
@@ -97,7 +95,9 @@ class Checkpoint:
         if layout.text_encoder is not None:
             text_encoder = open_weights(text_folder)
             text_encoder.require(expected_text_encoder_tensors(layout.text_encoder), within=TEXT_ENCODER_PREFIX)
-            _check_tokenizer(text_folder / TOKENIZER, layout.text_encoder.vocab_size)
+            from sa3_convert.runtime.prompts import check_tokenizer
+
+            check_tokenizer(text_folder / TOKENIZER, layout.text_encoder)
         return cls(folder, layout, weights, text_encoder)
 
     def with_loras(self, requests: Sequence[LoraRequest]) -> "Checkpoint":
@@ -217,23 +217,3 @@ class Checkpoint:
         for part in self._parts(component):
             for name in part.names():
                 part.file.require_finite(name)
-
-
-def _check_tokenizer(path: Path, vocab_size: int) -> None:
-    """Check that the tokenizer is one and gives no id that the embedding does not have."""
-    try:
-        data = json.loads(untrusted.read_text(path, _LARGEST_TOKENIZER))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
-    model = data.get("model") if isinstance(data, dict) else None
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if not isinstance(vocabulary, dict | list) or not vocabulary:
-        raise CheckpointError(f"{path} is no tokenizer: it has no model.vocab. Download it again.")
-    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
-    if not all(isinstance(i, int) for i in ids):
-        raise CheckpointError(f"{path} is damaged: model.vocab holds ids that are no integers. Download it again.")
-    if max(ids) >= vocab_size:
-        raise CheckpointError(
-            f"{path} has ids up to {max(ids)}, the text encoder's vocab_size is {vocab_size}. "
-            "Are the files of one checkpoint?"
-        )

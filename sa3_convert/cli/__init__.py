@@ -1,5 +1,26 @@
 """The command line: parse, call one function, map errors to exit codes."""
 
-from sa3_convert.cli.app import main
+import contextlib
+import sys
+from collections.abc import Sequence
+
+from sa3_convert.supervisor import leave, supervise
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, in a process that this one watches over, and leave with its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+
+    def command() -> int:
+        from sa3_convert.cli.app import run
+
+        return run(given)
+
+    ended = supervise(command, debug=given[:1] == ["--debug"])
+    if ended.complaint is not None:
+        with contextlib.suppress(OSError, AttributeError):  # the terminal has hung up
+            sys.stderr.write(f"sa3-convert: {ended.complaint}\n")
+    leave(ended.code)
+
 
 __all__ = ["main"]

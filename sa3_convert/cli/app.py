@@ -1,9 +1,10 @@
-"""`main`: the one place that prints errors and decides the exit code."""
+"""`run`: the one place that prints errors and decides the exit code of a command that lives to its end."""
 
 import errno
 import io
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from sa3_convert.cli import (
     planning,
 )
 from sa3_convert.errors import BackendError, Sa3Error, UsageError
+from sa3_convert.supervisor import received
 
 INTERRUPTED = 130
 
@@ -58,18 +60,6 @@ def _options(
         os.environ["SA3_CONVERT_DEBUG"] = "1"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and leave the process with its exit code."""
-    code = run(list(sys.argv[1:] if arguments is None else arguments))
-    if code == INTERRUPTED:
-        # An interrupt that strikes inside Python code which a C extension runs marks the interpreter for good: at its
-        # end it would die of the signal instead of leaving with this code. Everything is cleaned up by now.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; never raises."""
     os.environ.pop("SA3_CONVERT_DEBUG", None)
@@ -80,18 +70,16 @@ def run(arguments: list[str]) -> int:
     try:
         _require_text(arguments)
         result = app(arguments, standalone_mode=False, prog_name="sa3-convert")
-    except Sa3Error as error:
-        _complain(str(error), error)
-        return error.exit_code
     except KeyboardInterrupt:
         result = INTERRUPTED
     except (typer.Abort, typer.Exit) as leave:
-        return getattr(leave, "exit_code", 1)
-    except Exception as error:  # the outermost frame: anything else that reaches it is a bug to be reported as one
-        return _failed(error)
+        result = getattr(leave, "exit_code", 1)
+    except Exception as error:  # the outermost frame: what reaches it and is not ours is a bug to be reported as one
+        # A C extension may have made an error of its own of an interrupt.
+        result = INTERRUPTED if received() else _failed(error)
+    # Typer turns every interrupt into this result, without a word. What is to be said, `main` says.
     if result == INTERRUPTED:
-        # Typer turns an interrupt into this result, without a word.
-        _complain("Interrupted; nothing half-written was left behind.")
+        return 128 + (received() or signal.SIGINT)
     return result if isinstance(result, int) else 0
 
 
@@ -110,7 +98,10 @@ _OUT_OF_MEMORY = re.compile(r"(?i)(can't|cannot|failed to|unable to) allocate|ba
 
 
 def _failed(error: Exception) -> int:
-    """Explain an error that is not one of ours, and return its exit code."""
+    """Explain an error, and return its exit code."""
+    if isinstance(error, Sa3Error):
+        _complain(str(error), error)
+        return error.exit_code
     if hasattr(error, "exit_code") and hasattr(error, "format_message"):
         # Typer's own usage errors carry their message and exit code 2.
         error.show() if hasattr(error, "show") else _complain(error.format_message())

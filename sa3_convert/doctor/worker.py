@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sa3_convert.errors import Sa3Error
+from sa3_convert.supervisor import die_with_parent
 
 RUN, CALL = "run", "call"
 
@@ -53,6 +54,7 @@ class Ran:
 
 def main(arguments: list[str]) -> int:
     """Run `run JOBS` or `call NAME MODEL REPORT`; always 0 when the process lives to its end."""
+    die_with_parent()
     command, *rest = arguments
     if command == CALL:
         from sa3_convert.doctor.bindings import CHECKS

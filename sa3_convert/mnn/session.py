@@ -22,6 +22,7 @@ from sa3_convert.mnn.readers import require_reader
 from sa3_convert.mnn.storage import read_storage
 from sa3_convert.processors import default_threads
 from sa3_convert.session import Arrays
+from sa3_convert.supervisor import working_on
 
 Level = Literal["normal", "high", "low"]
 
@@ -96,12 +97,14 @@ class MnnSession:
             # Without this a tensor that other operators read is not kept, and an output may be one.
             "saveTensors": tuple(outputs or ()),
         }
-        self._interpreter, self._session = self._load(config, low_memory=memory == "low")
-        self._inputs = self._declared(inputs)
-        self._outputs = tuple(self._interpreter.getSessionOutputAll(self._session) if outputs is None else outputs)
-        for name in self._outputs:
-            self._output_tensor(name)
-        if (found := self.backend_in_use) != backend:
+        with working_on(path):
+            self._interpreter, self._session = self._load(config, low_memory=memory == "low")
+            self._inputs = self._declared(inputs)
+            self._outputs = tuple(self._interpreter.getSessionOutputAll(self._session) if outputs is None else outputs)
+            for name in self._outputs:
+                self._output_tensor(name)
+            found = self.backend_in_use
+        if found != backend:
             self.close()
             raise BackendError(f"{path} was to run on {backend}, but MNN would run it on {found}.")
 
@@ -115,7 +118,7 @@ class MnnSession:
 
     def close(self) -> None:
         """Free the model's memory. The session cannot be run afterwards."""
-        with self._lock:
+        with self._lock, working_on(self._path):
             self._session = self._interpreter = None
 
     @property
@@ -153,7 +156,7 @@ class MnnSession:
 
         """
         self._check(feeds)
-        with self._lock:
+        with self._lock, working_on(self._path):
             self._open()
             self._recent.clear()
             self._resize(feeds)

@@ -6,7 +6,6 @@ to it.
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -14,18 +13,19 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
+from sa3_convert.supervisor import die_with_parent
+
 SCRATCH = ".__convert_external_data.bin"
 """The converter's own name for the file, in its working directory, through which it passes all weights."""
 FULL_DISK: Final = 74
 """Exit status: what was written cannot be trusted. Words would be lost, because they go to a file, too."""
 _ROOM = 1 << 20
-_PR_SET_PDEATHSIG = 1
 _FORBIDDEN = ("socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
 
 
 def main(arguments: list[str]) -> int:
     """Run `convert FLAG…` or `ports FILE REPORT` and return the exit status."""
-    _die_with_parent()
+    die_with_parent()
     # Python ignores this signal, so a file that may not grow further would be cut short without a word.
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     sys.addaudithook(_refuse)
@@ -91,12 +91,6 @@ def _ports(path: Path, report: Path) -> int:
 def _refuse(event: str, arguments: tuple[object, ...]) -> None:
     if event in _FORBIDDEN:
         raise PermissionError(f"conversion tried {event}{arguments!r}")
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to end this process when the one that started it is killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from sa3_convert.errors import AudioError, UsageError
 from sa3_convert.files import atomic_path
 from sa3_convert.runtime import riff
 from sa3_convert.runtime.cut_short import cut_short
+from sa3_convert.supervisor import working_on
 from sa3_convert.untrusted import open_regular, parse_json
 
 Floats = NDArray[np.float32]
@@ -51,7 +52,7 @@ def read_audio(path: Path, rate: int, *, max_seconds: float) -> Floats:
 
     """
     try:
-        with open_regular(path) as stream:
+        with open_regular(path) as stream, working_on(path):
             if not os.fstat(stream.fileno()).st_size:
                 raise AudioError(f"{path} is empty (0 bytes).")
             with _ForwardFile(stream.fileno(), closefd=False) as file:
@@ -278,7 +279,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
             comment = riff.read_comment(stream) if stream.read(4) == b"RIFF" else None
             if comment is None:
                 os.lseek(stream.fileno(), 0, os.SEEK_SET)
-                with soundfile.SoundFile(stream.fileno(), closefd=False) as file:
+                with working_on(path), soundfile.SoundFile(stream.fileno(), closefd=False) as file:
                     comment = file.comment
         values = parse_json(comment)
     except OSError as error:

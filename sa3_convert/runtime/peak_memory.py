@@ -12,6 +12,7 @@ from sa3_convert.runtime.checks import CHECKS
 from sa3_convert.runtime.contenders import Contender
 from sa3_convert.runtime.request import GenerateRequest
 from sa3_convert.runtime.timed import Clock
+from sa3_convert.supervisor import die_with_parent
 
 
 def peak_memory(contender: Contender, request: GenerateRequest) -> int:
@@ -43,6 +44,7 @@ def resident_peak() -> int:
 
 
 def _main() -> None:
+    die_with_parent()
     task = json.load(sys.stdin)
     request = GenerateRequest.from_json(task["request"])
     with Contender(**task["contender"]).open(Clock(), keep_loaded=False) as pipeline:

@@ -62,7 +62,7 @@ class Pipeline:
     ) -> None:
         self.layout = layout
         self._bottleneck = bottleneck
-        self._tokenizer = PromptTokenizer(tokenizer, _text_layout(layout).max_length)
+        self._tokenizer = PromptTokenizer(tokenizer, _text_layout(layout))
         self._models = Models(engine, keep_loaded=keep_loaded)
         self._window = window
 

@@ -1,6 +1,8 @@
 """Prompts to token ids as the text encoder takes them: right-padded with id 0, no begin or end token, cut to length."""
 
+import contextlib
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,11 +10,29 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from sa3_convert.errors import BundleError, UsageError
+from sa3_convert.checkpoint.dimensions import TextEncoderLayout
+from sa3_convert.errors import BundleError, CheckpointError, UsageError
+from sa3_convert.mnn.capture import capture_stderr
+from sa3_convert.supervisor import working_on
+from sa3_convert.untrusted import read_text
 
 Integers = NDArray[np.int32]
 
 _WHITESPACE = "\t\n\r"
+_LARGEST = 256 << 20
+"""Bytes of a tokenizer; the published one has 33 MiB."""
+_LOAD_SECONDS, _ENCODE_SECONDS = 120.0, 30.0
+"""Times that nothing honest takes on any machine: a second, and a hundredth of one."""
+_ROOM = 4 << 30
+"""Bytes that may be taken meanwhile: a normalizer can make a text a million times as long."""
+_GET_ANOTHER = "Get the bundle again, or convert its checkpoint, where this is checked."
+_TEXT = "A warm analog pad, 128 BPM: soft strings & distant bells (live) – naïve café № 3, 日本の太鼓 🎷"
+_PROBES = (
+    *("", " ", "  a  b  ", "\t\n\r", _TEXT, _TEXT.upper(), "e\u0301", "\ufeff\u200b", "<bos><eos><pad><unk>"),
+    *(chr(code) * 64 + "!" for code in range(32, 127)),
+    _TEXT * 200,
+)
+"""Prompts of all kinds; runs of one character are what careless patterns take for ever on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,37 +52,98 @@ class PromptTokenizer:
 
     Args:
         path: the file.
-        max_length: tokens that the text encoder takes.
+        text: of the text encoder that takes the tokens.
 
     Raises:
-        BundleError: the file is missing or is no tokenizer.
+        BundleError: the file is missing, or is no tokenizer that can be used.
 
     """
 
-    def __init__(self, path: Path, max_length: int) -> None:
+    def __init__(self, path: Path, text: TextEncoderLayout) -> None:
+        self._path, self._text = path, text
         try:
-            text = path.read_text(encoding="utf-8")
+            self._tokenizer = _load(path)
         except OSError as error:
-            raise BundleError(f"{path} cannot be read: {error.strerror}. Convert again.") from None
-        except UnicodeDecodeError as error:
-            raise BundleError(f"{path} is damaged: {error}. Convert again.") from None
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises nothing narrower
-            raise BundleError(f"{path} is no tokenizer: {error}. Convert again.") from None
-        # The file may bring settings of its own; the length is the text encoder's, whose shape is static.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._max_length = max_length
+            raise BundleError(f"{path} cannot be read: {error.strerror or error}. {_GET_ANOTHER}") from None
+        except ValueError as error:
+            raise BundleError(f"{path} is no tokenizer that can be used: {error}. {_GET_ANOTHER}") from None
 
     def encode(self, prompt: str) -> Tokens:
-        """Return the tokens of a prompt that passed `check_prompt`; the empty prompt has none."""
-        found = self._tokenizer.encode(prompt, add_special_tokens=False).ids
-        kept = found[: self._max_length]
-        ids = np.zeros((1, self._max_length), np.int32)
+        """Return the tokens of a prompt that passed `check_prompt`; the empty prompt has none.
+
+        Raises:
+            BundleError: the tokenizer fails on it, or gives a token that the text encoder does not have.
+
+        """
+        try:
+            found = _encode(self._tokenizer, self._path, prompt)
+        except ValueError as error:
+            raise BundleError(f"{self._path} fails on this prompt: {error}. {_GET_ANOTHER}") from None
+        length, rows = self._text.max_length, self._text.vocab_size
+        kept = found[:length]
+        if kept and max(kept) >= rows:
+            # MNN would read beyond its table, or take another row of it.
+            raise BundleError(f"{self._path} gives token {max(kept)}; the text encoder has {rows}. {_GET_ANOTHER}")
+        ids = np.zeros((1, length), np.int32)
         ids[0, : len(kept)] = kept
-        mask = (np.arange(self._max_length) < len(kept)).astype(np.int32)[np.newaxis]
+        mask = (np.arange(length) < len(kept)).astype(np.int32)[np.newaxis]
         return Tokens(ids, mask, len(found) - len(kept))
+
+
+def check_tokenizer(path: Path, text: TextEncoderLayout) -> None:
+    """Try a checkpoint's tokenizer on every kind of prompt, and hold all its ids to the text encoder's table.
+
+    Raises:
+        CheckpointError: it is missing, cannot be loaded, fails on a prompt, or has an id that the table does not have.
+
+    """
+    try:
+        tokenizer = _load(path)
+        for prompt in _PROBES:
+            _encode(tokenizer, path, prompt)
+        with _library(path, _LOAD_SECONDS):
+            last = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing.") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no tokenizer that can be used: {error}. Download it again.") from None
+    if not 0 <= last < text.vocab_size:
+        raise CheckpointError(
+            f"{path} has ids up to {last}, the text encoder's vocab_size is {text.vocab_size}. "
+            "Are the files of one checkpoint?"
+        )
+
+
+def _load(path: Path) -> tokenizers.Tokenizer:
+    """Return a tokenizer; `ValueError` says why the library cannot use the file, or gives other tokens each time."""
+    content = read_text(path, _LARGEST)
+    with _library(path, _LOAD_SECONDS):
+        tokenizer = tokenizers.Tokenizer.from_str(content)
+        # The file may bring settings of its own; the length is the text encoder's, whose shape is static.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):
+        raise ValueError("its model has a dropout, so that a prompt has other tokens each time")
+    return tokenizer
+
+
+def _encode(tokenizer: tokenizers.Tokenizer, path: Path, prompt: str) -> list[int]:
+    with _library(path, _ENCODE_SECONDS):
+        return list(tokenizer.encode(prompt, add_special_tokens=False).ids)
+
+
+@contextlib.contextmanager
+def _library(path: Path, seconds: float) -> Iterator[None]:
+    """Turn whatever the library raises into `ValueError`, keep what it prints to itself, and bound what it takes."""
+    with capture_stderr(), working_on(path, seconds=seconds, room=_ROOM):
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # it raises nothing narrower than Exception, and a panic of Rust is not even one
+            raise ValueError(str(error) or type(error).__name__) from None
 
 
 def check_prompt(prompt: str, name: str = "prompt") -> None:

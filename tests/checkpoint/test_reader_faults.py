@@ -184,13 +184,19 @@ def test_a_file_that_shrinks_while_it_is_read_is_told(copy: Path) -> None:
 
 
 TOKENIZERS = {
-    "not JSON": (b"\xff\xfe", "cannot be read as JSON"),
-    "a list": (b"[]", "is no tokenizer"),
-    "no vocabulary": (b'{"model": {}}', "is no tokenizer"),
-    "empty vocabulary": (b'{"model": {"vocab": {}}}', "is no tokenizer"),
-    "ids that are no integers": (b'{"model": {"vocab": {"a": "b"}}}', "ids that are no integers"),
-    "ids beyond the embedding": (b'{"model": {"vocab": {"a": 384}}}', "ids up to 384.*vocab_size is 384"),
-    "too many pieces": (json.dumps({"model": {"vocab": [["a", 0]] * 400}}).encode(), "ids up to 399"),
+    "not text": (b"\xff\xfe", "is no tokenizer that can be used"),
+    "a list": (b"[]", "is no tokenizer that can be used"),
+    "no vocabulary": (b'{"model": {}}', "is no tokenizer that can be used"),
+    "ids that are no integers": (b'{"model": {"type": "BPE", "vocab": {"a": "b"}, "merges": []}}', "is no tokenizer"),
+    "ids beyond the embedding": (
+        b'{"model": {"type": "BPE", "vocab": {"a": 384}, "merges": []}}',
+        "ids up to 384.*vocab_size is 384",
+    ),
+    "no ids": (b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "ids up to -1"),
+    "too many pieces": (
+        json.dumps({"model": {"type": "Unigram", "unk_id": 0, "vocab": [[f"a{i}", 0] for i in range(400)]}}).encode(),
+        "ids up to 399",
+    ),
 }
 
 

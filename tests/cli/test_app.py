@@ -107,7 +107,6 @@ def test_missing_or_unknown_arguments_are_exit_2(arguments: list[str]) -> None:
         (errors.BackendError, 7),
         (errors.OutputRejectedError, 8),
         (ZeroDivisionError, 70),
-        (KeyboardInterrupt, 130),
     ],
 )
 def test_each_error_has_its_exit_code_and_no_traceback(
@@ -125,6 +124,17 @@ def test_each_error_has_its_exit_code_and_no_traceback(
     assert captured.err
     assert "Traceback" not in captured.err
     assert captured.out == ""
+
+
+def test_an_interrupt_is_130_and_left_to_the_parent_to_tell(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    assert cli.run(["inspect", "x"]) == 130
+    assert capsys.readouterr() == ("", "")
 
 
 def test_debug_adds_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

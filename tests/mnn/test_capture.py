@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from sa3_convert.mnn.capture import capture_stdout
+from sa3_convert.mnn.capture import capture_stderr, capture_stdout
 
 C = ctypes.CDLL(None)
 
@@ -43,6 +43,15 @@ def test_each_block_sees_its_own_text(capfd: pytest.CaptureFixture[str]) -> None
         os.write(1, b"four\n")
     assert later.lines == ("four",)
     assert capfd.readouterr().out == ""
+
+
+def test_standard_error_is_captured_by_itself(capfd: pytest.CaptureFixture[str]) -> None:
+    with capture_stderr() as captured:
+        os.write(2, b"wrong\n")
+        os.write(1, b"right\n")
+    os.write(2, b"after\n")
+    assert captured.lines == ("wrong",)
+    assert capfd.readouterr() == ("right\n", "after\n")
 
 
 def fail_after_writing() -> None:

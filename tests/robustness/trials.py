@@ -15,6 +15,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -75,6 +76,14 @@ class Server:
         process.start()
         return process, log
 
+    def supervise(self, arguments: Sequence[str], temporary: Path) -> tuple[BaseProcess, Path]:
+        """Start a command as its users do, with a parent that watches it, in a process group of its own."""
+        self._count += 1
+        log = self._folder / f"{self._count}.log"
+        process = self._context.Process(target=_supervised, args=(list(arguments), str(log), str(temporary)))
+        process.start()
+        return process, log
+
     def run(self, arguments: Sequence[str], limit: int | None = None) -> Ended:
         process, log = self.start(arguments, limit)
         return ended(process, log)
@@ -97,6 +106,19 @@ def ended(process: BaseProcess, log: Path) -> Ended:
 
 def _command(arguments: list[str], log: str, limit: int | None) -> None:
     os._exit(command_here(arguments, log, limit))
+
+
+def _supervised(arguments: list[str], log: str, temporary: str) -> None:
+    from sa3_convert.cli import main
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    tempfile.tempdir = os.environ["TMPDIR"] = temporary
+    os.setpgid(0, 0)
+    main(arguments)
 
 
 def command_here(arguments: list[str], log: str, limit: int | None = None) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from sa3_convert.checkpoint.dimensions import TextEncoderLayout
 from sa3_convert.checkpoint.layout import CheckpointLayout
 from sa3_convert.runtime.bottleneck import Bottleneck
 from sa3_convert.runtime.engines import TorchEngine
@@ -31,6 +32,11 @@ class Parts:
     @property
     def layout(self) -> CheckpointLayout:
         return self.engine.checkpoint.layout
+
+    @property
+    def text(self) -> TextEncoderLayout:
+        assert self.layout.text_encoder is not None
+        return self.layout.text_encoder
 
 
 def open_parts(family: str, **options: Any) -> Parts:

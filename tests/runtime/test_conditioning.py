@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 
 from sa3_convert.components import Component
@@ -18,7 +20,7 @@ SECONDS = np.full((1, 1, 3), 7, np.float32)
 
 def test_golden_prompts_give_golden_embeddings(golden: Golden, parts: Parts) -> None:
     session = parts.engine.load(Component.TEXT_ENCODER)
-    tokenizer = PromptTokenizer(parts.tokenizer, 16)
+    tokenizer = PromptTokenizer(parts.tokenizer, parts.text)
     for case in golden.of("text_encoder"):
         embedding = prompt_embedding(session, tokenizer.encode(case["prompt"]))
         assert_close_to_peak(embedding, golden.tensors[case["output"]], 1e-4)
@@ -46,7 +48,7 @@ def test_without_a_prompt_every_token_is_zero_but_the_global_duration_stays() ->
 
 
 def test_a_negative_prompt_has_zeros_at_its_padding_and_keeps_the_duration(small: Parts) -> None:
-    tokens = PromptTokenizer(small.tokenizer, 4).encode("a")
+    tokens = PromptTokenizer(small.tokenizer, replace(small.text, max_length=4)).encode("a")
     assert tokens.mask.tolist() == [[1, 0, 0, 0]]
     negative = negative_conditioning(PROMPT, tokens, SECONDS)
     np.testing.assert_array_equal(negative.cross_attn_cond[:, :1], PROMPT[:, :1])

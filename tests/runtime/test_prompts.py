@@ -1,22 +1,23 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from sa3_convert.errors import BundleError, UsageError
-from sa3_convert.runtime.prompts import PromptTokenizer, check_prompt
+from sa3_convert.errors import BundleError, CheckpointError, UsageError
+from sa3_convert.runtime.prompts import PromptTokenizer, check_prompt, check_tokenizer
 from tests.conftest import Golden
 from tests.runtime.conftest import Parts
 
 
 @pytest.fixture
 def tokenizer(small: Parts) -> PromptTokenizer:
-    return PromptTokenizer(small.tokenizer, 16)
+    return PromptTokenizer(small.tokenizer, small.text)
 
 
 def test_golden_prompts_give_the_golden_tokens(golden: Golden, parts: Parts) -> None:
-    tokenizer = PromptTokenizer(parts.tokenizer, 16)
+    tokenizer = PromptTokenizer(parts.tokenizer, parts.text)
     for case in golden.of("text_encoder"):
         tokens = tokenizer.encode(case["prompt"])
         np.testing.assert_array_equal(tokens.ids, golden.tensors[case["input_ids"]])
@@ -57,8 +58,8 @@ def test_settings_within_the_file_do_not_change_the_tokens(small: Parts, tmp_pat
     }
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(values))
-    expected = PromptTokenizer(small.tokenizer, 16).encode("a warm pad")
-    np.testing.assert_array_equal(PromptTokenizer(path, 16).encode("a warm pad").ids, expected.ids)
+    expected = PromptTokenizer(small.tokenizer, small.text).encode("a warm pad")
+    np.testing.assert_array_equal(PromptTokenizer(path, small.text).encode("a warm pad").ids, expected.ids)
 
 
 @pytest.mark.parametrize(
@@ -84,16 +85,16 @@ def test_the_message_names_which_prompt_it_is() -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff\xfe", b'{"model": {"type": "BPE"'])
-def test_a_damaged_tokenizer_is_a_damaged_bundle(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_tokenizer_is_a_damaged_bundle(small: Parts, tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
     with pytest.raises(BundleError, match=r"tokenizer\.json"):
-        PromptTokenizer(path, 16)
+        PromptTokenizer(path, small.text)
 
 
-def test_a_missing_tokenizer_is_a_damaged_bundle(tmp_path: Path) -> None:
+def test_a_missing_tokenizer_is_a_damaged_bundle(small: Parts, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="No such file"):
-        PromptTokenizer(tmp_path / "tokenizer.json", 16)
+        PromptTokenizer(tmp_path / "tokenizer.json", small.text)
 
 
 def test_a_tokenizer_cut_anywhere_is_refused(small: Parts, tmp_path: Path) -> None:
@@ -102,4 +103,84 @@ def test_a_tokenizer_cut_anywhere_is_refused(small: Parts, tmp_path: Path) -> No
     for share in (0.1, 0.5, 0.9, 0.999):
         path.write_bytes(whole[: int(len(whole) * share)])
         with pytest.raises(BundleError):
-            PromptTokenizer(path, 16)
+            PromptTokenizer(path, small.text)
+
+
+ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+BERT = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None}
+UNUSABLE: dict[str, dict[str, Any]] = {
+    "a panic while it is loaded": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    "a panic on each prompt": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "a panic between two normalizers": {
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [{"type": "Replace", "pattern": {"Regex": "^"}, "content": " "}, BERT | {"lowercase": True}],
+        }
+    },
+    "a panic over the model": {"model": {"continuing_subword_prefix": "#" * 40}},
+    "a pattern without an end": {
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(q+)+$"}, "behavior": "Isolated", "invert": False}
+    },
+    "a pattern that is none": {
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}
+    },
+    "no unknown token": {"model": {"unk_token": "nope"}},
+    "a dropout": {"model": {"dropout": 0.5}},
+    "a normalizer of an unknown kind": {"normalizer": {"type": "Nothing"}},
+    "a decoder of an unknown kind": {"decoder": 5},
+    "a post-processor of an unknown kind": {"post_processor": {"type": "TemplateProcessing"}},
+    "negative ids": {"model": {"vocab": {"a": -1}}},
+    "ids beyond 32 bits": {"model": {"vocab": {"a": 1 << 33}}},
+}
+BEYOND: dict[str, dict[str, Any]] = {
+    "a token of the vocabulary": {"model": {"vocab": {"~": 384}}},
+    "a token of 31 bits": {"model": {"vocab": {"~": (1 << 31) + 7}}},
+    "an added token": {"added_tokens": [{"id": 384, "content": "[zz]"} | ADDED]},
+}
+
+
+def changed(small: Parts, tmp_path: Path, change: dict[str, Any]) -> Path:
+    values = json.loads(small.tokenizer.read_text())
+    for key, value in change.items():
+        if key == "model":
+            vocabulary = values["model"]["vocab"] | value.get("vocab", {})
+            values["model"] |= value | {"vocab": vocabulary}
+        elif key == "added_tokens":
+            values[key] += value
+        else:
+            values[key] = value
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(values))
+    return path
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_a_tokenizer_that_cannot_be_used_is_found_while_converting(
+    case: str, small: Parts, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is no tokenizer that can be used: .*Download it again"):
+        check_tokenizer(changed(small, tmp_path, UNUSABLE[case]), small.text)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_in_a_bundle_it_is_a_damaged_bundle(
+    case: str, small: Parts, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = changed(small, tmp_path, UNUSABLE[case])
+    with pytest.raises(BundleError, match=r"tokenizer\.json"):
+        PromptTokenizer(path, small.text).encode("q" * 64 + "! №")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("case", BEYOND)
+def test_ids_that_the_table_does_not_have_are_refused(case: str, small: Parts, tmp_path: Path) -> None:
+    path = changed(small, tmp_path, BEYOND[case])
+    with pytest.raises(CheckpointError, match=r"ids up to .*vocab_size is 384"):
+        check_tokenizer(path, small.text)
+    with pytest.raises(BundleError, match="the text encoder has 384"):
+        PromptTokenizer(path, small.text).encode("~ [zz]")
+
+
+def test_the_golden_tokenizers_are_fine(parts: Parts) -> None:
+    check_tokenizer(parts.tokenizer, parts.text)

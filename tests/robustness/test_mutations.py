@@ -1,0 +1,44 @@
+"""A model that was changed, with every hash adapted, ends no command but by an exit code and a sentence."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sa3_convert.bundle.manifest import Bundle
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def judged(converted: Any, toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Return a bundle with its references beside it, so that `verify` needs nothing else."""
+    out = tmp_path_factory.mktemp("judged") / "bundle"
+    bundle: Bundle = converted(toy, "int8", out, with_reference=True)[0].bundle
+    return bundle
+
+
+def trials(bundle: Bundle, folder: Path, count: int, seed: int) -> list[dict[str, Any]]:
+    words = [sys.executable, "-m", "tests.robustness.mutations", str(bundle.path), str(folder), str(count), str(seed)]
+    silent = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=ROOT, env=silent, stdout=subprocess.PIPE, text=True, check=True)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(found) == 2 * count
+    return found
+
+
+@pytest.mark.parametrize("count", [5, pytest.param(1000, marks=pytest.mark.slow)])
+def test_changed_models_are_no_crash(count: int, judged: Bundle, tmp_path: Path) -> None:
+    found = trials(judged, tmp_path, count, seed=0)
+    assert [trial for trial in found if trial["problems"]] == []
+    if count > 100:
+        # Some must get as far as MNN and end it, or nothing was tried.
+        ended = [trial for trial in found if "ended the command" in trial["said"]]
+        assert len(ended) > count / 50
+        outcomes = Counter((trial["command"], trial["code"]) for trial in found)
+        print(f"{count} changed models: {dict(outcomes)}, {len(ended)} would have ended the interpreter")  # noqa: T201
