@@ -14,10 +14,12 @@ from sa3_convert.bundle.manifest import (
     TOKENIZER,
     Artifact,
     Bundle,
+    CheckpointOrigin,
     Fidelity,
     FileEntry,
     LoraEntry,
     Manifest,
+    as_text,
 )
 from sa3_convert.checkpoint.layout import TEXT_ENCODER_FOLDER
 from sa3_convert.components import Component, components_of
@@ -52,7 +54,7 @@ def lora_entries(checkpoint: "Checkpoint") -> tuple[LoraEntry, ...]:
     """Return what the manifest says of a checkpoint's adapters."""
     return tuple(
         LoraEntry(
-            name=lora.file.path.name,
+            name=as_text(lora.file.path.name),
             sha256=lora.file.sha256,
             strength=lora.strength,
             type=lora.file.type_name,
@@ -66,11 +68,11 @@ def lora_entries(checkpoint: "Checkpoint") -> tuple[LoraEntry, ...]:
 
 def of_other_weights(bundle: Bundle, request: ConvertRequest) -> list[Component]:
     """Return the components of a bundle that are not converted now and were not made from this checkpoint's weights."""
-    digests, selected = bundle.manifest.checkpoint.get("digests", {}), request.selected()
+    digests, selected = bundle.manifest.checkpoint.digests, request.selected()
     return [
         component
         for component in bundle.components
-        if component not in selected and digests.get(component.value) != request.checkpoint.digest(component)
+        if component not in selected and digests.get(component) != request.checkpoint.digest(component)
     ]
 
 
@@ -94,10 +96,10 @@ def assemble(
         schema_version=1,
         variant=request.checkpoint.variant_name,
         recipe=recipe.name,
-        checkpoint={
-            "source": request.checkpoint.layout.source_id or request.checkpoint.folder.name,
-            "digests": {c.value: request.checkpoint.digest(c) for c in components_of(request.checkpoint.layout)},
-        },
+        checkpoint=CheckpointOrigin(
+            source=as_text(request.checkpoint.layout.source_id or request.checkpoint.folder.name),
+            digests={c: request.checkpoint.digest(c) for c in components_of(request.checkpoint.layout)},
+        ),
         loras=lora_entries(request.checkpoint),
         tools=tool_versions(),
         layout=request.checkpoint.layout,
