@@ -1,6 +1,7 @@
 """`main`: the one place that prints errors and decides the exit code."""
 
 import errno
+import io
 import os
 import re
 import sys
@@ -22,6 +23,7 @@ from sa3_convert.cli import (
     judgement,
     planning,
 )
+from sa3_convert.cli.echo import echo
 from sa3_convert.errors import BackendError, Sa3Error
 
 INTERRUPTED = 130
@@ -42,7 +44,7 @@ for room in (conversion, planning, judgement, drifting, generation, benching, do
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"sa3-convert {sa3_convert.__version__}")
+        echo(f"sa3-convert {sa3_convert.__version__}")
         raise typer.Exit
 
 
@@ -97,7 +99,9 @@ def _failed(error: Exception) -> int:
     """Explain an error that is not one of ours, and return its exit code."""
     if hasattr(error, "exit_code") and hasattr(error, "format_message"):
         # Typer's own usage errors carry their message and exit code 2.
-        error.show() if hasattr(error, "show") else _complain(error.format_message())
+        shown = io.StringIO()
+        error.show(file=shown) if hasattr(error, "show") else shown.write(f"sa3-convert: {error.format_message()}")
+        echo(shown.getvalue().rstrip(), err=True)
         return int(error.exit_code)
     if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
         _complain("Out of memory. Convert fewer components at a time (--component), or on a larger machine.", error)
@@ -124,5 +128,5 @@ def _failed(error: Exception) -> int:
 
 def _complain(message: str, error: BaseException | None = None) -> None:
     if error is not None and os.environ.get("SA3_CONVERT_DEBUG"):
-        traceback.print_exception(error)
-    typer.echo(f"sa3-convert: {message}", err=True)
+        echo("".join(traceback.format_exception(error)).rstrip(), err=True)
+    echo(f"sa3-convert: {message}", err=True)
