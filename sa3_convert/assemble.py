@@ -6,7 +6,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sa3_convert.bundle.manifest import SPLIT_KINDS, Artifact, ArtifactKind, Bundle, FileEntry, Manifest
+from sa3_convert.bundle.manifest import (
+    SPLIT_KINDS,
+    Artifact,
+    ArtifactKind,
+    Bundle,
+    CheckpointOrigin,
+    FileEntry,
+    Manifest,
+    as_text,
+)
 from sa3_convert.components import Component
 from sa3_convert.errors import ConversionError
 from sa3_convert.existing import (
@@ -42,10 +51,10 @@ def assemble(request: ConvertRequest, plan: Plan, results: Mapping[Component, Re
         schema_version=1,
         variant=request.checkpoint.variant_name,
         recipe=request.recipe.name,
-        checkpoint={
-            "source": request.checkpoint.layout.source_id or request.checkpoint.folder.name,
-            "digests": checkpoint_digests(request),
-        },
+        checkpoint=CheckpointOrigin(
+            source=as_text(request.checkpoint.layout.source_id or request.checkpoint.folder.name),
+            digests=checkpoint_digests(request),
+        ),
         loras=lora_entries(request.checkpoint),
         tools=tool_versions(),
         layout=request.checkpoint.layout,

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from sa3_convert.cli.app import run as sa3_convert
+from sa3_convert.cli.echo import echo
 
 PROMPTS = {"small-music": "warm analog pad", "small-sfx": "footsteps on gravel"}
 SECONDS = "3"
@@ -35,11 +36,11 @@ def demo(
                 prompt = PROMPTS.get(variant, "rain on a tin roof")
                 _command("run", str(bundle), "--prompt", prompt, "--seconds", SECONDS, "-o", str(wav))
             heard.append(wav)
-    _farewell(typer.echo, heard)
+    _farewell(echo, heard)
 
 
 def _command(*arguments: str) -> None:
-    typer.echo(f"\n$ sa3-convert {shlex.join(arguments)}", err=True)
+    echo(f"\n$ sa3-convert {shlex.join(arguments)}", err=True)
     code = sa3_convert(list(arguments))
     if code:
         raise typer.Exit(code)

@@ -1,9 +1,8 @@
 """What stands where a bundle shall be: whether it may be completed, and what in it is what would be made now."""
 
 import hashlib
-import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from sa3_convert.bundle.manifest import (
     BOTTLENECK,
@@ -16,6 +15,7 @@ from sa3_convert.bundle.manifest import (
     Bundle,
     LoraEntry,
     Manifest,
+    as_text,
 )
 from sa3_convert.checkpoint.layout import TEXT_ENCODER_FOLDER
 from sa3_convert.components import Component, components_of
@@ -108,7 +108,7 @@ def lora_entries(checkpoint: "Checkpoint") -> tuple[LoraEntry, ...]:
     """Return what the manifest says of a checkpoint's adapters."""
     return tuple(
         LoraEntry(
-            name=os.fsencode(lora.file.path.name).decode("utf-8", "backslashreplace"),
+            name=as_text(lora.file.path.name),
             sha256=lora.file.sha256,
             strength=lora.strength,
             type=lora.file.type_name,
@@ -122,23 +122,18 @@ def lora_entries(checkpoint: "Checkpoint") -> tuple[LoraEntry, ...]:
 
 def of_other_weights(bundle: Bundle, request: ConvertRequest) -> list[Component]:
     """Return the components of a bundle that are not converted now and were not made from this checkpoint's weights."""
-    digests, selected = _digests(bundle.manifest), request.selected()
+    digests, selected = bundle.manifest.checkpoint.digests, request.selected()
     return [
         component
         for component in bundle.components
-        if component not in selected and digests.get(component.value) != request.checkpoint.digest(component)
+        if component not in selected and digests.get(component) != request.checkpoint.digest(component)
     ]
 
 
-def _digests(manifest: Manifest) -> dict[str, Any]:
-    digests = manifest.checkpoint.get("digests")
-    return digests if isinstance(digests, dict) else {}
-
-
-def checkpoint_digests(request: ConvertRequest) -> dict[str, str]:
+def checkpoint_digests(request: ConvertRequest) -> dict[Component, str]:
     """Return the digest of each component's tensors."""
     checkpoint = request.checkpoint
-    return {component.value: checkpoint.digest(component) for component in components_of(checkpoint.layout)}
+    return {component: checkpoint.digest(component) for component in components_of(checkpoint.layout)}
 
 
 def is_current(manifest: Manifest, request: ConvertRequest) -> bool:
@@ -148,7 +143,7 @@ def is_current(manifest: Manifest, request: ConvertRequest) -> bool:
         and manifest.loras == lora_entries(request.checkpoint)
         and manifest.tools == tool_versions()
         and manifest.layout == request.checkpoint.layout
-        and _digests(manifest) == checkpoint_digests(request)
+        and manifest.checkpoint.digests == checkpoint_digests(request)
     )
 
 
@@ -166,7 +161,7 @@ def is_right_shared(bundle: Bundle, artifact: Artifact, request: ConvertRequest)
     """Tell whether a file for all components is whole and what would be written now."""
     if artifact.kind == "bottleneck_params":
         decoder = Component.DECODER
-        same = _digests(bundle.manifest).get(decoder.value) == request.checkpoint.digest(decoder)
+        same = bundle.manifest.checkpoint.digests.get(decoder) == request.checkpoint.digest(decoder)
     else:
         text = shared_text(request, artifact.kind)
         same = text is not None and artifact.sha256 == hashlib.sha256(text.encode()).hexdigest()

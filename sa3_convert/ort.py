@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as failures
 
 from sa3_convert.errors import BackendError, ModelFileError
+from sa3_convert.files import named
 from sa3_convert.session import Arrays
 from sa3_convert.supervisor import working_on
 
@@ -74,17 +75,18 @@ class OrtSession:
         optimise: bool = False,
         device: Literal["cpu", "cuda"] = "cpu",
     ) -> None:
+        name = named(path)
         if not path.is_file():
-            raise ModelFileError(f"{path} does not exist. Export the checkpoint first.")
-        self._path = path
+            raise ModelFileError(f"{name} does not exist. Export the checkpoint first.")
+        self._path = name
         self._session = _load(path, threads, optimise, device)
         self._inputs = {port.name: port for port in self._session.get_inputs()}
         if strange := [f"{name} ({port.type})" for name, port in self._inputs.items() if port.type not in _DTYPES]:
-            raise ModelFileError(f"{path} has inputs of a type that no Stable Audio 3 model has: {', '.join(strange)}.")
+            raise ModelFileError(f"{name} has inputs of a type that no Stable Audio 3 model has: {', '.join(strange)}.")
         available = [port.name for port in self._session.get_outputs()]
         self._outputs = list(available if outputs is None else outputs)
         if unknown := sorted(set(self._outputs) - set(available)):
-            raise ValueError(f"{path} has no output {', '.join(unknown)}; it has {', '.join(available)}")
+            raise ValueError(f"{name} has no output {', '.join(unknown)}; it has {', '.join(available)}")
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -159,9 +161,10 @@ def _load(path: Path, threads: int | None, optimise: bool, device: str) -> ort.I
             session = ort.InferenceSession(str(path), options, providers=providers)
     except _FAILURES as error:
         raise ModelFileError(
-            f"{path} is not a model that ONNX Runtime can load (is its .data file beside it, and whole?): {error}"
+            f"{named(path)} is not a model that ONNX Runtime can load (is its .data file beside it, and whole?): "
+            + str(error).replace(str(path), str(named(path)))
         ) from None
     # ONNX Runtime itself goes on without a provider that does not start.
     if device == "cuda" and _CUDA not in session.get_providers():
-        raise BackendError(f"ONNX Runtime's CUDA did not start for {path}. {_HOW_TO_GET_CUDA}")
+        raise BackendError(f"ONNX Runtime's CUDA did not start for {named(path)}. {_HOW_TO_GET_CUDA}")
     return session

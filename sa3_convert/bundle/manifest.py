@@ -1,14 +1,20 @@
 """`manifest.json`: what a bundle holds, where it came from, and how close each model is to its reference."""
 
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sa3_convert.checkpoint.layout import CheckpointLayout
-from sa3_convert.components import Component
-from sa3_convert.errors import BundleError
-from sa3_convert.files import sha256_file, write_text
+from sa3_convert.components import Component, components_of
+from sa3_convert.errors import BundleError, Sa3Error
+from sa3_convert.files import CheckedFile, FileState, HeldFolder, inside, named, sha256_file, write_text
+from sa3_convert.untrusted import SMALL, NotAFileError, parse_json, printable, read_text
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
@@ -22,28 +28,71 @@ SPLIT_KINDS: Final[tuple[ArtifactKind, ArtifactKind]] = ("mnn-prepare", "mnn-ste
 """A model in two parts: what runs once per generation, and what runs in every step."""
 
 _LONGEST_NAME: Final = 60
-_LAYOUT: TypeAdapter[CheckpointLayout] = TypeAdapter(CheckpointLayout)
+_KEPT_OUTSIDE = ("onnx", "onnx-int8")
+"""Kinds whose files may be kept outside of the bundle."""
+_COMPANIONS: Mapping[ArtifactKind, str] = {
+    "mnn": ".weight",
+    "mnn-prepare": ".weight",
+    "mnn-step": ".weight",
+    "onnx": ".data",
+    "onnx-int8": ".data",
+}
+"""Kinds of models, and what is behind their name in that of the file that is loaded with them."""
+_SHARED_BYTES: Mapping[ArtifactKind, int] = {"tokenizer": 256 << 20, "bottleneck_params": SMALL, "recipe": SMALL}
+"""Kinds of files that belong to no component, and how large each can be."""
+_LONGEST = 200
+
+
+def _is(what: str, pattern: str) -> AfterValidator:
+    """Return a validator of words of an alphabet."""
+    form = re.compile(pattern)
+
+    def held(value: str) -> str:
+        if not form.fullmatch(value):
+            raise ValueError(f"{value[:80]!r} is {what}")
+        return value
+
+    return AfterValidator(held)
+
+
+def _shown(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError(f"{value[:80]!r} cannot be shown")
+    return value
+
+
+_WORD = "[A-Za-z0-9][A-Za-z0-9._+-]"
+Name = Annotated[str, _is("no name of up to 64 letters, digits and ._+-", f"{_WORD}{{,63}}")]
+"""A word that may become part of paths."""
+RelativePath = Annotated[
+    str,
+    Field(max_length=_LONGEST),
+    _is("no plain path, or leaves the bundle", f"{_WORD}*(/{_WORD}*){{,7}}"),
+]
+Sha256 = Annotated[str, _is("no SHA-256", "[0-9a-f]{64}")]
+Precision = Annotated[str, _is("no precision", "fp16|fp32|int[2-8]")]
+Version = Annotated[str, _is("no version", r"[0-9]{1,4}(\.[0-9]{1,4}){1,3}")]
+Text = Annotated[str, Field(max_length=_LONGEST), AfterValidator(_shown)]
+"""What people are shown: where something came from."""
+Decibels = Annotated[float, Field(ge=-1000, le=1000)]
+
+
+def as_text(value: str) -> str:
+    """Return a name from outside as a manifest can hold it."""
+    return printable(value).replace("\n", "\\n")[:_LONGEST]
 
 
 class _Data(BaseModel):
     # More keys may be added by later versions; the ones here stay.
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 class FileEntry(_Data):
     """One file, its path relative to the bundle."""
 
-    path: str
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    bytes: int = Field(ge=0)
-
-    @field_validator("path")
-    @classmethod
-    def _stays_inside(cls, value: str) -> str:
-        path = Path(value)
-        if path.is_absolute() or ".." in path.parts or not path.parts:
-            raise ValueError(f"{value!r} leaves the bundle")
-        return value
+    path: RelativePath
+    sha256: Sha256
+    bytes: int = Field(ge=0, le=16 << 40)
 
     @classmethod
     def of(cls, folder: Path, path: str) -> "FileEntry":
@@ -55,9 +104,24 @@ class FileEntry(_Data):
 class Fidelity(_Data):
     """The worst figures over all inputs that were compared."""
 
-    signal_to_noise_db: float
-    cosine: float
-    max_abs_error: float
+    signal_to_noise_db: Decibels
+    cosine: float = Field(ge=-2, le=2)
+    max_abs_error: float = Field(ge=0)
+
+
+class _StoredTotal(_Data):
+    bytes: int = Field(ge=0, le=16 << 40)
+    scale_bytes: int = Field(ge=0, le=16 << 40)
+
+
+class _Storage(_Data):
+    types: dict[Name, _StoredTotal]
+
+
+def _summary(value: dict[str, Any]) -> dict[str, Any]:
+    """Hold the part of a summary that is read to its form; the rest is only ever compared as a whole."""
+    _Storage.model_validate(value, strict=True)
+    return value
 
 
 class Artifact(FileEntry):
@@ -65,20 +129,36 @@ class Artifact(FileEntry):
 
     kind: ArtifactKind
     component: Component | None = None
-    precision: str | None = None
-    storage: dict[str, Any] | None = None
+    precision: Precision | None = None
+    storage: Annotated[dict[str, Any], AfterValidator(_summary)] | None = None
     """Summary of the audit: what the file really holds."""
     fidelity: Fidelity | None = None
-    floor_db: float | None = None
+    floor_db: Decibels | None = None
     companion: FileEntry | None = None
     """Weights that stand in a file of their own (`.weight` of MNN, `.data` of ONNX)."""
-    kept_at: str | None = None
+    kept_at: Annotated[str, Field(max_length=4096)] | None = None
     """Folder, relative to the bundle, of a file that is left out of it: the reference ONNX is several times its size.
     The hash says whether it is still the right one."""
-    target_mnn: str | None = None
+    target_mnn: Version | None = None
     """Of a `.mnn`: the oldest MNN that its graph was made to be right on."""
-    fingerprint: str | None = None
+    fingerprint: Sha256 | None = None
     """Of everything that went into it, by content."""
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        suffix = _COMPANIONS.get(self.kind)
+        if (suffix is None) is not (self.component is None):
+            raise ValueError(f"{self.kind} is {'no model' if suffix is None else 'a model'} of a component")
+        if self.kind in SPLIT_KINDS and self.component is not Component.DIT:
+            raise ValueError("only a dit is in two parts")
+        # A model's other file is loaded by a name that is made from its own: no other name would be what is checked.
+        if self.companion is not None and self.companion.path != f"{self.path}{suffix}":
+            raise ValueError(f"what belongs to {self.path} is not {self.companion.path}")
+        if self.kept_at is not None and (self.kind not in _KEPT_OUTSIDE or self.kept_at.startswith("/")):
+            raise ValueError("only ONNX files are kept outside, at a relative path")
+        if self.bytes > _SHARED_BYTES.get(self.kind, self.bytes):
+            raise ValueError(f"a {self.kind} of {self.bytes} bytes is none")
+        return self
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
@@ -89,47 +169,58 @@ class Artifact(FileEntry):
 class LoraEntry(_Data):
     """An adapter that is in the weights, in the order in which they were applied."""
 
-    name: str
+    name: Text
     """Of its file."""
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    sha256: Sha256
     strength: float
-    type: str
-    rank: int
+    type: Name
+    rank: int = Field(ge=0, le=1 << 20)
     alpha: float
-    layers: dict[Component, int]
+    layers: dict[Component, Annotated[int, Field(ge=0, le=1 << 20)]]
     """How many layers of each component it changes; none at strength 0."""
 
     @property
     def label(self) -> str:
-        """Its name, as far as it can be shown, strength, and the start of its hash: names alone prove nothing."""
-        shown = "".join(
-            c if c.isprintable() else c.encode("unicode_escape").decode() for c in self.name[:_LONGEST_NAME]
-        )
-        return f"{shown}:{self.strength:g} ({self.sha256[:12]})"
+        """Its name, strength, and the start of its hash: names alone prove nothing."""
+        return f"{self.name[:_LONGEST_NAME]}:{self.strength:g} ({self.sha256[:12]})"
+
+
+class CheckpointOrigin(_Data):
+    """The checkpoint behind a bundle."""
+
+    source: Text = "unknown"
+    """The hub id that it names as its own, or its folder."""
+    digests: dict[Component, Sha256] = Field(default_factory=dict)
+    """Of each component's tensors."""
 
 
 class Manifest(_Data):
-    """The whole `manifest.json`."""
+    """The whole `manifest.json`. No word of it is used before it was held to an alphabet, and no number to bounds."""
 
     schema_version: Literal[1] = Field(alias="schema")
-    variant: str
-    recipe: str
-    checkpoint: dict[str, Any]
-    """`source` and, per component, the digest of its tensors."""
-    loras: tuple[LoraEntry, ...] = ()
-    tools: dict[str, str]
+    variant: Name
+    recipe: Name
+    checkpoint: CheckpointOrigin
+    loras: tuple[LoraEntry, ...] = Field(default=(), max_length=1000)
+    tools: dict[Name, Text] = Field(max_length=1000)
     """Versions of everything that took part."""
     layout: CheckpointLayout
     """All dimensions: what a runtime needs to know without the checkpoint."""
     artifacts: tuple[Artifact, ...]
 
-    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _one_of_a_kind(self) -> Self:
         seen = [(a.component, a.kind) for a in self.artifacts]
         if len(seen) != len(set(seen)):
             raise ValueError("two artifacts are of the same component and kind")
+        # Where the file system does not tell cases apart, these are one file.
+        paths = [MANIFEST, *(entry.path.lower() for a in self.artifacts for entry in a.files)]
+        if len(paths) != len(set(paths)):
+            raise ValueError("two files have the same path")
+        if foreign := {a.component for a in self.artifacts} - {None, *components_of(self.layout)}:
+            raise ValueError(f"the layout has no {', '.join(sorted(str(component) for component in foreign))}")
         return self
 
     @property
@@ -141,13 +232,28 @@ class Manifest(_Data):
         """Return the text of `manifest.json`."""
         return self.model_dump_json(by_alias=True, indent=2) + "\n"
 
+    @property
+    def digest(self) -> str:
+        """The hex SHA-256 of its text: what a bundle is."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
 
 class Bundle:
-    """A folder with a manifest."""
+    """A folder with a manifest.
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    The folder is held open, so that manifest and files are of one bundle whatever comes to stand under its name. A file
+    that was checked once is afterwards only asked whether it is still the same.
+
+    Raises:
+        OSError: there is no such folder.
+
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, folder: HeldFolder | None = None) -> None:
         self.path = path
         self.manifest = manifest
+        self._folder = HeldFolder(path) if folder is None else folder
+        self._checked: dict[str, CheckedFile] = {}
 
     @classmethod
     def open(cls, path: Path) -> "Bundle":
@@ -159,17 +265,22 @@ class Bundle:
         """
         file = path / MANIFEST
         try:
-            text = file.read_text(encoding="utf-8")
+            folder = HeldFolder(path)
+            inside(folder.root, MANIFEST)
+            text = read_text(folder.root / MANIFEST)
+            # Twice: what pydantic would take in silence (two keys of one name, numbers without end) is refused first.
+            parse_json(text)
+            return cls(path, Manifest.model_validate_json(text, strict=True), folder)
         except (FileNotFoundError, NotADirectoryError):
             raise BundleError(f"{path} is no bundle: {file} does not exist. `sa3-convert convert` makes one.") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise BundleError(f"{file} cannot be read: {error}") from None
-        try:
-            return cls(path, Manifest.model_validate_json(text))
+        except OSError as error:
+            raise BundleError(f"{file} cannot be read: {error.strerror}") from None
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "manifest"
-            raise BundleError(f"{file} is damaged: {where}: {first['msg']}. Convert again.") from None
+            raise BundleError(f"{file} is damaged: {where[:200]}: {first['msg'][:500]}. Convert again.") from None
+        except ValueError as error:
+            raise BundleError(f"{file} is damaged: {str(error)[:500]}. Convert again.") from None
 
     @property
     def layout(self) -> CheckpointLayout:
@@ -195,15 +306,28 @@ class Bundle:
         raise BundleError(f"Bundle {self.path} has no {what}.")
 
     def file(self, component: Component | None, kind: ArtifactKind = "mnn") -> Path:
-        """Return the path of an artifact's file; `check` tells whether it is what the manifest says."""
-        return self._locate(self.artifact(component, kind))
+        """Return the name of an artifact's file, for people; `checked` gives the file that the manifest describes."""
+        artifact = self.artifact(component, kind)
+        return self._named(artifact, artifact)
 
-    def _locate(self, artifact: Artifact, entry: FileEntry | None = None) -> Path:
-        """Return where an artifact's file, or its companion, stands."""
-        entry = entry or artifact
-        if artifact.kept_at is None:
-            return self.path / entry.path
-        return self.path / artifact.kept_at / Path(entry.path).name
+    def checked(self, component: Component | None, kind: ArtifactKind = "mnn", *, contents: bool = True) -> CheckedFile:
+        """Return an artifact's file, its companion with it; see `check`."""
+        return self._check(self.artifact(component, kind), contents)
+
+    @contextlib.contextmanager
+    def reading(self, kind: ArtifactKind) -> Iterator[Path]:
+        """Yield the path of a checked file that belongs to no component; it must still be the same after the block.
+
+        Raises:
+            BundleError: see `check`, or it was replaced meanwhile.
+
+        """
+        file = self.checked(None, kind)
+        try:
+            yield file.path
+        except Sa3Error as error:
+            raise type(error)(str(error).replace(str(file.path), str(named(file.path)))) from None
+        file.require_unchanged()
 
     def check(
         self,
@@ -220,40 +344,71 @@ class Bundle:
             contents: read the files for their SHA-256; without it only what the folder lists is compared.
 
         Raises:
-            BundleError: one is missing or is not what the manifest says; the message names it.
+            BundleError: one is missing, leads out of the bundle, is not what the manifest says, or not any more; the
+                message names it.
 
         """
         for artifact in self.manifest.artifacts:
-            if artifact.component is not None and (
-                artifact.kind not in kinds or (components is not None and artifact.component not in components)
+            if artifact.component is None or (
+                artifact.kind in kinds and (components is None or artifact.component in components)
             ):
-                continue
-            for entry in artifact.files:
-                self._check_file(artifact, entry, contents)
+                self._check(artifact, contents)
 
-    def _check_file(self, artifact: Artifact, entry: FileEntry, contents: bool) -> None:
-        file = self._locate(artifact, entry)
+    def _check(self, artifact: Artifact, contents: bool) -> CheckedFile:
+        companion = None
+        if artifact.companion is not None:
+            companion = self._check_file(artifact, artifact.companion, contents)
+        return self._check_file(artifact, artifact, contents, companion)
+
+    def _check_file(
+        self, artifact: Artifact, entry: FileEntry, contents: bool, companion: CheckedFile | None = None
+    ) -> CheckedFile:
+        if (known := self._checked.get(entry.path)) is not None:
+            known.require_unchanged()
+            return known
+        name, file = self._named(artifact, entry), self._reached(artifact, entry)
         try:
-            size = file.stat().st_size
+            state = FileState.at(file)
+            if state.size == entry.bytes and contents:
+                found = CheckedFile.read(file, within=self._folder, companion=companion)
+            else:
+                found = CheckedFile(file, entry.sha256, state, companion, (self._folder,))
+        except NotAFileError:
+            raise BundleError(f"{name} is no regular file. Convert again.") from None
         except OSError:
             why = (
                 "although the manifest lists it. Convert again."
                 if artifact.kept_at is None
                 else "where the bundle's conversion kept it. Convert again (--with-reference puts it into the bundle)."
             )
-            raise BundleError(f"{file} is missing {why}") from None
-        if size != entry.bytes or (contents and sha256_file(file) != entry.sha256):
-            raise BundleError(f"{file} is not the file that the manifest describes (size or SHA-256). Convert again.")
+            raise BundleError(f"{name} is missing {why}") from None
+        if state.size != entry.bytes or found.sha256 != entry.sha256:
+            raise BundleError(f"{name} is not the file that the manifest describes (size or SHA-256). Convert again.")
+        if contents:
+            self._checked[entry.path] = found
+        return found
+
+    def _named(self, artifact: Artifact, entry: FileEntry) -> Path:
+        if artifact.kept_at is None:
+            return self.path / entry.path
+        return self.path / artifact.kept_at / Path(entry.path).name
+
+    def _reached(self, artifact: Artifact, entry: FileEntry) -> Path:
+        """Return the path by which a file is reached, whatever the bundle's name leads to by now."""
+        if artifact.kept_at is None:
+            inside(self._folder.root, entry.path)
+            return self._folder.root / entry.path
+        return Path(os.path.realpath(self._folder.root / artifact.kept_at)) / Path(entry.path).name
 
     def is_whole(self, artifact: Artifact) -> bool:
         """Tell whether an artifact's files are there and are what the manifest says, to the last byte."""
         try:
-            for entry in artifact.files:
-                self._check_file(artifact, entry, contents=True)
+            self._check(artifact, contents=True)
         except (BundleError, OSError, ValueError):
             return False
         return True
 
     def write(self) -> None:
         """Write the manifest; the last thing that happens to a bundle, so that it never describes what is not there."""
+        inside(self.path, MANIFEST)
         write_text(self.path / MANIFEST, self.manifest.to_json())

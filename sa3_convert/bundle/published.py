@@ -142,9 +142,7 @@ def _tier(bundle: Bundle) -> str:
 
 
 def _weights_digest(bundle: Bundle, component: Component | None) -> str | None:
-    digests = bundle.manifest.checkpoint.get("digests", {})
-    digest = digests.get(component.value) if component else None
-    return digest if isinstance(digest, str) else None
+    return bundle.manifest.checkpoint.digests.get(component) if component else None
 
 
 def _paths(bundle: Bundle, artifact: Artifact, tier: str, *, own: bool) -> list[tuple[str, FileEntry]]:

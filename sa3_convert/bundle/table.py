@@ -5,38 +5,39 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sa3_convert.bundle.manifest import Artifact, Bundle
+from sa3_convert.bundle.manifest import Artifact, Bundle, Name, Text
 from sa3_convert.components import Component
 from sa3_convert.errors import InputError, UsageError
+from sa3_convert.untrusted import parse_json, read_text
 
 
 class _Data(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 class _Seconds(_Data):
-    total: float
+    total: float = Field(ge=0, le=1e9)
 
 
 class BenchRow(_Data):
     """What is shown of one engine at one duration."""
 
-    engine: str
-    duration: float
+    engine: Name
+    duration: float = Field(ge=0, le=1e9)
     """Seconds of audio."""
     temperature: Literal["cold", "warm"]
     seconds: _Seconds
-    peak_bytes: int | None
+    peak_bytes: int | None = Field(ge=0, le=16 << 40)
 
 
 class Bench(_Data):
     """What `bench --json` found of one bundle."""
 
-    variant: str
+    variant: Text
     """With its LoRAs, as the manifest's label has it."""
-    recipe: str
+    recipe: Name
     rows: tuple[BenchRow, ...]
 
     @classmethod
@@ -48,8 +49,10 @@ class Bench(_Data):
 
         """
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, ValidationError) as error:
+            text = read_text(path)
+            parse_json(text)
+            return cls.model_validate_json(text)
+        except (OSError, ValueError) as error:
             first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
             raise InputError(f"{path} is no result of `sa3-convert bench --json`: {first}") from None
 

@@ -24,6 +24,7 @@ from sa3_convert.cli import (
     judgement,
     planning,
 )
+from sa3_convert.cli.echo import echo
 from sa3_convert.errors import BackendError, Sa3Error, UsageError
 from sa3_convert.supervisor import received
 
@@ -45,7 +46,7 @@ for room in (conversion, planning, judgement, drifting, generation, benching, do
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"sa3-convert {sa3_convert.__version__}")
+        echo(f"sa3-convert {sa3_convert.__version__}")
         raise typer.Exit
 
 
@@ -104,14 +105,16 @@ def _failed(error: Exception) -> int:
         return error.exit_code
     if hasattr(error, "exit_code") and hasattr(error, "format_message"):
         # Typer's own usage errors carry their message and exit code 2.
-        error.show() if hasattr(error, "show") else _complain(error.format_message())
+        shown = io.StringIO()
+        error.show(file=shown) if hasattr(error, "show") else shown.write(f"sa3-convert: {error.format_message()}")
+        echo(shown.getvalue().rstrip(), err=True)
         return int(error.exit_code)
     if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
         _complain("Out of memory. Convert fewer components at a time (--component), or on a larger machine.", error)
         return 4
     if isinstance(error, UnicodeEncodeError) and any("\ud800" <= letter <= "\udfff" for letter in error.object):
-        shown = error.object.encode(errors="backslashreplace").decode()
-        _complain(f"{shown} is not UTF-8. Rename the file or folder.", error)
+        name = error.object.encode(errors="backslashreplace").decode()
+        _complain(f"{name} is not UTF-8. Rename the file or folder.", error)
         return 3
     if isinstance(error, OSError):
         what = "The disk is full" if error.errno == errno.ENOSPC else "The system refused"
@@ -135,5 +138,5 @@ def _failed(error: Exception) -> int:
 
 def _complain(message: str, error: BaseException | None = None) -> None:
     if error is not None and os.environ.get("SA3_CONVERT_DEBUG"):
-        traceback.print_exception(error)
-    typer.echo(f"sa3-convert: {message}", err=True)
+        echo("".join(traceback.format_exception(error)).rstrip(), err=True)
+    echo(f"sa3-convert: {message}", err=True)

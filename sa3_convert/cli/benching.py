@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sa3_convert.cli.echo import echo
 from sa3_convert.cli.options import BundleArgument, JsonFileOption, ThreadsOption
 from sa3_convert.errors import UsageError
 
@@ -64,7 +65,7 @@ def bench(
     manifest = Bundle.open(bundle).manifest
     stdout.print(table(rows, f"{bundle}: {manifest.label}, recipe {manifest.recipe}, median of {repeats}"))
     versions = ", ".join(f"{name} {described['versions'][name]}" for name in ("MNN", "onnxruntime", "torch"))
-    typer.echo(
+    echo(
         f"{described['processor']}, {described['usable_cores']} of {described['cores']} cores, "
         f"{' '.join(described['instructions'])}; load {described['load_average']} at the start; {versions}"
     )

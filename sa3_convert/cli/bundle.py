@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from sa3_convert.cli.echo import echo
+
 app = typer.Typer(help="Hand bundles on.", no_args_is_help=True, rich_markup_mode=None)
 
 
@@ -26,4 +28,4 @@ def export(
     from sa3_convert.bundle.published import export_bundles
 
     for file in export_bundles([Bundle.open(path) for path in bundles], to, layout):
-        typer.echo(f"{file.entry.sha256[:16]}  {file.entry.bytes / 2**20:9.2f} MiB  {file.path}")
+        echo(f"{file.entry.sha256[:16]}  {file.entry.bytes / 2**20:9.2f} MiB  {file.path}")

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from sa3_convert.cli.echo import echo
+
 app = typer.Typer(help="Make or download checkpoints.", no_args_is_help=True, rich_markup_mode=None)
 
 
@@ -25,7 +27,7 @@ def synthesize(
     with transfer("writing") as progress:
         write(folder, variant, size, seed, weights, progress)
     total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    typer.echo(f"{folder}: {variant} at {size} size, seed {seed}, {weights} weights, {total / 2**20:.1f} MiB")
+    echo(f"{folder}: {variant} at {size} size, seed {seed}, {weights} weights, {total / 2**20:.1f} MiB")
 
 
 @app.command()
@@ -43,4 +45,4 @@ def fetch(
 
     with transfer("downloading") as progress:
         fetched = download(hub_id, folder, revision, progress, stderr.print)
-    typer.echo(f"{folder}: {fetched.hub_id} at {fetched.revision}, {fetched.nbytes / 2**20:.1f} MiB")
+    echo(f"{folder}: {fetched.hub_id} at {fetched.revision}, {fetched.nbytes / 2**20:.1f} MiB")

@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.control import Control
+from rich.segment import ControlType, Segment
 from rich.table import Table
 
 from sa3_convert.bundle.manifest import Bundle
@@ -16,14 +18,26 @@ from sa3_convert.estimate import Estimate, total
 from sa3_convert.existing import RESULTS
 from sa3_convert.plan import Plan, Step, bytes_needed
 from sa3_convert.request import ConvertRequest
+from sa3_convert.untrusted import printable
 from sa3_convert.verify.result import Verdict
 
 _PIPED_WIDTH = 140
 """Columns for tables that go to a file or a log, where nothing says how wide it is."""
 
+
+class EscapingConsole(Console):
+    """Shows as text what would control the terminal: only rich itself controls it, with segments of that kind."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Yield what is written to the terminal."""
+        for segment in super().render(renderable, options):
+            plain = segment.control or segment.text.isprintable() or segment.text == "\n"
+            yield segment if plain else Segment(printable(segment.text), segment.style)
+
+
 # Names, paths and regular expressions have brackets that are no markup.
-stdout = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
-stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+stdout = EscapingConsole(highlight=False, markup=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
+stderr = EscapingConsole(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 if TYPE_CHECKING:
     from sa3_convert.checkpoint.lora import Lora
@@ -44,7 +58,7 @@ def show_stage(event: StageEvent) -> None:
     name = f"{event.component.value:<18}"
     if event.state == "started":
         if stderr.is_terminal:
-            stderr.print(f"{name} {_VERBS[event.stage]} …", end="\r")
+            stderr.print(f"{name} {_VERBS[event.stage]} …", Control(ControlType.CARRIAGE_RETURN), end="")
         return
     time = "unchanged" if event.state == "reused" else f"{event.seconds:.1f} s"
     stderr.print(f"{name} {event.stage:<9} {time:>10}  {event.detail:<24}")

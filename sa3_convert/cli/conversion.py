@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from sa3_convert.cli.echo import echo
 from sa3_convert.cli.options import (
     CheckpointArgument,
     ComponentOption,
@@ -100,11 +101,11 @@ def convert(
     outcome = make_bundle(request, show_stage, show)
     stdout.print(bundle_table(outcome.bundle))
     if outcome.up_to_date:
-        typer.echo(f"{out} is up to date; nothing was done.")
+        echo(f"{out} is up to date; nothing was done.")
     elif request.checkpoint.layout.dit is None:
-        typer.echo(f"Next: sa3-convert bundle export {out} --to DIR --layout flat")
+        echo(f"Next: sa3-convert bundle export {out} --to DIR --layout flat")
     else:
-        typer.echo(f'Next: sa3-convert run {out} --prompt "warm analog synth pad" --seconds 10 -o out.wav')
+        echo(f'Next: sa3-convert run {out} --prompt "warm analog synth pad" --seconds 10 -o out.wav')
 
 
 def export(
@@ -131,7 +132,7 @@ def export(
         export_embedded_text_encoder(opened, out)
     else:
         export_component(opened, component, out)
-    typer.echo(f"{out}: {component.value} of {checkpoint}")
+    echo(f"{out}: {component.value} of {checkpoint}")
 
 
 def fuse(
@@ -147,8 +148,8 @@ def fuse(
     chosen = open_recipe(recipe).for_component(component)
     report = onnx_for_mnn(reference, out, component, chosen, target_mnn=target_for(chosen, target_mnn))
     for name, count in report.counts().items():
-        typer.echo(f"{name:<24} {count}")
-    typer.echo(f"{out}: no hazards")
+        echo(f"{name:<24} {count}")
+    echo(f"{out}: no hazards")
 
 
 def mnn(
@@ -165,4 +166,4 @@ def mnn(
     chosen = open_recipe(recipe).for_component(component)
     storage = mnn_from_onnx(source, out, chosen, target_mnn=target_for(chosen, target_mnn))
     size = out.stat().st_size / 2**20
-    typer.echo(f"{out}: {size:.2f} MiB, holds what {recipe} asks for; for {oldest_reader(storage)}")
+    echo(f"{out}: {size:.2f} MiB, holds what {recipe} asks for; for {oldest_reader(storage)}")

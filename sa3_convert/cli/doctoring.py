@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from sa3_convert.cli.echo import echo
+
 
 def register(app: typer.Typer) -> None:
     """Add this module's command."""
@@ -25,7 +27,7 @@ def doctor(
 
     if not as_json:
         for line in surroundings_lines(surroundings()):
-            typer.echo(line)
+            echo(line)
     from sa3_convert.doctor.diagnose import diagnose
     from sa3_convert.doctor.saved import save
 
@@ -33,9 +35,9 @@ def doctor(
         found = diagnose(backend, lambda done, total: status.update(f"probing {backend}: {done} of {total}"))
     path = save(found)
     if as_json:
-        typer.echo(json.dumps(found.to_data(), indent=2))
+        echo(json.dumps(found.to_data(), indent=2))
         return
     stdout.print(render(found, everything=everything))
     for line in summary(found):
-        typer.echo(line)
-    typer.echo(f"Kept in {path}")
+        echo(line)
+    echo(f"Kept in {path}")

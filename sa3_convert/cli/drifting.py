@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sa3_convert.cli.echo import echo
 from sa3_convert.cli.options import BundleArgument, JsonFileOption, ThreadsOption
 from sa3_convert.cli.verify_options import ReferencesOption
 from sa3_convert.errors import DriftError, UsageError
@@ -71,7 +72,7 @@ def _update(bundle: "Bundle", file: Path, reason: str, plan: "Plan", json_file: 
     with shown_progress(_work(bundle, plan)) as report:
         made, change = update_baseline(file, bundle, reason, plan, report)
     stdout.print(render_baseline(made) if change is None else render_drift(change))
-    typer.echo(f"{file}: {' '.join(made.key)} is the baseline now, because: {reason}")
+    echo(f"{file}: {' '.join(made.key)} is the baseline now, because: {reason}")
     if json_file is not None and change is not None:
         _save(json_file, change)
 
@@ -88,9 +89,9 @@ def _check(bundle: "Bundle", file: Path, plan: "Plan", json_file: Path | None) -
     with shown_progress(_work(bundle, plan)) as report:
         found = check_drift(bundle, baseline, plan, report)
     stdout.print(render_drift(found))
-    typer.echo(FORMULA)
+    echo(FORMULA)
     for line in found.changes.lines():
-        typer.echo(f"changed: {line}")
+        echo(f"changed: {line}")
     if json_file is not None:
         _save(json_file, found)
     if not found.passed:

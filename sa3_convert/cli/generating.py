@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sa3_convert.bundle.manifest import Bundle
 from sa3_convert.cli.console import stderr, stdout
 from sa3_convert.cli.standard_output import pcm_to_standard_output
 from sa3_convert.errors import BundleError, OutputRejectedError, UsageError
@@ -46,13 +45,17 @@ class Target:
     allow: tuple[str, ...]
     json_file: Path | None
 
-    def metadata(self) -> dict[str, Any]:
-        """Return what files tell about the models that made them."""
-        manifest = Bundle.open(self.bundle).manifest
+    def metadata(self, pipeline: Pipeline) -> dict[str, Any]:
+        """Return what files tell about the models that made them: those that were opened."""
+        manifest = pipeline.manifest
+        assert manifest is not None
         loras = [{"name": lora.name, "sha256": lora.sha256, "strength": lora.strength} for lora in manifest.loras]
         made_from = {"variant": manifest.variant} | ({"loras": loras} if loras else {})
         if self.engine == "torch":
-            return made_from | {"recipe": None, "models": manifest.checkpoint["digests"]}
+            return made_from | {
+                "recipe": None,
+                "models": {c.value: digest for c, digest in manifest.checkpoint.digests.items()},
+            }
         kind = KINDS[self.engine]
         return made_from | {
             "recipe": manifest.recipe,
@@ -79,14 +82,15 @@ def generate_one(
         BundleError: the request to be replayed was made with another variant.
 
     """
-    if origin:
-        _check_origin(target, origin)
     if target.output is not None:
         check_growing_path(target.output) if stream else check_output_path(target.output, target.sample_format)
     if target.json_file is not None:
         _check_side_file(target.json_file, target.output)
     with PeakMemory() as device, Pipeline.from_bundle(target.bundle, target.engine, **target.options) as pipeline:
-        metadata = {"request": request.resolved(pipeline.layout).to_json()} | target.metadata()
+        made_by = target.metadata(pipeline)
+        if origin:
+            _check_origin(target, made_by, origin)
+        metadata = {"request": request.resolved(pipeline.layout).to_json()} | made_by
         with _writer(target, pipeline, request, metadata, stream) as writer:
             report, peak = _played(pipeline, request, writer, target.allow)
     for warning in report.warnings:
@@ -108,9 +112,8 @@ def generate_one(
     )
 
 
-def _check_origin(target: Target, origin: Mapping[str, Any]) -> None:
+def _check_origin(target: Target, here: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
     """Refuse a replay on another variant, and say when other models than the first time will run."""
-    here = target.metadata()
     variant = origin.get("variant", here["variant"])
     if variant != here["variant"]:
         raise BundleError(f"These settings were made with {variant}; {target.bundle} holds {here['variant']}.")
@@ -137,7 +140,9 @@ def generate_batch(target: Target, batch: Path, defaults: Mapping[str, Any], *, 
     items = read_batch(batch, defaults)
     rejected = 0
     with Pipeline.from_bundle(target.bundle, target.engine, keep_loaded=keep_loaded, **target.options) as pipeline:
-        options = BatchOptions(target.output, target.sample_format, target.dither, target.allow, target.metadata())
+        options = BatchOptions(
+            target.output, target.sample_format, target.dither, target.allow, target.metadata(pipeline)
+        )
         with _progress() as progress:
             task = progress.add_task("generating", total=len(items))
             for result in run_batch(pipeline, items, options):

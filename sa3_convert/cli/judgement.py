@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sa3_convert.cli import verify_options as o
+from sa3_convert.cli.echo import echo
 from sa3_convert.cli.options import BundleArgument, ComponentOption, JsonFileOption, OneComponentOption, ThreadsOption
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
@@ -188,7 +189,7 @@ def inspect(
 
     storage = read_storage(file)
     if as_json:
-        typer.echo(storage.to_json())
+        echo(storage.to_json())
     else:
         stdout.print(render(storage))
 
@@ -204,4 +205,4 @@ def table(
     from sa3_convert.bundle.table import Bench, markdown_table
 
     benches = [Bench.read(path) for path in bench or ()]
-    typer.echo(markdown_table([Bundle.open(path) for path in bundles], benches))
+    echo(markdown_table([Bundle.open(path) for path in bundles], benches))

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from sa3_convert.cli.conversion import DEFAULT_RECIPE, RecipeOption
+from sa3_convert.cli.echo import echo
 from sa3_convert.cli.options import (
     CheckpointArgument,
     LoraOption,
@@ -59,7 +60,7 @@ def plan(
     folder = cache or out.absolute().parent / ".sa3-convert-cache"
     if dry_run:
         layers = layers_to_measure(opened, component)
-        typer.echo(
+        echo(
             f"{component.value}: {len(layers)} layers would be measured in {passes_to_run(component)} backward passes; "
             f"the results are kept in {folder}."
         )
@@ -83,9 +84,9 @@ def plan(
     )
     write_text(out, changed.to_yaml())
     stdout.print(planned_table(component, made))
-    typer.echo(f"{out}: predicted {made.predicted_db:.1f} dB; no plan of this size is above {made.bound_db:.1f} dB.")
+    echo(f"{out}: predicted {made.predicted_db:.1f} dB; no plan of this size is above {made.bound_db:.1f} dB.")
     loras = "".join(f" --lora {text}" for text in lora or ())
-    typer.echo(f"Next: sa3-convert convert {checkpoint}{loras} --recipe {out} --out {out.with_suffix('')}")
+    echo(f"Next: sa3-convert convert {checkpoint}{loras} --recipe {out} --out {out.with_suffix('')}")
 
 
 def _asked(target_mib: float | None, min_snr: float | None) -> str:

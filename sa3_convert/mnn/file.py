@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import BinaryIO, Final, Self
 
 from sa3_convert.errors import ModelFileError
+from sa3_convert.files import named
 from sa3_convert.mnn.flatbuffer import Buffer, Extent
 from sa3_convert.untrusted import NotAFileError, open_regular
 
@@ -111,8 +112,8 @@ def open_model(path: Path) -> BinaryIO:
     try:
         return open_regular(path)
     except FileNotFoundError:
-        raise ModelFileError(f"{path} does not exist") from None
+        raise ModelFileError(f"{named(path)} does not exist") from None
     except NotAFileError:
-        raise ModelFileError(f"{path} is not a file") from None
+        raise ModelFileError(f"{named(path)} is not a file") from None
     except OSError as error:
-        raise ModelFileError(f"{path} cannot be opened: {error.strerror}") from None
+        raise ModelFileError(f"{named(path)} cannot be opened: {error.strerror}") from None

@@ -20,7 +20,7 @@ _SMALL_CONSTANT: Final = 1024
 def render(storage: ModelStorage) -> Group:
     """Return what a file holds: ports, sums per type, each layer with weights, constants, and the other operators.
 
-    Names come from the file: control characters in them are shown as `·` and markup is not interpreted.
+    Names come from the file: markup in them is not interpreted; the console escapes what would control a terminal.
     """
     parts: list[RenderableType] = [_headline(storage), _ports(storage), _totals(storage)]
     if any(storage.weighted()):
@@ -34,12 +34,12 @@ def render(storage: ModelStorage) -> Group:
 def _headline(storage: ModelStorage) -> Text:
     version = storage.mnn_version or "unknown"
     text = Text(
-        f"{_plain(str(storage.path))}: {_size(storage.bytes)}, MNN {_plain(version)}, from {storage.source or '?'}; "
+        f"{storage.path!s}: {_size(storage.bytes)}, MNN {version}, from {storage.source or '?'}; "
         f"{_size(storage.payload_bytes)} of data, {_size(storage.overhead_bytes)} of structure"
     )
     if storage.weight_file_bytes:
         text.append(f"; {_size(storage.weight_file_bytes)} in the .weight file beside it")
-    text.append(f"\nRuns on {_plain(str(oldest_reader(storage)))}")
+    text.append(f"\nRuns on {oldest_reader(storage)!s}")
     return text
 
 
@@ -47,7 +47,7 @@ def _ports(storage: ModelStorage) -> Table:
     table = _table("Inputs and outputs", "", "name", "type", "shape")
     for direction, ports in (("in", storage.inputs), ("out", storage.outputs)):
         for port in ports:
-            table.add_row(direction, _name(port.name), port.type or "", _port_shape(port))
+            table.add_row(direction, Text(port.name), port.type or "", _port_shape(port))
     return table
 
 
@@ -66,7 +66,7 @@ def _layers(storage: ModelStorage) -> Table:
     _add_numbers(table, "size", "scales")
     for operator, weight in storage.weighted():
         scales = f"{_size(weight.scale_bytes)} {weight.scale_type}" if weight.scales else ""
-        name = Text(_plain(layer_name(operator.name)))
+        name = Text(layer_name(operator.name))
         if operator.type != "Convolution":
             name.append(f" ({operator.type})", style="dim")
         table.add_row(name, _weight_shape(weight), *_scheme(weight), _size(weight.payload.bytes), scales)
@@ -95,7 +95,7 @@ def _constants(storage: ModelStorage) -> Table:
     for constant in storage.constants:
         if constant.bytes >= _SMALL_CONSTANT:
             shape = "×".join(str(size) for size in constant.shape)
-            table.add_row(_name(constant.name), constant.type, shape, _size(constant.bytes))
+            table.add_row(Text(constant.name), constant.type, shape, _size(constant.bytes))
     if small:
         total = sum(constant.bytes for constant in small)
         table.add_row(f"{len(small)} smaller ones", "", "", _size(total))
@@ -125,14 +125,6 @@ def _add_numbers(table: Table, *columns: str) -> None:
 
 def _port_shape(port: Port) -> str:
     return "" if port.shape is None else "×".join("?" if size < 0 else str(size) for size in port.shape)
-
-
-def _name(name: str) -> Text:
-    return Text(_plain(name))
-
-
-def _plain(name: str) -> str:
-    return "".join(letter if letter.isprintable() else "·" for letter in name)
 
 
 def _size(count: int) -> str:

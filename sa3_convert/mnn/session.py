@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sa3_convert.errors import BackendError, ModelFileError
+from sa3_convert.files import named
 from sa3_convert.mnn.backends import Backend, forward_type_name, load_mnn, require_backend
 from sa3_convert.mnn.capture import capture_stdout
 from sa3_convert.mnn.readers import require_reader
@@ -80,13 +81,16 @@ class MnnSession:
     ) -> None:
         if threads is not None and threads < 1:
             raise ValueError(f"threads is {threads}; it must be at least 1")
-        self._path = path
+        self._path = named(path)
         self._lock = threading.Lock()
         self._messages: dict[str, None] = {}
         self._recent: list[str] = []
         self._mnn: Any = load_mnn()
         # MNN trusts a file: a damaged one can end the process, and missing or short weights are read as noise.
-        require_reader(read_storage(path), self._mnn.version())
+        storage = read_storage(path)
+        require_reader(storage, self._mnn.version())
+        self.weight_file_bytes = storage.weight_file_bytes
+        """Of the `.weight` file that was loaded with it; 0 is none."""
         require_backend(backend)
         config = {
             "backend": backend.upper(),
@@ -98,7 +102,7 @@ class MnnSession:
             "saveTensors": tuple(outputs or ()),
         }
         with working_on(path):
-            self._interpreter, self._session = self._load(config, low_memory=memory == "low")
+            self._interpreter, self._session = self._load(path, config, low_memory=memory == "low")
             self._inputs = self._declared(inputs)
             self._outputs = tuple(self._interpreter.getSessionOutputAll(self._session) if outputs is None else outputs)
             for name in self._outputs:
@@ -106,7 +110,7 @@ class MnnSession:
             found = self.backend_in_use
         if found != backend:
             self.close()
-            raise BackendError(f"{path} was to run on {backend}, but MNN would run it on {found}.")
+            raise BackendError(f"{self._path} was to run on {backend}, but MNN would run it on {found}.")
 
     def __enter__(self) -> Self:
         return self
@@ -169,10 +173,10 @@ class MnnSession:
                 raise ModelFileError(f"{self._path} failed with error code {code} on {_shapes(feeds)}{self._said()}")
             return {name: self._fetch(name, feeds) for name in self._outputs}
 
-    def _load(self, config: Mapping[str, object], *, low_memory: bool) -> tuple[Any, Any]:
+    def _load(self, path: Path, config: Mapping[str, object], *, low_memory: bool) -> tuple[Any, Any]:
         with capture_stdout() as captured:
             try:
-                interpreter = self._mnn.Interpreter(str(self._path))
+                interpreter = self._mnn.Interpreter(str(path))
                 if low_memory:
                     interpreter.setSessionHint(_HINT_DYNAMIC_QUANT, _PER_BLOCK)
                 session = interpreter.createSession(config)

@@ -12,6 +12,7 @@ from pathlib import Path, PurePath
 from typing import Final
 
 from sa3_convert.errors import ModelFileError
+from sa3_convert.files import named
 from sa3_convert.mnn.contents import ConstantStorage, ModelStorage, OperatorStorage, ParameterStorage, Port
 from sa3_convert.mnn.file import ModelBytes, open_model, unusable, weight_path
 from sa3_convert.mnn.flatbuffer import Extent, Table
@@ -54,7 +55,7 @@ def read_storage(path: Path) -> ModelStorage:
         with ModelBytes(path) as model:
             return _Reader(model).read()
     except ModelFileError as fault:
-        raise unusable(path, fault) from None
+        raise unusable(named(path), fault) from None
 
 
 def content_digest(path: Path) -> str:

@@ -23,6 +23,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from sa3_convert.components import Component
 from sa3_convert.errors import ConversionError
+from sa3_convert.files import named
 
 FLOORS_DB: Final[Mapping[Component, float]] = {
     Component.TEXT_ENCODER: 22,
@@ -89,14 +90,15 @@ def check_integer_form(reference: Path, target: Path) -> int:
     try:
         model = onnx.load(target, load_external_data=False)
     except DecodeError as error:
-        raise ConversionError(f"{target} cannot be read as ONNX: {error}.") from None
+        raise ConversionError(f"{named(target)} cannot be read as ONNX: {error}.") from None
     found = sum(node.op_type == _INTEGER_PRODUCT for node in model.graph.node)
     constants = {tensor.name for tensor in model.graph.initializer}
     left = sum(node.op_type in ("MatMul", "Gemm") and node.input[1] in constants for node in model.graph.node)
     if found != wanted or left != len(singles):
         raise ConversionError(
-            f"{target} has {found} integer products and {left} float ones with constant weights, its reference has "
-            f"{wanted} and {len(singles)} to make them of. If it was just made, report it with onnxruntime's version."
+            f"{named(target)} has {found} integer products and {left} float ones with constant weights, its reference "
+            f"has {wanted} and {len(singles)} to make them of. If it was just made, report it with onnxruntime's "
+            "version."
         )
     return wanted
 

@@ -1,6 +1,5 @@
 """The softnorm bottleneck between encoder and latents, as `bottleneck_params.json` describes it."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -9,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sa3_convert.errors import BundleError
+from sa3_convert.untrusted import read_json
 
 Floats = NDArray[np.float32]
 
@@ -24,23 +24,27 @@ class Bottleneck:
     running_std: np.float32
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def read(cls, path: Path, channels: int) -> Self:
         """Read `bottleneck_params.json`.
+
+        Args:
+            path: the file.
+            channels: of the latents.
 
         Raises:
             BundleError: the file is missing or damaged, or its numbers cannot be what they are named after.
 
         """
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
             scaling_factor, bias, running_std = (
                 np.array(values[key], dtype=np.float32) for key in ("scaling_factor", "bias", "running_std")
             )
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror}. Convert again.") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise BundleError(f"{path} is damaged: {type(error).__name__}: {error}. Convert again.") from None
-        problem = _problem(scaling_factor, bias, running_std)
+        problem = _problem(scaling_factor, bias, running_std, channels)
         if problem:
             raise BundleError(f"{path} is damaged: {problem}. Convert again.")
         return cls(scaling_factor, bias, np.float32(running_std[0]))
@@ -51,10 +55,10 @@ class Bottleneck:
         return latents
 
 
-def _problem(scaling_factor: NDArray[Any], bias: NDArray[Any], running_std: NDArray[Any]) -> str | None:
+def _problem(scaling_factor: NDArray[Any], bias: NDArray[Any], running_std: NDArray[Any], channels: int) -> str | None:
     for name, array in (("scaling_factor", scaling_factor), ("bias", bias)):
-        if array.ndim != 3 or array.shape != (1, scaling_factor.shape[1], 1):
-            return f"{name} has shape {list(array.shape)}, expected [1, C, 1]"
+        if array.shape != (1, channels, 1):
+            return f"{name} has shape {list(array.shape)}, expected [1, {channels}, 1]"
     if running_std.shape != (1,) or not running_std[0] > 0:
         return f"running_std is {running_std.tolist()}, expected one positive number"
     if not all(np.isfinite(array).all() for array in (scaling_factor, bias, running_std)):

@@ -7,7 +7,7 @@ from typing import Any
 
 from sa3_convert.bundle.manifest import SPLIT_KINDS, Bundle
 from sa3_convert.components import Component
-from sa3_convert.errors import UsageError
+from sa3_convert.errors import BundleError, UsageError
 from sa3_convert.runtime import autoencode
 from sa3_convert.runtime.bottleneck import Bottleneck
 from sa3_convert.runtime.engines import Engine, EngineName
@@ -38,6 +38,8 @@ class Contender:
     """The bundle's folder; of torch, the checkpoint's."""
     engine: EngineName
     options: Mapping[str, Any] = field(default_factory=dict)
+    manifest: str | None = None
+    """SHA-256 of the manifest of the bundle that was checked."""
 
     def open(self, clock: Clock, *, keep_loaded: bool) -> Pipeline:
         """Return a pipeline whose models are timed.
@@ -53,10 +55,12 @@ class Contender:
                 engine.checkpoint.layout, TimedEngine(engine, clock), tokenizer, bottleneck, keep_loaded=keep_loaded
             )
         bundle = Bundle.open(path)
-        runner: Engine = bundle_engine(bundle, self.engine, self.options, check=False)
-        bottleneck = Bottleneck.read(bundle.file(None, "bottleneck_params"))
-        tokenizer = bundle.file(None, "tokenizer")
-        return Pipeline(bundle.layout, TimedEngine(runner, clock), tokenizer, bottleneck, keep_loaded=keep_loaded)
+        if self.manifest not in (None, bundle.manifest.digest):
+            raise BundleError(f"{path} was replaced by another bundle while it was measured. Run the command again.")
+        runner: Engine = bundle_engine(bundle, self.engine, self.options)
+        with bundle.reading("tokenizer") as tokenizer, bundle.reading("bottleneck_params") as parameters:
+            bottleneck = Bottleneck.read(parameters, bundle.layout.autoencoder.latent_dim)
+            return Pipeline(bundle.layout, TimedEngine(runner, clock), tokenizer, bottleneck, keep_loaded=keep_loaded)
 
 
 class _AsReference(Pipeline):
@@ -101,5 +105,6 @@ def contenders(
         engine, options = _ENGINES[name]
         if engine != "torch":
             bundle_engine(opened, engine, options)
-        found.append(Contender(name, str(checkpoint if engine == "torch" else bundle), engine, {**options, **common}))
+        source, manifest = (checkpoint, None) if engine == "torch" else (bundle, opened.manifest.digest)
+        found.append(Contender(name, str(source), engine, {**options, **common}, manifest))
     return tuple(found)

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -12,14 +11,15 @@ from numpy.typing import NDArray
 from sa3_convert.checkpoint.layout import CheckpointLayout
 from sa3_convert.components import Component, contract
 from sa3_convert.errors import BackendError, BundleError
+from sa3_convert.files import CheckedFile, named
 from sa3_convert.processors import default_threads
+from sa3_convert.runtime.held_session import HeldSession
 from sa3_convert.runtime.split_session import SplitSession
 from sa3_convert.session import Arrays, Session
 
 if TYPE_CHECKING:
     from sa3_convert.checkpoint.reader import Checkpoint
     from sa3_convert.mnn.session import MnnSession
-    from sa3_convert.ort import OrtSession
 
 EngineName = Literal["mnn", "onnxruntime", "onnxruntime-int8", "torch"]
 Level = Literal["normal", "high", "low"]
@@ -57,7 +57,7 @@ class MnnEngine:
     """Runs `.mnn` files."""
 
     layout: CheckpointLayout
-    files: Mapping[Component, Path]
+    files: Mapping[Component, CheckedFile]
     threads: int | None = None
     """None is one per usable core."""
     memory: Level = "normal"
@@ -66,7 +66,7 @@ class MnnEngine:
     backend: Backend = "cpu"
     places: Mapping[Component, Backend] = field(default_factory=dict)
     """Components that run elsewhere than on `backend`."""
-    parts: tuple[Path, Path] | None = None
+    parts: tuple[CheckedFile, CheckedFile] | None = None
     """The DiT in two parts, to be run instead of the whole; see `passes.split`."""
     name: EngineName = field(default="mnn", init=False)
 
@@ -85,27 +85,29 @@ class MnnEngine:
     def load(self, component: Component) -> Session:
         """Load a model; see `Engine.load`."""
         if component is Component.DIT and self.parts is not None:
-            prepare, step = self.parts
-            return SplitSession(self._session(component, prepare), self._session(component, step))
+            prepare, step = (self._session(component, part) for part in self.parts)
+            return HeldSession(SplitSession(prepare, step), self.parts, contract(component, self.layout))
+        file = _file(self.files, component, "MNN")
         ports = contract(component, self.layout)
-        return self._session(
+        session = self._session(
             component,
-            _file(self.files, component, "MNN"),
+            file,
             inputs=[port.name for port in ports.inputs],
             outputs=[port.name for port in ports.outputs],
         )
+        return HeldSession(session, (file,), ports)
 
     def _session(
         self,
         component: Component,
-        path: Path,
+        file: CheckedFile,
         inputs: Sequence[str] | None = None,
         outputs: Sequence[str] | None = None,
     ) -> "MnnSession":
         from sa3_convert.mnn.session import MnnSession
 
-        return MnnSession(
-            path,
+        session = MnnSession(
+            file.path,
             inputs=inputs,
             outputs=outputs,
             threads=self.threads or default_threads(),
@@ -113,13 +115,18 @@ class MnnEngine:
             precision=self.precision,
             backend=self.places.get(component, self.backend),
         )
+        if session.weight_file_bytes and file.companion is None:
+            session.close()
+            raise BundleError(f"{named(file.path)} keeps weights in a file that the manifest does not list.")
+        return session
 
 
 @dataclass(frozen=True)
 class OrtEngine:
     """Runs ONNX files: as exported, or quantised and then with all of ONNX Runtime's optimisations."""
 
-    files: Mapping[Component, Path]
+    layout: CheckpointLayout
+    files: Mapping[Component, CheckedFile]
     threads: int | None = None
     """None is one per usable core."""
     quantised: bool = False
@@ -135,7 +142,7 @@ class OrtEngine:
         """What models really run with, for reports."""
         return {"engine": self.name, "backend": self.backend, "threads": self.threads or default_threads()}
 
-    def load(self, component: Component) -> "OrtSession":
+    def load(self, component: Component) -> Session:
         """Load a model; see `Engine.load`."""
         try:
             from sa3_convert.ort import OrtSession
@@ -144,8 +151,11 @@ class OrtEngine:
                 f"ONNX Runtime cannot be imported ({error}). Install it: pip install onnxruntime, or use --engine mnn."
             ) from None
 
-        path = _file(self.files, component, "ONNX")
-        return OrtSession(path, threads=self.threads or default_threads(), optimise=self.quantised, device=self.backend)
+        file = _file(self.files, component, "ONNX")
+        session = OrtSession(
+            file.path, threads=self.threads or default_threads(), optimise=self.quantised, device=self.backend
+        )
+        return HeldSession(session, (file,), contract(component, self.layout))
 
 
 @dataclass(frozen=True)
@@ -212,7 +222,7 @@ class _TorchSession:
         return {self._output: output.cpu().numpy()}
 
 
-def _file(files: Mapping[Component, Path], component: Component, kind: str) -> Path:
+def _file(files: Mapping[Component, CheckedFile], component: Component, kind: str) -> CheckedFile:
     if component not in files:
         raise BundleError(
             f"There is no {kind} model of component {component.value!r} in this bundle, and this request needs it. "

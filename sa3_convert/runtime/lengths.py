@@ -61,7 +61,7 @@ def lengths(layout: CheckpointLayout, seconds: float) -> Lengths:
     if samples == 0:
         raise UsageError(f"{seconds:g} seconds is shorter than one sample at {rate} Hz.")
     encoder = layout.autoencoder.encoder
-    align = (encoder.chunk_size or _DEFAULT_CHUNK) // encoder.stride
+    align = max(1, (encoder.chunk_size or _DEFAULT_CHUNK) // encoder.stride)
     latents = _round_up(math.ceil(int((seconds + PADDING_SECONDS) * rate) / ratio), align)
     latents = min(latents, layout.sample_size // ratio)
     valid = min(math.ceil(samples / ratio) + int(PADDING_SECONDS * rate / ratio), latents)

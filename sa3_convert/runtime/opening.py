@@ -1,6 +1,7 @@
 """From a bundle or a checkpoint to an engine with its files."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,6 +11,7 @@ from sa3_convert.bundle.manifest import SPLIT_KINDS, TOKENIZER, ArtifactKind, Bu
 from sa3_convert.checkpoint.layout import TEXT_ENCODER_FOLDER
 from sa3_convert.components import Component
 from sa3_convert.errors import BackendError, BundleError, CheckpointError, UsageError
+from sa3_convert.files import CheckedFile
 from sa3_convert.runtime.bottleneck import Bottleneck
 from sa3_convert.runtime.engines import Engine, EngineName, MnnEngine, OrtEngine, TorchEngine
 
@@ -37,7 +39,8 @@ def bundle_engine(bundle: Bundle, name: EngineName, options: Mapping[str, Any], 
             from.
         options: keyword arguments of the engine; of torch also `checkpoint`, the folder, and `loras`, each as
             FILE[:STRENGTH].
-        check: compare the files with the manifest first.
+        check: compare the files with the manifest first, once per open bundle; without it they still have to stay
+            what they are from now on.
 
     Raises:
         UsageError: no such engine, an option that it does not have, or torch without a checkpoint.
@@ -53,33 +56,29 @@ def bundle_engine(bundle: Bundle, name: EngineName, options: Mapping[str, Any], 
     if name == "torch":
         return _torch_engine(bundle, options, check=check)
     kind = KINDS[name]
+    if check:
+        bundle.check((), kinds=())
     files = {
-        artifact.component: bundle.file(artifact.component, kind)
+        artifact.component: bundle.checked(artifact.component, kind, contents=check)
         for artifact in bundle.manifest.artifacts
         if artifact.component is not None and artifact.kind == kind
     }
-    if check:
-        bundle.check(tuple(files), kinds=(kind,))
     if name == "mnn":
         settings = dict(options)
         parts = _parts(bundle, check=check) if settings.pop("split", False) else None
         return MnnEngine(bundle.layout, files, parts=parts, **settings)
-    if name == "onnxruntime-int8":
-        if not files:
-            raise BundleError(
-                f"Bundle {bundle.path} has nothing for the engine onnxruntime-int8. Convert again with --with-ort-int8."
-            )
-        return OrtEngine(files, quantised=True, **options)
-    return OrtEngine(files, **options)
+    if name == "onnxruntime-int8" and not files:
+        raise BundleError(
+            f"Bundle {bundle.path} has nothing for the engine onnxruntime-int8. Convert again with --with-ort-int8."
+        )
+    return OrtEngine(bundle.layout, files, quantised=name == "onnxruntime-int8", **options)
 
 
-def _parts(bundle: Bundle, *, check: bool) -> tuple[Path, Path]:
+def _parts(bundle: Bundle, *, check: bool) -> tuple[CheckedFile, CheckedFile]:
     kinds = {artifact.kind for artifact in bundle.manifest.artifacts}
     if not kinds.issuperset(SPLIT_KINDS):
         raise BundleError(f"Bundle {bundle.path} has no DiT in two parts. Convert again with --with-split-dit.")
-    if check:
-        bundle.check((Component.DIT,), kinds=SPLIT_KINDS)
-    prepare, step = (bundle.file(Component.DIT, kind) for kind in SPLIT_KINDS)
+    prepare, step = (bundle.checked(Component.DIT, kind, contents=check) for kind in SPLIT_KINDS)
     return prepare, step
 
 
@@ -89,11 +88,12 @@ def _torch_engine(bundle: Bundle, options: Mapping[str, Any], *, check: bool) ->
     if folder is None:
         raise UsageError("Engine torch runs the checkpoint that the bundle was made from: say where it stands.")
     engine, _, _ = checkpoint_parts(Path(folder), settings)
+    if replace(engine.checkpoint.layout, source_id=None) != replace(bundle.layout, source_id=None):
+        raise CheckpointError(f"{folder} has other dimensions than {bundle.path} was made from.")
     if check:
         bundle.check((), kinds=())
-        expected = bundle.manifest.checkpoint.get("digests", {})
         for component in bundle.components:
-            if engine.checkpoint.digest(component) != expected.get(component.value):
+            if engine.checkpoint.digest(component) != bundle.manifest.checkpoint.digests.get(component):
                 loras = ", ".join(f"{lora.name}:{lora.strength:g}" for lora in bundle.manifest.loras)
                 raise CheckpointError(
                     f"The {component.value} of {folder} is not the one that {bundle.path} was made from. Give that "

@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from sa3_convert.bundle.manifest import Bundle
+from sa3_convert.bundle.manifest import Bundle, Manifest
 from sa3_convert.checkpoint.layout import CheckpointLayout, TextEncoderLayout
 from sa3_convert.components import Component
 from sa3_convert.errors import AudioError, BundleError
@@ -65,6 +65,8 @@ class Pipeline:
         self._tokenizer = PromptTokenizer(tokenizer, _text_layout(layout))
         self._models = Models(engine, keep_loaded=keep_loaded)
         self._window = window
+        self.manifest: Manifest | None = None
+        """Of the bundle that was opened, if it is one: what is said of the models comes from the same opening."""
 
     @classmethod
     def from_bundle(
@@ -83,7 +85,7 @@ class Pipeline:
             path: the bundle's folder.
             engine: "mnn", "onnxruntime" (which needs the reference ONNX files of the bundle), "onnxruntime-int8"
                 (which needs those that `convert --with-ort-int8` makes) or "torch" (which needs the checkpoint).
-            check: compare the bundle's files with its manifest first (reads them all once).
+            check: compare the bundle's models with its manifest first (reads them all once).
             keep_loaded: see the class.
             window: see the class.
             **options: of the engine: `threads`; for MNN `memory`, `precision`, `backend` and `split` (run the DiT that
@@ -103,9 +105,11 @@ class Pipeline:
                 "Give a bundle of a whole checkpoint."
             )
         runner = bundle_engine(bundle, engine, options, check=check)
-        bottleneck = Bottleneck.read(bundle.file(None, "bottleneck_params"))
-        tokenizer = bundle.file(None, "tokenizer")
-        return cls(bundle.layout, runner, tokenizer, bottleneck, keep_loaded=keep_loaded, window=window)
+        with bundle.reading("tokenizer") as tokenizer, bundle.reading("bottleneck_params") as parameters:
+            bottleneck = Bottleneck.read(parameters, bundle.layout.autoencoder.latent_dim)
+            pipeline = cls(bundle.layout, runner, tokenizer, bottleneck, keep_loaded=keep_loaded, window=window)
+        pipeline.manifest = bundle.manifest
+        return pipeline
 
     @classmethod
     def from_checkpoint(

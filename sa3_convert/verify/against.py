@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sa3_convert.errors import UsageError, VerificationError
+from sa3_convert.files import named
 from sa3_convert.mnn.backends import BACKENDS, Backend, require_backend
 from sa3_convert.mnn.contents import ModelStorage
 from sa3_convert.mnn.session import Level
@@ -163,7 +164,7 @@ def bisect_against(path: Path, feeds: Arrays, target: Runtime, reference: Runtim
         side.outputs(ends)
     found = tuple(_differences(storage, *sides))
     if not found:
-        raise VerificationError(f"MNN hands out no float tensor of {path}: nothing can be compared.")
+        raise VerificationError(f"MNN hands out no float tensor of {named(path)}: nothing can be compared.")
     return Against(target, reference, found)
 
 

@@ -58,10 +58,12 @@ def bisect_bundle(
 
     """
     require_backend(backend)
-    reference, target = bundle.file(component, "onnx"), bundle.file(component, "mnn")
-    bundle.check((component,), kinds=("mnn", "onnx"))
+    reference, target = bundle.checked(component, "onnx"), bundle.checked(component, "mnn")
     given = _sampled(bundle, component, seed, latents) if feeds is None else feeds
-    return bisect(reference, target, given, threads=threads, backend=backend)
+    found = bisect(reference.path, target.path, given, threads=threads, backend=backend)
+    reference.require_unchanged()
+    target.require_unchanged()
+    return found
 
 
 def bisect_bundle_against(
@@ -75,9 +77,10 @@ def bisect_bundle_against(
     feeds: Arrays | None = None,
 ) -> Against:
     """Compare the tensors of a bundle's model between two ways to run it; see `bisect_bundle` and `bisect_against`."""
-    file = bundle.file(component, "mnn")
-    bundle.check((component,), kinds=("mnn",))
-    return bisect_against(file, feeds or _sampled(bundle, component, seed, latents), target, reference)
+    file = bundle.checked(component, "mnn")
+    found = bisect_against(file.path, feeds or _sampled(bundle, component, seed, latents), target, reference)
+    file.require_unchanged()
+    return found
 
 
 def _sampled(bundle: Bundle, component: Component, seed: int, latents: int | None) -> Arrays:

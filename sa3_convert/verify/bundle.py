@@ -86,7 +86,7 @@ def _expected(
     progress: Report,
 ) -> list[Outputs]:
     """Return the reference's outputs, from the store where it has them; the model is loaded when one is missing."""
-    engine = bundle_engine(bundle, _REFERENCE, {"threads": threads}, check=False)
+    engine = bundle_engine(bundle, _REFERENCE, {"threads": threads})
     session = functools.cache(lambda: engine.load(component))
 
     def compute(sample: Sample) -> Outputs:
@@ -115,7 +115,7 @@ def _verdict(
 ) -> Verdict:
     component = model.component
     options = {"threads": threads, **(settings if model.engine == "mnn" else {})}
-    session = bundle_engine(bundle, model.engine, options, check=False).load(component)
+    session = bundle_engine(bundle, model.engine, options).load(component)
     actual = []
     for done, sample in enumerate(samples):
         progress(sampled_stage(component, model.engine), done, len(samples))

@@ -28,7 +28,8 @@ def bundle_recipe(bundle: Bundle) -> Recipe:
         VerificationError: it is another than the manifest names.
 
     """
-    recipe = load_recipe(bundle.file(None, "recipe"), resolved=True)
+    with bundle.reading("recipe") as file:
+        recipe = load_recipe(file, resolved=True)
     if recipe.name != bundle.manifest.recipe:
         raise VerificationError(
             f"Bundle {bundle.path} says that it was made with recipe {bundle.manifest.recipe!r}, and holds recipe "
@@ -58,8 +59,9 @@ def _integer_form(bundle: Bundle, component: Component) -> Judged:
     from sa3_convert.quantise.ort_int8 import FLOORS_DB, check_integer_form
 
     artifact, file = bundle.artifact(component, "onnx-int8"), bundle.file(component, "onnx-int8")
+    reference, integer = (bundle.checked(component, kind) for kind in ("onnx", "onnx-int8"))
     try:
-        products = check_integer_form(bundle.file(component, "onnx"), file)
+        products = check_integer_form(reference.path, integer.path)
     except ConversionError as error:
         raise VerificationError(f"{file} is not the integer form of its reference. {error}") from None
     floor = FLOORS_DB[component]
@@ -86,7 +88,7 @@ def _check_storage(bundle: Bundle, recipe: Recipe, component: Component) -> None
     from sa3_convert.mnn.storage import read_storage
 
     artifact, file = bundle.artifact(component), bundle.file(component)
-    storage = read_storage(file)
+    storage = read_storage(bundle.checked(component).path)
     try:
         audit(storage, recipe.for_component(component))
         if artifact.target_mnn is not None:

@@ -8,10 +8,10 @@ from sa3_convert.bundle.manifest import Bundle
 from sa3_convert.checkpoint.variants import size_of
 from sa3_convert.errors import InputError
 from sa3_convert.fingerprint import source_digest
-from sa3_convert.recipe import load_recipe
 from sa3_convert.runtime.machine import machine
 from sa3_convert.tools import tool_versions
 from sa3_convert.verify.bundle import verify_bundle
+from sa3_convert.verify.claims import bundle_recipe
 from sa3_convert.verify.distribution import measure
 from sa3_convert.verify.drift_baseline import (
     HOW_TO_START,
@@ -73,7 +73,7 @@ def measure_bundle(bundle: Bundle, plan: Plan, report: Report = no_report) -> Me
     """
     verified = verify_bundle(bundle, quick=True, threads=plan.threads, store=plan.store, progress=report)
     verified.check()
-    recipe = load_recipe(bundle.file(None, "recipe"), resolved=True)
+    recipe = bundle_recipe(bundle)
     figures = [*storage_figures(bundle, recipe), *sampled_figures(verified)]
     with both_sides(bundle, store=plan.store, steps=plan.steps, threads=plan.threads) as (references, target):
         generations = measure(references, target, plan.cases, report)
@@ -90,8 +90,8 @@ def origin_of(bundle: Bundle) -> Origin:
         converted_with=manifest.tools,
         measured_with=tool_versions(),
         processor=machine()["processor"],
-        recipe=load_recipe(bundle.file(None, "recipe"), resolved=True).model_dump(mode="json", by_alias=True),
-        checkpoint=dict(manifest.checkpoint.get("digests", {})),
+        recipe=bundle_recipe(bundle).model_dump(mode="json", by_alias=True),
+        checkpoint={c.value: digest for c, digest in manifest.checkpoint.digests.items()},
         code={room: source_digest(room) for room in ROOMS},
         files={e.path: e.sha256 for a in manifest.artifacts if a.kind != "recipe" for e in a.files},
     )

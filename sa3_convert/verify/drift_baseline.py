@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from sa3_convert.components import Component
 from sa3_convert.errors import InputError, UsageError
 from sa3_convert.files import write_text
+from sa3_convert.untrusted import parse_json, read_text
 from sa3_convert.verify.generation import GenerationCase
 
 Rule = Literal["may not fall", "may not rise", "may not change"]
@@ -142,20 +143,21 @@ def read_baseline(path: Path) -> Baseline | None:
 
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"Baseline {path} cannot be read: {error}") from None
     try:
+        parse_json(text)
         return Baseline.model_validate_json(text)
-    except (ValidationError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"Baseline {path} is damaged: {_first(error)}. Take it from version control again.") from None
 
 
-def _first(error: ValidationError | RecursionError) -> str:
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
+def _first(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"])
     return f"{where}: {problem['msg']}" if where else str(problem["msg"])

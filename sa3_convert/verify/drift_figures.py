@@ -39,7 +39,7 @@ def storage_figures(bundle: Bundle, recipe: Recipe) -> Iterator[Figure]:
 
 def _stored(bundle: Bundle, component: Component, recipe: ComponentRecipe) -> str:
     """Return in words how a file stores its weights, token tables and other constants."""
-    storage = read_storage(bundle.file(component))
+    storage = read_storage(bundle.checked(component).path)
     parts = []
     for scheme in storage.summary()["weights"]:
         form = ""

@@ -34,7 +34,7 @@ def speed_figures(bundle: Bundle, report: Report) -> Iterator[Figure]:
         report: called as work goes on.
 
     """
-    engines = [bundle_engine(bundle, name, {"threads": 1}, check=False) for name in ("onnxruntime", "mnn")]
+    engines = [bundle_engine(bundle, name, {"threads": 1}) for name in ("onnxruntime", "mnn")]
     for done, component in enumerate(bundle.components):
         report("speed", done, len(bundle.components))
         sample = sample_inputs(component, bundle.layout, seed=0, latents=_LATENTS.get(component, 1))

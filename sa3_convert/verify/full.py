@@ -6,7 +6,7 @@ from dataclasses import replace
 from sa3_convert.bundle.manifest import Bundle
 from sa3_convert.components import Component
 from sa3_convert.runtime.engines import EngineName
-from sa3_convert.verify.bisect import bisect
+from sa3_convert.verify.bisect_bundle import bisect_bundle
 from sa3_convert.verify.bisect_result import BisectResult
 from sa3_convert.verify.bundle import verify_bundle
 from sa3_convert.verify.case_feeds import case_feeds
@@ -114,6 +114,5 @@ def with_bisections(
             assert references is not None
             worst = generated[component].summary
             feeds = case_feeds(references, component, GenerationCase.parse(worst.worst_case), worst.worst_step)
-        files = bundle.file(component, "onnx"), bundle.file(component, "mnn")
-        found[component] = bisect(*files, feeds, threads=threads)
+        found[component] = bisect_bundle(bundle, component, feeds=feeds, threads=threads)
     return replace(findings, bisections=found)

@@ -34,7 +34,8 @@ class Side:
         self.bundle, self.layout = bundle, bundle.layout
         self._engine = engine
         assert self.layout.text_encoder is not None
-        self._tokenizer = PromptTokenizer(bundle.file(None, "tokenizer"), self.layout.text_encoder)
+        with bundle.reading("tokenizer") as tokenizer:
+            self._tokenizer = PromptTokenizer(tokenizer, self.layout.text_encoder)
         self._loaded: tuple[Component, Session] | None = None
 
     def model(self, component: Component) -> Session:

@@ -1,13 +1,23 @@
 """What a bundle says of itself is checked before it is believed."""
 
 import json
+from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sa3_convert.bundle.manifest import MANIFEST, Artifact, Bundle, FileEntry, LoraEntry, Manifest
+from sa3_convert.bundle.manifest import (
+    MANIFEST,
+    Artifact,
+    Bundle,
+    CheckpointOrigin,
+    FileEntry,
+    LoraEntry,
+    Manifest,
+)
 from sa3_convert.checkpoint.layout import read_layout
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError
@@ -16,12 +26,18 @@ from tests.conftest import GOLDEN
 LAYOUT = read_layout(GOLDEN / "small" / "checkpoint")
 
 
+def origin_of(digests: Mapping[str, str]) -> CheckpointOrigin:
+    """Return a checkpoint whose components' tensors are told apart by any text."""
+    hashes = {Component(name): sha256(text.encode()).hexdigest() for name, text in digests.items()}
+    return CheckpointOrigin(source="x", digests=hashes)
+
+
 def make_bundle(
     folder: Path,
     variant: str = "small-music",
     precision: str = "int8",
     salt: str = "",
-    digests: dict[str, str] | None = None,
+    digests: Mapping[str, str] = {},
 ) -> Bundle:
     folder.mkdir(parents=True, exist_ok=True)
     artifacts = []
@@ -38,7 +54,7 @@ def make_bundle(
         schema_version=1,
         variant=variant,
         recipe="int8",
-        checkpoint={"source": "x", "digests": digests or {}},
+        checkpoint=origin_of(digests),
         tools={"MNN": "3.6.1"},
         layout=LAYOUT,
         artifacts=tuple(artifacts),

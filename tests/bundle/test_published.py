@@ -11,7 +11,7 @@ from sa3_convert.bundle.manifest import Bundle, FileEntry, LoraEntry
 from sa3_convert.bundle.published import export_bundles, published_path
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError, UsageError
-from tests.bundle.test_manifest import lora_entry, make_bundle, with_loras
+from tests.bundle.test_manifest import lora_entry, make_bundle, origin_of, with_loras
 
 PUBLISHED_TREE = {
     "music/int8/dit_music_int8.mnn",
@@ -119,7 +119,7 @@ def of_variant(tmp_path: Path, variant: str) -> Bundle:
     digests = dict.fromkeys(CODEC, codec) | {"text_encoder": variant}
     (bundle.path / "bottleneck_params.json").write_text(codec)
     artifacts = [a.model_copy(update=dict(FileEntry.of(bundle.path, a.path))) for a in bundle.manifest.artifacts]
-    changes = {"checkpoint": {"digests": digests}, "artifacts": tuple(artifacts)}
+    changes = {"checkpoint": origin_of(digests), "artifacts": tuple(artifacts)}
     changed = Bundle(bundle.path, bundle.manifest.model_copy(update=changes))
     changed.write()
     return changed

@@ -279,3 +279,20 @@ def test_json_too_deep_to_parse_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model_config.json").write_text("[" * 100_000)
     with pytest.raises(CheckpointError, match="cannot be read as JSON"):
         read_layout(tmp_path)
+
+
+TOO_MUCH: dict[str, tuple[Callable[[Config], object], str]] = {
+    "no rate": (lambda c: c.update(sample_rate=1), "sample_rate is 1, expected a whole number from 1000"),
+    "no latent": (lambda c: c.update(sample_size=1), "sample_size 1 makes 0 latents"),
+    "mono": (lambda c: c.update(audio_channels=1), "audio_channels is 1"),
+    "wide": (lambda c: dit(c).update(embed_dim=2**31 - 1), "embed_dim is 2147483647"),
+    "window of hours": (lambda c: decoder(c).update(chunk_size=2**26), "chunk_size"),
+}
+
+
+@pytest.mark.parametrize("case", TOO_MUCH)
+def test_what_no_memory_holds_is_refused_by_name(copy: Path, case: str) -> None:
+    edit, message = TOO_MUCH[case]
+    edit_json(copy / "model_config.json", lambda c: edit(c) and None)
+    with pytest.raises(CheckpointError, match=message):
+        read_layout(copy)

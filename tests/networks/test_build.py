@@ -78,6 +78,6 @@ def test_the_weights_of_medium_do_not_fit_the_layout_of_small() -> None:
 
 @pytest.mark.parametrize("absent", [Component.TEXT_ENCODER, Component.NUMBER_CONDITIONER, Component.DIT])
 def test_an_autoencoder_alone_has_no_such_component(absent: Component) -> None:
-    layout = replace(layout_of("small"), dit=None, text_encoder=None, number_conditioner=None)
+    layout = replace(layout_of("small"), dit=None, text_encoder=None, number_conditioner=None, objective=None)
     with pytest.raises(UsageError, match=absent.value):
         build_network(absent, layout, {})

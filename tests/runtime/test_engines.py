@@ -9,6 +9,7 @@ import pytest
 from sa3_convert.components import Component
 from sa3_convert.errors import BackendError, BundleError, CheckpointError, ModelFileError
 from sa3_convert.export.component import export_component
+from sa3_convert.files import CheckedFile
 from sa3_convert.mnn.convert import mnn_from_onnx
 from sa3_convert.processors import default_threads
 from sa3_convert.recipe import ComponentRecipe
@@ -71,19 +72,18 @@ def test_a_session_that_needs_no_closing_is_fine(small: Parts) -> None:
 
 @pytest.mark.parametrize("engine", ["mnn", "ort"])
 def test_a_component_that_the_bundle_lacks_is_named(small: Parts, engine: str) -> None:
-    made = MnnEngine(small.layout, {}) if engine == "mnn" else OrtEngine({})
+    made = MnnEngine(small.layout, {}) if engine == "mnn" else OrtEngine(small.layout, {})
     with pytest.raises(BundleError, match="component 'encoder'"):
         made.load(Component.ENCODER)
 
 
 @pytest.mark.parametrize("engine", ["mnn", "ort"])
-@pytest.mark.parametrize("content", [None, b"", b"garbage" * 100])
-def test_a_damaged_model_file_is_told(small: Parts, tmp_path: Path, engine: str, content: bytes | None) -> None:
+@pytest.mark.parametrize("content", [b"", b"garbage" * 100])
+def test_a_damaged_model_file_is_told(small: Parts, tmp_path: Path, engine: str, content: bytes) -> None:
     path = tmp_path / "dit.model"
-    if content is not None:
-        path.write_bytes(content)
-    files = {Component.DIT: path}
-    made = MnnEngine(small.layout, files, threads=1) if engine == "mnn" else OrtEngine(files)
+    path.write_bytes(content)
+    files = {Component.DIT: CheckedFile.read(path)}
+    made = MnnEngine(small.layout, files, threads=1) if engine == "mnn" else OrtEngine(small.layout, files)
     with pytest.raises(ModelFileError):
         made.load(Component.DIT)
 
@@ -98,16 +98,17 @@ def converted(small: Parts, tmp_path_factory: pytest.TempPathFactory) -> dict[Co
 
 
 def test_a_backend_that_is_not_there_is_never_replaced(small: Parts, converted: dict[Component, Path]) -> None:
-    files = {component: path.with_suffix(".mnn") for component, path in converted.items()}
+    files = {component: CheckedFile.read(path.with_suffix(".mnn")) for component, path in converted.items()}
     with pytest.raises(BackendError, match="CUDA"):
         MnnEngine(small.layout, files, backend="cuda").load(Component.NUMBER_CONDITIONER)
 
 
 def test_all_engines_compute_the_same(small: Parts, converted: dict[Component, Path]) -> None:
-    files = {component: path.with_suffix(".mnn") for component, path in converted.items()}
+    files = {component: CheckedFile.read(path.with_suffix(".mnn")) for component, path in converted.items()}
     feeds = {"seconds": np.array([12.5], np.float32)}
     expected = small.engine.load(Component.NUMBER_CONDITIONER).run(feeds)["embedding"]
-    for engine in (MnnEngine(small.layout, files, threads=1), OrtEngine(converted, threads=1)):
+    references = {component: CheckedFile.read(path) for component, path in converted.items()}
+    for engine in (MnnEngine(small.layout, files, threads=1), OrtEngine(small.layout, references, threads=1)):
         actual = engine.load(Component.NUMBER_CONDITIONER).run(feeds)["embedding"]
         np.testing.assert_allclose(actual, expected, atol=1e-5)
 
@@ -126,10 +127,10 @@ def hide(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
         monkeypatch.delitem(sys.modules, module)
 
 
-def test_a_missing_onnx_runtime_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_onnx_runtime_says_what_to_install(monkeypatch: pytest.MonkeyPatch, small: Parts) -> None:
     hide(monkeypatch, "onnxruntime")
     with pytest.raises(BackendError, match="pip install onnxruntime"):
-        OrtEngine({Component.DIT: tmp_path / "dit.onnx"}).load(Component.DIT)
+        OrtEngine(small.layout, {}).load(Component.DIT)
 
 
 def test_a_missing_torch_says_what_to_install(monkeypatch: pytest.MonkeyPatch, small: Parts) -> None:
@@ -153,12 +154,12 @@ def test_engines_say_what_they_run_with(small: Parts) -> None:
         "memory": "low",
         "precision": "high",
     }
-    assert OrtEngine({}, threads=1).settings["engine"] == "onnxruntime"
+    assert OrtEngine(small.layout, {}, threads=1).settings["engine"] == "onnxruntime"
     assert small.engine.settings["padding"] == "key_mask"
 
 
 def test_threads_that_nobody_asked_for_are_reported_as_they_are(small: Parts) -> None:
-    for engine in (MnnEngine(small.layout, {}), OrtEngine({}), small.engine):
+    for engine in (MnnEngine(small.layout, {}), OrtEngine(small.layout, {}), small.engine):
         assert engine.settings["threads"] == default_threads()
 
 

@@ -87,7 +87,7 @@ def test_a_duration_beyond_the_model_is_refused_when_resolved(small: Parts) -> N
 
 
 def test_an_autoencoder_alone_cannot_generate(small: Parts) -> None:
-    alone = dataclasses.replace(small.layout, objective=None)
+    alone = dataclasses.replace(small.layout, dit=None, text_encoder=None, number_conditioner=None, objective=None)
     with pytest.raises(UsageError, match="autoencoder alone"):
         GenerateRequest("pad").resolved(alone)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from rich.console import Console
 
-from sa3_convert.bundle.manifest import Artifact, Bundle, FileEntry, Manifest
+from sa3_convert.bundle.manifest import Artifact, Bundle, CheckpointOrigin, FileEntry, Manifest
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError, VerificationError
 from sa3_convert.runtime.engines import EngineName
@@ -50,7 +50,7 @@ def make_bundle(folder: Path) -> Bundle:
         schema_version=1,
         variant="small-music",
         recipe="int8",
-        checkpoint={},
+        checkpoint=CheckpointOrigin(),
         tools={},
         layout=LAYOUT,
         artifacts=tuple(artifacts),

@@ -68,13 +68,12 @@ def build_report(
 
 
 def _made(bundle: Bundle, components: Sequence[schema.ComponentReport]) -> schema.Made:
-    checkpoint = bundle.manifest.checkpoint
     return schema.Made(
         bundle=str(bundle.path),
         variant=bundle.manifest.label,
         recipe=bundle.manifest.recipe,
-        checkpoint=str(checkpoint.get("source", "unknown")),
-        digests=checkpoint.get("digests", {}),
+        checkpoint=bundle.manifest.checkpoint.source,
+        digests={c.value: digest for c, digest in bundle.manifest.checkpoint.digests.items()},
         converted_with=bundle.manifest.tools,
         verified_with=tool_versions(),
         bytes=sum(component.bytes for component in components),

@@ -6,9 +6,11 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from sa3_convert.errors import InputError
+from sa3_convert.untrusted import parse_json, read_text
 from sa3_convert.verify.report.schema import Change, ComponentReport, Made, Report
 from sa3_convert.verify.report.shown import shown_db, shown_name, shown_size
 
+_LARGEST = 256 << 20
 _NOTICEABLE_DB = 0.1
 """Below this, ratios differ between machines."""
 _CEILING_DB = 80.0
@@ -23,7 +25,9 @@ def read_report(path: Path) -> Report:
 
     """
     try:
-        return Report.model_validate_json(path.read_bytes())
+        text = read_text(path, _LARGEST)
+        parse_json(text)
+        return Report.model_validate_json(text)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from None
     except ValidationError as error:
@@ -31,6 +35,10 @@ def read_report(path: Path) -> Report:
         where = ".".join(str(part) for part in first["loc"]) or "its text"
         raise InputError(
             f"{path} is no report of this version: {where}: {first['msg']}. `sa3-convert verify --report` makes one."
+        ) from None
+    except ValueError as error:
+        raise InputError(
+            f"{path} is no report of this version: {error}. `sa3-convert verify --report` makes one."
         ) from None
 
 

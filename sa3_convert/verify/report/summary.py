@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from sa3_convert.bundle.table import markdown_text
+from sa3_convert.untrusted import printable
 from sa3_convert.verify.report.schema import Change, Report
 from sa3_convert.verify.report.shown import shown_db, shown_floor, shown_name, shown_size
 
@@ -11,7 +12,7 @@ _MOST_CHANGES = 30
 
 def render_summary(report: Report) -> str:
     """Return Markdown: the verdict, a row per model, what changed, and how to have each worst case again."""
-    return "\n".join(_lines(report)).rstrip() + "\n"
+    return printable("\n".join(_lines(report)).rstrip()) + "\n"
 
 
 def _lines(report: Report) -> Iterator[str]:

@@ -1,0 +1,82 @@
+"""What others wrote is shown on a terminal, and never controls it."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sa3_convert.cli.app import run
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp\r\x08"
+
+
+def on_a_terminal(program: str) -> str:
+    """Return what a program writes to a terminal."""
+    main, other = pty.openpty()
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100"}
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=other, stdout=other, stderr=other, env=environment) as process:
+        os.close(other)
+        shown = b""
+        while True:
+            try:
+                piece = os.read(main, 1 << 16)
+            except OSError:
+                break
+            if not piece:
+                break
+            shown += piece
+    os.close(main)
+    assert process.returncode == 0, shown
+    return shown.decode()
+
+
+def test_styles_stay_and_names_are_escaped_on_a_terminal() -> None:
+    shown = on_a_terminal(
+        "from rich.table import Table; from rich.text import Text\n"
+        "from sa3_convert.cli.console import stderr, stdout\n"
+        f"name = {HOSTILE!r}\n"
+        "table = Table(title=name); table.add_column('name'); table.add_row(Text(name, style='bold red'))\n"
+        "stdout.print(table); stdout.print(name); stderr.print(f'Note: {name}'); stdout.print([name], style='green')\n"
+    )
+    assert "\x1b[1;31m" in shown
+    assert "┃" in shown
+    # Only rich's own sequences, which set colours, are left.
+    bare = re.sub(r"\x1b\[[0-9;]*m", "", shown).replace("\r\n", "\n")
+    assert bare.replace("\n", "").isprintable()
+    assert bare.count(r"\x1b]0;owned") >= 3
+
+
+def test_a_stage_that_has_begun_is_overwritten_by_its_result_on_a_terminal() -> None:
+    shown = on_a_terminal(
+        "from sa3_convert.cli.console import show_stage\n"
+        "from sa3_convert.components import Component; from sa3_convert.convert import StageEvent\n"
+        "show_stage(StageEvent(Component.DIT, 'mnn', 'started'))\n"
+    )
+    assert re.search(r"converting …\r$", re.sub(r"\x1b\[[0-9;]*m", "", shown))
+
+
+@pytest.mark.parametrize(
+    "arguments", [["run", f"/no{HOSTILE}", "--prompt", "x", "-o", "x.wav"], ["table", f"--bog{HOSTILE}"], ["x\x1b[2J"]]
+)
+def test_messages_are_escaped(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(arguments) in (2, 3)
+    captured = capfd.readouterr()
+    assert captured.err.replace("\n", "").isprintable()
+    assert r"\x1b" in captured.err
+
+
+def test_every_word_to_the_terminal_goes_through_one_of_two_doors() -> None:
+    package = Path(__file__).parents[2] / "sa3_convert"
+    doors = {"cli/echo.py", "cli/console.py"}
+    direct = re.compile(r"typer\.(echo|secho)|(?<![\w.])print\(|[^g]Console\(")
+    found = {
+        str(file.relative_to(package))
+        for file in package.rglob("*.py")
+        if direct.search(re.sub(r"class \w+\(Console\)", "", file.read_text(encoding="utf-8")))
+    }
+    assert found <= doors
