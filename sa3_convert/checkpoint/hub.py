@@ -157,10 +157,11 @@ class _Download:
         if not (isinstance(config, dict) and config.get("model_type") == "autoencoder"):
             within = f"{TEXT_ENCODER_FOLDER}/"
             names += [f"{within}config.json", f"{within}{TOKENIZER}", *self._weights(within)]
-        self._bring(names, progress)
-        kept = {file.name for file in self.files}
+        kept = {*names, *(file.name for file in self.files)}
         kept |= {f"{Path(name).parent}/" for name in kept if "/" in name}
+        kept |= {self._partial(self._source.file(name)).name for name in names}
         tidy(self._folder, kept.__contains__)
+        self._bring(names, progress)
 
     def record(self) -> None:
         """Write down where the files are from and what they are."""
@@ -199,6 +200,7 @@ class _Download:
     def _is_there(self, file: HubFile) -> bool:
         path = self._folder / file.name
         if file.is_at(path):
+            self._partial(file).unlink(missing_ok=True)
             return True
         path.unlink(missing_ok=True)
         return False

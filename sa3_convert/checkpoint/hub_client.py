@@ -198,10 +198,13 @@ class HubClient:
         status, headers = answer.status_code, answer.headers
         if status not in (200, 206):
             raise self._refusal(status, headers)
-        continued = headers.get("Content-Range", "").startswith(f"bytes {start}-") if status == 206 else None
-        # What is there of a file is not given up for whatever a network in between may have sent.
-        anew = headers.get("Content-Length") == str(size) or not start
-        if headers.get("Content-Encoding", "identity") != "identity" or not (anew if continued is None else continued):
+        if status == 206:
+            fits = headers.get("Content-Range", "").startswith(f"bytes {start}-")
+        else:
+            # What is there of a file is not given up for whatever a network in between may have sent.
+            length = headers.get("Content-Length")
+            fits = size is None or length == str(size) or (length is None and not start)
+        if not fits or headers.get("Content-Encoding", "identity") != "identity":
             what = f"The hub answers something else than what was asked for of {self._hub_id}. {_KEPT}"
             raise _AgainError(CheckpointError(what))
 

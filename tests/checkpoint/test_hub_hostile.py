@@ -165,6 +165,25 @@ def test_a_damaged_beginning_is_downloaded_anew_in_the_same_run(hub: Hub, tmp_pa
     assert told == sorted(told)
 
 
+def test_what_an_earlier_download_left_of_other_files_is_gone_before_more_is_brought(hub: Hub, tmp_path: Path) -> None:
+    left = tmp_path / ".out.download"
+    left.mkdir()
+    (left / f"{'a' * 64}.partial").write_bytes(b"?" * 100)
+    (left / "model-00001-of-00002.safetensors").write_bytes(b"?" * 100)
+    hub.raw["model.safetensors"] = ok(b"wrong")
+    refused(hub, tmp_path / "out")
+    ours = f"{digest_of('model.safetensors', FILES['model.safetensors'])}.partial"
+    assert {path.name for path in left.iterdir()} == {"model_config.json", ours}
+
+
+def test_a_beginning_is_of_no_use_when_the_cache_has_the_whole(hub: Hub, tmp_path: Path) -> None:
+    cache_of(hub, tmp_path)
+    left = tmp_path / ".out.download"
+    left.mkdir()
+    (left / f"{digest_of('model.safetensors', FILES['model.safetensors'])}.partial").write_bytes(b"?" * 100)
+    arrives(hub, tmp_path / "out")
+
+
 def plant(left: Path, outside: Path, kind: str) -> None:
     """Put something into a download's folder that leads out of it, or is no file."""
     partial = f"{digest_of('model.safetensors', FILES['model.safetensors'])}.partial"
