@@ -70,6 +70,7 @@ def quantise_for_ort(reference: Path, target: Path) -> int:
             nodes_to_exclude=[f"{name}_MatMul" for name in singles],
             per_channel=True,
             weight_type=QuantType.QInt8,
+            reduce_range=True,
             use_external_data_format=True,
             extra_options={"MatMulConstBOnly": True},
         )
