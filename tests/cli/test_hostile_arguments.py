@@ -7,6 +7,7 @@ replace it.
 
 import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,8 +135,21 @@ def place(tmp_path: Path, toy_int8: Bundle, toy: Path, monkeypatch: pytest.Monke
     return tmp_path
 
 
+class HungError(BaseException):
+    """Nothing that a command may catch."""
+
+
 def outcome(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    code = cli.run(arguments)
+    def hung(*_: object) -> None:
+        raise HungError(f"{arguments} does not end")
+
+    before = signal.signal(signal.SIGALRM, hung)
+    signal.alarm(30)
+    try:
+        code = cli.run(arguments)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
     return code, capsys.readouterr().err
 
 
