@@ -211,7 +211,8 @@ class _Download:
         copy_file(self._cache.folder / file.name, self._folder / file.name)
         if self._is_there(file):
             return True
-        self._note(f"{self._cache.folder / file.name} is damaged; it is downloaded.")
+        if isinstance(self._source, Listing):
+            self._note(f"{self._cache.folder / file.name} is damaged; it is downloaded.")
         return False
 
     def _partial(self, file: HubFile) -> Path:

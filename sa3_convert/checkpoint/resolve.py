@@ -18,7 +18,8 @@ def resolve_checkpoint(text: str) -> Path:
             revision the pinned one of a published variant is taken if it is there, else what `main` was when fetched.
 
     Raises:
-        CheckpointError: there is no such path and no such cached checkpoint; the message says how to get it.
+        CheckpointError: there is no such path and no such cached checkpoint; the message says how to get it. Or a file
+            in the cache is not what its blob's name says.
 
     """
     path = Path(text).expanduser()
