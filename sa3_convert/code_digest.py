@@ -235,10 +235,8 @@ class Reached:
         self._origins: set[str] = set()
         """What imported names stand for."""
 
-    @property
-    def modules(self) -> set[str]:
-        """Names of the modules of which something is reached."""
-        return {statement.module.name for statement in self._statements}
+    def __contains__(self, name: tuple[str, str]) -> bool:
+        return name in self._followed
 
     def digest(self) -> str:
         """Return the hex SHA-256 of its meaning."""
