@@ -84,6 +84,11 @@ def test_a_crash_names_the_file_that_was_in_hand(fault: str, tmp_path: Path) -> 
     assert complaint.count("\n") == 1
 
 
+def test_a_name_cannot_control_the_terminal(tmp_path: Path) -> None:
+    code, complaint = ended(r"with working_on('\x1b[31m.mnn'): os.abort()", tmp_path)
+    assert (code, r"\x1b[31m.mnn was in use" in complaint) == (3, True)
+
+
 def test_a_crash_a_little_later_names_the_last_file(tmp_path: Path) -> None:
     code, complaint = ended(f"{_HELD} pass\nos.abort()", tmp_path)
     assert (code, "model.mnn was the last file" in complaint) == (3, True)

@@ -18,8 +18,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     ended = supervise(command, debug=given[:1] == ["--debug"])
     if ended.complaint is not None:
+        from sa3_convert.untrusted import printable
+
         with contextlib.suppress(OSError, AttributeError):  # the terminal has hung up
-            sys.stderr.write(f"sa3-convert: {ended.complaint}\n")
+            sys.stderr.write(f"sa3-convert: {printable(ended.complaint)}\n")
     leave(ended.code)
 
 

@@ -16,6 +16,7 @@ from sa3_convert.doctor.probes.table import PROBES
 from sa3_convert.doctor.results import Answer, ProbeResult
 from sa3_convert.doctor.worker import Job, Ran
 from sa3_convert.errors import ConversionError, ModelFileError
+from sa3_convert.files import partial_folder
 from sa3_convert.mnn.backends import Backend, require_backend
 from sa3_convert.passes.hazard_kinds import HAZARD_KINDS
 from sa3_convert.verify.metrics import MAX_DB, compare
@@ -47,12 +48,12 @@ def examine(
     """
     require_backend(backend)
     hazards = {kind.id: kind.avoided for kind in HAZARD_KINDS}
-    with tempfile.TemporaryDirectory(prefix="sa3-doctor-") as root:
+    with partial_folder(Path(tempfile.gettempdir()) / "sa3-doctor") as root:
         prepared = []
         for number, probe in enumerate(probes):
             report(number, len(probes))
-            prepared.append(_prepared(probe, Path(root) / str(number), backend))
-        answers = _run(prepared, Path(root), backend)
+            prepared.append(_prepared(probe, root / str(number), backend))
+        answers = _run(prepared, root, backend)
         report(len(probes), len(probes))
     return [
         ProbeResult(

@@ -8,6 +8,7 @@ from pathlib import Path
 from sa3_convert.bundle.manifest import Bundle
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError
+from sa3_convert.files import partial_folder
 from sa3_convert.runtime.engines import EngineName
 from sa3_convert.runtime.opening import bundle_engine
 from sa3_convert.stage_cache import cache_beside
@@ -70,7 +71,8 @@ def both_sides(
     target = Side(bundle, bundle_engine(bundle, engine, {"threads": threads}))
     with contextlib.ExitStack() as stack:
         if store is None:
-            store = ReferenceStore(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sa3-references-"))))
+            place = Path(tempfile.gettempdir()) / "sa3-references"
+            store = ReferenceStore(stack.enter_context(partial_folder(place)))
         try:
             yield References(reference, store, steps), Target(target, steps)
         finally:

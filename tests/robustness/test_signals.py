@@ -76,6 +76,22 @@ class Stage:
         self.check(name, finished=process.exitcode == 0)
         return took
 
+    def kill(self, name: str, after: float) -> None:
+        """Kill a command's watching parent after some seconds, and run the same command to its end."""
+        process, _ = self.server.supervise(self.command(name), self.folder / "tmp")
+        process.join(after)
+        process.kill()
+        process.join()
+        assert process.pid is not None
+        deadline = time.monotonic() + 30
+        while companions(process.pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process, log = self.server.supervise(self.command(name), self.folder / "tmp")
+        process.join(120)
+        assert process.exitcode == 0, log.read_text()
+        self.check(name, finished=True)
+
     def check(self, name: str, *, finished: bool) -> None:
         out = self.folder / "out"
         files = {str(f.relative_to(out)): f for f in sorted(out.rglob("*")) if f.is_file()} if out.is_dir() else {}
@@ -149,3 +165,13 @@ def test_a_signal_at_any_of_twenty_moments(name: str, number: signal.Signals, st
     took = stage.play(name)
     for index, seconds in enumerate(moments(20, took, seed=number)):
         stage.play(name, number, seconds, to_all=index % 2 == 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_a_kill_leaves_is_swept_by_the_next_command(name: str, stage: Stage) -> None:
+    took = stage.play(name)
+    for seconds in moments(10, took, seed=9):
+        for part in ("out", "cache"):
+            shutil.rmtree(stage.folder / part, ignore_errors=True)
+        stage.kill(name, seconds)

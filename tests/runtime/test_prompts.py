@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +186,30 @@ def test_ids_that_the_table_does_not_have_are_refused(case: str, small: Parts, t
 
 def test_the_golden_tokenizers_are_fine(parts: Parts) -> None:
     check_tokenizer(parts.tokenizer, parts.text)
+
+
+LONGER = {"type": "Replace", "pattern": {"String": "a"}, "content": "aaaa"}
+COMMAND = """
+import sys
+from pathlib import Path
+from sa3_convert.cli import main
+import sa3_convert.cli.app as app
+import sa3_convert.runtime.prompts as prompts
+from sa3_convert.checkpoint.layout import read_layout
+prompts.{limit}
+app.run = lambda words: prompts.check_tokenizer(Path(words[0]), read_layout(Path(words[1])).text_encoder)
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "said"),
+    [("_ROOM = 1 << 28", "was in use when SIGABRT ended"), ("_ENCODE_SECONDS = 0.5", "took far longer than any such")],
+)
+def test_a_text_that_grows_without_end_is_stopped(small: Parts, tmp_path: Path, limit: str, said: str) -> None:
+    path = changed(small, tmp_path, {"normalizer": {"type": "Sequence", "normalizers": [LONGER] * 14}})
+    words = [sys.executable, "-c", COMMAND.format(limit=limit), str(path), str(small.tokenizer.parents[1])]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.startswith(f"sa3-convert: {path} {said}")
+    assert done.stderr.count("\n") == 1
