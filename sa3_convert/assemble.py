@@ -24,7 +24,7 @@ from sa3_convert.bundle.manifest import (
 from sa3_convert.checkpoint.layout import TEXT_ENCODER_FOLDER
 from sa3_convert.components import Component, components_of
 from sa3_convert.errors import ConversionError
-from sa3_convert.files import copy_file, write_text
+from sa3_convert.files import copy_file, inside, write_text
 from sa3_convert.request import ConvertRequest
 from sa3_convert.stage_cache import CachedResult
 from sa3_convert.stages import Keys, split_names
@@ -170,7 +170,7 @@ def _placed(request: ConvertRequest, result: CachedResult, name: str) -> dict[st
     """Put a `.mnn` into the bundle, with its file of weights if it has one; return how the manifest describes both."""
     mnn, weights = _entries(result, name, f"{name}.weight", "")
     for entry in filter(None, (mnn, weights)):
-        copy_file(result.file(entry.path), request.out / entry.path)
+        copy_file(result.file(entry.path), _own(request.out, entry.path))
     if weights is None:
         # Of an earlier, larger model: MNN finds it by its name.
         (request.out / f"{name}.weight").unlink(missing_ok=True)
@@ -183,9 +183,15 @@ def _kept(request: ConvertRequest, result: CachedResult, component: Component, f
     onnx, data = _entries(result, f"{name}.onnx", f"{name}.onnx.data", f"{folder}/")
     if request.with_reference:
         for entry in filter(None, (onnx, data)):
-            copy_file(result.file(Path(entry.path).name), request.out / entry.path)
+            copy_file(result.file(Path(entry.path).name), _own(request.out, entry.path))
     kept_at = None if request.with_reference else os.path.relpath(result.folder, request.out)
     return dict(onnx) | {"companion": data, "kept_at": kept_at}
+
+
+def _own(out: Path, name: str) -> Path:
+    """Return where a file of the bundle is written: a link that someone put there is not followed out of it."""
+    inside(out, name)
+    return out / name
 
 
 def _entries(result: CachedResult, main: str, companion: str, folder: str) -> tuple[FileEntry, FileEntry | None]:
@@ -200,15 +206,15 @@ def _entries(result: CachedResult, main: str, companion: str, folder: str) -> tu
 def _shared_artifacts(request: ConvertRequest) -> list[Artifact]:
     """Write what a client needs beside the models."""
     out, checkpoint = request.out, request.checkpoint
-    write_text(out / RECIPE, request.recipe.to_yaml())
-    write_text(out / BOTTLENECK, bottleneck_params(checkpoint))
+    write_text(_own(out, RECIPE), request.recipe.to_yaml())
+    write_text(_own(out, BOTTLENECK), bottleneck_params(checkpoint))
     artifacts = [
         Artifact(**dict(FileEntry.of(out, RECIPE)), kind="recipe"),
         Artifact(**dict(FileEntry.of(out, BOTTLENECK)), kind="bottleneck_params"),
     ]
     tokenizer = checkpoint.folder / TEXT_ENCODER_FOLDER / TOKENIZER
     if checkpoint.layout.text_encoder is not None:
-        copy_file(tokenizer, out / TOKENIZER)
+        copy_file(tokenizer, _own(out, TOKENIZER))
         artifacts.append(Artifact(**dict(FileEntry.of(out, TOKENIZER)), kind="tokenizer"))
     return artifacts
 

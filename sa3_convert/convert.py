@@ -17,6 +17,7 @@ from sa3_convert.assemble import ORT_INT8_FOLDER, REFERENCE_FOLDER, Made, assemb
 from sa3_convert.bundle.manifest import BOTTLENECK, MANIFEST, RECIPE, SPLIT_KINDS, TOKENIZER, Bundle
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError, UsageError
+from sa3_convert.files import inside
 from sa3_convert.request import ConvertRequest
 from sa3_convert.stage_cache import CachedResult, StageCache
 from sa3_convert.stages import (
@@ -155,7 +156,8 @@ def _sweep(request: ConvertRequest) -> None:
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """Hold the folder against a second conversion; the lock goes with the process, however it ends."""
-    with (folder / ".lock").open("w") as stream:
+    inside(folder, ".lock")
+    with (folder / ".lock").open("a") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
