@@ -1,5 +1,6 @@
 """A bundle that is replaced while it is used: what is heard is one bundle or the other, and says which."""
 
+import json
 import os
 import random
 import shutil
@@ -9,15 +10,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sa3_convert.bundle.manifest import MANIFEST, Bundle
+from sa3_convert.cli.app import run
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError, InputError
+from sa3_convert.runtime.audio import read_metadata
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.request import GenerateRequest
+from sa3_convert.verify.bundle import verify_bundle
 
 REQUEST = GenerateRequest("rain on a tin roof", seconds=0.5, steps=2)
 TRIALS = 50
@@ -31,6 +36,11 @@ class Place:
         self.sources = (folder / "first", folder / "second")
         for source, bundle in zip(self.sources, (first, second), strict=True):
             shutil.copytree(bundle, source)
+            manifest = json.loads((source / MANIFEST).read_text())
+            for artifact in manifest["artifacts"]:
+                if artifact["kept_at"]:
+                    artifact["kept_at"] = str((bundle / artifact["kept_at"]).resolve())
+            (source / MANIFEST).write_text(json.dumps(manifest))
         self.spares = (folder / "spare-0", folder / "spare-1")
 
     def lay_out(self, way: str) -> None:
@@ -134,6 +144,39 @@ def test_a_model_that_is_replaced_after_its_check_is_refused(place: Place) -> No
         place.replace("files", 1, lambda: None)
         with pytest.raises(BundleError, match=r"live/text_encoder\.mnn was replaced or changed"):
             pipeline.generate(REQUEST)
+
+
+def test_a_bundle_that_is_replaced_while_it_is_verified_is_refused(place: Place) -> None:
+    place.lay_out("files")
+    with pytest.raises(BundleError, match=r"live/decoder\.mnn was replaced or changed"):
+        verify_bundle(
+            Bundle.open(place.live),
+            components=(Component.NUMBER_CONDITIONER, Component.DECODER),
+            quick=True,
+            threads=1,
+            report=lambda _: place.replace("files", 1, lambda: None),
+        )
+
+
+def test_settings_tell_of_the_models_that_were_opened(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.lay_out("link")
+    real = Pipeline.from_bundle
+
+    def replaced(*arguments: Any, **options: Any) -> Pipeline:
+        pipeline = real(*arguments, **options)
+        place.replace("link", 1, lambda: None)
+        return pipeline
+
+    monkeypatch.setattr(Pipeline, "from_bundle", replaced)
+    settings, audio = tmp_path / "x.json", tmp_path / "x.wav"
+    short = ["--prompt", "x", "--seconds", "0.5", "--steps", "1", "--threads", "1"]
+    assert run(["run", str(place.live), *short, "-o", str(audio), "--json", str(settings)]) == 0
+    first = Bundle.open(place.sources[0]).manifest
+    models = {a.component.value: a.sha256 for a in first.artifacts if a.component and a.kind == "mnn"}
+    for told in (json.loads(settings.read_text()), read_metadata(audio)):
+        assert (told["recipe"], told["models"]) == (first.recipe, models)
 
 
 def test_models_that_are_loaded_do_not_mind(place: Place) -> None:
