@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from sa3_convert.bundle.manifest import MANIFEST, Bundle
 from sa3_convert.bundle.published import export_bundles
 from sa3_convert.bundle.table import markdown_table
 from sa3_convert.cli.app import run
+from sa3_convert.cli.console import EscapingConsole, bundle_table
 from sa3_convert.errors import BundleError, InputError, Sa3Error
 from tests.bundle.test_manifest import make_bundle
 from tests.robustness.contained import Surroundings, mutations
@@ -28,6 +30,7 @@ def test_hostile_manifests_are_refused_or_exported_into_the_folder_alone(tmp_pat
         try:
             opened = Bundle.open(bundle.path)
             assert markdown_table([opened]).replace("\n", "").isprintable()
+            EscapingConsole(file=StringIO()).print(bundle_table(opened))
         except BundleError as error:
             refused.append(str(error))
             continue
