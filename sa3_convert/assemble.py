@@ -26,7 +26,7 @@ from sa3_convert.existing import (
     lora_entries,
     shared_text,
 )
-from sa3_convert.files import copy_file, write_text
+from sa3_convert.files import copy_file, inside, write_text
 from sa3_convert.plan import Plan, Step
 from sa3_convert.request import ConvertRequest
 from sa3_convert.stage_cache import CachedResult
@@ -116,7 +116,7 @@ def _placed(request: ConvertRequest, result: CachedResult[Any], name: str) -> di
     """Put a `.mnn` into the bundle, with its file of weights if it has one; return how the manifest describes both."""
     mnn, weights = _entries(result, name, f"{name}.weight", "")
     for entry in filter(None, (mnn, weights)):
-        copy_file(result.file(entry.path), request.out / entry.path)
+        copy_file(result.file(entry.path), _own(request.out, entry.path))
     if weights is None:
         # Of an earlier, larger model: MNN finds it by its name.
         (request.out / f"{name}.weight").unlink(missing_ok=True)
@@ -129,9 +129,15 @@ def _kept(request: ConvertRequest, result: CachedResult[Any], component: Compone
     onnx, data = _entries(result, f"{name}.onnx", f"{name}.onnx.data", f"{folder}/")
     if request.with_reference:
         for entry in filter(None, (onnx, data)):
-            copy_file(result.file(Path(entry.path).name), request.out / entry.path)
+            copy_file(result.file(Path(entry.path).name), _own(request.out, entry.path))
     kept_at = None if request.with_reference else os.path.relpath(result.folder, request.out)
     return dict(onnx) | {"companion": data, "kept_at": kept_at}
+
+
+def _own(out: Path, name: str) -> Path:
+    """Return where a file of the bundle is written: a link that someone put there is not followed out of it."""
+    inside(out, name)
+    return out / name
 
 
 def _entries(result: CachedResult[Any], main: str, companion: str, folder: str) -> tuple[FileEntry, FileEntry | None]:
@@ -146,7 +152,7 @@ def _entries(result: CachedResult[Any], main: str, companion: str, folder: str) 
 def _shared_artifact(request: ConvertRequest, kind: ArtifactKind) -> Artifact:
     """Write what a client needs beside the models."""
     text = shared_text(request, kind)
-    write_text(request.out / SHARED[kind], bottleneck_params(request.checkpoint) if text is None else text)
+    write_text(_own(request.out, SHARED[kind]), bottleneck_params(request.checkpoint) if text is None else text)
     return Artifact(**dict(FileEntry.of(request.out, SHARED[kind])), kind=kind)
 
 

@@ -17,6 +17,7 @@ from sa3_convert.assemble import assemble
 from sa3_convert.bundle.manifest import MANIFEST, Bundle
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
+from sa3_convert.files import inside
 from sa3_convert.plan import Plan, Step, plan
 from sa3_convert.request import ConvertRequest
 from sa3_convert.stage_cache import CachedResult, Notes, StageCache
@@ -104,7 +105,8 @@ def _sweep(out: Path, cache: StageCache) -> None:
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """Hold the folder against a second conversion; the lock goes with the process, however it ends."""
-    with (folder / ".lock").open("w") as stream:
+    inside(folder, ".lock")
+    with (folder / ".lock").open("a") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

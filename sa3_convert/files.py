@@ -177,7 +177,7 @@ class HeldFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = _Descriptor(os.open(path, os.O_RDONLY | os.O_DIRECTORY))
+        self._descriptor = _Descriptor(os.open(path, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY))
         self.path = path
         by_descriptor = _DESCRIPTORS / str(self._descriptor.number)
         self.root = by_descriptor if by_descriptor.is_dir() else path

@@ -119,7 +119,7 @@ class Recipe(_Strict):
     """A whole recipe file."""
 
     schema_version: Literal[1] = Field(alias="schema")
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)
     description: str
     components: Mapping[Component, ComponentRecipe]
 

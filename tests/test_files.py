@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 from sa3_convert.errors import BundleError
-from sa3_convert.files import CheckedFile, atomic_path, copy_file, inside, partial_folder, sha256_file, write_text
+from sa3_convert.files import (
+    CheckedFile,
+    HeldFolder,
+    atomic_path,
+    copy_file,
+    inside,
+    named,
+    partial_folder,
+    sha256_file,
+    write_text,
+)
 
 
 def test_the_file_appears_only_at_the_end(tmp_path: Path) -> None:
@@ -194,3 +204,36 @@ def test_a_checked_file_that_is_another_now_is_refused(tmp_path: Path, change: s
         path.with_name("copy").replace(path)
     with pytest.raises(BundleError, match="replaced or changed"):
         checked.require_unchanged()
+
+
+def test_a_held_folder_stays_the_same_and_keeps_its_name(tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "x").write_text("1")
+    held = HeldFolder(tmp_path / "first")
+    (tmp_path / "first").rename(tmp_path / "moved")
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "x").write_text("2")
+    assert (held.root / "x").read_text() == "1"
+    assert named(held.root / "x") == tmp_path / "first" / "x"
+    with pytest.raises(BundleError, match=f"leads out of {tmp_path}/first"):
+        inside(held.root, "../moved")
+
+
+def test_descriptors_are_closed_when_nobody_holds_them(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("1")
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(50):
+        held = HeldFolder(tmp_path)
+        CheckedFile.read(held.root / "x", within=held).require_unchanged()
+    del held
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_companion_that_changed_is_told_by_its_own_name(tmp_path: Path) -> None:
+    for name in ("x", "x.weight"):
+        (tmp_path / name).write_text("1")
+    file = CheckedFile.read(tmp_path / "x", companion=CheckedFile.read(tmp_path / "x.weight"))
+    file.require_unchanged()
+    (tmp_path / "x.weight").write_text("22")
+    with pytest.raises(BundleError, match=r"x\.weight was replaced or changed"):
+        file.require_unchanged()

@@ -154,8 +154,9 @@ class Artifact(FileEntry):
         # A model's other file is loaded by a name that is made from its own: no other name would be what is checked.
         if self.companion is not None and self.companion.path != f"{self.path}{suffix}":
             raise ValueError(f"what belongs to {self.path} is not {self.companion.path}")
-        if self.kept_at is not None and (self.kind not in _KEPT_OUTSIDE or self.kept_at.startswith("/")):
-            raise ValueError("only ONNX files are kept outside, at a relative path")
+        # Read alone, and only what has the hash; so it matters little where a hostile one leads.
+        if self.kept_at is not None and self.kind not in _KEPT_OUTSIDE:
+            raise ValueError("only ONNX files are kept outside of the bundle")
         if self.bytes > _SHARED_BYTES.get(self.kind, self.bytes):
             raise ValueError(f"a {self.kind} of {self.bytes} bytes is none")
         return self

@@ -113,7 +113,7 @@ def bundle_table(bundle: Bundle) -> Table:
             artifact.precision,
             f"{size / 2**20:.2f}",
             f"{artifact.fidelity.signal_to_noise_db:.1f}",
-            f"{artifact.floor_db:g}",
+            "" if artifact.floor_db is None else f"{artifact.floor_db:g}",
             f"{artifact.fidelity.cosine:.6f}",
             f"{artifact.target_mnn}+" if artifact.target_mnn else "",
             artifact.sha256[:16],

@@ -5,11 +5,16 @@ import pty
 import re
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
 
+from sa3_convert.bundle.manifest import Bundle, Fidelity
 from sa3_convert.cli.app import run
+from sa3_convert.cli.console import EscapingConsole, bundle_table
+from sa3_convert.components import Component
+from tests.bundle.test_manifest import make_bundle
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp\r\x08"
 
@@ -80,3 +85,13 @@ def test_every_word_to_the_terminal_goes_through_one_of_two_doors() -> None:
         if direct.search(re.sub(r"class \w+\(Console\)", "", file.read_text(encoding="utf-8")))
     }
     assert found <= doors
+
+
+def test_a_model_without_a_floor_is_a_row_all_the_same(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path)
+    figures = Fidelity(signal_to_noise_db=40, cosine=1, max_abs_error=0)
+    artifacts = tuple(a.model_copy(update={"fidelity": figures}) for a in bundle.manifest.artifacts)
+    console = EscapingConsole(file=StringIO(), width=120)
+    console.print(bundle_table(Bundle(tmp_path, bundle.manifest.model_copy(update={"artifacts": artifacts}))))
+    assert isinstance(console.file, StringIO)
+    assert console.file.getvalue().count("40.0") == len(Component)

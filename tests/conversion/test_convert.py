@@ -36,6 +36,19 @@ def out(toy_fp32: Bundle, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("name", ["number_conditioner.mnn", "recipe.yaml", MANIFEST, ".lock"])
+def test_a_conversion_does_not_write_through_links_out_of_its_folder(
+    converted: Convert, toy: Path, toy_fp32: Bundle, tmp_path: Path, name: str
+) -> None:
+    outside = tmp_path / "outside"
+    outside.write_text("precious")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).symlink_to(outside)
+    with pytest.raises(BundleError, match="leads out of"):
+        converted(toy, "fp32", tmp_path / "out", components=(Component.NUMBER_CONDITIONER,))
+    assert outside.read_text() == "precious"
+
+
 def test_a_bundle_has_all_components_and_passes_its_own_check(toy_fp32: Bundle) -> None:
     toy_fp32.check(kinds=("mnn", "onnx"))
     assert toy_fp32.components == tuple(Component)

@@ -16,6 +16,7 @@ from sa3_convert.errors import BundleError, Sa3Error
 from sa3_convert.mnn import convert as converter
 from sa3_convert.mnn.file import weight_path
 from sa3_convert.mnn.session import MnnSession
+from sa3_convert.runtime.opening import bundle_engine
 from sa3_convert.verify.inputs import sample_inputs
 from tests.bundles import Convert
 
@@ -82,6 +83,25 @@ def test_a_foreign_weight_file_is_refused(bundle: Bundle) -> None:
     bundle.check(contents=False)
     with pytest.raises(BundleError, match=r"decoder\.mnn\.weight is not the file"):
         bundle.check()
+
+
+def test_a_weight_file_that_the_manifest_does_not_list_is_not_loaded(bundle: Bundle) -> None:
+    alone = tuple(a.model_copy(update={"companion": None}) for a in bundle.manifest.artifacts)
+    changed = Bundle(bundle.path, bundle.manifest.model_copy(update={"artifacts": alone}))
+    with pytest.raises(BundleError, match=r"copy/decoder\.mnn keeps weights in a file that the manifest does not list"):
+        bundle_engine(changed, "mnn", {}).load(PART)
+    bundle_engine(bundle, "mnn", {}).load(PART)
+
+
+def test_a_weight_file_that_is_replaced_while_the_model_is_used_is_told(bundle: Bundle) -> None:
+    session = bundle_engine(bundle, "mnn", {"threads": 1}).load(PART)
+    feeds = sample_inputs(PART, bundle.layout, seed=0, latents=8).feeds
+    session.run(feeds)
+    path = weight_path(bundle.file(PART))
+    shutil.copyfile(path, path.with_name("other"))
+    path.with_name("other").replace(path)
+    with pytest.raises(BundleError, match=r"decoder\.mnn\.weight was replaced"):
+        session.run(feeds)
 
 
 @pytest.mark.parametrize("layout", ["hub", "flat"])

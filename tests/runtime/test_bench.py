@@ -135,6 +135,15 @@ def test_a_failure_while_memory_is_measured_is_told(tmp_path: Path) -> None:
         peak_memory(found, GenerateRequest("pad", seconds=1.0))
 
 
+def test_another_bundle_under_the_same_name_is_not_measured(toy_int8: Bundle, toy_fp32: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "live").symlink_to(toy_int8.path)
+    (found,) = contenders(tmp_path / "live", ("mnn",))
+    (tmp_path / "live").unlink()
+    (tmp_path / "live").symlink_to(toy_fp32.path)
+    with pytest.raises(BundleError, match="was replaced by another bundle"):
+        found.open(Clock(), keep_loaded=False)
+
+
 def test_without_names_everything_that_the_bundle_has_is_measured(toy_int8: Bundle, toy: Path) -> None:
     assert [c.name for c in contenders(toy_int8.path, ())] == ["mnn", "mnn-low", "onnxruntime"]
     assert contenders(toy_int8.path, (), checkpoint=toy)[-1].name == "torch"
