@@ -136,14 +136,15 @@ def checkpoint_digests(request: ConvertRequest) -> dict[Component, str]:
     return {component: checkpoint.digest(component) for component in components_of(checkpoint.layout)}
 
 
-def is_current(manifest: Manifest, request: ConvertRequest) -> bool:
-    """Tell whether a manifest says what it would say now, apart from its files."""
+def is_current(bundle: Bundle, request: ConvertRequest) -> bool:
+    """Tell whether a manifest says what it would say now, apart from its files and from components that nobody has."""
+    manifest, digests = bundle.manifest, bundle.manifest.checkpoint.digests
     return (
         _made_from(manifest) == _asked_for(request)
         and manifest.loras == lora_entries(request.checkpoint)
         and manifest.tools == tool_versions()
         and manifest.layout == request.checkpoint.layout
-        and manifest.checkpoint.digests == checkpoint_digests(request)
+        and all(digests.get(c) == request.checkpoint.digest(c) for c in {*request.selected(), *bundle.components})
     )
 
 

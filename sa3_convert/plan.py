@@ -107,7 +107,7 @@ def plan(request: ConvertRequest) -> Plan:
     placed = {(step.component, kind) for step in steps for kind in step.place} | {(None, kind) for kind in shared}
     listed = existing.manifest.artifacts if existing else ()
     dropped = tuple(artifact for artifact in listed if (artifact.component, artifact.kind) not in stays | placed)
-    done = existing is not None and not placed and not dropped and is_current(existing.manifest, request)
+    done = existing is not None and not placed and not dropped and is_current(existing, request)
     return Plan(existing, steps, kept, dropped, shared, up_to_date=done)
 
 
