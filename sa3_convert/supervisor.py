@@ -9,6 +9,7 @@ everything cleans up behind itself and nothing interrupts the cleaning; a second
 """
 
 import contextlib
+import math
 import mmap
 import os
 import signal
@@ -37,6 +38,7 @@ _INTERRUPTED = {
 }
 _ONE_EVENT_SECONDS = 0.5
 """Signals this close together are one: a terminal sends Ctrl-C to parent and child, `timeout` to each twice."""
+_LONGEST_WAIT = 3600.0
 _PR_SET_PDEATHSIG = 1
 _INPUT, _OUT_OF_MEMORY, _NATIVE = 3, 4, 4
 _GET_ANOTHER = "Get the file again, or convert again, and check where it comes from."
@@ -245,7 +247,9 @@ class _Watch:
         # The child may have ended before this process listened for it, so it is looked at before each wait.
         while not (found := os.waitpid(self._child, os.WNOHANG))[0]:
             deadline = self._page.read().deadline
-            left = deadline - time.monotonic() if deadline and not self._stopped_by else None
+            # What spoils the child's memory may spoil the page.
+            limited = 0 < deadline < math.inf and not self._stopped_by
+            left = min(deadline - time.monotonic(), _LONGEST_WAIT) if limited else None
             if left is not None and left <= 0:
                 names = " or ".join(self._page.read().names)
                 return self._killed(_INPUT, f"{names} took far longer than any such file does. {_GET_ANOTHER}")

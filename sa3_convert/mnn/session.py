@@ -262,7 +262,7 @@ class MnnSession:
         """Copy an output to an array of its own, in the order of dimensions that the graph declares."""
         tensor = self._output_tensor(name)
         shape = tuple(tensor.getShape())
-        if 0 in shape:
+        if any(size <= 0 for size in shape):
             raise ModelFileError(
                 f"{self._path} returned {name} empty, {list(shape)}, on {_shapes(feeds)}{self._said()}"
             )
