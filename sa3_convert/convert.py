@@ -17,6 +17,7 @@ from sa3_convert.assemble import ORT_INT8_FOLDER, REFERENCE_FOLDER, Made, assemb
 from sa3_convert.bundle.manifest import BOTTLENECK, MANIFEST, RECIPE, SPLIT_KINDS, TOKENIZER, Bundle
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError, UsageError
+from sa3_convert.files import sweep
 from sa3_convert.request import ConvertRequest
 from sa3_convert.stage_cache import CachedResult, StageCache
 from sa3_convert.stages import (
@@ -146,9 +147,9 @@ def _existing_bundle(request: ConvertRequest) -> Bundle | None:
 
 
 def _sweep(request: ConvertRequest) -> None:
-    """Remove what a conversion that was killed has left; the lock says that none is writing into the bundle."""
-    for leftover in request.out.rglob(".*.partial"):
-        leftover.unlink(missing_ok=True)
+    """Remove what a conversion that was killed has left."""
+    for folder in (request.out, request.out / REFERENCE_FOLDER, request.out / ORT_INT8_FOLDER):
+        sweep(folder)
     StageCache(request.cache).sweep()
 
 

@@ -6,18 +6,15 @@ a folder that nobody reads and that the next run removes. Files are checked agai
 
 import contextlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sa3_convert.files import sha256_file
+from sa3_convert.files import partial_folder, sha256_file, sweep
 
 _ENTRY = "entry.json"
-_PARTIAL = ".partial-"
 
 
 def cache_beside(bundle: Path) -> Path:
@@ -81,25 +78,18 @@ class StageCache:
         found = self.find(stage, key)
         if found is not None:
             return found, True
-        parent = self._root / stage
-        parent.mkdir(parents=True, exist_ok=True)
-        self.sweep()
-        temporary = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{os.getpid()}-", dir=parent))
-        try:
+        place = self._root / stage / key
+        with partial_folder(place) as temporary:
             notes = make(temporary)
             files = {file.name: sha256_file(file) for file in sorted(temporary.iterdir())}
             entry = {"files": files, "notes": notes}
             (temporary / _ENTRY).write_text(json.dumps(entry, indent=1, allow_nan=False), encoding="utf-8")
             with contextlib.suppress(OSError):
                 # Another process finished the same result first; by fingerprint it is as good.
-                temporary.rename(parent / key)
-            return CachedResult(parent / key, files, notes), False
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+                temporary.rename(place)
+            return CachedResult(place, files, notes), False
 
     def sweep(self) -> None:
         """Remove what processes that are gone have left."""
-        for leftover in self._root.glob(f"*/{_PARTIAL}*"):
-            pid = leftover.name.removeprefix(_PARTIAL).split("-")[0]
-            if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc").exists():
-                shutil.rmtree(leftover, ignore_errors=True)
+        for stage in self._root.glob("*/"):
+            sweep(stage)

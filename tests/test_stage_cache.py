@@ -53,7 +53,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_what_a_dead_process_left_is_swept(tmp_path: Path) -> None:
-    leftover = tmp_path / "export" / ".partial-999999999-abc"
+    leftover = tmp_path / "export" / ".key.0123456789abcdef.partial"
     leftover.mkdir(parents=True)
     (leftover / "big").write_bytes(b"x")
     StageCache(tmp_path).get("export", "key", write_result)

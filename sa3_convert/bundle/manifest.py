@@ -1,5 +1,6 @@
 """`manifest.json`: what a bundle holds, where it came from, and how close each model is to its reference."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
@@ -183,6 +184,12 @@ class Bundle:
     def file(self, component: Component | None, kind: ArtifactKind = "mnn") -> Path:
         """Return the path of an artifact's file; `check` tells whether it is what the manifest says."""
         return self._locate(self.artifact(component, kind))
+
+    def all_files(self) -> Iterator[Path]:
+        """Yield the manifest's path and that of every file that it lists."""
+        yield self.path / MANIFEST
+        for artifact in self.manifest.artifacts:
+            yield from (self._locate(artifact, entry) for entry in artifact.files)
 
     def _locate(self, artifact: Artifact, entry: FileEntry | None = None) -> Path:
         """Return where an artifact's file, or its companion, stands."""

@@ -23,8 +23,11 @@ from sa3_convert.cli import (
     planning,
 )
 from sa3_convert.errors import BackendError, Sa3Error
+from sa3_convert.streams import anything_unheard, prepare_standard_streams, release_standard_output
 
 INTERRUPTED = 130
+BROKEN_PIPE = 141
+"""What read standard output went away before everything was said; the work itself was done."""
 
 app = typer.Typer(
     name="sa3-convert",
@@ -59,6 +62,7 @@ def _options(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
+    prepare_standard_streams()
     code = run(list(sys.argv[1:] if arguments is None else arguments))
     if code == INTERRUPTED:
         # An interrupt that strikes inside Python code which a C extension runs marks the interpreter for good: at its
@@ -71,6 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; never raises."""
+    try:
+        code = _run(arguments)
+        return BROKEN_PIPE if code == 0 and anything_unheard() else code
+    finally:
+        release_standard_output()
+
+
+def _run(arguments: list[str]) -> int:
     os.environ.pop("SA3_CONVERT_DEBUG", None)
     try:
         result = app(arguments, standalone_mode=False, prog_name="sa3-convert")
@@ -102,6 +114,8 @@ def _failed(error: Exception) -> int:
     if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
         _complain("Out of memory. Convert fewer components at a time (--component), or on a larger machine.", error)
         return 4
+    if isinstance(error, BrokenPipeError):
+        return BROKEN_PIPE
     if isinstance(error, OSError):
         what = "The disk is full" if error.errno == errno.ENOSPC else "The system refused"
         _complain(f"{what}: {error}. Nothing half-written was left behind.", error)

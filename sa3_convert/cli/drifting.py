@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sa3_convert.cli.options import BundleArgument, JsonFileOption, ThreadsOption
+from sa3_convert.cli.paths import updates
 from sa3_convert.cli.verify_options import ReferencesOption
 from sa3_convert.errors import DriftError, UsageError
 
@@ -26,7 +27,9 @@ def register(app: typer.Typer) -> None:
 
 def drift(
     bundle: BundleArgument,
-    baseline: Annotated[Path, typer.Option("--baseline", metavar="FILE", help="The kept figures, drift.json.")],
+    baseline: Annotated[
+        Path, typer.Option("--baseline", metavar="FILE", help="The kept figures, drift.json.", callback=updates)
+    ],
     update: Annotated[bool, typer.Option("--update", help="Make this bundle the baseline; asks for --reason.")] = False,
     reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, kept in the file's history.")] = "",
     case: Annotated[
@@ -70,10 +73,10 @@ def _update(bundle: "Bundle", file: Path, reason: str, plan: "Plan", json_file: 
 
     with shown_progress(_work(bundle, plan)) as report:
         made, change = update_baseline(file, bundle, reason, plan, report)
-    stdout.print(render_baseline(made) if change is None else render_drift(change))
-    typer.echo(f"{file}: {' '.join(made.key)} is the baseline now, because: {reason}")
     if json_file is not None and change is not None:
         _save(json_file, change)
+    stdout.print(render_baseline(made) if change is None else render_drift(change))
+    typer.echo(f"{file}: {' '.join(made.key)} is the baseline now, because: {reason}")
 
 
 def _check(bundle: "Bundle", file: Path, plan: "Plan", json_file: Path | None) -> None:
@@ -87,12 +90,12 @@ def _check(bundle: "Bundle", file: Path, plan: "Plan", json_file: Path | None) -
     plan = plan_of(baseline, plan)
     with shown_progress(_work(bundle, plan)) as report:
         found = check_drift(bundle, baseline, plan, report)
+    if json_file is not None:
+        _save(json_file, found)
     stdout.print(render_drift(found))
     typer.echo(FORMULA)
     for line in found.changes.lines():
         typer.echo(f"changed: {line}")
-    if json_file is not None:
-        _save(json_file, found)
     if not found.passed:
         raise DriftError(_complaint(bundle, file, found))
 

@@ -5,9 +5,11 @@ from typing import Any
 
 import typer
 
+from sa3_convert.cli import paths
 from sa3_convert.cli import run_options as o
 from sa3_convert.cli.options import BundleArgument, LoraOption, ThreadsOption
 from sa3_convert.errors import InputError, UsageError
+from sa3_convert.streams import STANDARD_OUTPUT
 
 
 def register(app: typer.Typer) -> None:
@@ -17,6 +19,7 @@ def register(app: typer.Typer) -> None:
 
 def run(
     bundle: BundleArgument,
+    context: typer.Context,
     output: o.OutputOption = None,
     prompt: o.PromptOption = None,
     seconds: o.SecondsOption = None,
@@ -65,6 +68,9 @@ def run(
     }
     settings = {name: value for name, value in given.items() if value is not None}
     _check_mode(output, batch, stream, keep_loaded, from_file, json_file)
+    output = output or STANDARD_OUTPUT
+    if batch is None:
+        paths.writes_as(context, "--output", output)
 
     from sa3_convert.cli.generating import Target, generate_batch, generate_one
 
@@ -94,9 +100,10 @@ def run(
         options |= {"checkpoint": checkpoint, "loras": tuple(lora or ())}
     target = Target(bundle, engine, options, output, sample_format, dither, tuple(allow or ()), json_file)
     if batch is not None:
-        generate_batch(target, batch, settings, keep_loaded=keep_loaded)
+        generate_batch(target, batch, settings, keep_loaded=keep_loaded, reads=paths.reads_as(context, ()))
     else:
         request, origin = _request(settings, from_file)
+        paths.reads_as(context, ((f"--from {from_file}:", path) for path in request.audio_files()))
         generate_one(target, request, stream=stream, origin=origin)
 
 

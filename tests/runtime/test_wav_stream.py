@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sa3_convert.errors import AudioError, UsageError
 from sa3_convert.runtime.audio import SAMPLE_FORMATS, SampleFormat, read_metadata, write_audio
-from sa3_convert.runtime.wav_stream import PARTIAL, check_growing_path, growing_wav
+from sa3_convert.runtime.wav_stream import check_growing_path, growing_wav
 
 RATE = 44100
 AUDIO = np.linspace(-1, 0.99, 2 * 301, dtype=np.float32).reshape(2, 301)
@@ -28,9 +28,10 @@ def test_a_grown_file_holds_what_a_written_one_holds(tmp_path: Path, sample_form
 
 
 def test_chunks_can_be_read_while_the_file_grows(tmp_path: Path) -> None:
-    with growing_wav(tmp_path / "x.wav", RATE, 301, sample_format="float") as writer:
+    told: list[Path] = []
+    with growing_wav(tmp_path / "x.wav", RATE, 301, sample_format="float", report=told.append) as writer:
         writer.write(AUDIO[:, :100])
-        samples, rate = soundfile.read(tmp_path / ("x.wav" + PARTIAL), dtype="float32")
+        samples, rate = soundfile.read(told[0].open("rb"), dtype="float32")
         assert rate == RATE
         np.testing.assert_array_equal(samples, AUDIO[:, :100].T)
         assert not (tmp_path / "x.wav").exists()
@@ -77,8 +78,9 @@ def test_any_metadata_can_be_read_back_and_the_samples_after_it(
 
 
 def test_the_header_states_the_whole_length_before_the_first_sample(tmp_path: Path) -> None:
-    with growing_wav(tmp_path / "x.wav", RATE, 301, sample_format="pcm24") as writer:
-        header = (tmp_path / ("x.wav" + PARTIAL)).read_bytes()
+    told: list[Path] = []
+    with growing_wav(tmp_path / "x.wav", RATE, 301, sample_format="pcm24", report=told.append) as writer:
+        header = told[0].read_bytes()
         writer.write(AUDIO)
     assert header[-8:-4] == b"data"
     assert int.from_bytes(header[-4:], "little") == 301 * 2 * 3
