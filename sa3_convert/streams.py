@@ -137,16 +137,20 @@ def anything_unheard() -> bool:
 
 
 class _Pipe(io.FileIO):
-    """A descriptor that takes everything, and drops it once nobody reads it any more."""
+    """A descriptor that drops everything once nobody reads it any more; any other fault is told once."""
 
     broken = False
 
     def write(self, data: Any, /) -> int:
-        try:
-            return super().write(data) or 0
-        except BrokenPipeError:
-            self.broken = True
-            return memoryview(data).nbytes
+        if not self.broken:
+            try:
+                return super().write(data) or 0
+            except BrokenPipeError:
+                self.broken = True
+            except OSError:
+                self.broken = True
+                raise
+        return memoryview(data).nbytes
 
 
 class _Patient(io.TextIOWrapper):

@@ -112,6 +112,12 @@ def test_work_goes_on_when_nobody_reads_any_more(tmp_path: Path, pipe: str) -> N
     assert (tmp_path / "done").read_text() == "True"
 
 
+def test_a_full_disk_is_told_once_and_not_again_at_the_end() -> None:
+    done = ran(PREPARED + "print('x' * 100_000)", "> /dev/full")
+    assert done.returncode == 1
+    assert done.stderr.count("No space left") == 1
+
+
 def test_what_cannot_be_encoded_is_escaped() -> None:
     done = ran(PREPARED + r"print('\udcff ≥')", "", env=os.environ | {"PYTHONIOENCODING": "ascii"})  # type: ignore[arg-type]
     assert (done.returncode, done.stdout) == (0, "\\udcff \\u2265\n")
