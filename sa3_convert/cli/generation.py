@@ -9,7 +9,7 @@ from sa3_convert.cli import paths
 from sa3_convert.cli import run_options as o
 from sa3_convert.cli.options import BundleArgument, LoraOption, ThreadsOption
 from sa3_convert.errors import InputError, UsageError
-from sa3_convert.streams import STANDARD_OUTPUT
+from sa3_convert.streams import STANDARD_OUTPUT, is_stream
 
 
 def register(app: typer.Typer) -> None:
@@ -117,7 +117,7 @@ def _check_mode(
 ) -> None:
     """Refuse options that contradict each other."""
     if batch is not None:
-        if output is None:
+        if output is None or is_stream(output) or output.is_file():
             raise UsageError("--batch writes several files; name their folder with -o DIR.")
         clash = [
             name for name, is_given in (("--stream", stream), ("--from", from_file), ("--json", json_file)) if is_given
@@ -151,13 +151,13 @@ def _request(settings: dict[str, Any], from_file: Path | None) -> tuple[Any, dic
     if settings:
         name = next(iter(settings)).replace("_", "-")
         raise UsageError(f"--from brings its own prompt and settings; leave --{name} away.")
-    import json
+    from sa3_convert.untrusted import read_json
 
     try:
-        origin = json.loads(from_file.read_text(encoding="utf-8"))
+        origin = read_json(from_file)
         found = origin.pop("request")
         if not isinstance(found, dict):
             raise TypeError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{from_file} cannot be read as the settings that `run --json` writes.") from None
     return GenerateRequest.from_json(found), origin

@@ -105,6 +105,8 @@ def writes_model(context: typer.Context, parameter: typer.CallbackParam, value: 
 def makes(context: typer.Context, parameter: typer.CallbackParam, value: Path | None) -> Path | None:
     """Note a folder that is made, which must not lie in what is read, nor around it."""
     if value is not None:
+        if is_stream(value):
+            raise UsageError(f"{_name(parameter)} {value} is no folder. Name one.")
         found = _noted(context)
         found.folders.append((_name(parameter), value))
         found.check()

@@ -114,6 +114,24 @@ def test_a_model_is_not_written_where_its_second_file_has_no_place(
     assert stat.S_ISFIFO((here / "pipe").stat().st_mode)
 
 
+@pytest.mark.parametrize("out", ["pipe", "-", "a.wav"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        [*RUN, "--batch", "b.jsonl", "-o"],
+        ["convert", "c", "--out"],
+        ["verify", "q", "--report"],
+        ["bundle", "export", "q", "--to"],
+        ["checkpoint", "synthesize"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_no_folder_is_not_taken_for_one(here: Path, command: list[str], out: str) -> None:
+    before = {path.name for path in here.iterdir()}
+    assert cli.run([*command, out]) in (2, 3)
+    assert {path.name for path in here.iterdir()} == before
+
+
 @pytest.mark.parametrize("name", ["q", "a.wav/x.json"])
 def test_a_place_where_no_file_can_be_is_told_before_any_work(
     here: Path, name: str, capsys: pytest.CaptureFixture[str]

@@ -1,11 +1,11 @@
 """The report's folder: whole or not there; the next run takes its place, and nothing of anyone else's is touched."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from sa3_convert.errors import UsageError
 from sa3_convert.files import partial_folder, write_text
+from sa3_convert.untrusted import read_json
 from sa3_convert.verify.report.schema import KIND
 
 DATA = "report.json"
@@ -37,7 +37,7 @@ def check_folder(folder: Path) -> None:
 
 def _is_report(file: Path) -> bool:
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = read_json(file)
     except (OSError, ValueError):
         return False
     return isinstance(data, dict) and data.get("kind") == KIND
