@@ -13,6 +13,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ _NAME = 50
 """Characters of the final name in the temporary one, which must not grow too long for the file system."""
 _FICLONE = 0x40049409
 """Linux: `ioctl_ficlone(2)`."""
+_PATIENCE, _PAUSE = 10.0, 0.01
+"""Seconds to wait for another that takes final names, which is a matter of milliseconds."""
 _swept: set[Path] = set()
 
 
@@ -86,14 +89,17 @@ def atomic_pair(path: Path, suffix: str) -> Iterator[Path]:
         beside, final = (file.with_name(file.name + suffix) for file in (made, target))
         _sync(made)
         has_second = beside.exists() and beside.stat().st_size > 0
-        if has_second or final.exists():
-            # Without the first file the second is nothing: it goes first and comes last.
-            target.unlink(missing_ok=True)
-            final.unlink(missing_ok=True)
         if has_second:
             _sync(beside)
-            beside.replace(final)
-        made.replace(target)
+        # Two at once would leave the first file of one with the second of the other.
+        with alone_in(target.parent, _PATIENCE):
+            if has_second or final.exists():
+                # Without the first file the second is nothing: it goes first and comes last.
+                target.unlink(missing_ok=True)
+                final.unlink(missing_ok=True)
+            if has_second:
+                beside.replace(final)
+            made.replace(target)
 
 
 @contextlib.contextmanager
@@ -110,6 +116,32 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield temporary
         # Over an empty folder this replaces it; had anything been put there meanwhile, it fails.
         temporary.rename(os.path.realpath(path))
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, patience: float = 0.0) -> Iterator[None]:
+    """Hold a folder against all that ask for it in this way; the lock goes with the process, however it ends.
+
+    Raises:
+        BlockingIOError: another holds it, and still does after `patience` seconds.
+
+    """
+    with contextlib.ExitStack() as stack:
+        descriptor = os.open(folder, os.O_RDONLY)
+        stack.callback(os.close, descriptor)
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise BlockingIOError(errno.EAGAIN, "Something else is writing there", str(folder)) from None
+                time.sleep(_PAUSE)
+                continue
+            except OSError:
+                pass  # some network file systems have no locks
+            break
+        yield
 
 
 def check_new_folder(path: Path) -> None:

@@ -225,6 +225,32 @@ def test_a_pair_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"model": "old", "model.data": "weights"}
 
 
+def test_pairs_to_one_name_at_once_leave_both_files_of_one(tmp_path: Path) -> None:
+    def write(begin: threading.Barrier, stamp: str) -> None:
+        with atomic_pair(tmp_path / "model", ".data") as made:
+            made.write_text(stamp)
+            made.with_name("model.data").write_text(stamp)
+            begin.wait()
+
+    for _ in range(100):
+        begin = threading.Barrier(3)
+        threads = [threading.Thread(target=write, args=(begin, stamp)) for stamp in "abc"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (tmp_path / "model").read_text() == (tmp_path / "model.data").read_text()
+
+
+def test_a_folder_that_another_holds_is_waited_for_and_then_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_PATIENCE", 0.05)
+    with files.alone_in(tmp_path), pytest.raises(BlockingIOError, match="Something else is writing there"):
+        pair(tmp_path / "model", "new", "weights")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_pair_follows_links_and_goes_into_no_pipe(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to("elsewhere/model")

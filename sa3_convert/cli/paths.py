@@ -1,5 +1,6 @@
 """What a command's options read and write, checked as they are parsed: `callback=` of an option says which it is."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,5 +144,7 @@ def _check_writable(name: str, path: Path) -> None:
             parent = parent.parent
         if not parent.is_dir():
             raise UsageError(f"{name} {path} cannot be written: {parent} is a file.")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise UsageError(f"{name} {path} cannot be written: nothing may be put into {parent}.")
     except OSError as error:
         raise UsageError(f"{name} {path} cannot be written: {error.strerror or error}.") from None

@@ -6,7 +6,6 @@ generation counts as done when such a line holds exactly its settings and its fi
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from pydantic import TypeAdapter
 
 from sa3_convert.apart import Named, folded, require_apart
 from sa3_convert.errors import InputError, OutputRejectedError, Sa3Error, UsageError
-from sa3_convert.files import inside, sha256_file
+from sa3_convert.files import alone_in, inside, sha256_file
 from sa3_convert.runtime.audio import SampleFormat, audio_writer, check_output_path
 from sa3_convert.runtime.checks import OutputCheck
 from sa3_convert.runtime.events import AudioChunk, Report, StageName
@@ -147,7 +146,11 @@ def run_batch(pipeline: Pipeline, items: Sequence[BatchItem], options: BatchOpti
         check_output_path(folder / item.output, options.sample_format)
     _require_apart(items, options)
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone_in(folder):
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(alone_in(folder))
+        except BlockingIOError:
+            raise UsageError(f"Another batch is writing into {folder}. Wait for it, or name another folder.") from None
         # What a link leads to may have changed until now.
         for name in (RESULTS, *(item.output for item in items)):
             _check_place(folder, name)
@@ -183,24 +186,6 @@ def _check_place(folder: Path, name: str) -> None:
     place = inside(folder, name)
     if place.exists() and not place.is_file():
         raise UsageError(f"{folder / name} is no regular file. Remove it, or name another folder.")
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold a folder against a second batch; the lock goes with the process, however it ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UsageError(f"Another batch is writing into {folder}. Wait for it, or name another folder.") from None
-    except OSError:
-        # A file system without locks.
-        pass
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _resolved(pipeline: Pipeline, item: BatchItem) -> dict[str, Any]:
