@@ -17,7 +17,8 @@ from sa3_convert.assemble import assemble
 from sa3_convert.bundle.manifest import MANIFEST, Bundle
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
-from sa3_convert.files import inside
+from sa3_convert.existing import ORT_INT8_FOLDER, REFERENCE_FOLDER
+from sa3_convert.files import inside, sweep
 from sa3_convert.plan import Plan, Step, plan
 from sa3_convert.request import ConvertRequest
 from sa3_convert.stage_cache import CachedResult, Notes, StageCache
@@ -96,9 +97,9 @@ def _manifest(out: Path) -> bytes | None:
 
 
 def _sweep(out: Path, cache: StageCache) -> None:
-    """Remove what a conversion that was killed has left; the lock says that none is writing into the bundle."""
-    for leftover in out.rglob(".*.partial"):
-        leftover.unlink(missing_ok=True)
+    """Remove what a conversion that was killed has left."""
+    for folder in (out, out / REFERENCE_FOLDER, out / ORT_INT8_FOLDER):
+        sweep(folder)
     cache.sweep()
 
 

@@ -5,34 +5,36 @@ killed process has left, and removes it.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import re
 import secrets
 import shutil
-import stat
-import sys
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Final, Self
 
-from sa3_convert.errors import BundleError
+from sa3_convert.errors import BundleError, UsageError
+from sa3_convert.streams import STANDARD_OUTPUT as STANDARD_OUTPUT
+from sa3_convert.streams import is_stream as is_stream
+from sa3_convert.streams import opened_stream
 from sa3_convert.supervisor import writing_into
-from sa3_convert.untrusted import open_regular
-
-STANDARD_OUTPUT: Final = Path("-")
-"""The name that stands for standard output wherever a file is written."""
+from sa3_convert.untrusted import NotAFileError, open_regular
 
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial", re.DOTALL)
 _NAME = 50
 """Characters of the final name in the temporary one, which must not grow too long for the file system."""
 _FICLONE = 0x40049409
 """Linux: `ioctl_ficlone(2)`."""
-_DESCRIPTORS = Path("/proc/self/fd")
+_DESCRIPTORS: Final = Path("/proc/self/fd")
+_PATIENCE, _PAUSE = 10.0, 0.01
+"""Seconds to wait for another that takes final names, which is a matter of milliseconds."""
 _swept: set[Path] = set()
 _held: dict[int, Path] = {}
 """Names of the folders that are reached by descriptor."""
@@ -56,11 +58,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     """
     if is_stream(path):
-        with tempfile.TemporaryDirectory(prefix="sa3-convert-") as folder:
-            temporary = Path(folder) / "output"
+        with _partial(Path(tempfile.gettempdir()) / "output", _new_private_folder) as folder:
+            temporary = folder / "output"
             temporary.touch()
             yield temporary
-            with temporary.open("rb") as whole, _opened_stream(path) as stream:
+            with temporary.open("rb") as whole, opened_stream(path) as stream:
                 shutil.copyfileobj(whole, stream)
         return
     target = Path(os.path.realpath(path))
@@ -68,9 +70,91 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise IsADirectoryError(f"{path} is a folder")
     with _partial(target, _new_file) as temporary:
         yield temporary
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
+        _sync(temporary)
         temporary.replace(target)
+
+
+@contextlib.contextmanager
+def atomic_pair(path: Path, suffix: str) -> Iterator[Path]:
+    """Yield a path, alone in a new folder, whose file takes the name `path` if the block ends without an error.
+
+    A file that stands beside it then, under its name and `suffix`, belongs to it and comes with it; one of that name
+    beside `path` that belonged to an older file is removed. The folder is there to work in.
+
+    Raises:
+        OSError: nothing can be written there, or a pipe or a device stands there.
+
+    """
+    if is_stream(path):
+        raise NotAFileError(errno.EINVAL, "A model may need a second file beside it; name a regular file", str(path))
+    target = Path(os.path.realpath(path))
+    with partial_folder(target) as folder:
+        made = folder / target.name
+        yield made
+        beside, final = (file.with_name(file.name + suffix) for file in (made, target))
+        _sync(made)
+        has_second = beside.exists() and beside.stat().st_size > 0
+        if has_second:
+            _sync(beside)
+        # Two at once would leave the first file of one with the second of the other.
+        with alone_in(target.parent, _PATIENCE):
+            if has_second or final.exists():
+                # Without the first file the second is nothing: it goes first and comes last.
+                target.unlink(missing_ok=True)
+                final.unlink(missing_ok=True)
+            if has_second:
+                beside.replace(final)
+            made.replace(target)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder that takes the name `path`, where nothing may stand but an empty folder, if the block ends well.
+
+    Raises:
+        UsageError: something else stands there.
+        OSError: nothing can be written there.
+
+    """
+    check_new_folder(path)
+    with partial_folder(path) as temporary:
+        yield temporary
+        # Over an empty folder this replaces it; had anything been put there meanwhile, it fails.
+        temporary.rename(os.path.realpath(path))
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, patience: float = 0.0) -> Iterator[None]:
+    """Hold a folder against all that ask for it in this way; the lock goes with the process, however it ends.
+
+    Raises:
+        BlockingIOError: another holds it, and still does after `patience` seconds.
+
+    """
+    with contextlib.ExitStack() as stack:
+        descriptor = os.open(folder, os.O_RDONLY)
+        stack.callback(os.close, descriptor)
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise BlockingIOError(errno.EAGAIN, "Something else is writing there", str(folder)) from None
+                time.sleep(_PAUSE)
+                continue
+            except OSError:
+                pass  # some network file systems have no locks
+            break
+        yield
+
+
+def check_new_folder(path: Path) -> None:
+    """Check that a name is free for a folder; see `atomic_folder`."""
+    if is_stream(path) or (path.exists() and not path.is_dir()):
+        raise UsageError(f"{path} is a file. Name a folder that does not exist yet, or is empty.")
+    if path.is_dir() and any(path.iterdir()):
+        raise UsageError(f"{path} is not empty. Name a folder that does not exist yet, or is empty.")
 
 
 @contextlib.contextmanager
@@ -108,24 +192,6 @@ def inside(folder: Path, name: str) -> Path:
     if path == root or not path.is_relative_to(root):
         raise BundleError(f"{name!r} leads out of {named(folder)}. Nothing is read or written there.")
     return path
-
-
-def is_stream(path: Path) -> bool:
-    """Tell whether a path is standard output, a pipe or a device, or a name of an open file of this process."""
-    if path == STANDARD_OUTPUT:
-        return True
-    try:
-        mode = path.stat().st_mode
-    except OSError:
-        return False
-    if not stat.S_ISREG(mode):
-        return not stat.S_ISDIR(mode)
-    # /dev/stdout and /dev/fd/N lead to /proc/self/fd; renaming another file over what they lead to would lose it.
-    while path.is_symlink():
-        path = path.parent / path.readlink()
-        if path.is_relative_to("/proc"):
-            return True
-    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,14 +337,15 @@ def _partial(target: Path, make: Callable[[Path], None]) -> Iterator[Path]:
             temporary = target.with_name(f".{target.name[:_NAME]}.{secrets.token_hex(8)}.partial")
             stack.callback(_remove, temporary)
             make(temporary)
-            descriptor = os.open(temporary, os.O_RDONLY)
-            stack.callback(os.close, descriptor)
-            # Some network file systems have no locks; there nothing is swept either.
-            with contextlib.suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if _stands_for(temporary, descriptor):
-                break
-            # Else it was swept before it was locked.
+            with contextlib.suppress(FileNotFoundError):
+                descriptor = os.open(temporary, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
+                # Some network file systems have no locks; there nothing is swept either.
+                with contextlib.suppress(OSError):
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+                if os.path.samestat(temporary.lstat(), os.fstat(descriptor)):
+                    break
+            # It was swept before it was locked.
         yield temporary
 
 
@@ -286,11 +353,13 @@ def _new_file(path: Path) -> None:
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
 
 
-def _stands_for(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(path.lstat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
+def _new_private_folder(path: Path) -> None:
+    path.mkdir(0o700)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as stream:
+        os.fsync(stream.fileno())
 
 
 def _remove(path: Path) -> None:
@@ -298,17 +367,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _opened_stream(path: Path) -> Iterator[BinaryIO]:
-    if path == STANDARD_OUTPUT:
-        sys.stdout.flush()
-        with os.fdopen(os.dup(1), "wb") as stream:
-            yield stream
-    else:
-        with path.open("wb") as stream:
-            yield stream
 
 
 def _cloned(source: BinaryIO, target: BinaryIO) -> bool:

@@ -6,10 +6,8 @@ the place where it belongs, and its files to theirs, whenever it is used; anythi
 """
 
 import json
-import os
 import shutil
 import stat
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +16,12 @@ from typing import Any, Final, Generic, TypeVar
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from sa3_convert.errors import ConversionError
-from sa3_convert.files import sha256_file
+from sa3_convert.files import partial_folder, sha256_file, sweep
 from sa3_convert.fingerprint import fingerprint
 
 _ENTRY: Final = "entry.json"
 _MAX_ENTRY_BYTES: Final = 16 * 2**20
 """Of `entry.json`, which has some kilobytes."""
-_PARTIAL: Final = ".partial-"
 
 
 def cache_beside(bundle: Path) -> Path:
@@ -111,33 +108,26 @@ class StageCache:
             ConversionError: something else stands in its place and cannot be removed.
 
         """
-        parent = self._root / stage
-        parent.mkdir(parents=True, exist_ok=True)
-        self.sweep()
-        temporary = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{os.getpid()}-", dir=parent))
-        try:
+        place = self._root / stage / key
+        with partial_folder(place) as temporary:
             made = make(temporary)
             files = {file.name: sha256_file(file) for file in sorted(temporary.iterdir())}
             notes = made.model_dump(mode="json")
             entry = {"files": files, "notes": notes, "sha256": _seal(stage, key, files, notes)}
             (temporary / _ENTRY).write_text(json.dumps(entry, indent=1, allow_nan=False), encoding="utf-8")
             try:
-                temporary.rename(parent / key)
+                temporary.rename(place)
             except OSError:
                 # Another process finished the same result first, by fingerprint as good; or it is a damaged one.
                 if not replace and (found := self.find(stage, key, type(made))) is not None:
                     return found
-                _replace(temporary, parent / key)
-            return CachedResult(parent / key, files, made)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+                _replace(temporary, place)
+            return CachedResult(place, files, made)
 
     def sweep(self) -> None:
         """Remove what processes that are gone have left."""
-        for leftover in self._root.glob(f"*/{_PARTIAL}*"):
-            pid = leftover.name.removeprefix(_PARTIAL).split("-")[0]
-            if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc").exists():
-                shutil.rmtree(leftover, ignore_errors=True)
+        for stage in self._root.glob("*/"):
+            sweep(stage)
 
 
 def _seal(stage: str, key: str, files: dict[str, str], notes: dict[str, Any]) -> str:

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from sa3_convert.errors import BundleError
+import sa3_convert.files as files
+from sa3_convert.errors import BundleError, UsageError
 from sa3_convert.files import (
     CheckedFile,
     HeldFolder,
+    atomic_folder,
+    atomic_pair,
     atomic_path,
     copy_file,
     inside,
@@ -21,6 +24,7 @@ from sa3_convert.files import (
     sha256_file,
     write_text,
 )
+from sa3_convert.untrusted import NotAFileError
 
 
 def test_the_file_appears_only_at_the_end(tmp_path: Path) -> None:
@@ -119,23 +123,6 @@ def test_a_pipe_gets_the_whole_text_and_stays_a_pipe(tmp_path: Path) -> None:
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
-@pytest.mark.parametrize("name", ["-", "/dev/stdout", "/proc/self/fd/1", "/dev/fd/1"])
-@pytest.mark.parametrize("redirected", [True, False])
-def test_standard_output_by_any_name_is_written_to_and_not_replaced(
-    tmp_path: Path, name: str, redirected: bool
-) -> None:
-    code = f"from pathlib import Path; from sa3_convert.files import write_text; write_text(Path({name!r}), 'text')"
-    command = [sys.executable, "-c", f"print('before', flush=True); {code}; print('after')"]
-    if redirected:
-        with (tmp_path / "out").open("w+") as stream:
-            subprocess.run(command, stdout=stream, check=True)
-        # Not opened at its end, so a name of the descriptor begins at its start, as for every program.
-        assert "text" in (tmp_path / "out").read_text()
-    else:
-        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "before\ntextafter\n"
-    assert Path(name).exists() or name == "-"
-
-
 def test_a_device_is_written_to(tmp_path: Path) -> None:
     write_text(Path("/dev/null"), "text")
     assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
@@ -167,6 +154,141 @@ def test_files_of_others_are_not_swept(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     write_text(tmp_path / "text", "")
     assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("swept_after", ["made", "opened"])
+def test_what_is_swept_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swept_after: str
+) -> None:
+    made: list[Path] = []
+    make, lock = files._new_file, files.fcntl.flock
+
+    def made_and_swept(path: Path) -> None:
+        make(path)
+        made.append(path)
+        if len(made) == 1 and swept_after == "made":
+            path.unlink()
+
+    def locked_too_late(descriptor: int, operation: int) -> None:
+        if len(made) == 1 and swept_after == "opened":
+            made[0].unlink()
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(files, "_new_file", made_and_swept)
+    monkeypatch.setattr(files.fcntl, "flock", locked_too_late)
+    write_text(tmp_path / "text", "whole")
+    assert len(made) == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["text"]
+
+
+def test_what_a_killed_process_left_for_a_pipe_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "import os, signal; from pathlib import Path; from sa3_convert.files import atomic_path\n"
+        "with atomic_path(Path('-')):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=False)
+    (left,) = tmp_path.iterdir()
+    assert stat.S_IMODE(left.stat().st_mode) == 0o700
+    write = "from pathlib import Path; from sa3_convert.files import write_text; write_text(Path('-'), 'text')"
+    done = subprocess.run([sys.executable, "-c", write], env=environment, capture_output=True, check=True)
+    assert done.stdout == b"text"
+    assert list(tmp_path.iterdir()) == []
+
+
+def pair(path: Path, first: str, second: str | None) -> None:
+    with atomic_pair(path, ".data") as made:
+        made.write_text(first)
+        made.with_name("scratch").touch()
+        if second is not None:
+            made.with_name(f"{made.name}.data").write_text(second)
+
+
+def test_a_pair_of_files_is_replaced_together(tmp_path: Path) -> None:
+    contents = [("one", "weights"), ("two", "more weights"), ("three", None), ("four", ""), ("five", "weights")]
+    for first, second in contents:
+        pair(tmp_path / "model", first, second)
+        assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {
+            "model": first,
+            **({"model.data": second} if second else {}),
+        }
+
+
+def test_a_pair_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+    def fail() -> None:
+        with atomic_pair(tmp_path / "model", ".data") as made:
+            made.write_text("half")
+            raise KeyboardInterrupt
+
+    pair(tmp_path / "model", "old", "weights")
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"model": "old", "model.data": "weights"}
+
+
+def test_pairs_to_one_name_at_once_leave_both_files_of_one(tmp_path: Path) -> None:
+    def write(begin: threading.Barrier, stamp: str) -> None:
+        with atomic_pair(tmp_path / "model", ".data") as made:
+            made.write_text(stamp)
+            made.with_name("model.data").write_text(stamp)
+            begin.wait()
+
+    for _ in range(100):
+        begin = threading.Barrier(3)
+        threads = [threading.Thread(target=write, args=(begin, stamp)) for stamp in "abc"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (tmp_path / "model").read_text() == (tmp_path / "model.data").read_text()
+
+
+def test_a_folder_that_another_holds_is_waited_for_and_then_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_PATIENCE", 0.05)
+    with files.alone_in(tmp_path), pytest.raises(BlockingIOError, match="Something else is writing there"):
+        pair(tmp_path / "model", "new", "weights")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pair_follows_links_and_goes_into_no_pipe(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere/model")
+    pair(tmp_path / "link", "new", "weights")
+    assert {file.name for file in (tmp_path / "elsewhere").iterdir()} == {"model", "model.data"}
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(NotAFileError):
+        pair(tmp_path / "pipe", "new", None)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def folder(path: Path) -> None:
+    with atomic_folder(path) as made:
+        (made / "file").touch()
+
+
+def test_a_folder_takes_its_name_when_it_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere")
+    for name in ("new", "empty", "link", "deep/new"):
+        folder(tmp_path / name)
+        assert (tmp_path / name / "file").is_file()
+    assert (tmp_path / "link").is_symlink()
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("name", ["file", "pipe", "full"])
+def test_a_folder_replaces_nothing(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    folder(tmp_path / "full")
+    before = (tmp_path / name).stat()
+    with pytest.raises(UsageError, match="does not exist yet, or is empty"):
+        folder(tmp_path / name)
+    assert (tmp_path / name).stat() == before
 
 
 def test_a_name_as_long_as_the_file_system_takes_can_be_written(tmp_path: Path) -> None:

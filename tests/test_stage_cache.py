@@ -228,7 +228,7 @@ def test_a_failure_leaves_nothing(cache: StageCache, tmp_path: Path) -> None:
 
 
 def test_what_a_dead_process_left_is_swept(cache: StageCache, tmp_path: Path) -> None:
-    leftover = tmp_path / "cache" / "export" / ".partial-999999999-abc"
+    leftover = tmp_path / "cache" / "export" / ".key.0123456789abcdef.partial"
     leftover.mkdir(parents=True)
     (leftover / "big").write_bytes(b"x")
     cache.make("export", KEY, write_result)

@@ -311,6 +311,12 @@ class Bundle:
         artifact = self.artifact(component, kind)
         return self._named(artifact, artifact)
 
+    def all_files(self) -> Iterator[Path]:
+        """Yield the names of the manifest and of every file that it lists."""
+        yield self.path / MANIFEST
+        for artifact in self.manifest.artifacts:
+            yield from (self._named(artifact, entry) for entry in artifact.files)
+
     def checked(self, component: Component | None, kind: ArtifactKind = "mnn", *, contents: bool = True) -> CheckedFile:
         """Return an artifact's file, its companion with it; see `check`."""
         return self._check(self.artifact(component, kind), contents)

@@ -20,8 +20,8 @@ from typing import Final, Literal
 from sa3_convert.bundle.manifest import Artifact, Bundle, FileEntry, LoraEntry
 from sa3_convert.checkpoint.variants import PublishedNames, published_names
 from sa3_convert.components import Component
-from sa3_convert.errors import BundleError, UsageError
-from sa3_convert.files import copy_file, inside, partial_folder, sha256_file
+from sa3_convert.errors import BundleError
+from sa3_convert.files import atomic_folder, check_new_folder, copy_file, inside, sha256_file
 from sa3_convert.fingerprint import fingerprint
 
 Layout = Literal["hub", "flat"]
@@ -207,20 +207,16 @@ def export_bundles(bundles: Sequence[Bundle], target: Path, layout: Layout) -> l
         BundleError: a bundle is not what its manifest says, or two contradict each other.
 
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"{target} is not empty. Give a new folder.")
+    check_new_folder(target)
     for bundle in bundles:
         bundle.check()
     files = published_files(bundles)
     if layout == "flat":
         files = _flattened(files)
-    with partial_folder(target) as temporary:
+    with atomic_folder(target) as temporary:
         for file in files:
             copy = inside(temporary, file.path)
             copy_file(file.source, copy)
             if sha256_file(copy) != file.entry.sha256:
                 raise BundleError(f"{file.source} changed while it was exported.")
-        if target.exists():
-            target.rmdir()
-        temporary.rename(target)
     return files

@@ -8,10 +8,8 @@ With one seed, variants of a family share their autoencoder and all share their 
 the learned padding embedding is each variant's own, there too.
 """
 
-import contextlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -33,6 +31,7 @@ from sa3_convert.checkpoint.tensors import (
 from sa3_convert.checkpoint.toy_tokenizer import toy_tokenizer
 from sa3_convert.checkpoint.variants import Size, Variant, variant_named
 from sa3_convert.errors import UsageError
+from sa3_convert.files import atomic_folder
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written and the bytes in all."""
@@ -74,7 +73,7 @@ def synthesize(
 
     """
     chosen = variant_named(variant)
-    with _new_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         _write_json(partial / "model_config.json", model_config(chosen, size))
         if not chosen.is_autoencoder:
             _write_text_encoder_data(partial / TEXT_ENCODER_FOLDER, chosen, size)
@@ -91,23 +90,6 @@ def synthesize(
                 done += written
                 if progress is not None:
                     progress(done, total)
-
-
-@contextlib.contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file; give a folder that does not exist yet.")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UsageError(f"{folder} is not empty. Give another folder, or remove it first.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        # Over an empty folder this replaces it; had anything been put there meanwhile, it fails.
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _check_space(folder: Path, needed: int) -> None:

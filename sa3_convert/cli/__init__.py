@@ -4,11 +4,13 @@ import contextlib
 import sys
 from collections.abc import Sequence
 
+from sa3_convert.streams import prepare_standard_streams
 from sa3_convert.supervisor import leave, supervise
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, in a process that this one watches over, and leave with its exit code."""
+    prepare_standard_streams()
     given = list(sys.argv[1:] if arguments is None else arguments)
 
     def command() -> int:

@@ -5,7 +5,6 @@ import io
 import os
 import re
 import signal
-import sys
 import traceback
 from collections.abc import Sequence
 from typing import Annotated
@@ -26,9 +25,12 @@ from sa3_convert.cli import (
 )
 from sa3_convert.cli.echo import echo
 from sa3_convert.errors import BackendError, Sa3Error, UsageError
+from sa3_convert.streams import anything_unheard, release_standard_output
 from sa3_convert.supervisor import received
 
 INTERRUPTED = 130
+BROKEN_PIPE = 141
+"""What read standard output went away before everything was said; the work itself was done."""
 
 app = typer.Typer(
     name="sa3-convert",
@@ -63,11 +65,15 @@ def _options(
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; never raises."""
+    try:
+        code = _run(arguments)
+        return BROKEN_PIPE if code == 0 and anything_unheard() else code
+    finally:
+        release_standard_output()
+
+
+def _run(arguments: list[str]) -> int:
     os.environ.pop("SA3_CONVERT_DEBUG", None)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # A terminal of another encoding lacks letters of prompts and paths.
-            stream.reconfigure(errors="backslashreplace")
     try:
         _require_text(arguments)
         result = app(arguments, standalone_mode=False, prog_name="sa3-convert")
@@ -116,6 +122,8 @@ def _failed(error: Exception) -> int:
         name = error.object.encode(errors="backslashreplace").decode()
         _complain(f"{name} is not UTF-8. Rename the file or folder.", error)
         return 3
+    if isinstance(error, BrokenPipeError):
+        return BROKEN_PIPE
     if isinstance(error, OSError):
         what = "The disk is full" if error.errno == errno.ENOSPC else "The system refused"
         _complain(f"{what}: {error}. Nothing half-written was left behind.", error)

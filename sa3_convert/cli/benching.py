@@ -9,6 +9,7 @@ import typer
 
 from sa3_convert.cli.echo import echo
 from sa3_convert.cli.options import BundleArgument, JsonFileOption, ThreadsOption
+from sa3_convert.cli.paths import opens
 from sa3_convert.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def bench(
             "--checkpoint",
             metavar="DIR",
             help="For torch: the reference, decoding as published (chunks of 128 latents, 32 overlapping).",
+            callback=opens,
         ),
     ] = None,
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Also measure peak memory.")] = True,
@@ -63,12 +65,6 @@ def bench(
     described = machine()
     rows = measure(BenchRequest(found, durations, repeats, steps, memory), lambda line: stderr.print(line, style="dim"))
     manifest = Bundle.open(bundle).manifest
-    stdout.print(table(rows, f"{bundle}: {manifest.label}, recipe {manifest.recipe}, median of {repeats}"))
-    versions = ", ".join(f"{name} {described['versions'][name]}" for name in ("MNN", "onnxruntime", "torch"))
-    echo(
-        f"{described['processor']}, {described['usable_cores']} of {described['cores']} cores, "
-        f"{' '.join(described['instructions'])}; load {described['load_average']} at the start; {versions}"
-    )
     if json_file is not None:
         data = {
             "schema": 1,
@@ -81,6 +77,12 @@ def bench(
             "rows": [row.to_json() for row in rows],
         }
         write_text(json_file, json.dumps(data, indent=2) + "\n")
+    stdout.print(table(rows, f"{bundle}: {manifest.label}, recipe {manifest.recipe}, median of {repeats}"))
+    versions = ", ".join(f"{name} {described['versions'][name]}" for name in ("MNN", "onnxruntime", "torch"))
+    echo(
+        f"{described['processor']}, {described['usable_cores']} of {described['cores']} cores, "
+        f"{' '.join(described['instructions'])}; load {described['load_average']} at the start; {versions}"
+    )
 
 
 def _durations(text: str) -> tuple[float, ...]:

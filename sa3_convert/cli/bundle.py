@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from sa3_convert.cli.echo import echo
+from sa3_convert.cli.paths import makes, opens
 
 app = typer.Typer(help="Hand bundles on.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -17,8 +18,13 @@ def _group() -> None:
 
 @app.command()
 def export(
-    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE…", help="Folders that `convert` made.")],
-    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Where to write; must not exist or be empty.")],
+    bundles: Annotated[
+        list[Path], typer.Argument(metavar="BUNDLE…", help="Folders that `convert` made.", callback=opens)
+    ],
+    to: Annotated[
+        Path,
+        typer.Option("--to", metavar="DIR", help="Where to write; must not exist or be empty.", callback=makes),
+    ],
     layout: Annotated[
         Literal["hub", "flat"], typer.Option(help="hub: the published tree; flat: the folder that clients read.")
     ] = "hub",

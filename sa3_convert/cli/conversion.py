@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from sa3_convert.cli import paths
 from sa3_convert.cli.echo import echo
 from sa3_convert.cli.options import (
     CheckpointArgument,
@@ -21,7 +22,12 @@ from sa3_convert.mnn.target import MnnVersion, target_for
 
 RecipeOption = Annotated[
     Path,
-    typer.Option("--recipe", metavar="FILE", help="How to store each component: a file, or the name of one of ours."),
+    typer.Option(
+        "--recipe",
+        metavar="FILE",
+        help="How to store each component: a file, or the name of one of ours.",
+        callback=paths.reads,
+    ),
 ]
 TargetOption = Annotated[
     MnnVersion | None,
@@ -42,7 +48,7 @@ def register(app: typer.Typer) -> None:
 
 def convert(
     checkpoint: CheckpointArgument,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The bundle's folder.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The bundle's folder.", callback=paths.makes)],
     recipe: RecipeOption = DEFAULT_RECIPE,
     component: ComponentOption = None,
     lora: LoraOption = None,
@@ -111,7 +117,9 @@ def convert(
 def export(
     checkpoint: CheckpointArgument,
     component: OneComponentOption,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE.onnx", help="The reference ONNX.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE.onnx", help="The reference ONNX.", callback=paths.writes_model)
+    ],
     lora: LoraOption = None,
     inputs_embeds: Annotated[
         bool,
@@ -136,9 +144,11 @@ def export(
 
 
 def fuse(
-    reference: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="What `export` wrote.")],
+    reference: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="What `export` wrote.", callback=paths.reads)],
     component: OneComponentOption,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE.onnx", help="The ONNX for MNN.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE.onnx", help="The ONNX for MNN.", callback=paths.writes_model)
+    ],
     recipe: RecipeOption = DEFAULT_RECIPE,
     target_mnn: TargetOption = None,
 ) -> None:
@@ -153,9 +163,9 @@ def fuse(
 
 
 def mnn(
-    source: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="What `fuse` wrote.")],
+    source: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="What `fuse` wrote.", callback=paths.reads)],
     component: OneComponentOption,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE.mnn", help="The model.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.mnn", help="The model.", callback=paths.writes_model)],
     recipe: RecipeOption = DEFAULT_RECIPE,
     target_mnn: TargetOption = None,
 ) -> None:

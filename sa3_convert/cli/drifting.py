@@ -10,6 +10,7 @@ import typer
 
 from sa3_convert.cli.echo import echo
 from sa3_convert.cli.options import BundleArgument, JsonFileOption, ThreadsOption
+from sa3_convert.cli.paths import updates
 from sa3_convert.cli.verify_options import ReferencesOption
 from sa3_convert.errors import DriftError, UsageError
 
@@ -27,7 +28,9 @@ def register(app: typer.Typer) -> None:
 
 def drift(
     bundle: BundleArgument,
-    baseline: Annotated[Path, typer.Option("--baseline", metavar="FILE", help="The kept figures, drift.json.")],
+    baseline: Annotated[
+        Path, typer.Option("--baseline", metavar="FILE", help="The kept figures, drift.json.", callback=updates)
+    ],
     update: Annotated[bool, typer.Option("--update", help="Make this bundle the baseline; asks for --reason.")] = False,
     reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, kept in the file's history.")] = "",
     case: Annotated[
@@ -71,10 +74,10 @@ def _update(bundle: "Bundle", file: Path, reason: str, plan: "Plan", json_file: 
 
     with shown_progress(_work(bundle, plan)) as report:
         made, change = update_baseline(file, bundle, reason, plan, report)
-    stdout.print(render_baseline(made) if change is None else render_drift(change))
-    echo(f"{file}: {' '.join(made.key)} is the baseline now, because: {reason}")
     if json_file is not None and change is not None:
         _save(json_file, change)
+    stdout.print(render_baseline(made) if change is None else render_drift(change))
+    echo(f"{file}: {' '.join(made.key)} is the baseline now, because: {reason}")
 
 
 def _check(bundle: "Bundle", file: Path, plan: "Plan", json_file: Path | None) -> None:
@@ -88,12 +91,12 @@ def _check(bundle: "Bundle", file: Path, plan: "Plan", json_file: Path | None) -
     plan = plan_of(baseline, plan)
     with shown_progress(_work(bundle, plan)) as report:
         found = check_drift(bundle, baseline, plan, report)
+    if json_file is not None:
+        _save(json_file, found)
     stdout.print(render_drift(found))
     echo(FORMULA)
     for line in found.changes.lines():
         echo(f"changed: {line}")
-    if json_file is not None:
-        _save(json_file, found)
     if not found.passed:
         raise DriftError(_complaint(bundle, file, found))
 

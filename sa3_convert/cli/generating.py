@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sa3_convert.apart import Named
 from sa3_convert.cli.console import stderr, stdout
 from sa3_convert.cli.standard_output import pcm_to_standard_output
-from sa3_convert.errors import BundleError, OutputRejectedError, UsageError
+from sa3_convert.errors import BundleError, OutputRejectedError
 from sa3_convert.files import write_text
 from sa3_convert.gpu import PeakMemory
 from sa3_convert.runtime.audio import SampleFormat, audio_writer, check_output_path
@@ -26,6 +26,7 @@ from sa3_convert.runtime.opening import KINDS
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.request import GenerateRequest
 from sa3_convert.runtime.wav_stream import check_growing_path, growing_wav
+from sa3_convert.streams import descriptor_of
 
 _STAGES = {"text": "reading the prompt", "encode": "encoding audio", "denoise": "denoising", "decode": "decoding"}
 
@@ -38,8 +39,8 @@ class Target:
     engine: EngineName
     options: Mapping[str, Any]
     """Of the engine."""
-    output: Path | None
-    """A file, for batches a folder; None is standard output."""
+    output: Path
+    """A file or a stream; for batches a folder."""
     sample_format: SampleFormat
     dither: bool
     allow: tuple[str, ...]
@@ -82,10 +83,10 @@ def generate_one(
         BundleError: the request to be replayed was made with another variant.
 
     """
-    if target.output is not None:
-        check_growing_path(target.output) if stream else check_output_path(target.output, target.sample_format)
-    if target.json_file is not None:
-        _check_side_file(target.json_file, target.output)
+    if not stream:
+        check_output_path(target.output, target.sample_format)
+    elif descriptor_of(target.output) != 1:
+        check_growing_path(target.output)
     with PeakMemory() as device, Pipeline.from_bundle(target.bundle, target.engine, **target.options) as pipeline:
         made_by = target.metadata(pipeline)
         if origin:
@@ -103,8 +104,8 @@ def generate_one(
     stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
     rate = pipeline.layout.sample_rate
     length = report.lengths.samples / rate
-    _console(target).print(
-        f"{target.output or 'standard output'}: {length:.2f} s of audio at {rate} Hz, peak {peak:.3f}, "
+    stdout.print(
+        f"{target.output}: {length:.2f} s of audio at {rate} Hz, peak {peak:.3f}, "
         f"seed {report.request.seed}, {report.request.steps} {report.request.sampler} steps\n"
         f"in {total:.1f} s ({stages}), {length / total:.2f} × real time, on {_described(report.engine)}"
         + ("" if device.bytes is None else f", at most {device.bytes / 2**20:.0f} MiB of the GPU's memory"),
@@ -121,27 +122,27 @@ def _check_origin(target: Target, here: Mapping[str, Any], origin: Mapping[str, 
         stderr.print("Note: these settings were made with other models of this variant; the samples will differ.")
 
 
-def _check_side_file(path: Path, output: Path | None) -> None:
-    """Check, before any long work, that settings can be written under a name."""
-    if path.is_dir():
-        raise UsageError(f"--json {path} is a folder. Name a file.")
-    if output is not None and path.absolute() == output.absolute():
-        raise UsageError(f"--json {path} would replace the audio of that name. Name another file.")
-
-
-def generate_batch(target: Target, batch: Path, defaults: Mapping[str, Any], *, keep_loaded: bool) -> None:
+def generate_batch(
+    target: Target, batch: Path, defaults: Mapping[str, Any], *, keep_loaded: bool, reads: tuple[Named, ...] = ()
+) -> None:
     """Generate what a batch file lists and an earlier run has not done, a line on standard output for each.
+
+    Args:
+        target: a bundle and a folder.
+        batch: one generation per line.
+        defaults: settings for lines that do not have their own.
+        keep_loaded: keep all models in memory from one line to the next.
+        reads: what the command reads, none of which may be written over.
 
     Raises:
         OutputRejectedError: after the last line, if any output failed its checks.
 
     """
-    assert target.output is not None
     items = read_batch(batch, defaults)
     rejected = 0
     with Pipeline.from_bundle(target.bundle, target.engine, keep_loaded=keep_loaded, **target.options) as pipeline:
         options = BatchOptions(
-            target.output, target.sample_format, target.dither, target.allow, target.metadata(pipeline)
+            target.output, target.sample_format, target.dither, target.allow, target.metadata(pipeline), reads
         )
         with _progress() as progress:
             task = progress.add_task("generating", total=len(items))
@@ -170,19 +171,23 @@ def _result_line(result: BatchResult) -> str:
 def _writer(
     target: Target, pipeline: Pipeline, request: GenerateRequest, metadata: Mapping[str, Any], stream: bool
 ) -> Iterator[_Writer]:
-    """Yield what takes the audio: a file, a growing file, or standard output."""
+    """Yield what takes the audio: a file or stream that gets it whole, one that grows, or standard output."""
     rate = pipeline.layout.sample_rate
     how: dict[str, Any] = {"sample_format": target.sample_format, "dither": target.dither}
-    if target.output is None:
-        with pcm_to_standard_output(rate, **how) as pcm:
-            yield pcm
-    elif stream:
-        samples = lengths(pipeline.layout, request.seconds).samples
-        with growing_wav(target.output, rate, samples, metadata=metadata, **how) as growing:
-            yield growing
-    else:
+    if not stream:
         with audio_writer(target.output, rate, metadata=metadata, **how) as file:
             yield file
+    elif descriptor_of(target.output) == 1:
+        with pcm_to_standard_output(rate, **how) as pcm:
+            yield pcm
+    else:
+        samples = lengths(pipeline.layout, request.seconds).samples
+        with growing_wav(target.output, rate, samples, metadata=metadata, report=_tell, **how) as growing:
+            yield growing
+
+
+def _tell(growing: Path) -> None:
+    stderr.print(f"Until it is whole, {growing} can be read while it grows.")
 
 
 def _played(
@@ -205,11 +210,6 @@ def _played(
                 report = event
     assert report is not None
     return report, peak
-
-
-def _console(target: Target) -> Console:
-    """Return where results are told: standard output, unless the audio goes there."""
-    return stderr if target.output is None else stdout
 
 
 def _described(engine: Mapping[str, Any]) -> str:

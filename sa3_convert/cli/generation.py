@@ -5,9 +5,11 @@ from typing import Any
 
 import typer
 
+from sa3_convert.cli import paths
 from sa3_convert.cli import run_options as o
 from sa3_convert.cli.options import BundleArgument, LoraOption, ThreadsOption
 from sa3_convert.errors import InputError, UsageError
+from sa3_convert.streams import STANDARD_OUTPUT, is_stream
 from sa3_convert.untrusted import read_json
 
 
@@ -18,6 +20,7 @@ def register(app: typer.Typer) -> None:
 
 def run(
     bundle: BundleArgument,
+    context: typer.Context,
     output: o.OutputOption = None,
     prompt: o.PromptOption = None,
     seconds: o.SecondsOption = None,
@@ -66,6 +69,9 @@ def run(
     }
     settings = {name: value for name, value in given.items() if value is not None}
     _check_mode(output, batch, stream, keep_loaded, from_file, json_file)
+    output = output or STANDARD_OUTPUT
+    if batch is None:
+        paths.writes_as(context, "--output", output)
 
     from sa3_convert.cli.generating import Target, generate_batch, generate_one
 
@@ -95,9 +101,10 @@ def run(
         options |= {"checkpoint": checkpoint, "loras": tuple(lora or ())}
     target = Target(bundle, engine, options, output, sample_format, dither, tuple(allow or ()), json_file)
     if batch is not None:
-        generate_batch(target, batch, settings, keep_loaded=keep_loaded)
+        generate_batch(target, batch, settings, keep_loaded=keep_loaded, reads=paths.reads_as(context, ()))
     else:
         request, origin = _request(settings, from_file)
+        paths.reads_as(context, ((f"--from {from_file}:", path) for path in request.audio_files()))
         generate_one(target, request, stream=stream, origin=origin)
 
 
@@ -111,7 +118,7 @@ def _check_mode(
 ) -> None:
     """Refuse options that contradict each other."""
     if batch is not None:
-        if output is None:
+        if output is None or is_stream(output) or output.is_file():
             raise UsageError("--batch writes several files; name their folder with -o DIR.")
         clash = [
             name for name, is_given in (("--stream", stream), ("--from", from_file), ("--json", json_file)) if is_given

@@ -9,6 +9,7 @@ import typer
 from sa3_convert.cli import verify_options as o
 from sa3_convert.cli.echo import echo
 from sa3_convert.cli.options import BundleArgument, ComponentOption, JsonFileOption, OneComponentOption, ThreadsOption
+from sa3_convert.cli.paths import reads
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
 
@@ -101,9 +102,9 @@ def verify(
         )
         if bisecting:
             findings = with_bisections(opened, findings, threads=threads)
-    show_findings(findings, bundle, references)
     if json_file is not None:
         write_text(json_file, json.dumps(findings.to_data(), indent=2) + "\n")
+    show_findings(findings, bundle, references)
     if reporting is not None:
         reporting.write(opened, findings, bisecting=bisecting is not False, threads=threads)
     findings.check()
@@ -113,7 +114,8 @@ def bisect(
     bundle: BundleArgument,
     component: OneComponentOption,
     input_file: Annotated[
-        Path | None, typer.Option("--input", metavar="FILE.npz", help="Inputs by name, instead of sampled ones.")
+        Path | None,
+        typer.Option("--input", metavar="FILE.npz", help="Inputs by name, instead of sampled ones.", callback=reads),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampled inputs; a verification names its cases'.")] = 0,
     latents: Annotated[int | None, typer.Option(min=1, help="T of the sampled inputs.")] = None,
@@ -152,9 +154,9 @@ def bisect(
         sides = Runtime(backend, threads=threads), Runtime.parse(against)
         compared = bisect_bundle_against(opened, component, *sides, **how)
         data, shown = compared.to_data(), render_against(compared)
-    stdout.print(shown)
     if json_file is not None:
         write_text(json_file, json.dumps(data, indent=2) + "\n")
+    stdout.print(shown)
 
 
 def _feeds_of(

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sa3_convert.cli import paths
 from sa3_convert.components import Component
 
 if TYPE_CHECKING:
@@ -12,7 +13,10 @@ if TYPE_CHECKING:
     from sa3_convert.recipe import Recipe
 
 CheckpointArgument = Annotated[
-    str, typer.Argument(metavar="CHECKPOINT", help="Folder of a checkpoint, or a hub id that was fetched before.")
+    str,
+    typer.Argument(
+        metavar="CHECKPOINT", help="Folder of a checkpoint, or a hub id that was fetched before.", callback=paths.opens
+    ),
 ]
 LoraOption = Annotated[
     list[str] | None,
@@ -20,14 +24,25 @@ LoraOption = Annotated[
         "--lora",
         metavar="FILE[:STRENGTH]",
         help="LoRA (.safetensors) to merge into the weights; 1 is its full strength. Several are applied in order.",
+        callback=paths.reads,
     ),
 ]
-BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that `convert` made.")]
+BundleArgument = Annotated[
+    Path, typer.Argument(metavar="BUNDLE", help="Folder that `convert` made.", callback=paths.opens)
+]
 ComponentOption = Annotated[
     list[Component] | None, typer.Option("--component", help="Only this component; may be given several times.")
 ]
 OneComponentOption = Annotated[Component, typer.Option("--component", help="The component.")]
-JsonFileOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures as JSON.")]
+JsonFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        help="Also write the figures as JSON; - is standard output, and tables then go to standard error.",
+        callback=paths.writes,
+    ),
+]
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, max=256, help="Threads; all cores when not given.")
 ]

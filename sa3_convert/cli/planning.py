@@ -17,6 +17,7 @@ from sa3_convert.cli.options import (
     open_checkpoint,
     open_recipe,
 )
+from sa3_convert.cli.paths import writes
 from sa3_convert.errors import UsageError
 
 
@@ -28,7 +29,10 @@ def register(app: typer.Typer) -> None:
 def plan(
     checkpoint: CheckpointArgument,
     component: OneComponentOption,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE.yaml", help="The recipe to write.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="FILE.yaml", help="The recipe to write; - is standard output.", callback=writes),
+    ],
     target_mib: Annotated[float | None, typer.Option("--target-mib", min=0.01, help="Size of the model.")] = None,
     min_snr: Annotated[float | None, typer.Option("--min-snr", help="Fidelity of the model, in dB.")] = None,
     by: Annotated[
@@ -51,10 +55,14 @@ def plan(
         raise UsageError("--target-mib and --min-snr are finite numbers.")
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from sa3_convert.apart import require_apart
     from sa3_convert.cli.console import planned_table, stderr, stdout
     from sa3_convert.files import write_text
     from sa3_convert.quantise.planner import Target, layers_to_measure, measure, passes_to_run, plan_component
+    from sa3_convert.recipe_files import recipe_file
 
+    # Also where a name stands for one of the project's own.
+    require_apart([("--out", out)], [("--recipe", recipe_file(recipe))])
     base = open_recipe(recipe)
     opened = open_checkpoint(checkpoint, lora)
     folder = cache or out.absolute().parent / ".sa3-convert-cache"

@@ -5,13 +5,20 @@ from typing import Annotated, Literal
 
 import typer
 
+from sa3_convert.cli.paths import opens, reads, writes
+
 EngineChoice = Literal["mnn", "onnxruntime", "onnxruntime-int8", "torch"]
 Sampler = Literal["pingpong", "euler", "rk4", "dpmpp"]
 Format = Literal["pcm16", "pcm24", "float"]
 
 OutputOption = Annotated[
     Path | None,
-    typer.Option("-o", "--output", metavar="FILE.wav", help="Where to write the audio; with --batch a folder."),
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="FILE.wav",
+        help="Where to write the audio; with --batch a folder; - is standard output.",
+    ),
 ]
 PromptOption = Annotated[str | None, typer.Option("--prompt", help="What to generate.")]
 SecondsOption = Annotated[float | None, typer.Option("--seconds", help="Duration; 10 when not given.")]
@@ -28,12 +35,15 @@ ApgScaleOption = Annotated[
     typer.Option("--apg-scale", help="Share of the guidance's parallel part that is removed; 1 when not given."),
 ]
 NegativePromptOption = Annotated[str | None, typer.Option("--negative-prompt", help="What guidance moves away from.")]
-InitAudioOption = Annotated[Path | None, typer.Option("--init-audio", metavar="FILE", help="Start from this audio.")]
+InitAudioOption = Annotated[
+    Path | None, typer.Option("--init-audio", metavar="FILE", help="Start from this audio.", callback=reads)
+]
 InitNoiseOption = Annotated[
     float | None, typer.Option("--init-noise-level", help="How much of it is replaced by noise; 0.9 when not given.")
 ]
 InpaintAudioOption = Annotated[
-    Path | None, typer.Option("--inpaint-audio", metavar="FILE", help="Keep this audio but --inpaint.")
+    Path | None,
+    typer.Option("--inpaint-audio", metavar="FILE", help="Keep this audio but --inpaint.", callback=reads),
 ]
 InpaintOption = Annotated[
     list[str] | None,
@@ -46,14 +56,15 @@ BatchOption = Annotated[
         metavar="FILE.jsonl",
         help="One generation per line, a JSON object of settings (prompt, seconds, seed, …, output); other options are "
         "the defaults. What an interrupted run has done is not done again.",
+        callback=reads,
     ),
 ]
 StreamOption = Annotated[
     bool,
     typer.Option(
         "--stream",
-        help="Hand audio on while it is decoded: raw samples to standard output, or with -o a WAV that grows as "
-        "FILE.wav.partial.",
+        help="Hand audio on while it is decoded: raw samples to standard output, or with -o a WAV that can be read "
+        "while it grows, under a name that is told first.",
     ),
 ]
 KeepLoadedOption = Annotated[
@@ -68,7 +79,9 @@ EngineOption = Annotated[
 ]
 CheckpointOption = Annotated[
     Path | None,
-    typer.Option("--checkpoint", metavar="DIR", help="For --engine torch: what the bundle was made from."),
+    typer.Option(
+        "--checkpoint", metavar="DIR", help="For --engine torch: what the bundle was made from.", callback=opens
+    ),
 ]
 MemoryOption = Annotated[
     Literal["normal", "high", "low"], typer.Option("--memory", help="MNN: low keeps weights quantised in memory.")
@@ -99,6 +112,10 @@ AllowOption = Annotated[
     typer.Option("--allow", metavar="CHECK", help="Waive an output check: silence, clipping, … (several times)."),
 ]
 FromOption = Annotated[
-    Path | None, typer.Option("--from", metavar="FILE.json", help="Settings written by --json; replays them.")
+    Path | None,
+    typer.Option("--from", metavar="FILE.json", help="Settings written by --json; replays them.", callback=reads),
 ]
-SideFileOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write settings and times.")]
+SideFileOption = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write settings and times; - is standard output.", callback=writes),
+]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
+from sa3_convert.cli import paths
 from sa3_convert.errors import UsageError
 
 if TYPE_CHECKING:
@@ -60,11 +61,17 @@ ReportOption = Annotated[
         "--report",
         metavar="DIR",
         help="Write index.html, report.json and summary.md there, in place of an earlier one.",
+        callback=paths.makes,
     ),
 ]
 SinceOption = Annotated[
     Path | None,
-    typer.Option("--since", metavar="REPORT.json", help="Report: also say what changed since this earlier one."),
+    typer.Option(
+        "--since",
+        metavar="REPORT.json",
+        help="Report: also say what changed since this earlier one.",
+        callback=paths.reads,
+    ),
 ]
 CaseOption = Annotated[
     str | None,

@@ -1,7 +1,5 @@
 """Networks → ONNX files: `<name>.onnx` with its weights in `<name>.onnx.data`."""
 
-import os
-import tempfile
 from pathlib import Path
 
 import onnx
@@ -14,16 +12,18 @@ from sa3_convert.errors import ConversionError
 from sa3_convert.export.names import give_readable_names
 from sa3_convert.export.simplify import simplify
 from sa3_convert.export.trace import declared, traced
+from sa3_convert.files import atomic_pair
 
 INLINE_BELOW = 256
 """Bytes from which a tensor lies in the `.data` file; smaller ones are what graph tools want to look at."""
 
+_DATA = ".data"
 _PRODUCER = "sa3-convert"
 
 
 def data_path(path: Path) -> Path:
     """Return where the external data of the ONNX file `path` lies."""
-    return path.with_name(f"{path.name}.data")
+    return path.with_name(path.name + _DATA)
 
 
 def onnx_from_module(module: nn.Module, contract: Contract, path: Path, *, multiple: int = 1) -> None:
@@ -63,23 +63,9 @@ def _forget_origin(model: ir.Model) -> None:
 
 
 def _write(model: ir.Model, contract: Contract, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as folder:
-        temporary = Path(folder) / path.name
-        data = data_path(temporary)
-        ir.save(model, temporary, external_data=data.name, size_threshold_bytes=INLINE_BELOW)
+    with atomic_pair(path, _DATA) as temporary:
+        ir.save(model, temporary, external_data=data_path(temporary).name, size_threshold_bytes=INLINE_BELOW)
         check_onnx(temporary, contract)
-        if data.exists() and data.stat().st_size == 0:
-            data.unlink()
-        for file in filter(Path.exists, (temporary, data)):
-            with file.open("rb+") as stream:
-                os.fsync(stream.fileno())
-        # While the data is exchanged there is no model that could be read together with the wrong one.
-        path.unlink(missing_ok=True)
-        data_path(path).unlink(missing_ok=True)
-        if data.exists():
-            data.replace(data_path(path))
-        temporary.replace(path)
 
 
 def check_onnx(path: Path, contract: Contract) -> None:

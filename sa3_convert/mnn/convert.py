@@ -7,18 +7,17 @@ outputs. What is stored in it is for `mnn.storage` to say, how close it is for `
 
 import contextlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sa3_convert.errors import ConversionError, ModelFileError
+from sa3_convert.files import atomic_pair
 from sa3_convert.fingerprint import version_of
 from sa3_convert.mnn.audit import audit
 from sa3_convert.mnn.contents import ModelStorage
-from sa3_convert.mnn.file import weight_path
+from sa3_convert.mnn.file import WEIGHTS, weight_path
 from sa3_convert.mnn.identity import set_content_uuid
 from sa3_convert.mnn.isolated import TIMEOUT_SECONDS, WORKER, last_lines, run_worker
 from sa3_convert.mnn.layer_rules import apply_rules, read_layers, scheme_flags
@@ -110,11 +109,11 @@ def mnn_from_onnx(
 
     """
     source = read_onnx_input(onnx_path.absolute())
-    with _workplace(mnn_path.absolute(), source.bytes) as folder:
-        made = folder / mnn_path.name
+    with _made(mnn_path.absolute(), source.bytes) as made:
+        folder = made.parent
         output = _first_pass(source, made, recipe, converter, folder)
         if recipe.weights is not None and recipe.floats == "fp16":
-            quantised = folder / f"quantised-{mnn_path.name}"
+            quantised = folder / f"quantised-{made.name}"
             made.rename(quantised)
             output = _fp16_pass(quantised, made, converter, folder)
         _accept(made, source.ports, output, converter, folder)
@@ -125,7 +124,6 @@ def mnn_from_onnx(
         audit(storage, recipe)
         if target_mnn is not None:
             check_reader(storage, target_mnn)
-        _take_final_name(made, mnn_path)
     return storage
 
 
@@ -139,12 +137,11 @@ def mnn_from_mnn_fp16(source: Path, target: Path, *, converter: Converter = DEFA
     if not source.is_file():
         raise ConversionError(f"{source} does not exist; there is nothing to convert.")
     size = source.stat().st_size
-    with _workplace(target.absolute(), size) as folder:
-        made = folder / target.name
+    with _made(target.absolute(), size) as made:
+        folder = made.parent
         ports = converter.ports(source.absolute(), folder)
         output = _fp16_pass(source.absolute(), made, converter, folder)
         _accept(made, ports, output, converter, folder)
-        _take_final_name(made, target)
 
 
 def _first_pass(source: OnnxInput, made: Path, recipe: ComponentRecipe, converter: Converter, folder: Path) -> str:
@@ -198,8 +195,8 @@ def _accept(made: Path, expected: Ports, output: str, converter: Converter, fold
 
 
 @contextlib.contextmanager
-def _workplace(target: Path, source_bytes: int) -> Iterator[Path]:
-    """Yield an empty folder beside the target, so on the same file system, that is gone afterwards."""
+def _made(target: Path, source_bytes: int) -> Iterator[Path]:
+    """Yield a path in an empty folder beside the target, which is taken by what stands there after the block."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(target.parent).free
@@ -211,22 +208,7 @@ def _workplace(target: Path, source_bytes: int) -> Iterator[Path]:
             f"{source_bytes / 2**20:.0f} MiB that the converter's scratch file takes. Free some, or write elsewhere."
         )
     try:
-        folder = tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+        with atomic_pair(target, WEIGHTS) as made:
+            yield made
     except OSError as error:
-        raise ConversionError(f"{target.parent} cannot be written into: {error}.") from None
-    with folder as path:
-        yield Path(path)
-
-
-def _take_final_name(made: Path, target: Path) -> None:
-    weights, final_weights = weight_path(made), weight_path(target)
-    has_weights = weights.exists()
-    for file in (made, *([weights] if has_weights else [])):
-        file.chmod(0o644)
-        with file.open("rb+") as stream:
-            os.fsync(stream.fileno())
-    if has_weights:
-        weights.replace(final_weights)
-    made.replace(target)
-    if not has_weights:
-        final_weights.unlink(missing_ok=True)
+        raise ConversionError(f"{target} cannot be written: {error}.") from None

@@ -12,11 +12,13 @@ from sa3_convert.mnn.flatbuffer import Buffer, Extent
 from sa3_convert.untrusted import NotAFileError, open_regular
 
 _SMALLEST: Final = 12
+WEIGHTS: Final = ".weight"
+"""Behind a model's name: the file beside it that has its weights, where it is too large for one."""
 
 
 def weight_path(model: Path) -> Path:
     """Return where MNN keeps the weights of a model that is too large for one file."""
-    return model.with_name(f"{model.name}.weight")
+    return model.with_name(model.name + WEIGHTS)
 
 
 def unusable(path: Path, fault: ModelFileError) -> ModelFileError:

@@ -1,6 +1,5 @@
 """Which passes run for a component and a recipe, in order: from the reference ONNX to the one that is converted."""
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from google.protobuf.message import DecodeError
 
 from sa3_convert.components import Component
 from sa3_convert.errors import ConversionError, ModelFileError
+from sa3_convert.files import atomic_pair
 from sa3_convert.mnn.target import DEFAULT_TARGET, MnnVersion, is_older
 from sa3_convert.passes import safe_softmax, spelled_silu, whole_shapes
 from sa3_convert.passes.fp16_safe import make_fp16_safe
@@ -25,6 +25,7 @@ from sa3_convert.recipe import ComponentRecipe
 if TYPE_CHECKING:
     from sa3_convert.quantise.planned import PlannedWeights
 
+_DATA = ".data"
 _EXTERNAL_FROM_BYTES = 256
 """Larger weights go to the data file; small constants, shapes among them, stay readable in the graph."""
 
@@ -146,20 +147,10 @@ def save_onnx(model: ir.Model, target: Path, *, check: Callable[[Path], None] = 
         ConversionError: it cannot be written.
 
     """
-    data_name = f"{target.name}.data"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent) as folder:
-            written = Path(folder) / target.name
-            ir.save(model, written, external_data=data_name, size_threshold_bytes=_EXTERNAL_FROM_BYTES)
+        with atomic_pair(target, _DATA) as written:
+            ir.save(model, written, external_data=written.name + _DATA, size_threshold_bytes=_EXTERNAL_FROM_BYTES)
             check(written)
-            # The graph goes first and comes last: without it the data file is nothing.
-            target.unlink(missing_ok=True)
-            (target.parent / data_name).unlink(missing_ok=True)
-            data = written.with_name(data_name)
-            if data.exists() and data.stat().st_size:
-                data.replace(target.parent / data_name)
-            written.replace(target)
     except OSError as error:
         raise ConversionError(f"{target} cannot be written: {error}") from None
 

@@ -1,6 +1,5 @@
 """What reaches each linear in use: second moments of its inputs, collected with ONNX Runtime on the reference."""
 
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from sa3_convert.files import copy_file
+from sa3_convert.files import copy_file, partial_folder
 from sa3_convert.ort import OrtSession
 from sa3_convert.quantise.layers import quantisable_layers
 from sa3_convert.quantise.moments import Moments
@@ -45,8 +44,8 @@ def collect_moments(
     names = list(users)
     for start in range(0, len(names), _AT_ONCE):
         chosen = names[start : start + _AT_ONCE]
-        with tempfile.TemporaryDirectory(prefix=".calibration-", dir=reference.parent) as folder:
-            session = OrtSession(_with_outputs(reference, chosen, Path(folder)), threads=threads, outputs=chosen)
+        with partial_folder(reference) as folder:
+            session = OrtSession(_with_outputs(reference, chosen, folder), threads=threads, outputs=chosen)
             for sample in materialised:
                 for name, activation in session.run(sample.feeds).items():
                     rows = _rows(activation, sample)

@@ -12,7 +12,6 @@ told by a fidelity far below the one in the manifest.
 import contextlib
 import logging
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
@@ -23,7 +22,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from sa3_convert.components import Component
 from sa3_convert.errors import ConversionError
-from sa3_convert.files import named
+from sa3_convert.files import named, partial_folder
 
 FLOORS_DB: Final[Mapping[Component, float]] = {
     Component.TEXT_ENCODER: 22,
@@ -55,10 +54,9 @@ def quantise_for_ort(reference: Path, target: Path) -> int:
 
     """
     _, singles = _products(reference)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="int8-", dir=target.parent) as scratch, _quiet():
+    with partial_folder(target) as scratch, _quiet():
         # ONNX Runtime writes beside its input, and ONNX refuses weights behind a link: it works on a copy.
-        source = Path(scratch) / reference.name
+        source = scratch / reference.name
         for file in (reference, reference.with_name(reference.name + ".data")):
             if file.exists():
                 shutil.copyfile(file, source.with_name(file.name))

@@ -16,6 +16,7 @@ from sa3_convert.errors import AudioError, UsageError
 from sa3_convert.files import atomic_path
 from sa3_convert.runtime import riff
 from sa3_convert.runtime.cut_short import cut_short
+from sa3_convert.streams import is_stream, is_terminal
 from sa3_convert.supervisor import working_on
 from sa3_convert.untrusted import open_regular, parse_json
 
@@ -203,7 +204,7 @@ def audio_writer(
     """Yield a stereo writer; the file takes its name when the block ends without an error, and is gone otherwise.
 
     Args:
-        path: `.wav` or `.flac`.
+        path: `.wav` or `.flac`; a pipe, a device or standard output gets the whole file at its end, a WAV if unnamed.
         rate: Hz.
         sample_format: of the samples; FLAC has no floating point.
         dither: see `Quantiser`.
@@ -245,10 +246,12 @@ def check_output_path(path: Path, sample_format: SampleFormat) -> None:
     """Check, before any long work, that a file of this name and format can be written.
 
     Raises:
-        UsageError: the file type is not known or does not have the format, or a folder stands at its name.
+        UsageError: the file type is not known or does not have the format, or a folder or terminal stands at its name.
 
     """
     _container(path, sample_format)
+    if is_terminal(path):
+        raise UsageError("Standard output is a terminal, and audio is no text. Pipe it into something, or name a file.")
     if path.is_dir():
         raise UsageError(f"{path} is a folder. Name a file.")
 
@@ -294,7 +297,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def _container(path: Path, sample_format: SampleFormat) -> str:
-    container = _CONTAINERS.get(path.suffix.lower())
+    container = _CONTAINERS.get(path.suffix.lower(), "WAV" if is_stream(path) else None)
     if container is None:
         raise UsageError(f"{path} has no known audio file type. Name it {' or '.join(_CONTAINERS)}.")
     if container == "FLAC" and sample_format == "float":

@@ -5,23 +5,31 @@ name of its file. `results.jsonl` beside the files gets one line per generation 
 generation counts as done when such a line holds exactly its settings and its file is whole.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from sa3_convert.apart import Named, folded, require_apart
 from sa3_convert.errors import InputError, OutputRejectedError, Sa3Error, UsageError
-from sa3_convert.files import sha256_file
+from sa3_convert.files import alone_in, inside, sha256_file
 from sa3_convert.runtime.audio import SampleFormat, audio_writer, check_output_path
 from sa3_convert.runtime.checks import OutputCheck
 from sa3_convert.runtime.events import AudioChunk, Report, StageName
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.request import GenerateRequest
+from sa3_convert.untrusted import parse_json, read_bytes, read_text
 
 RESULTS = "results.jsonl"
+_LARGEST_RESULTS = 1 << 28
+_LONGEST_NAME = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +53,8 @@ class BatchOptions:
     allow: tuple[str, ...] = ()
     metadata: Mapping[str, Any] | None = None
     """Written into every file, beside its settings."""
+    reads: tuple[Named, ...] = ()
+    """What must not be written over, besides the audio that the batch itself names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +94,8 @@ def read_batch(path: Path, defaults: Mapping[str, Any] | None = None) -> list[Ba
 
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Other characters that break lines may stand in a prompt.
+        lines = read_text(path).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     items = [_read_line(path, number, text, defaults or {}) for number, text in enumerate(lines, 1) if text.strip()]
@@ -92,16 +103,17 @@ def read_batch(path: Path, defaults: Mapping[str, Any] | None = None) -> list[Ba
         raise InputError(f"{path} holds no generation. Write one JSON object with a prompt per line.")
     seen: dict[str, int] = {}
     for item in items:
-        if item.output in seen:
-            raise UsageError(f"{path}: lines {seen[item.output]} and {item.line} both write {item.output!r}.")
-        seen[item.output] = item.line
+        # Some file systems take two spellings of a name for one.
+        first = seen.setdefault(folded(item.output), item.line)
+        if first != item.line:
+            raise UsageError(f"{path}: lines {first} and {item.line} both write {item.output!r}.")
     return items
 
 
 def _read_line(path: Path, number: int, text: str, defaults: Mapping[str, Any]) -> BatchItem:
     where = f"{path}, line {number}"
     try:
-        values = json.loads(text)
+        values = parse_json(text)
     except ValueError as error:
         raise InputError(f"{where} is not JSON: {error}") from None
     if not isinstance(values, dict):
@@ -110,6 +122,8 @@ def _read_line(path: Path, number: int, text: str, defaults: Mapping[str, Any]) 
     try:
         if not isinstance(output, str) or Path(output).name != output or output.startswith("."):
             raise UsageError(f"output is {output!r}, expected a plain file name.")
+        if len(os.fsencode(output)) > _LONGEST_NAME:
+            raise UsageError(f"output is a name of more than {_LONGEST_NAME} bytes.")
         check_output_path(Path(output), "pcm16")
         return BatchItem(number, GenerateRequest.from_json({**defaults, **values}), output)
     except UsageError as error:
@@ -127,21 +141,51 @@ def run_batch(pipeline: Pipeline, items: Sequence[BatchItem], options: BatchOpti
 
     """
     settings = [_resolved(pipeline, item) for item in items]
+    folder = options.folder
     for item in items:
-        check_output_path(options.folder / item.output, options.sample_format)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    done = _done(options.folder)
-    audio: dict[str, BatchResult] = {}
-    for item, request in zip(items, settings, strict=True):
-        found = done.get(item.output)
-        if found is not None and found.request == request:
-            result = found
-        else:
-            result = _generate(pipeline, item, request, options, audio)
-            _append(options.folder / RESULTS, result)
-        if result.audio_sha256 is not None:
-            audio.setdefault(result.audio_sha256, result)
-        yield result
+        check_output_path(folder / item.output, options.sample_format)
+    _require_apart(items, options)
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(alone_in(folder))
+        except BlockingIOError:
+            raise UsageError(f"Another batch is writing into {folder}. Wait for it, or name another folder.") from None
+        # What a link leads to may have changed until now.
+        for name in (RESULTS, *(item.output for item in items)):
+            _check_place(folder, name)
+        done = _done(folder, {item.output for item in items})
+        audio: dict[str, BatchResult] = {}
+        for item, request in zip(items, settings, strict=True):
+            found = done.get(item.output)
+            if found is not None and found.request == request:
+                result = found
+            else:
+                result = _generate(pipeline, item, request, options, audio)
+                _append(folder / RESULTS, result)
+            if result.audio_sha256 is not None:
+                audio.setdefault(result.audio_sha256, result)
+            yield result
+
+
+def _require_apart(items: Sequence[BatchItem], options: BatchOptions) -> None:
+    """Refuse to write over what is read, or twice into one file."""
+    writes = [(f"Line {item.line}:", options.folder / item.output) for item in items]
+    reads = [(f"line {item.line},", path) for item in items for path in item.request.audio_files()]
+    require_apart([*writes, ("The file of results", options.folder / RESULTS)], [*reads, *options.reads])
+
+
+def _check_place(folder: Path, name: str) -> None:
+    """Check that what is written under a name is a file of this folder.
+
+    Raises:
+        BundleError: a link leads out of it.
+        UsageError: a folder, a pipe or a device stands there.
+
+    """
+    place = inside(folder, name)
+    if place.exists() and not place.is_file():
+        raise UsageError(f"{folder / name} is no regular file. Remove it, or name another folder.")
 
 
 def _resolved(pipeline: Pipeline, item: BatchItem) -> dict[str, Any]:
@@ -195,7 +239,7 @@ def _generate(
     )
 
 
-def _refuse_duplicate(request: dict[str, Any], same: BatchResult | None, allow: Collection[str]) -> None:
+def _refuse_duplicate(request: dict[str, Any], same: BatchResult | None, allow: tuple[str, ...]) -> None:
     """Reject audio that equals that of a generation with another seed."""
     if same is not None and same.request["seed"] != request["seed"]:
         OutputCheck(allow).duplicate(same.request["seed"], request["seed"])
@@ -217,24 +261,27 @@ def _last_byte(path: Path) -> bytes:
         return stream.read(1)
 
 
-def _done(folder: Path) -> dict[str, BatchResult]:
+def _done(folder: Path, outputs: AbstractSet[str]) -> dict[str, BatchResult]:
     """Return the results of earlier runs whose files are whole, by output."""
-    found: dict[str, BatchResult] = {}
     try:
-        lines = (folder / RESULTS).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_bytes(folder / RESULTS, _LARGEST_RESULTS).split(b"\n")
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise InputError(f"{folder / RESULTS} cannot be read: {error}") from None
-    for line in lines:
-        try:
-            values = json.loads(line)
-            result = BatchResult(**{**values, "warnings": tuple(values["warnings"]), "reused": True})
-        except (ValueError, KeyError, TypeError):
-            # Half a line, from a run that was killed; its generation is made again.
-            continue
-        found[result.output] = result
-    return {output: result for output, result in found.items() if _is_whole(folder / output, result)}
+    found = {result.output: result for result in map(_result, lines) if result is not None}
+    return {output: found[output] for output in outputs & found.keys() if _is_whole(folder / output, found[output])}
+
+
+def _result(line: bytes) -> BatchResult | None:
+    """Read a line of `results.jsonl`; None where none can be read, so that its generation is made again."""
+    try:
+        # Half a line, from a run that was killed, or what somebody else has written.
+        text = line.decode()
+        parse_json(text)
+        return replace(TypeAdapter(BatchResult).validate_json(text, strict=True), reused=True)
+    except ValueError:
+        return None
 
 
 def _is_whole(path: Path, result: BatchResult) -> bool:

@@ -87,6 +87,10 @@ class GenerateRequest:
             raise UsageError("inpaint_audio needs at least one region START:END to generate anew.")
         check_regions(self.inpaint, self.seconds)
 
+    def audio_files(self) -> list[Path]:
+        """Return the files that it reads."""
+        return [audio for audio in (self.init_audio, self.inpaint_audio) if isinstance(audio, Path)]
+
     def resolved(self, layout: CheckpointLayout) -> "ResolvedRequest":
         """Return the request with every default filled in for a model.
 

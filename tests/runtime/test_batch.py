@@ -1,11 +1,13 @@
 import json
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from sa3_convert.errors import AudioError, InputError, UsageError
+from sa3_convert.errors import AudioError, BundleError, InputError, UsageError
 from sa3_convert.runtime.audio import read_metadata
 from sa3_convert.runtime.batch import RESULTS, BatchOptions, BatchResult, read_batch, run_batch
 from tests.runtime.conftest import Parts
@@ -126,6 +128,8 @@ def test_the_same_seed_twice_is_no_fault(small: Parts, tmp_path: Path) -> None:
         ([{"prompt": "a", "output": 3}], "plain file name"),
         ([{"prompt": "a", "output": "x.mp3"}], "line 1: .*file type"),
         ([{"prompt": "a", "output": "x.wav"}, {"prompt": "b", "output": "x.wav"}], "lines 1 and 2 both write 'x.wav'"),
+        ([{"prompt": "a", "output": "é.wav"}, {"prompt": "b", "output": "E\u0301.WAV"}], "lines 1 and 2 both write"),
+        ([{"prompt": "a", "output": "x" * 252 + ".wav"}], "more than 255 bytes"),
     ],
 )
 def test_a_line_that_cannot_be_is_told_by_its_number(tmp_path: Path, lines: list[Any], message: str) -> None:
@@ -134,13 +138,56 @@ def test_a_line_that_cannot_be_is_told_by_its_number(tmp_path: Path, lines: list
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\n\n", b"nonsense", b"[1, 2]", b"\xff\xfe", b'{"prompt": "a"}\n{"prompt": ']
+    "content",
+    [
+        b"",
+        b"\n\n",
+        b"nonsense",
+        b"[1, 2]",
+        b"\xff\xfe",
+        b'{"prompt": "a"}\n{"prompt": ',
+        b'{"prompt": "a"}\r{"prompt": "b"}',
+        b'{"prompt": "a", "seconds": 1e400}',
+        b'{"prompt": "a", "seconds": NaN}',
+        b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
+        b'{"prompt": "a\\u0000"}',
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "a", "output": "\\udfff.wav"}',
+        b'{"prompt": ' + b"[" * 100_000,
+        b'{"prompt": "a", "inpaint": ' + b"[" * 65 + b"]" * 65 + b"}",
+        b'{"prompt": "a", "prompt": "b"}',
+        b'{"prompt": "a"}\xef\xbb\xbf\n{"prompt": "a"}',
+    ],
 )
 def test_a_file_that_is_no_batch_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "batch.jsonl"
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"batch\.jsonl"):
         read_batch(path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "large"])
+def test_what_is_no_file_of_bounded_size_is_no_batch(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "batch.jsonl"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "device":
+        path = Path("/dev/zero")
+    else:
+        with path.open("wb") as stream:
+            stream.truncate(1 << 40)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_batch(path)
+
+
+def test_lines_end_at_line_feeds_alone_and_a_byte_order_mark_is_fine(tmp_path: Path) -> None:
+    path = tmp_path / "batch.jsonl"
+    prompts = ["a\u2028b", "\u2029c\u2028"]
+    lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    path.write_bytes("\r\n".join(["\ufeff" + lines[0], lines[1], '{"prompt": "last"}']).encode())
+    assert [item.request.prompt for item in read_batch(path)] == [*prompts, "last"]
 
 
 def test_a_missing_batch_file_is_refused(tmp_path: Path) -> None:
@@ -165,3 +212,150 @@ def test_a_format_that_a_file_type_lacks_is_told_before_the_first_generation(sma
     with pytest.raises(UsageError, match="FLAC"):
         run(small, tmp_path, LINES, engine, sample_format="float")
     assert engine.loaded == []
+
+
+ODD = [
+    {"output": []},
+    {"output": {"a": 1}},
+    {"output": None},
+    {"output": 3},
+    {"line": "1"},
+    {"line": []},
+    {"request": []},
+    {"request": "text"},
+    {"error": 3},
+    {"file_sha256": ["0" * 64]},
+    {"audio_sha256": {}},
+    {"audio_sha256": []},
+    {"seconds": 5},
+    {"seconds": {"text": "long"}},
+    {"seconds": {"no such stage": 1.0}},
+    {"seconds": {"text": [1.0]}},
+    {"warnings": 5},
+    {"warnings": "text"},
+    {"warnings": [3]},
+    {"warnings": {"a": "b"}},
+    {"warnings": [["deep"]]},
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=str)
+def test_a_result_of_other_types_counts_as_absent(small: Parts, tmp_path: Path, odd: dict[str, Any]) -> None:
+    run(small, tmp_path, LINES)
+    path = tmp_path / "out" / RESULTS
+    first, second = (json.loads(line) for line in path.read_text().splitlines())
+    path.write_text(json.dumps(first | odd) + "\n" + json.dumps(second) + "\n")
+    assert [result.reused for result in run(small, tmp_path, LINES)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"5", b"null", b"[]", b"NaN", b'"text"', b"\xff", b"[" * 100_000, b"{", b"\x00", b'{"line": 1e400}'],
+)
+def test_a_line_that_is_no_result_counts_as_absent(small: Parts, tmp_path: Path, line: bytes) -> None:
+    run(small, tmp_path, LINES)
+    path = tmp_path / "out" / RESULTS
+    path.write_bytes(line + b"\n" + path.read_bytes() + line)
+    assert [result.reused for result in run(small, tmp_path, LINES)] == [True, True]
+
+
+def test_a_number_in_a_result_that_is_none_makes_it_absent(small: Parts, tmp_path: Path) -> None:
+    run(small, tmp_path, LINES)
+    path = tmp_path / "out" / RESULTS
+    first, second = path.read_text().splitlines()
+    path.write_text(first.replace('"seconds": 0.2', '"seconds": NaN') + "\n" + second + "\n")
+    assert [result.reused for result in run(small, tmp_path, LINES)] == [False, True]
+
+
+def test_no_file_outside_is_looked_at_because_a_result_names_it(small: Parts, tmp_path: Path) -> None:
+    run(small, tmp_path, LINES)
+    path = tmp_path / "out" / RESULTS
+    os.mkfifo(tmp_path / "pipe")
+    line = json.loads(path.read_text().splitlines()[0])
+    with path.open("a") as stream:
+        for output in ("../pipe", str(tmp_path / "pipe"), "/dev/zero", "../../../../etc/passwd"):
+            stream.write(json.dumps(line | {"output": output}) + "\n")
+    assert [result.reused for result in run(small, tmp_path, LINES)] == [True, True]
+
+
+@pytest.mark.parametrize("name", ["0001.wav", RESULTS])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link out", "link to a device"])
+def test_only_regular_files_of_the_folder_are_written(small: Parts, tmp_path: Path, name: str, kind: str) -> None:
+    outside = tmp_path / "outside"
+    outside.write_text("precious")
+    place = tmp_path / "out" / name
+    place.parent.mkdir()
+    if kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "folder":
+        place.mkdir()
+    else:
+        place.symlink_to(outside if kind == "link out" else "/dev/null")
+    engine = FakeEngine()
+    with pytest.raises((UsageError, BundleError), match=r"regular file|leads out of|is a folder"):
+        run(small, tmp_path, LINES, engine)
+    assert engine.loaded == []
+    assert outside.read_text() == "precious"
+
+
+def test_two_names_of_one_file_are_told_before_the_first_generation(small: Parts, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "0001.wav").symlink_to("0002.wav")
+    engine = FakeEngine()
+    with pytest.raises(UsageError, match="are one file"):
+        run(small, tmp_path, [{"prompt": "a"}, {"prompt": "b"}], engine)
+    assert engine.loaded == []
+
+
+@pytest.mark.parametrize("name", ["0001.wav", "link.wav"])
+def test_audio_that_a_line_reads_is_not_written_over(small: Parts, tmp_path: Path, name: str) -> None:
+    run(small, tmp_path, LINES)
+    (tmp_path / "link.wav").symlink_to("out/0001.wav")
+    before = (tmp_path / "out" / "0001.wav").read_bytes()
+    source = tmp_path / "link.wav" if name == "link.wav" else tmp_path / "out" / name
+    with pytest.raises(UsageError, match="would replace what is read"):
+        run(small, tmp_path, [{"prompt": "new"}, {"prompt": "b", "init_audio": str(source)}])
+    assert (tmp_path / "out" / "0001.wav").read_bytes() == before
+
+
+def test_a_batch_file_that_has_the_name_of_the_results_is_not_appended_to(small: Parts, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    file = written(tmp_path, LINES).rename(tmp_path / "out" / RESULTS)
+    before = file.read_bytes()
+    options = BatchOptions(tmp_path / "out", reads=(("--batch", file),))
+    with pytest.raises(UsageError, match="would replace what is read: --batch"):
+        next(run_batch(pipeline(small, FakeEngine()), read_batch(file, SHORT), options))
+    assert file.read_bytes() == before
+
+
+def test_a_second_batch_into_the_folder_is_refused_while_the_first_runs(small: Parts, tmp_path: Path) -> None:
+    items = read_batch(written(tmp_path, LINES), SHORT)
+    first = run_batch(pipeline(small, FakeEngine()), items, BatchOptions(tmp_path / "out"))
+    next(first)
+    (tmp_path / "same").symlink_to("out")
+    with pytest.raises(UsageError, match="Another batch is writing into"):
+        next(run_batch(pipeline(small, FakeEngine()), items, BatchOptions(tmp_path / "same")))
+    assert [result.output for result in first] == ["drums.flac"]
+    assert [result.reused for result in run(small, tmp_path, LINES)] == [True, True]
+
+
+def test_of_many_batches_at_once_one_does_the_work_and_each_line_is_written_once(small: Parts, tmp_path: Path) -> None:
+    items = read_batch(written(tmp_path, [{"prompt": "p", "seed": seed} for seed in range(8)]), SHORT)
+    refused: list[UsageError] = []
+    begin = threading.Barrier(6)
+
+    def run_one() -> None:
+        begin.wait()
+        try:
+            list(run_batch(pipeline(small, FakeEngine()), items, BatchOptions(tmp_path / "out", allow=("duplicate",))))
+        except UsageError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=run_one) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) < 6
+    outputs = [json.loads(line)["output"] for line in (tmp_path / "out" / RESULTS).read_text().splitlines()]
+    assert outputs == [f"{line:04d}.wav" for line in range(1, 9)]

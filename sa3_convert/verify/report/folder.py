@@ -1,13 +1,11 @@
 """The report's folder: whole or not there; the next run takes its place, and nothing of anyone else's is touched."""
 
-import json
-import os
-import secrets
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from sa3_convert.errors import UsageError
+from sa3_convert.files import partial_folder, write_text
+from sa3_convert.untrusted import read_json
 from sa3_convert.verify.report.schema import KIND
 
 DATA = "report.json"
@@ -39,7 +37,7 @@ def check_folder(folder: Path) -> None:
 
 def _is_report(file: Path) -> bool:
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = read_json(file)
     except (OSError, ValueError):
         return False
     return isinstance(data, dict) and data.get("kind") == KIND
@@ -64,22 +62,16 @@ def write_folder(folder: Path, contents: Mapping[str, str]) -> None:
 
 
 def _replace(folder: Path, contents: Mapping[str, str]) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    token = secrets.token_hex(8)
-    new, old = (folder.with_name(f".{folder.name}.{token}.{kind}") for kind in ("partial", "old"))
-    try:
-        new.mkdir()
+    with partial_folder(folder) as old, partial_folder(folder) as new:
         for name, text in contents.items():
-            with (new / name).open("w", encoding="utf-8", newline="\n") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-    finally:
-        # An interrupt between the two renames: the earlier report goes back.
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+            write_text(new / name, text)
+        stood = folder.exists()
+        try:
+            if stood:
+                folder.rename(old)
+            new.rename(folder)
+        except BaseException:
+            # Between the two renames the earlier report goes back.
+            if stood and not folder.exists():
+                old.rename(folder)
+            raise

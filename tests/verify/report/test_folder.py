@@ -69,12 +69,12 @@ def test_a_failure_leaves_the_earlier_report_and_nothing_else(
     folder = tmp_path / "report"
     write_folder(folder, CONTENTS)
     if failing == "write":
-        monkeypatch.setattr("sa3_convert.verify.report.folder.os.fsync", _fail)
+        monkeypatch.setattr("os.fsync", _fail)
     else:
         rename = Path.rename
 
         def interrupted(path: Path, target: Path) -> Path:
-            if path.name.endswith(".partial"):
+            if (path / PAGE).read_text() == "another":
                 raise KeyboardInterrupt
             return rename(path, target)
 
