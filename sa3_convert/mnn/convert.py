@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +86,7 @@ def mnn_from_onnx(
     *,
     target_mnn: MnnVersion | None = None,
     converter: Converter = DEFAULT_CONVERTER,
+    check: Callable[[Path], None] = lambda _: None,
 ) -> ModelStorage:
     """Convert one ONNX file and audit the result; the same input, recipe and version of MNN give the same bytes.
 
@@ -100,6 +101,7 @@ def mnn_from_onnx(
         recipe: how weights and floats are stored.
         target_mnn: the oldest MNN that has to read the result; None does not care.
         converter: how the converter is started.
+        check: raises if the finished file must not take its name.
 
     Returns:
         What the file holds.
@@ -125,6 +127,7 @@ def mnn_from_onnx(
         audit(storage, recipe)
         if target_mnn is not None:
             check_reader(storage, target_mnn)
+        check(made)
         _take_final_name(made, mnn_path)
     return storage
 

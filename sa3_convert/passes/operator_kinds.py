@@ -23,7 +23,7 @@ OPERATOR_KINDS: tuple[HazardKind, ...] = (
     _wrong(
         "operator-unproven",
         "MNN was not shown to compute this operator right; of those that it converts, many come out wrong or end the "
-        "process (LSTM, GRU, NonMaxSuppression, OneHot, GridSample, Shrink, Loop)",
+        "process (LSTM, GRU, NonMaxSuppression, OneHot, GridSample, Shrink, ConstantOfShape, Loop)",
         "decompose it into operators that docs/operators.md lists",
         rules.not_shown_right,
     ),

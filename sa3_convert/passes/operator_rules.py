@@ -14,7 +14,7 @@ from sa3_convert.passes.hazard_rules import INTEGER, Facts
 
 _RIGHT = """
     Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization Cast CastLike Ceil
-    Celu Clip Concat Constant ConstantOfShape Conv ConvTranspose Cos Cosh CumSum DepthToSpace DequantizeLinear
+    Celu Clip Concat Constant Conv ConvTranspose Cos Cosh CumSum DepthToSpace DequantizeLinear
     Div Einsum Elu Equal Erf Exp Expand EyeLike Flatten Floor Gather GatherElements GatherND Gelu Gemm
     GlobalAveragePool GlobalMaxPool Greater GreaterOrEqual HardSigmoid HardSwish Identity InstanceNormalization
     LayerNormalization LeakyRelu LessOrEqual Log LogSoftmax LRN MatMul Max MaxPool Mean Min Mul Neg Not Or Pad

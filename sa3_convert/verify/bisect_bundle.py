@@ -83,6 +83,21 @@ def _sampled(bundle: Bundle, component: Component, seed: int, latents: int | Non
     return sample_inputs(component, bundle.layout, seed=seed, latents=latents or DEFAULT_LATENTS[component]).feeds
 
 
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Read a `.npz` file.
+
+    Raises:
+        InputError: it is missing or damaged.
+
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    # A plain .npy file gives an array, which has no files.
+    except (OSError, ValueError, EOFError, BadZipFile, AttributeError, TypeError) as error:
+        raise InputError(f"{path} is no .npz file of inputs: {error}") from None
+
+
 def read_feeds(path: Path, component: Component, layout: CheckpointLayout) -> dict[str, NDArray[Any]]:
     """Read a component's inputs from a `.npz` file and hold them to the contract.
 
@@ -90,12 +105,7 @@ def read_feeds(path: Path, component: Component, layout: CheckpointLayout) -> di
         InputError: the file is missing or damaged, an input is missing or unknown, or is of another dtype or shape.
 
     """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            feeds: dict[str, NDArray[Any]] = {name: archive[name] for name in archive.files}
-    # A plain .npy file gives an array, which has no files.
-    except (OSError, ValueError, EOFError, BadZipFile, AttributeError, TypeError) as error:
-        raise InputError(f"{path} is no .npz file of inputs: {error}") from None
+    feeds = read_arrays(path)
     ports = contract(component, layout).inputs
     wanted = {port.name for port in ports}
     if feeds.keys() != wanted:
