@@ -163,17 +163,46 @@ def fuse(
 
 
 def mnn(
-    source: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="What `fuse` wrote.", callback=paths.reads)],
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="FILE.onnx", help="What `fuse` wrote, or another graph.", callback=paths.reads),
+    ],
     component: OneComponentOption,
     out: Annotated[Path, typer.Option("--out", metavar="FILE.mnn", help="The model.", callback=paths.writes_model)],
     recipe: RecipeOption = DEFAULT_RECIPE,
     target_mnn: TargetOption = None,
+    floor_db: Annotated[
+        float | None,
+        typer.Option("--floor-db", min=0, help="Least ratio against ONNX Runtime; the recipe's when not given."),
+    ] = None,
+    input_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--input",
+            metavar="FILE.npz",
+            help="Inputs by name to compare with, instead of made-up ones.",
+            callback=paths.reads,
+        ),
+    ] = None,
 ) -> None:
-    """Stage 3: MNN's converter, judged by the file that it wrote."""
+    """Stage 3: the hazard lint, and MNN's converter, judged by its file and by ONNX Runtime's outputs."""
     from sa3_convert.mnn.convert import mnn_from_onnx
     from sa3_convert.mnn.readers import oldest_reader
+    from sa3_convert.passes.hazards import refuse_hazards
+    from sa3_convert.passes.pipeline import load_onnx
+    from sa3_convert.verify.any_graph import verify_any
+    from sa3_convert.verify.bisect_bundle import read_arrays
 
     chosen = open_recipe(recipe).for_component(component)
-    storage = mnn_from_onnx(source, out, chosen, target_mnn=target_for(chosen, target_mnn))
-    size = out.stat().st_size / 2**20
-    echo(f"{out}: {size:.2f} MiB, holds what {recipe} asks for; for {oldest_reader(storage)}")
+    target = target_for(chosen, target_mnn)
+    refuse_hazards(load_onnx(source), target_mnn=target)
+    given = None if input_file is None else read_arrays(input_file)
+    found = []
+
+    def verify(made: Path) -> None:
+        found.append(verify_any(source, made, component, given=given))
+        found[0].check_floor(chosen.floor_db if floor_db is None else floor_db)
+
+    storage = mnn_from_onnx(source, out, chosen, target_mnn=target, check=verify)
+    size, ratio = out.stat().st_size / 2**20, found[0].worst.signal_to_noise_db
+    echo(f"{out}: {size:.2f} MiB, holds what {recipe} asks for; for {oldest_reader(storage)}; {ratio:.1f} dB")

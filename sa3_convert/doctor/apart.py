@@ -70,12 +70,13 @@ def call(name: str, model: Path, folder: Path) -> str | None:
     return None if found is None else str(found)
 
 
-def run_jobs(jobs: Sequence[Job], folder: Path) -> list[Ran]:
+def run_jobs(jobs: Sequence[Job], folder: Path, *, timeout: float = TIMEOUT_SECONDS) -> list[Ran]:
     """Run jobs in one process after the other: where one ends the process, the next goes on behind it.
 
     Args:
         jobs: what to run; paths are absolute.
         folder: for the processes; their own.
+        timeout: seconds until a process is ended.
 
     """
     found: list[Ran] = []
@@ -84,7 +85,7 @@ def run_jobs(jobs: Sequence[Job], folder: Path) -> list[Ran]:
         listed = folder / "jobs.json"
         listed.write_text(json.dumps([asdict(job) for job in waiting]), encoding="utf-8")
         try:
-            _start([RUN, str(listed)], folder)
+            _start([RUN, str(listed)], folder, timeout)
             ended = "The process ended without a word."
         except ConversionError as error:
             ended = str(error)
@@ -110,6 +111,6 @@ def _ran(job: Job) -> Ran | None:
     return Ran(data["error"], tuple(data["messages"]))
 
 
-def _start(arguments: Sequence[str], folder: Path) -> str:
+def _start(arguments: Sequence[str], folder: Path, timeout: float = TIMEOUT_SECONDS) -> str:
     pattern = _PATTERN if os.name == "posix" and shutil.which("env") else ()
-    return run_worker(arguments, folder, timeout=TIMEOUT_SECONDS, command=(*pattern, *_WORKER))
+    return run_worker(arguments, folder, timeout=timeout, command=(*pattern, *_WORKER))

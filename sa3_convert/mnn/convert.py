@@ -8,7 +8,7 @@ outputs. What is stored in it is for `mnn.storage` to say, how close it is for `
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +85,7 @@ def mnn_from_onnx(
     *,
     target_mnn: MnnVersion | None = None,
     converter: Converter = DEFAULT_CONVERTER,
+    check: Callable[[Path], None] = lambda _: None,
 ) -> ModelStorage:
     """Convert one ONNX file and audit the result; the same input, recipe and version of MNN give the same bytes.
 
@@ -99,6 +100,7 @@ def mnn_from_onnx(
         recipe: how weights and floats are stored.
         target_mnn: the oldest MNN that has to read the result; None does not care.
         converter: how the converter is started.
+        check: raises if the finished file must not take its name.
 
     Returns:
         What the file holds.
@@ -124,6 +126,7 @@ def mnn_from_onnx(
         audit(storage, recipe)
         if target_mnn is not None:
             check_reader(storage, target_mnn)
+        check(made)
     return storage
 
 

@@ -17,6 +17,8 @@ LINEAR_SUFFIX: Final = "__matmul_converted"
 """What MNN appends to the ONNX output's name when it makes a 1×1 convolution of a MatMul or Gemm."""
 BIAS_SUFFIX: Final = ".add"
 """What the exporter appends to a linear's name for the Add of its bias, which MNN merges into the convolution."""
+LIFTED_SUFFIX: Final = ".lifted"
+"""What the pass `lift_small_weights` appends to a layer's name; the layer's own name is then that of what follows."""
 
 _NO_BLOCK: Final = -1
 _SHOWN: Final = 5
@@ -24,7 +26,7 @@ _SHOWN: Final = 5
 
 def layer_name(operator: str) -> str:
     """Return the ONNX name of a layer, which rules match, for the name of its operator in a `.mnn` file."""
-    return operator.removesuffix(LINEAR_SUFFIX).removesuffix(BIAS_SUFFIX)
+    return operator.removesuffix(LINEAR_SUFFIX).removesuffix(LIFTED_SUFFIX).removesuffix(BIAS_SUFFIX)
 
 
 def scheme_flags(scheme: WeightScheme, layers: Path) -> list[str]:

@@ -5,37 +5,9 @@ the same list. CPU rows were measured with MNN 3.6.1 on x86-64 and are measured 
 rows come from its source. What older versions do with a converted file was measured with their wheels, 3.0.0 to 3.6.0.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
-
-import onnx_ir as ir
-
 from sa3_convert.passes import hazard_rules as rules
-from sa3_convert.passes.hazard_rules import Facts
-
-Severity = Literal["wrong", "unsupported", "cuda", "tool", "info"]
-"""wrong: other numbers on the CPU without an error. unsupported: no file, or none that the
-target can run. cuda: wrong on CUDA. tool: the converter or the Python bindings do something else than they were asked.
-info: worth knowing."""
-
-
-@dataclass(frozen=True)
-class HazardKind:
-    """One row of the table."""
-
-    id: str
-    severity: Severity
-    mnn: str
-    """Where it was seen: versions and back-end."""
-    happens: str
-    fix: str
-    """What to write or ask for instead."""
-    avoided: str
-    """What this project does about it, and where."""
-    found: Callable[[ir.Node, Facts], bool] | None = None
-    """Recognises it at a node; None where no graph shows it."""
-
+from sa3_convert.passes.hazard_rules import HazardKind
+from sa3_convert.passes.operator_kinds import OPERATOR_KINDS
 
 _CPU = "3.6.1, CPU, measured"
 _CUDA = "up to 3.6.1, CUDA, from the source"
@@ -82,7 +54,7 @@ HAZARD_KINDS: tuple[HazardKind, ...] = (
         "modulo-truncated",
         "wrong",
         _CPU,
-        "Mod with fmod = 1 takes the divisor's sign, not the dividend's",
+        "Mod of floats, or with fmod = 1, takes the divisor's sign, not the dividend's, or neither",
         "x − k·Floor(x/k), or keep x non-negative",
         "no network takes remainders; " + _LINT,
         rules.truncated_modulo,
@@ -345,4 +317,5 @@ HAZARD_KINDS: tuple[HazardKind, ...] = (
         "hint 4 = 0xFFFF − 4 removes the binary ones",
         "probed; nothing is done",
     ),
+    *OPERATOR_KINDS,
 )

@@ -1,7 +1,8 @@
-"""How each kind of hazard is recognised at a node; what they mean is in `hazard_kinds`."""
+"""What a row of the hazard table is, and how each kind is recognised at a node; the rows are in `hazard_kinds`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -20,9 +21,34 @@ class Facts:
     run_time_data: frozenset[ir.Value]
     """Values that depend on a graph input's content: what follows from shapes alone is computed on the host."""
     local_functions: frozenset[tuple[str, str]]
+    opset: int
+    """Version of ONNX's own operators."""
 
 
-_INTEGER = frozenset(
+Severity = Literal["wrong", "unsupported", "cuda", "tool", "info"]
+"""wrong: other numbers on the CPU without an error. unsupported: no file, or none that the
+target can run. cuda: wrong on CUDA. tool: the converter or the Python bindings do something else than they were asked.
+info: worth knowing."""
+
+
+@dataclass(frozen=True)
+class HazardKind:
+    """One row of the table."""
+
+    id: str
+    severity: Severity
+    mnn: str
+    """Where it was seen: versions and back-end."""
+    happens: str
+    fix: str
+    """What to write or ask for instead."""
+    avoided: str
+    """What this project does about it, and where."""
+    found: Callable[[ir.Node, Facts], bool] | None = None
+    """Recognises it at a node; None where no graph shows it."""
+
+
+INTEGER = frozenset(
     {
         ir.DataType.BOOL,
         ir.DataType.INT8,
@@ -80,9 +106,11 @@ def _surely_smaller(shape: ir.Shape | None, out: ir.Shape | None) -> bool:
 
 
 def reduces_over_everything(node: ir.Node, facts: Facts) -> bool:
-    """Whether a reduction gets its axes as an input and they are not all axes."""
-    if node.op_type not in _REDUCTIONS_WITHOUT_AXES_INPUT or len(node.inputs) < 2 or node.inputs[1] is None:
+    """Whether a reduction gets its axes as an input and they are not all axes, or leaves them or keepdims out."""
+    if node.op_type not in _REDUCTIONS_WITHOUT_AXES_INPUT:
         return False
+    if len(node.inputs) < 2 or node.inputs[1] is None:
+        return "keepdims" not in node.attributes or (facts.opset >= 18 and node.attributes["keepdims"].as_int() != 0)
     axes = _graph.constant_tensor(node.inputs[1])
     data = node.inputs[0]
     if axes is None or data is None or data.shape is None:
@@ -134,7 +162,7 @@ def reads_half_from_a_file(node: ir.Node, facts: Facts) -> bool:
 
 def _has_integer_data(node: ir.Node, facts: Facts) -> bool:
     data = [value for value in node.inputs if value is not None and value in facts.run_time_data]
-    return any(value.dtype in _INTEGER for value in data)
+    return any(value.dtype in INTEGER for value in data)
 
 
 def integer_unary(node: ir.Node, facts: Facts) -> bool:
@@ -195,8 +223,11 @@ def weight_is_a_norm(node: ir.Node, facts: Facts) -> bool:
 
 
 def truncated_modulo(node: ir.Node, facts: Facts) -> bool:
-    """Whether a Mod takes the dividend's sign."""
-    return node.op_type == "Mod" and _graph.attribute_int(node, "fmod", 0) == 1
+    """Whether a Mod takes the dividend's sign, or is of floats."""
+    if node.op_type != "Mod":
+        return False
+    dividend = node.inputs[0]
+    return dividend is None or dividend.dtype not in INTEGER or _graph.attribute_int(node, "fmod", 0) == 1
 
 
 def calls_a_function(node: ir.Node, facts: Facts) -> bool:

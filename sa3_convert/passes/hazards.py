@@ -10,8 +10,8 @@ from onnx_ir.passes.common import ShapeInferencePass
 from sa3_convert.errors import ConversionError
 from sa3_convert.mnn.target import DEFAULT_TARGET, MnnVersion
 from sa3_convert.passes import _graph
-from sa3_convert.passes.hazard_kinds import HAZARD_KINDS, HazardKind, Severity
-from sa3_convert.passes.hazard_rules import Facts
+from sa3_convert.passes.hazard_kinds import HAZARD_KINDS
+from sa3_convert.passes.hazard_rules import Facts, HazardKind, Severity
 
 _SHOWN = 3
 
@@ -31,7 +31,7 @@ class Hazard:
 
     @property
     def severity(self) -> Severity:
-        """What it does: see `hazard_kinds.Severity`."""
+        """What it does: see `hazard_rules.Severity`."""
         return self.kind.severity
 
 
@@ -55,7 +55,7 @@ def find_hazards(model: ir.Model, *, target_mnn: MnnVersion = DEFAULT_TARGET) ->
         run_time |= everything
         data |= everything
     functions = frozenset((function.domain, function.name) for function in model.functions.values())
-    facts = Facts(target_mnn, frozenset(run_time), frozenset(data), functions)
+    facts = Facts(target_mnn, frozenset(run_time), frozenset(data), functions, model.opset_imports.get("", 0))
     return [
         Hazard(kind, node.name or (node.outputs[0].name or ""), node.op_type)
         for graph in graphs

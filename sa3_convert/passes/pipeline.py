@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from sa3_convert.passes.fp16_safe import make_fp16_safe
 from sa3_convert.passes.fuse_weight_norm import fuse_weight_norm
 from sa3_convert.passes.half import round_to_half
 from sa3_convert.passes.hazards import refuse_hazards
+from sa3_convert.passes.lift_small_weights import lift_small_weights
 from sa3_convert.passes.quantise_embedding import quantise_embedding
 from sa3_convert.passes.round_weights import round_weights, take_planned, weights_of
 from sa3_convert.passes.scale_gated_products import scale_gated_products
@@ -89,6 +91,9 @@ def _passes(
         finished = weights.names()
         passes.append(("take_planned", lambda model: take_planned(model, weights)))
     passes.append(("scale_gated_products", scale_gated_products))
+    scheme = recipe.weights
+    if scheme is not None:
+        passes.append(("lift_small_weights", partial(lift_small_weights, scheme=scheme)))
     if is_older(target_mnn, safe_softmax.NEEDED_BEFORE):
         passes.append(("subtract_row_maximum", safe_softmax.subtract_row_maximum))
     if recipe.embedding != "float":
@@ -99,7 +104,6 @@ def _passes(
             ("make_fp16_safe", make_fp16_safe),
             ("round_to_half", lambda model: round_to_half(model, weights_of(model, finished))),
         ]
-    scheme = recipe.weights
     if scheme is not None and scheme.rounding != "converter":
         if recipe.compensates and planned is None:
             raise ConversionError(

@@ -11,6 +11,7 @@ from typing import Final
 import numpy as np
 import onnx_ir as ir
 
+from sa3_convert.mnn.layer_rules import LIFTED_SUFFIX
 from sa3_convert.quantise.grid import Floats
 
 _SHARED_TOO_OFTEN: Final = 4
@@ -88,7 +89,7 @@ def quantisable_layers(model: ir.Model) -> list[Layer]:
         name = node.outputs[0].name
         assert name is not None
         transposed = node.op_type == "MatMul" or (node.op_type == "Gemm" and not _flag(node, "transB"))
-        layers.append(Layer(name, node, weight, transposed))
+        layers.append(Layer(name.removesuffix(LIFTED_SUFFIX), node, weight, transposed))
     return layers
 
 

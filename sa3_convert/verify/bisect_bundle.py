@@ -91,11 +91,11 @@ _LARGEST = 2 << 30
 """Bytes of inputs; the longest audio that a model takes has a tenth of them."""
 
 
-def read_feeds(path: Path, component: Component, layout: CheckpointLayout) -> dict[str, NDArray[Any]]:
-    """Read a component's inputs from a `.npz` file and hold them to the contract.
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Read a `.npz` file.
 
     Raises:
-        InputError: the file is missing or damaged, an input is missing or unknown, or is of another dtype or shape.
+        InputError: it is missing, damaged or too large.
 
     """
     try:
@@ -104,11 +104,21 @@ def read_feeds(path: Path, component: Component, layout: CheckpointLayout) -> di
                 raise InputError(f"{path} holds more than {_LARGEST >> 20} MiB.")
             stream.seek(0)
             with np.load(stream, allow_pickle=False) as archive:
-                feeds: dict[str, NDArray[Any]] = {name: archive[name] for name in archive.files}
+                return {name: archive[name] for name in archive.files}
     except InputError:
         raise
     except Exception as error:  # what zipfile, zlib and numpy raise of damaged files has no type in common
         raise InputError(f"{path} is no .npz file of inputs: {error}") from None
+
+
+def read_feeds(path: Path, component: Component, layout: CheckpointLayout) -> dict[str, NDArray[Any]]:
+    """Read a component's inputs from a `.npz` file and hold them to the contract.
+
+    Raises:
+        InputError: the file is missing or damaged, an input is missing or unknown, or is of another dtype or shape.
+
+    """
+    feeds = read_arrays(path)
     ports = contract(component, layout).inputs
     wanted = {port.name for port in ports}
     if feeds.keys() != wanted:

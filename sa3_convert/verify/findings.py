@@ -1,6 +1,5 @@
 """Everything that a verification found: the one shape that `--json`, `--report` and `drift` read."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +11,7 @@ from sa3_convert.verify.bisect_result import BisectResult
 from sa3_convert.verify.distribution import FREE_RUNNING, GenerationFidelity, component_of
 from sa3_convert.verify.distribution_result import Distribution
 from sa3_convert.verify.end_to_end import EndToEnd
-from sa3_convert.verify.result import BundleFidelity
+from sa3_convert.verify.result import BundleFidelity, advice
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +35,16 @@ class Findings:
 
         Free-running generations have no floor: errors of the whole chain feed on themselves there.
         """
-        floors = {v.fidelity.component: v.floor_db for v in self.bundle.verdicts if v.engine == self.engine}
         own = [] if self.generations is None else self.generations.distributions
         return {
             component_of(d.name): d
             for d in own
-            if d.name != FREE_RUNNING and d.summary.worst < floors[component_of(d.name)]
+            if d.name != FREE_RUNNING and d.summary.worst < self._floors[component_of(d.name)]
         }
+
+    @property
+    def _floors(self) -> Mapping[Component, float]:
+        return {v.fidelity.component: v.floor_db for v in self.bundle.verdicts if v.engine == self.engine}
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -51,9 +53,10 @@ class Findings:
         for component, distribution in self.short.items():
             found = distribution.summary
             step = "" if found.worst_step is None else f" step={found.worst_step}"
+            floor = self._floors[component]
             sampled.append(
-                f"{component.value}: generation {found.worst_case}{step} has {found.worst:.2f} dB, which is below the "
-                f"floor. It would pass with floor_db: {math.floor(found.worst * 10) / 10:g}."
+                f"{component.value}: generation {found.worst_case}{step} has {found.worst:.2f} dB, the floor is "
+                f"{floor:g} dB.{advice(found.worst, floor)}"
             )
         return tuple(sampled)
 
@@ -63,7 +66,7 @@ class Findings:
         return not self.problems
 
     def check(self) -> None:
-        """Raise VerificationError naming every model that falls short, and the floor it would pass with."""
+        """Raise VerificationError naming every model that falls short."""
         if problems := self.problems:
             raise VerificationError("\n".join(problems))
 

@@ -28,6 +28,18 @@ class Measurement:
         return self.sums.fidelity()
 
 
+ADVISED_WITHIN_DB = 3.0
+"""A ratio this far below its floor may be what the weights' statistics cost; one further down is a defect."""
+
+
+def advice(ratio_db: float, floor_db: float) -> str:
+    """Return what to do about a ratio below a floor, as the end of a message."""
+    passing = math.floor(ratio_db * 10) / 10
+    if passing > 0 and ratio_db >= floor_db - ADVISED_WITHIN_DB:
+        return f" It would pass with floor_db: {passing:g}."
+    return " That is too far below for another floor: give its layers more bits, or look for what is broken."
+
+
 def _worst(figures: Sequence[Fidelity]) -> Fidelity:
     return Fidelity(
         min(f.signal_to_noise_db for f in figures),
@@ -93,11 +105,11 @@ class ComponentFidelity:
             return None
         return (
             f"{self.component.value}: {worst.output} of case {worst.case} has {ratio:.2f} dB, the floor is "
-            f"{floor_db:g} dB. It would pass with floor_db: {math.floor(ratio * 10) / 10:g}."
+            f"{floor_db:g} dB.{advice(ratio, floor_db)}"
         )
 
     def check_floor(self, floor_db: float) -> None:
-        """Raise VerificationError if the worst case is below the floor; the message names the floor that would pass."""
+        """Raise VerificationError if the worst case is below the floor."""
         if (problem := self.shortfall(floor_db)) is not None:
             raise VerificationError(problem)
 
@@ -166,7 +178,7 @@ class BundleFidelity:
         return all(v.passed for v in self.verdicts)
 
     def check(self) -> None:
-        """Raise VerificationError naming every model that falls short, and the floor it would pass with."""
+        """Raise VerificationError naming every model that falls short."""
         problems = [problem for verdict in self.verdicts for problem in verdict.problems]
         if problems:
             raise VerificationError("\n".join(problems))

@@ -170,7 +170,7 @@ RIGHT = [
     reduced("ReduceMax", [1]),
     Case(
         "reduce-axes-input",
-        "(float[4, 6] x) => (float[4, 1] y) { y = ReduceL2<axes = [1]>(x) }",
+        "(float[4, 6] x) => (float[4, 1] y) { y = ReduceL2<axes = [1], keepdims = 1>(x) }",
         feeds={"x": X},
         opset=13,
     ),

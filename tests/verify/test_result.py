@@ -11,7 +11,7 @@ from rich.console import Console
 from sa3_convert.components import Component
 from sa3_convert.errors import VerificationError
 from sa3_convert.verify.metrics import sums_of
-from sa3_convert.verify.result import BundleFidelity, ComponentFidelity, Measurement, Verdict
+from sa3_convert.verify.result import BundleFidelity, ComponentFidelity, Measurement, Verdict, advice
 from sa3_convert.verify.table import render, render_cases
 
 
@@ -54,6 +54,18 @@ def test_below_the_floor_the_message_names_case_figure_and_a_floor_that_passes()
     with pytest.raises(VerificationError, match=r"decoder: audio of case seed=0 T=8 has 6\.02 dB, .*floor_db: 6\."):
         RESULT.check_floor(6.1)
     RESULT.check_floor(6.0)
+
+
+@pytest.mark.parametrize("floor", [9.5, 28.0, 90.0])
+def test_far_below_the_floor_no_other_floor_is_advised(floor: float) -> None:
+    with pytest.raises(VerificationError, match="too far below for another floor") as error:
+        RESULT.check_floor(floor)
+    assert "floor_db" not in str(error.value)
+
+
+@pytest.mark.parametrize("ratio", [0.09, -1.0])
+def test_no_floor_that_a_recipe_may_not_have_is_advised(ratio: float) -> None:
+    assert "floor_db" not in advice(ratio, 1.5)
 
 
 def test_no_measurements_are_no_result() -> None:

@@ -5,6 +5,7 @@ from sa3_convert.doctor.probes.arithmetic import ARITHMETIC
 from sa3_convert.doctor.probes.operators import OPERATORS
 from sa3_convert.doctor.probes.tools import TOOLS
 from sa3_convert.doctor.probes.weights import WEIGHTS
+from sa3_convert.passes.operator_kinds import OPERATOR_KINDS
 
 PROBES: tuple[Probe, ...] = (*OPERATORS, *ARITHMETIC, *WEIGHTS, *TOOLS)
 
@@ -15,5 +16,6 @@ UNPROBED = {
     "shape-range": "is about older versions than this project installs; `mnn.readers` sees it in a file",
     "silu-unknown": "the same",
     "half-scales-unread": "the same",
+    **{kind.id: "kept with the results of ONNX's node tests; no graph of ours has it" for kind in OPERATOR_KINDS},
 }
 """Rows of the hazard table without a probe, and why."""
