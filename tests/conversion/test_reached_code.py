@@ -14,6 +14,7 @@ import pytest
 from sa3_convert import convert as conversion
 from sa3_convert.code_digest import PACKAGE, Source
 from sa3_convert.components import Component
+from sa3_convert.quantise import ort_int8
 from sa3_convert.recipe import load_recipe
 from tests.bundles import CONFIGS, Convert
 from tests.conversion.test_convert import with_component
@@ -70,6 +71,8 @@ def test_every_function_that_a_stage_calls_is_followed(
 
         monkeypatch.setattr(conversion, f"{stage}_stage", watching)
 
+    # How close the models come on this machine is not what is looked at.
+    monkeypatch.setattr(ort_int8, "FLOORS_DB", dict.fromkeys(Component, 1.0))
     for stage in STAGES:
         watch(stage)
     recipe = with_component(load_recipe(CONFIGS / "int8.yaml"), component, floor_db=1.0)
