@@ -19,12 +19,11 @@ from typing import Any, Final
 
 import platformdirs
 
-from sa3_convert.files import write_text
 from sa3_convert.fingerprint import fingerprint
+from sa3_convert.sealed import read_sealed, write_sealed
+from sa3_convert.untrusted import parse_json
 
 PACKAGE: Final = Path(__file__).parent
-_MOST_KEPT: Final = 2**20
-"""Bytes of kept digests; they take some kilobytes."""
 
 
 def code_digest(*starts: Callable[..., Any]) -> str:
@@ -58,19 +57,15 @@ class KeptDigests:
         if key not in self._known:
             self._known[key] = self._source.reached(starts).digest()
             with contextlib.suppress(OSError):
-                seal = fingerprint(state=self._state, digests=self._known)
-                write_text(self._kept, json.dumps({"digests": self._known, "sha256": seal}, indent=1))
+                write_sealed(self._kept, json.dumps({"state": self._state, "digests": self._known}).encode())
         return self._known[key]
 
     def _read(self) -> dict[str, str]:
         try:
-            if not self._kept.is_file():
-                return {}
-            with self._kept.open("rb") as stream:
-                data = json.loads(stream.read(_MOST_KEPT))
+            data = parse_json(read_sealed(self._kept).decode())
             digests: dict[str, str] = data["digests"]
-            return digests if data["sha256"] == fingerprint(state=self._state, digests=digests) else {}
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            return digests if data["state"] == self._state else {}
+        except (OSError, ValueError, TypeError, KeyError):
             return {}
 
 
