@@ -170,7 +170,7 @@ class Artifact(FileEntry):
 class LoraEntry(_Data):
     """An adapter that is in the weights, in the order in which they were applied."""
 
-    name: Text
+    name: Annotated[Text, _is("no name of a file", "[^/]*[^/.][^/]*")]
     """Of its file."""
     sha256: Sha256
     strength: float

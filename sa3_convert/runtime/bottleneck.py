@@ -37,9 +37,11 @@ class Bottleneck:
         """
         try:
             values = read_json(path)
-            scaling_factor, bias, running_std = (
-                np.array(values[key], dtype=np.float32) for key in ("scaling_factor", "bias", "running_std")
-            )
+            # What float32 does not hold becomes infinite, and is refused as such.
+            with np.errstate(over="ignore"):
+                scaling_factor, bias, running_std = (
+                    np.array(values[key], dtype=np.float32) for key in ("scaling_factor", "bias", "running_std")
+                )
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror}. Convert again.") from None
         except (ValueError, KeyError, TypeError, OverflowError) as error:

@@ -117,6 +117,20 @@ def test_variants_that_are_no_names_are_refused(tmp_path: Path, variant: str) ->
         Bundle.open(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../x.safetensors", "a/b", "..", "", "\x1b[2J"])
+def test_loras_are_named_after_files(tmp_path: Path, name: str) -> None:
+    make_bundle(tmp_path)
+    data = json.loads((tmp_path / MANIFEST).read_text())
+    lora = {"name": "My LoRA (v2).safetensors", "sha256": "0" * 64, "strength": 1, "type": "lora", "rank": 4}
+    data["loras"] = [lora | {"alpha": 4, "layers": {"dit": 3}}]
+    (tmp_path / MANIFEST).write_text(json.dumps(data))
+    assert Bundle.open(tmp_path).manifest.loras[0].name == lora["name"]
+    data["loras"][0]["name"] = name
+    (tmp_path / MANIFEST).write_text(json.dumps(data))
+    with pytest.raises(BundleError, match=r"loras\.0\.name"):
+        Bundle.open(tmp_path)
+
+
 def test_files_are_not_read_through_links_out_of_the_bundle(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle")
     (tmp_path / "bundle" / "dit.mnn").rename(tmp_path / "dit.mnn")

@@ -93,7 +93,7 @@ def test_a_claim_that_the_file_does_not_keep_is_a_failure(copy_of: Callable[[], 
     [
         ({"precision": "fp16"}, "manifest calls it fp16, its recipe makes int8"),
         ({"floor_db": 10.0}, "manifest's floor is 10 dB, its recipe's 30 dB"),
-        ({"storage": {"bytes": 1}}, "otherwise than the manifest says"),
+        ({"storage": {"bytes": 1, "types": {}}}, "otherwise than the manifest says"),
     ],
 )
 def test_a_manifest_that_contradicts_recipe_or_file_is_refused(

@@ -156,11 +156,11 @@ def test_what_falls_short_is_bisected_at_its_worst_case(
 ) -> None:
     asked: dict[str, Arrays] = {}
 
-    def spy(reference: Path, target: Path, feeds: Arrays, **_: object) -> Any:
-        asked[target.stem] = feeds
+    def spy(bundle: Bundle, component: Component, *, feeds: Arrays, **_: object) -> Any:
+        asked[component.value] = feeds
         return object()
 
-    monkeypatch.setattr(full, "bisect", spy)
+    monkeypatch.setattr(full, "bisect_bundle", spy)
     decoder = next(v.fidelity for v in verified[0].bundle.verdicts if v.fidelity.component is Component.DECODER)
     findings = with_floor(verified[0], Component.DECODER, decoder.worst.signal_to_noise_db + 1)
     findings = with_generation(findings, TEACHER_FORCED, 1)
