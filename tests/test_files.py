@@ -324,3 +324,16 @@ def test_a_checked_file_that_is_another_now_is_refused(tmp_path: Path, change: s
         path.with_name("copy").replace(path)
     with pytest.raises(BundleError, match="replaced or changed"):
         checked.require_unchanged()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_pairs_and_folders_get_the_permissions_of_new_ones(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        pair(tmp_path / "model", "new", "weights")
+        folder(tmp_path / "folder")
+    finally:
+        os.umask(before)
+    for name in ("model", "model.data", "folder/file"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o666 & ~mask
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o777 & ~mask
