@@ -36,6 +36,8 @@ _DESCRIPTORS: Final = Path("/proc/self/fd")
 _PATIENCE, _PAUSE = 10.0, 0.01
 """Seconds to wait for another that takes final names, which is a matter of milliseconds."""
 _swept: set[Path] = set()
+_own: set[Path] = set()
+"""Folders under temporary names that this process has made and holds."""
 _held: dict[int, Path] = {}
 """Names of the folders that are reached by descriptor."""
 
@@ -131,6 +133,9 @@ def alone_in(folder: Path, patience: float = 0.0) -> Iterator[None]:
         BlockingIOError: another holds it, and still does after `patience` seconds.
 
     """
+    if folder in _own:
+        yield
+        return
     with contextlib.ExitStack() as stack:
         descriptor = os.open(folder, os.O_RDONLY)
         stack.callback(os.close, descriptor)
@@ -161,7 +166,11 @@ def check_new_folder(path: Path) -> None:
 def partial_folder(path: Path) -> Iterator[Path]:
     """Yield a new folder beside `path`, under a temporary name, that is gone after the block unless it was renamed."""
     with _partial(Path(os.path.realpath(path)), Path.mkdir) as temporary:
-        yield temporary
+        _own.add(temporary)
+        try:
+            yield temporary
+        finally:
+            _own.discard(temporary)
 
 
 def write_text(path: Path, text: str) -> None:

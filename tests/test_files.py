@@ -359,3 +359,22 @@ def test_a_companion_that_changed_is_told_by_its_own_name(tmp_path: Path) -> Non
     (tmp_path / "x.weight").write_text("22")
     with pytest.raises(BundleError, match=r"x\.weight was replaced or changed"):
         file.require_unchanged()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_pairs_and_folders_get_the_permissions_of_new_ones(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        pair(tmp_path / "model", "new", "weights")
+        folder(tmp_path / "folder")
+    finally:
+        os.umask(before)
+    for name in ("model", "model.data", "folder/file"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o666 & ~mask
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o777 & ~mask
+
+
+def test_a_pair_can_be_made_in_a_folder_that_is_being_made(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "new") as folder, atomic_pair(folder / "m.mnn", ".weight") as made:
+        made.write_text("model")
+    assert (tmp_path / "new" / "m.mnn").read_text() == "model"

@@ -110,7 +110,8 @@ def mnn_from_onnx(
             what the recipe asks for (the message names the layer), or the target cannot read it.
 
     """
-    source = read_onnx_input(onnx_path.absolute())
+    # Of a link, the weights stand beside what it leads to.
+    source = read_onnx_input(onnx_path.resolve())
     with _made(mnn_path.absolute(), source.bytes) as made:
         folder = made.parent
         output = _first_pass(source, made, recipe, converter, folder)

@@ -17,6 +17,7 @@ from sa3_convert.bundle.manifest import (
     FileEntry,
     LoraEntry,
     Manifest,
+    as_text,
 )
 from sa3_convert.checkpoint.layout import read_layout
 from sa3_convert.components import Component
@@ -67,7 +68,7 @@ def make_bundle(
 def lora_entry(name: str = "warm.safetensors", content: str = "a", **changes: object) -> LoraEntry:
     """An adapter that changes the DiT."""
     settings = {"strength": 0.5, "type": "lora", "rank": 4, "alpha": 8.0, "layers": {Component.DIT: 3}} | changes
-    return LoraEntry.model_validate({"name": name, "sha256": content * 64} | settings)
+    return LoraEntry.model_validate({"name": as_text(name.replace("/", "-")), "sha256": content * 64} | settings)
 
 
 def with_loras(bundle: Bundle, *loras: LoraEntry) -> Bundle:

@@ -215,7 +215,7 @@ def test_a_lora_without_effect_leaves_the_plain_names(tmp_path: Path) -> None:
     assert "music/int8/dit_music_int8.mnn" in tree(tmp_path / "hub")
 
 
-@given(st.lists(st.text(min_size=1, max_size=300), min_size=1, max_size=8))
+@given(st.lists(st.text(min_size=1, max_size=300).map("{}.safetensors".format), min_size=1, max_size=8))
 def test_names_of_lora_files_add_letters_digits_and_hyphens_alone(names: list[str]) -> None:
     loras = [lora_entry(name) for name in names]
     path = published_path("small-music", Component.DIT, "int8", loras=loras)

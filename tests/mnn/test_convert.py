@@ -2,7 +2,9 @@
 
 import concurrent.futures
 import math
+import os
 import select
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +58,20 @@ def test_each_kind_of_recipe_gives_its_storage_and_nothing_but_the_file(
     assert names_in(tmp_path) == ["out.mnn"]
     assert {weight.type for _, weight in read_storage(tmp_path / "out.mnn").weighted()} == {stored}
     assert fidelity(source, tmp_path / "out.mnn") > least
+
+
+def test_links_are_followed_to_the_graph_and_its_weights_and_to_the_model(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "graph.onnx").symlink_to(source)
+    (tmp_path / "out.mnn").symlink_to("elsewhere/model.mnn")
+    before = os.umask(0o027)
+    try:
+        mnn_from_onnx(tmp_path / "graph.onnx", tmp_path / "out.mnn", FLOAT)
+    finally:
+        os.umask(before)
+    assert names_in(tmp_path / "elsewhere") == ["model.mnn"]
+    assert stat.S_IMODE((tmp_path / "elsewhere" / "model.mnn").stat().st_mode) == 0o640
+    assert (tmp_path / "out.mnn").is_symlink()
 
 
 @pytest.mark.parametrize("recipe", [FLOAT, INT8, INT4_HALF], ids=["fp32", "int8", "two passes"])
