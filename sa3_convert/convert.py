@@ -17,6 +17,7 @@ from sa3_convert.assemble import ORT_INT8_FOLDER, REFERENCE_FOLDER, Made, assemb
 from sa3_convert.bundle.manifest import BOTTLENECK, MANIFEST, RECIPE, SPLIT_KINDS, TOKENIZER, Bundle
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError, UsageError
+from sa3_convert.log import kept, note
 from sa3_convert.request import ConvertRequest
 from sa3_convert.stage_cache import CachedResult, StageCache
 from sa3_convert.stages import (
@@ -175,7 +176,15 @@ def _make_component(
         started = time.perf_counter()
         if request.force:
             cache.drop(stage, key)
-        result, reused = cache.get(stage, key, make)
+
+        def keeping(folder: Path) -> dict[str, Any]:
+            with kept() as lines:
+                notes = make(folder)
+            return notes | {"log": lines}
+
+        result, reused = cache.get(stage, key, keeping)
+        if reused:
+            note("kept", result.notes.get("log", ()))
         seconds = time.perf_counter() - started
         report(StageEvent(component, stage, "reused" if reused else "done", seconds, result.notes.get("detail", "")))
         return result

@@ -23,6 +23,7 @@ from sa3_convert.cli import (
     planning,
 )
 from sa3_convert.errors import BackendError, Sa3Error
+from sa3_convert.log import show
 
 INTERRUPTED = 130
 
@@ -49,10 +50,14 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show what MNN, its converter and other libraries say.")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
+    show(verbose)
     if debug:
         os.environ["SA3_CONVERT_DEBUG"] = "1"
 

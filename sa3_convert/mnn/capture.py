@@ -13,6 +13,8 @@ import threading
 from collections.abc import Iterator
 from typing import IO
 
+from sa3_convert.log import note
+
 _STDOUT = 1
 _C = ctypes.CDLL(None)
 _C_STDOUT = ctypes.c_void_p.in_dll(_C, "__stdoutp" if sys.platform == "darwin" else "stdout")
@@ -97,3 +99,4 @@ def capture_stdout() -> Iterator[CapturedText]:
         yield captured
     finally:
         captured.text = _redirection.end(start)
+        note("MNN", captured.lines)

@@ -9,11 +9,9 @@ On x86 without VNNI, ONNX Runtime adds products of 8-bit values in 16 bits and m
 told by a fidelity far below the one in the manifest.
 """
 
-import contextlib
-import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +21,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from sa3_convert.components import Component
 from sa3_convert.errors import ConversionError
+from sa3_convert.log import taken_in
 
 FLOORS_DB: Final[Mapping[Component, float]] = {
     Component.TEXT_ENCODER: 22,
@@ -55,7 +54,7 @@ def quantise_for_ort(reference: Path, target: Path) -> int:
     """
     _, singles = _products(reference)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="int8-", dir=target.parent) as scratch, _quiet():
+    with tempfile.TemporaryDirectory(prefix="int8-", dir=target.parent) as scratch, taken_in("root"):
         # ONNX Runtime writes beside its input, and ONNX refuses weights behind a link: it works on a copy.
         source = Path(scratch) / reference.name
         for file in (reference, reference.with_name(reference.name + ".data")):
@@ -99,14 +98,3 @@ def check_integer_form(reference: Path, target: Path) -> int:
             f"{wanted} and {len(singles)} to make them of. If it was just made, report it with onnxruntime's version."
         )
     return wanted
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep advice about pre-processing, which dynamic quantisation does not need, from standard error."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
