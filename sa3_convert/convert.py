@@ -19,6 +19,7 @@ from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
 from sa3_convert.existing import ORT_INT8_FOLDER, REFERENCE_FOLDER
 from sa3_convert.files import inside, sweep
+from sa3_convert.log import kept, note
 from sa3_convert.plan import Plan, Step, plan
 from sa3_convert.request import ConvertRequest
 from sa3_convert.stage_cache import CachedResult, Notes, StageCache
@@ -126,14 +127,26 @@ def _make_component(
     for stage, key in step.keys.items():
         if stage in step.found:
             results[stage] = step.found[stage]
+            note("kept", results[stage].notes.log)
             report(StageEvent(step.component, stage, "reused", detail=results[stage].notes.detail))
         elif stage in step.todo:
             report(StageEvent(step.component, stage, "started"))
             started = time.perf_counter()
-            results[stage] = cache.make(stage, key, makers[stage], replace=request.force)
+            results[stage] = cache.make(stage, key, _logged(makers[stage]), replace=request.force)
             seconds = time.perf_counter() - started
             report(StageEvent(step.component, stage, "done", seconds, results[stage].notes.detail))
     return results
+
+
+def _logged(make: Callable[[Path], Notes]) -> Callable[[Path], Notes]:
+    """Return a maker whose notes also tell what was logged while it ran."""
+
+    def making(folder: Path) -> Notes:
+        with kept() as lines:
+            notes = make(folder)
+        return notes.model_copy(update={"log": tuple(lines)})
+
+    return making
 
 
 def _makers(

@@ -11,6 +11,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as failures
 
 from sa3_convert.errors import BackendError, ModelFileError
 from sa3_convert.files import named
+from sa3_convert.log import is_shown
 from sa3_convert.session import Arrays
 from sa3_convert.supervisor import working_on
 
@@ -148,7 +149,8 @@ def _load(path: Path, threads: int | None, optimise: bool, device: str) -> ort.I
     options = ort.SessionOptions()
     levels = ort.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_ENABLE_BASIC
-    options.log_severity_level = 4  # every failure arrives as an exception
+    # Every failure arrives as an exception; warnings can only be printed.
+    options.log_severity_level = 2 if is_shown() else 4
     # Activations are returned to the system after each run: lengths differ, and several models are loaded in turn.
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False

@@ -36,6 +36,8 @@ class Notes(BaseModel):
 
     detail: str = ""
     """A few words for the user."""
+    log: tuple[str, ...] = ()
+    """What MNN, its converter and others said meanwhile."""
 
 
 N = TypeVar("N", bound=Notes)

@@ -25,6 +25,7 @@ from sa3_convert.cli import (
 )
 from sa3_convert.cli.echo import echo
 from sa3_convert.errors import BackendError, Sa3Error, UsageError
+from sa3_convert.log import show
 from sa3_convert.streams import anything_unheard, release_standard_output
 from sa3_convert.supervisor import received
 
@@ -55,10 +56,14 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show what MNN, its converter and other libraries say.")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
+    show(verbose)
     if debug:
         os.environ["SA3_CONVERT_DEBUG"] = "1"
 

@@ -5,9 +5,7 @@ takes five times as long as the export itself. `simplify` does what is needed of
 """
 
 import contextlib
-import logging
 import re
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +18,7 @@ from tqdm import tqdm
 
 from sa3_convert.components import Contract, Dimension, Length, Port
 from sa3_convert.errors import ConversionError
+from sa3_convert.log import taken_in
 
 OPSET = 18
 """The last one in which norms and attention decompose into operators that MNN has."""
@@ -74,22 +73,18 @@ def traced(module: nn.Module, contract: Contract, multiple: int = 1) -> ir.Model
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's remarks about packages that are not installed off the terminal, and start no thread.
+    """Take the exporter's remarks about packages that are not installed into the log, and start no thread.
 
     torch.fx makes a progress bar that it does not show; the bar starts a thread to watch over it, and when there is no
     memory for a thread Python waits for ever for it to begin.
     """
-    logger = logging.getLogger("torch.onnx")
-    level, interval = logger.level, tqdm.monitor_interval
-    logger.setLevel(logging.ERROR)
+    interval = tqdm.monitor_interval
     tqdm.monitor_interval = 0
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with taken_in("torch.onnx"):
             yield
     finally:
         tqdm.monitor_interval = interval
-        logger.setLevel(level)
 
 
 def _unit(dim: Dimension, multiple: int) -> int:

@@ -13,6 +13,8 @@ import threading
 from collections.abc import Iterator
 from typing import IO
 
+from sa3_convert.log import note
+
 _STDOUT, _STDERR = 1, 2
 _C = ctypes.CDLL(None)
 _C_STDOUT = ctypes.c_void_p.in_dll(_C, "__stdoutp" if sys.platform == "darwin" else "stdout")
@@ -108,3 +110,4 @@ def _captured(descriptor: int) -> Iterator[CapturedText]:
         yield captured
     finally:
         captured.text = _redirections[descriptor].end(start)
+        note("MNN", captured.lines)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sa3_convert.errors import ConversionError
+from sa3_convert.log import note
 from sa3_convert.mnn.worker import FULL_DISK, has_room
 
 # -P: the working directory is not searched for modules.
@@ -60,6 +61,8 @@ def run_worker(
             ) from None
         except OSError as error:
             raise ConversionError(f"{what} could not be started: {error}.") from None
+        finally:
+            note(what, _read(log).splitlines())
     if status < 0:
         raise ConversionError(
             f"{what} was killed by {_signal_name(-status)}. "

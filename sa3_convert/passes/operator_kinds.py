@@ -76,15 +76,9 @@ OPERATOR_KINDS: tuple[HazardKind, ...] = (
     ),
     _wrong("pad-lower", "SAME_LOWER pads as SAME_UPPER does", "give pads", rules.pads_below),
     _wrong(
-        "convolution-without-size",
-        "a kernel_shape that is left to the weight is taken for a two-dimensional one",
-        "state kernel_shape",
-        rules.convolution_without_size,
-    ),
-    _wrong(
         "convolution-1d-output",
         "what a one-dimensional convolution returns as an output has one dimension more, of 1",
-        "Reshape it to its own shape behind the convolution",
+        "an Identity behind it",
         rules.convolution_at_the_end,
     ),
     _wrong(
@@ -184,6 +178,12 @@ OPERATOR_KINDS: tuple[HazardKind, ...] = (
         "an epsilon that is left to its default is 0 or another one",
         "state epsilon",
         rules.lacks("BatchNormalization InstanceNormalization", "epsilon"),
+    ),
+    _wrong(
+        "batch-norm-computed",
+        "the converter dies of scales, biases, means or variances that are no constants",
+        "Sub, Mul and Add",
+        rules.batch_norm_of_computed,
     ),
     _wrong(
         "layer-norm-whole",

@@ -123,14 +123,16 @@ def pads_below(node: ir.Node, facts: Facts) -> bool:
     return node.attributes.get_string("auto_pad", "NOTSET") == "SAME_LOWER"
 
 
-def convolution_without_size(node: ir.Node, facts: Facts) -> bool:
-    """Whether a convolution that is not two-dimensional does not state its kernel's size."""
-    return node.op_type in _CONVOLUTIONS and "kernel_shape" not in node.attributes and _rank(node, 0) != 4
-
-
 def convolution_at_the_end(node: ir.Node, facts: Facts) -> bool:
-    """Whether a graph output is what a one-dimensional convolution made."""
-    return node.op_type in _CONVOLUTIONS and node.outputs[0].is_graph_output() and _rank(node, 0) in (3, None)
+    """Whether a graph output is what a one-dimensional convolution made, an activation that it takes in included."""
+    if not any(value.is_graph_output() for value in node.outputs):
+        return False
+    while node.op_type in ("Clip", "LeakyRelu", "Relu"):
+        producer = None if node.inputs[0] is None else node.inputs[0].producer()
+        if producer is None:
+            return False
+        node = producer
+    return node.op_type in _CONVOLUTIONS and _rank(node, 0) in (3, None)
 
 
 def unusual_pool(node: ir.Node, facts: Facts) -> bool:
@@ -277,6 +279,11 @@ def limits_are_inverted(node: ir.Node, facts: Facts) -> bool:
 def pads_some_axes(node: ir.Node, facts: Facts) -> bool:
     """Whether a Pad names the axes that it pads."""
     return node.op_type == "Pad" and len(node.inputs) > 3 and node.inputs[3] is not None
+
+
+def batch_norm_of_computed(node: ir.Node, facts: Facts) -> bool:
+    """Whether scale, bias, mean or variance of a batch norm are no constants."""
+    return node.op_type == "BatchNormalization" and any(_graph.constant_tensor(v) is None for v in node.inputs[1:5])
 
 
 def _dtype(node: ir.Node) -> ir.DataType | None:

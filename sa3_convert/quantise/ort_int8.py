@@ -9,10 +9,8 @@ On x86 without VNNI, ONNX Runtime adds products of 8-bit values in 16 bits and m
 told by a fidelity far below the one in the manifest.
 """
 
-import contextlib
-import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +21,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from sa3_convert.components import Component
 from sa3_convert.errors import ConversionError
 from sa3_convert.files import named, partial_folder
+from sa3_convert.log import taken_in
 
 FLOORS_DB: Final[Mapping[Component, float]] = {
     Component.TEXT_ENCODER: 22,
@@ -54,7 +53,7 @@ def quantise_for_ort(reference: Path, target: Path) -> int:
 
     """
     _, singles = _products(reference)
-    with partial_folder(target) as scratch, _quiet():
+    with partial_folder(target) as scratch, taken_in("root"):
         # ONNX Runtime writes beside its input, and ONNX refuses weights behind a link: it works on a copy.
         source = scratch / reference.name
         for file in (reference, reference.with_name(reference.name + ".data")):
@@ -100,14 +99,3 @@ def check_integer_form(reference: Path, target: Path) -> int:
             "version."
         )
     return wanted
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep advice about pre-processing, which dynamic quantisation does not need, from standard error."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

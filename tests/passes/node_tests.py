@@ -47,14 +47,14 @@ def write_cases(folder: Path, operators: Iterable[str] | None = None) -> list[Pa
     return found
 
 
-def judged(folders: Sequence[Path]) -> dict[str, tuple[str, str]]:
+def judged(folders: Sequence[Path], *, lint: bool = True) -> dict[str, tuple[str, str]]:
     """Return the verdict on each test and what there is to say: `lint` `reader` `converter` `session` refused it,
     `died` `wrong` `right` is what MNN did with it, and `bug` would be an exception of ours."""
     listed = folders[0].parent / "folders.txt"
     listed.write_text("\n".join(str(folder) for folder in folders))
     # Fresh memory holds a pattern, so that what reads out of bounds is found.
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_PERTURB_": "165", "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, "-m", "tests.passes.node_worker", str(listed)]
+    program = [sys.executable, "-m", "tests.passes.node_worker", str(listed), *([] if lint else ["--without-lint"])]
     subprocess.run(program, cwd=folders[0].parent, env=environment, capture_output=True, check=True)
     found = {}
     for folder in folders:

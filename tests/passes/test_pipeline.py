@@ -47,10 +47,13 @@ def reference(tmp_path: Path) -> Path:
     ("keys", "counts"),
     [
         ({}, {"fuse_weight_norm": 0}),
-        ({"weights": {"bits": 8}}, {"fuse_weight_norm": 0}),
+        ({"weights": {"bits": 8}}, {"fuse_weight_norm": 0, "lift_small_weights": 0}),
         ({"embedding": "int8"}, {"fuse_weight_norm": 0, "quantise_embedding": 1}),
         ({"floats": "fp16"}, {"fuse_weight_norm": 0, "make_fp16_safe": 1}),
-        ({"weights": {"bits": 8, "rounding": "least_squares"}}, {"fuse_weight_norm": 0, "round_weights": 1}),
+        (
+            {"weights": {"bits": 8, "rounding": "least_squares"}},
+            {"fuse_weight_norm": 0, "lift_small_weights": 0, "round_weights": 1},
+        ),
         (
             {"embedding": "int4", "floats": "fp16"},
             {"fuse_weight_norm": 0, "quantise_embedding": 1, "make_fp16_safe": 1},
