@@ -84,6 +84,16 @@ def test_a_crash_names_the_file_that_was_in_hand(fault: str, tmp_path: Path) -> 
     assert complaint.count("\n") == 1
 
 
+@pytest.mark.parametrize("spoilt", ["b'\\xff' * 4096", "struct.pack('d', math.inf)", "struct.pack('d', -1.0)"])
+def test_a_page_that_the_child_has_spoilt_is_no_trouble(spoilt: str, tmp_path: Path) -> None:
+    spoil = f"data = {spoilt}\nsupervisor._page._memory[: len(data)] = data\nos.write(supervisor._page.wakes, b'x')"
+    head = "import math, struct\nfrom sa3_convert import supervisor\n"
+    code, complaint = ended(f"{head}{_HELD}\n    pass\n{spoil}\ntime.sleep(0.2)\nos.abort()", tmp_path)
+    assert code in (3, 4)
+    assert complaint.startswith("sa3-convert: ")
+    assert "Traceback" not in complaint
+
+
 def test_a_name_cannot_control_the_terminal(tmp_path: Path) -> None:
     code, complaint = ended(r"with working_on('\x1b[31m.mnn'): os.abort()", tmp_path)
     assert (code, r"\x1b[31m.mnn was in use" in complaint) == (3, True)

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sa3_convert.checkpoint.layout import AutoencoderLayout
+from sa3_convert.errors import ModelFileError
 from sa3_convert.runtime.bottleneck import Bottleneck
 from sa3_convert.runtime.chunks import Reach, windows
 from sa3_convert.session import Session
@@ -41,6 +42,7 @@ def decoded(
     latents = _padded(latents, reach.whole(latents.shape[2]))
     for part in windows(latents.shape[2], -(-samples // ratio), max(window, reach.smallest_window), reach):
         audio = session.run({"latents": np.ascontiguousarray(latents[:, :, part.start : part.stop])})["audio"]
+        _require_length(audio, (part.stop - part.start) * ratio, "decoder")
         begin = (part.keep_start - part.start) * ratio
         end = min(part.keep_stop * ratio, samples) - part.start * ratio
         yield audio[:, :, begin:end]
@@ -103,8 +105,14 @@ def encoded(
     for part in windows(total, latents, max(window, reach.smallest_window), reach):
         feed = np.ascontiguousarray(patches[:, :, part.start * stride : part.stop * stride])
         output = session.run({"patched_audio": feed})["encoder_latent"]
+        _require_length(output, part.stop - part.start, "encoder")
         parts.append(output[:, :, part.keep_start - part.start : part.keep_stop - part.start])
     return bottleneck.encode(np.concatenate(parts, axis=2))
+
+
+def _require_length(output: Floats, length: int, model: str) -> None:
+    if output.ndim != 3 or output.shape[2] != length:
+        raise ModelFileError(f"The {model} gave {list(output.shape)} where {length} along the last axis were expected.")
 
 
 def patched(audio: Floats, patch_size: int) -> Floats:

@@ -1,8 +1,8 @@
 """Models that were changed by someone who also adapted the manifest: every hash is right, and nothing else need be.
 
-`python -m tests.robustness.mutations BUNDLE FOLDER COUNT SEED` puts that many changed models through `run` and
-`verify`, each command in a process forked from this one, which has imported what they need. It prints a JSON line per
-command.
+`python -m tests.robustness.mutations BUNDLE FOLDER COUNT SEED COMPONENT…` puts that many changed models of these
+components through `run` and `verify` (tokenizers through `run`), each command in a process forked from this one, which
+has imported what they need. It prints a JSON line per command.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -29,6 +30,8 @@ from sa3_convert.mnn.flatbuffer import Buffer
 from sa3_convert.mnn.storage import read_storage
 
 HOSTILE = (0, 1, 2, 3, 7, 255, 4096, 1 << 20, (1 << 30) + 1, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, (1 << 32) - 5)
+TOKENIZER = "tokenizer"
+MODELS = tuple(component.value for component in Component)
 _DEEPEST = 5
 _ROOM = 6 << 30
 _PATIENCE = 120.0
@@ -102,7 +105,7 @@ def fields(data: bytes) -> tuple[list[int], list[int]]:
     return sorted(found), sorted(items)
 
 
-def changed(original: bytes, places: tuple[list[int], list[int]], rng: random.Random) -> tuple[bytearray, str]:
+def changed(original: bytes, places: tuple[list[int], list[int]], rng: random.Random) -> tuple[bytes, str]:
     """Return a copy with one to three changes, and what they are."""
     data, said = bytearray(original), []
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
@@ -127,14 +130,59 @@ def changed(original: bytes, places: tuple[list[int], list[int]], rng: random.Ra
                 continue
         data[at : at + 4] = (new % (1 << 32)).to_bytes(4, "little")
         said.append(f"{kind} at {at}: {old} to {new % (1 << 32)}")
-    return data, "; ".join(said)
+    return bytes(data), "; ".join(said)
+
+
+NODES: tuple[Any, ...] = (
+    *(None, True, 0, -1, 1 << 31, 1 << 33, 1.5, 1e308, "", "(", "(a+)+$", "a\0b", "nope", "a" * 100_000, [], {}, [[]]),
+    {"Regex": "(.+)+!$"},
+    {"Regex": ""},
+    {"type": "Replace", "pattern": {"Regex": "^|$"}, "content": "ab"},
+    {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40},
+    {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
+    {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": True},
+    {"type": "FixedLength", "length": 0},
+    {"type": "Split", "pattern": {"Regex": "\\b(?=a)"}, "behavior": "MergedWithNext", "invert": True},
+    {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+    {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x", "type_id": 0}}], "special_tokens": {}},
+    {"type": "Unigram", "unk_id": 0, "vocab": [["a", -1e308], ["b", 1e308]], "byte_fallback": True},
+    {"type": "WordPiece", "unk_token": "a", "continuing_subword_prefix": "##", "vocab": {"a": 4_000_000_000}},
+    {"id": 1 << 31, "content": "pad", "single_word": False, "lstrip": True, "rstrip": True, "normalized": True},
+)
+"""Values that stand where no one expects them, and parts of tokenizers that are known for trouble."""
+
+
+def changed_json(original: bytes, rng: random.Random) -> tuple[bytes, str]:
+    """Return a JSON document with one to three nodes replaced, dropped or added, and what they are."""
+    root, said = json.loads(original), []
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        node, trail = root, []
+        while True:
+            key: Any = rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
+            trail.append(str(key))
+            if not isinstance(node[key], dict | list) or not node[key] or rng.random() < 0.3:
+                break
+            node = node[key]
+        new = rng.choice(NODES)
+        if rng.random() < 0.15:
+            del node[key]
+        elif isinstance(node, list) and rng.random() < 0.5:
+            node.insert(key, new)
+        else:
+            node[key] = new
+        said.append(f"{'.'.join(trail)}: {json.dumps(new)[:80]}")
+    return json.dumps(root).encode(), "; ".join(said)
+
+
+def file_name(component: str) -> str:
+    return "tokenizer.json" if component == TOKENIZER else f"{component}.mnn"
 
 
 def place(bundle: Path, folder: Path, component: str, data: bytes, *, audited: bool) -> Path:
     """Put a bundle with one changed model into a folder, its manifest adapted; the other files are links."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    name = f"{component}.mnn"
+    name = file_name(component)
     for file in bundle.iterdir():
         if file.name not in (name, "manifest.json", ".lock"):
             (folder / file.name).symlink_to(file)
@@ -143,7 +191,7 @@ def place(bundle: Path, folder: Path, component: str, data: bytes, *, audited: b
     for artifact in manifest["artifacts"]:
         if artifact["path"] == name:
             artifact |= {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-            if audited:
+            if audited and component != TOKENIZER:
                 with contextlib.suppress(Sa3Error):
                     artifact["storage"] = read_storage(folder / name).summary()
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -158,7 +206,7 @@ def command(name: str, bundle: Path, component: str, output: Path, audio: Path) 
     if name == "verify":
         return ["verify", str(bundle), "--component", component, "--quick", "--threads", "1"]
     given = ("--init-audio", str(audio)) if component == Component.ENCODER else ()
-    settings = ("--prompt", "pad", "--seconds", "0.3", "--steps", "1", "--threads", "1", *given)
+    settings = ("--prompt", "a warm pad", "--seconds", "0.3", "--steps", "1", "--threads", "1", *given)
     return ["run", str(bundle), *settings, "-o", str(output)]
 
 
@@ -212,18 +260,22 @@ def problems(name: str, code: int | None, said: str, output: Path) -> Iterator[s
         yield "audio that is not finite"
 
 
-def trials(bundle: Path, folder: Path, count: int, seed: int) -> Iterator[Trial]:
-    """Yield two trials per changed model, `count` changed models over all five components."""
+def trials(bundle: Path, folder: Path, count: int, seed: int, components: Sequence[str]) -> Iterator[Trial]:
+    """Yield two trials per changed model, one per changed tokenizer; `count` changed files over all components."""
     audio, log = folder / "in.wav", folder / "log"
     soundfile.write(audio, np.random.default_rng(0).uniform(-0.5, 0.5, (13230, 2)), 44100)
-    originals = {c.value: (bundle / f"{c.value}.mnn").read_bytes() for c in Component}
-    places = {name: fields(data) for name, data in originals.items()}
+    originals = {name: (bundle / file_name(name)).read_bytes() for name in components}
+    places = {name: fields(data) for name, data in originals.items() if name != TOKENIZER}
     for number in range(seed * count, (seed + 1) * count):
         rng = random.Random(number)
         component = tuple(originals)[number % len(originals)]
-        data, change = changed(originals[component], places[component], rng)
+        original = originals[component]
+        if component == TOKENIZER:
+            data, change = changed_json(original, rng)
+        else:
+            data, change = changed(original, places[component], rng)
         there = place(bundle, folder / "bundle", component, data, audited=rng.random() < 0.7)
-        for name in ("run", "verify"):
+        for name in ("run",) if component == TOKENIZER else ("run", "verify"):
             output = folder / "out" / "x.wav"
             shutil.rmtree(output.parent, ignore_errors=True)
             output.parent.mkdir()
@@ -256,7 +308,8 @@ def main(arguments: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     warm(bundle, folder)
-    for trial in trials(bundle, folder, *map(int, arguments[2:4])):
+    count, seed = map(int, arguments[2:4])
+    for trial in trials(bundle, folder, count, seed, arguments[4:]):
         sys.stdout.write(json.dumps(asdict(trial)) + "\n")
         sys.stdout.flush()
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from sa3_convert.bundle.manifest import Bundle
+from tests.robustness.mutations import MODELS, TOKENIZER
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,18 +24,17 @@ def judged(converted: Any, toy: Path, tmp_path_factory: pytest.TempPathFactory) 
     return bundle
 
 
-def trials(bundle: Bundle, folder: Path, count: int, seed: int) -> list[dict[str, Any]]:
-    words = [sys.executable, "-m", "tests.robustness.mutations", str(bundle.path), str(folder), str(count), str(seed)]
+def trials(bundle: Bundle, folder: Path, count: int, *components: str) -> list[dict[str, Any]]:
+    words = [sys.executable, "-m", "tests.robustness.mutations", str(bundle.path), str(folder), str(count), "0"]
     silent = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, cwd=ROOT, env=silent, stdout=subprocess.PIPE, text=True, check=True)
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(found) == 2 * count
-    return found
+    done = subprocess.run([*words, *components], cwd=ROOT, env=silent, stdout=subprocess.PIPE, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 @pytest.mark.parametrize("count", [5, pytest.param(1000, marks=pytest.mark.slow)])
 def test_changed_models_are_no_crash(count: int, judged: Bundle, tmp_path: Path) -> None:
-    found = trials(judged, tmp_path, count, seed=0)
+    found = trials(judged, tmp_path, count, *MODELS)
+    assert len(found) == 2 * count
     assert [trial for trial in found if trial["problems"]] == []
     if count > 100:
         # Some must get as far as MNN and end it, or nothing was tried.
@@ -42,3 +42,10 @@ def test_changed_models_are_no_crash(count: int, judged: Bundle, tmp_path: Path)
         assert len(ended) > count / 50
         outcomes = Counter((trial["command"], trial["code"]) for trial in found)
         print(f"{count} changed models: {dict(outcomes)}, {len(ended)} would have ended the interpreter")  # noqa: T201
+
+
+@pytest.mark.parametrize("count", [5, pytest.param(500, marks=pytest.mark.slow)])
+def test_changed_tokenizers_are_no_crash(count: int, judged: Bundle, tmp_path: Path) -> None:
+    found = trials(judged, tmp_path, count, TOKENIZER)
+    assert len(found) == count
+    assert [trial for trial in found if trial["problems"]] == []

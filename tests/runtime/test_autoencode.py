@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from sa3_convert.components import Component
+from sa3_convert.errors import ModelFileError
 from sa3_convert.runtime.autoencode import decoded, decoded_with_overlap, encoded, patched
 from sa3_convert.runtime.chunks import Reach
-from sa3_convert.session import Session
+from sa3_convert.session import Arrays, Session
 from tests.conftest import Golden, assert_close_to_peak
 from tests.runtime.conftest import Parts, StandIn
 
@@ -134,3 +135,22 @@ def test_patching_keeps_every_sample(channels: int, patches: int, size: int) -> 
     assert folded.shape == (1, channels * size, patches)
     unfold: Callable[[Floats], Floats] = lambda f: f.reshape(1, channels, size, patches).transpose(0, 1, 3, 2)  # noqa: E731
     np.testing.assert_array_equal(unfold(folded).reshape(audio.shape), audio)
+
+
+class Longer:
+    """A model that gives one position too many."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        return {name: np.concatenate((a, a[:, :, :1]), axis=2) for name, a in self._session.run(feeds).items()}
+
+
+def test_a_model_that_gives_another_length_is_refused(small: Parts) -> None:
+    layout, engine = small.layout.autoencoder, small.engine
+    with pytest.raises(ModelFileError, match="decoder gave"):
+        next(decoded(Longer(engine.load(Component.DECODER)), np.zeros((1, layout.latent_dim, 4), np.float32), layout))
+    audio = np.zeros((1, 2, 4 * layout.downsampling_ratio), np.float32)
+    with pytest.raises(ModelFileError, match="encoder gave"):
+        encoded(Longer(engine.load(Component.ENCODER)), audio, layout, small.bottleneck)
