@@ -159,7 +159,7 @@ def _load(path: Path, threads: int | None, optimise: bool, device: str) -> ort.I
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
     try:
-        with working_on(path):
+        with working_on(named(path)):
             session = ort.InferenceSession(str(path), options, providers=providers)
     except _FAILURES as error:
         raise ModelFileError(

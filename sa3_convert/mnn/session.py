@@ -101,7 +101,7 @@ class MnnSession:
             # Without this a tensor that other operators read is not kept, and an output may be one.
             "saveTensors": tuple(outputs or ()),
         }
-        with working_on(path):
+        with working_on(self._path):
             self._interpreter, self._session = self._load(path, config, low_memory=memory == "low")
             self._inputs = self._declared(inputs)
             self._outputs = tuple(self._interpreter.getSessionOutputAll(self._session) if outputs is None else outputs)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from sa3_convert.checkpoint.dimensions import TextEncoderLayout
 from sa3_convert.errors import BundleError, CheckpointError, UsageError
+from sa3_convert.files import named
 from sa3_convert.mnn.capture import capture_stderr
 from sa3_convert.supervisor import working_on
 from sa3_convert.untrusted import read_text
@@ -137,7 +138,7 @@ def _encode(tokenizer: tokenizers.Tokenizer, path: Path, prompt: str) -> list[in
 @contextlib.contextmanager
 def _library(path: Path, seconds: float) -> Iterator[None]:
     """Turn whatever the library raises into `ValueError`, keep what it prints to itself, and bound what it takes."""
-    with capture_stderr(), working_on(path, seconds=seconds, room=_ROOM):
+    with capture_stderr(), working_on(named(path), seconds=seconds, room=_ROOM):
         try:
             yield
         except (KeyboardInterrupt, SystemExit):
