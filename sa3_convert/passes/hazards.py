@@ -45,6 +45,9 @@ def find_hazards(model: ir.Model, *, target_mnn: MnnVersion = DEFAULT_TARGET) ->
         model: not changed but for inferred types and shapes.
         target_mnn: the oldest MNN that the graph must be right on.
 
+    Raises:
+        ConversionError: a node is not as its operator is.
+
     """
     ShapeInferencePass()(model)
     graphs: list[ir.Graph | ir.Function] = [model.graph, *model.graph.subgraphs(), *model.functions.values()]
@@ -61,8 +64,18 @@ def find_hazards(model: ir.Model, *, target_mnn: MnnVersion = DEFAULT_TARGET) ->
         for graph in graphs
         for node in graph
         for kind in HAZARD_KINDS
-        if kind.found is not None and kind.found(node, facts)
+        if _is_found(kind, node, facts)
     ]
+
+
+def _is_found(kind: HazardKind, node: ir.Node, facts: Facts) -> bool:
+    try:
+        return kind.found is not None and kind.found(node, facts)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        name = node.name or ", ".join(value.name or "" for value in node.outputs)
+        raise ConversionError(
+            f"{node.op_type} {name!r} is no valid ONNX: it lacks inputs or attributes, or they do not fit ({error})."
+        ) from None
 
 
 def refuse_hazards(

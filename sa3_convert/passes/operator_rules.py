@@ -30,6 +30,9 @@ _NAMED = "Attention GroupNormalization IsInf IsNaN Less Mish Mod RMSNormalizatio
 NAMED = frozenset(_NAMED.split())
 """Operators that have rows of their own whatever their form."""
 
+OLDEST_OPSET = 7
+"""Before, `axis` and `broadcast` said how operands were broadcast; ONNX Runtime promises nothing for it either."""
+
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE})
 _WIDE = _FLOATS | {ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BOOL}
 _LENGTH = re.compile(r"(?:(\d+) ?\* ?)?[A-Za-z_]\w*(?: ?\+ ?(\d+))?")
@@ -39,10 +42,12 @@ _PRODUCTS = _CONVOLUTIONS | {"Einsum", "Gemm", "MatMul"}
 
 
 def not_shown_right(node: ir.Node, facts: Facts) -> bool:
-    """Whether an operator is none that was shown to be computed right."""
+    """Whether an operator is none that was shown to be computed right, or of an opset with other ways to broadcast."""
     if (node.domain, node.op_type) in facts.local_functions:
         return False
-    return node.domain not in ("", "ai.onnx") or node.op_type not in COMPUTED_RIGHT | NAMED
+    return (
+        facts.opset < OLDEST_OPSET or node.domain not in ("", "ai.onnx") or node.op_type not in COMPUTED_RIGHT | NAMED
+    )
 
 
 def has(operators: str, attribute: str, wanted: Callable[[object], bool] = lambda _: True) -> "Rule":

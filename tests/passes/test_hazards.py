@@ -367,3 +367,15 @@ def test_what_is_only_worth_knowing_is_not_refused() -> None:
     refuse_hazards(model)
     with pytest.raises(ConversionError, match="gather-negative"):
         refuse_hazards(model, severities=("info",))
+
+
+@pytest.mark.parametrize("call", ["Where(x)", "MatMul(x)", "Einsum(x)", "Mod(x)", "PRelu(x)"])
+def test_what_is_no_valid_node_is_refused_in_words(call: str) -> None:
+    model = graph(f"(float[4, 6] x) => (float[4, 6] y) {{ y = {call} }}", opset=11)
+    with pytest.raises(ConversionError):
+        refuse_hazards(model)
+
+
+def test_operators_that_broadcast_as_they_did_once_are_unproven() -> None:
+    model = graph("(float[2, 3] x, float[2] z) => (float[2, 3] y) { y = Add<axis = 0, broadcast = 1>(x, z) }", opset=6)
+    assert "operator-unproven" in [hazard.id for hazard in find_hazards(model)]

@@ -12,7 +12,7 @@ from sa3_convert.passes.quantise_embedding import quantise_embedding
 _RANDOM = np.random.default_rng(2)
 _ALL: Final = tuple(Component)
 _LINEAR = "(float[1, 12, 64] x) => (float[1, 12, 96] y) { m = MatMul(x, w)  y = Add(m, b) }"
-_CONV = "(float[1, 32, N] x) => (float[1, 48, N] y) { y = Conv<pads = [1, 1]>(x, w, b) }"
+_CONV = "(float[1, 32, N] x) => (float[1, 48, N] y) { c = Conv<pads = [1, 1]>(x, w, b)  y = Identity(c) }"
 _LOOKUP = "(int32[1, 12] i) => (float[1, 12, 64] y) { g = Gather(w, i)  y = Mul(g, k) }"
 
 
