@@ -39,6 +39,8 @@ _INTERRUPTED = {
 _ONE_EVENT_SECONDS = 0.5
 """Signals this close together are one: a terminal sends Ctrl-C to parent and child, `timeout` to each twice."""
 _LONGEST_WAIT = 3600.0
+_IMPORT_SECONDS = 0.05
+"""Until it is looked again whether an import has ended."""
 _PR_SET_PDEATHSIG = 1
 _INPUT, _OUT_OF_MEMORY, _NATIVE = 3, 4, 4
 _GET_ANOTHER = "Get the file again, or convert again, and check where it comes from."
@@ -298,6 +300,8 @@ class _Watch:
             return Ended(128 + number)
         page = self._page.read()
         name, files = signal.Signals(number).name, " or ".join(page.names)
+        if self._stopped_by:  # a library that cannot be interrupted
+            return Ended(128 + self._stopped_by, _INTERRUPTED[128 + self._stopped_by])
         if number == signal.SIGKILL:
             what = f" while it worked with {files}" if page.in_hand else ""
             return Ended(
@@ -340,8 +344,21 @@ def _stop(number: int, frame: FrameType | None) -> None:
     global _received
     if _over or (_received and _page is not None):
         return
+    if _imports(frame):
+        # Native modules that are being imported take an exception in what they import for a fault, and abort.
+        signal.signal(signal.SIGALRM, lambda _, later: _stop(number, later))
+        signal.setitimer(signal.ITIMER_REAL, _IMPORT_SECONDS)
+        return
     _received = number
     raise KeyboardInterrupt
+
+
+def _imports(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "importlib._bootstrap":
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextlib.contextmanager
