@@ -39,8 +39,8 @@ _INTERRUPTED = {
 _ONE_EVENT_SECONDS = 0.5
 """Signals this close together are one: a terminal sends Ctrl-C to parent and child, `timeout` to each twice."""
 _LONGEST_WAIT = 3600.0
-_IMPORT_SECONDS = 0.05
-"""Until it is looked again whether an import has ended."""
+_SOON_SECONDS = 0.05
+"""Until it is tried again to raise what could not be raised."""
 _PR_SET_PDEATHSIG = 1
 _INPUT, _OUT_OF_MEMORY, _NATIVE = 3, 4, 4
 _GET_ANOTHER = "Get the file again, or convert again, and check where it comes from."
@@ -346,11 +346,25 @@ def _stop(number: int, frame: FrameType | None) -> None:
         return
     if _imports(frame):
         # Native modules that are being imported take an exception in what they import for a fault, and abort.
-        signal.signal(signal.SIGALRM, lambda _, later: _stop(number, later))
-        signal.setitimer(signal.ITIMER_REAL, _IMPORT_SECONDS)
+        _stop_soon(number)
         return
     _received = number
     raise KeyboardInterrupt
+
+
+def _stop_soon(number: int) -> None:
+    signal.signal(signal.SIGALRM, lambda _, frame: _stop(number, frame))
+    signal.setitimer(signal.ITIMER_REAL, _SOON_SECONDS)
+
+
+def _not_lost(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Raise again what struck in a finaliser or a callback, from where nothing gets out."""
+    global _received
+    if unraisable.exc_type is KeyboardInterrupt and _received:
+        number, _received = _received, 0
+        _stop_soon(number)
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _imports(frame: FrameType | None) -> bool:
@@ -386,6 +400,7 @@ def _to_the_end(command: Callable[[], int], mask: _Mask | None = None) -> int:
     try:
         for number in _heeded():
             signal.signal(number, _stop)
+        sys.unraisablehook = _not_lost
         if mask is not None:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         try:

@@ -181,6 +181,23 @@ def test_a_signal_waits_for_the_end_of_an_import(tmp_path: Path) -> None:
     assert (tmp_path / "imported").exists()
 
 
+def test_a_signal_in_a_finaliser_is_not_lost(tmp_path: Path) -> None:
+    body = """
+class Finalised:
+    def __del__(self):
+        Path("begun").touch()
+        time.sleep(1)
+one = Finalised()
+del one
+time.sleep(60)
+"""
+    running = started(body, tmp_path)
+    wait_for((tmp_path / "begun").exists)
+    running.terminate()
+    assert running.communicate(timeout=30)[1] == "sa3-convert: Terminated; nothing half-written was left behind.\n"
+    assert running.returncode == 143
+
+
 def test_a_library_that_dies_of_a_signal_that_was_passed_on_is_no_crash(tmp_path: Path) -> None:
     running = started("try:\n    time.sleep(60)\nfinally: os.abort()", tmp_path)
     running.terminate()
