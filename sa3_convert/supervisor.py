@@ -39,6 +39,8 @@ _INTERRUPTED = {
 _ONE_EVENT_SECONDS = 0.5
 """Signals this close together are one: a terminal sends Ctrl-C to parent and child, `timeout` to each twice."""
 _LONGEST_WAIT = 3600.0
+_SOON_SECONDS = 0.05
+"""Until it is tried again to raise what could not be raised."""
 _PR_SET_PDEATHSIG = 1
 _INPUT, _OUT_OF_MEMORY, _NATIVE = 3, 4, 4
 _GET_ANOTHER = "Get the file again, or convert again, and check where it comes from."
@@ -298,6 +300,8 @@ class _Watch:
             return Ended(128 + number)
         page = self._page.read()
         name, files = signal.Signals(number).name, " or ".join(page.names)
+        if self._stopped_by:  # a library that cannot be interrupted
+            return Ended(128 + self._stopped_by, _INTERRUPTED[128 + self._stopped_by])
         if number == signal.SIGKILL:
             what = f" while it worked with {files}" if page.in_hand else ""
             return Ended(
@@ -340,8 +344,35 @@ def _stop(number: int, frame: FrameType | None) -> None:
     global _received
     if _over or (_received and _page is not None):
         return
+    if _imports(frame):
+        # Native modules that are being imported take an exception in what they import for a fault, and abort.
+        _stop_soon(number)
+        return
     _received = number
     raise KeyboardInterrupt
+
+
+def _stop_soon(number: int) -> None:
+    signal.signal(signal.SIGALRM, lambda _, frame: _stop(number, frame))
+    signal.setitimer(signal.ITIMER_REAL, _SOON_SECONDS)
+
+
+def _not_lost(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Raise again what struck in a finaliser or a callback, from where nothing gets out."""
+    global _received
+    if unraisable.exc_type is KeyboardInterrupt and _received:
+        number, _received = _received, 0
+        _stop_soon(number)
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
+def _imports(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "importlib._bootstrap":
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextlib.contextmanager
@@ -369,6 +400,7 @@ def _to_the_end(command: Callable[[], int], mask: _Mask | None = None) -> int:
     try:
         for number in _heeded():
             signal.signal(number, _stop)
+        sys.unraisablehook = _not_lost
         if mask is not None:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         try:

@@ -171,6 +171,40 @@ with atomic_path(Path("out/x.wav")):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_signal_waits_for_the_end_of_an_import(tmp_path: Path) -> None:
+    """Native modules abort when what they import is interrupted."""
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(0.7)\nopen('imported', 'w').close()\n")
+    running = started("sys.path.insert(0, '')\nimport slow\ntime.sleep(60)", tmp_path)
+    running.terminate()
+    assert "Terminated; nothing" in running.communicate(timeout=60)[1]
+    assert running.returncode == 143
+    assert (tmp_path / "imported").exists()
+
+
+def test_a_signal_in_a_finaliser_is_not_lost(tmp_path: Path) -> None:
+    body = """
+class Finalised:
+    def __del__(self):
+        Path("begun").touch()
+        time.sleep(1)
+one = Finalised()
+del one
+time.sleep(60)
+"""
+    running = started(body, tmp_path)
+    wait_for((tmp_path / "begun").exists)
+    running.terminate()
+    assert running.communicate(timeout=30)[1] == "sa3-convert: Terminated; nothing half-written was left behind.\n"
+    assert running.returncode == 143
+
+
+def test_a_library_that_dies_of_a_signal_that_was_passed_on_is_no_crash(tmp_path: Path) -> None:
+    running = started("try:\n    time.sleep(60)\nfinally: os.abort()", tmp_path)
+    running.terminate()
+    assert running.communicate(timeout=60)[1].startswith("sa3-convert: Terminated; nothing")
+    assert running.returncode == 143
+
+
 def test_a_second_signal_ends_what_does_not_end(tmp_path: Path) -> None:
     body = """
 from sa3_convert.files import atomic_path
