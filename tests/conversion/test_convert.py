@@ -12,6 +12,7 @@ from sa3_convert.checkpoint.synthetic import synthesize
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError, ConversionError, UsageError, VerificationError
 from sa3_convert.files import sha256_file
+from sa3_convert.log import kept
 from sa3_convert.recipe import LayerRule, Recipe, WeightScheme, load_recipe
 from sa3_convert.runtime.pipeline import Pipeline
 from tests.bundles import CONFIGS, Convert
@@ -88,6 +89,15 @@ def test_a_changed_line_redoes_only_what_depends_on_it(converted: Convert, toy: 
     outcome, runs = converted(toy, recipe, out)
     assert not outcome.up_to_date
     assert runs.done() == {("decoder", "mnn"), ("decoder", "verify")}
+
+
+def test_what_the_converter_said_is_kept_and_told_when_its_result_is_used_again(
+    converted: Convert, toy: Path, toy_fp32: Bundle, tmp_path: Path
+) -> None:
+    with kept() as lines:
+        _, runs = converted(toy, "fp32", tmp_path / "again", components=(Component.ENCODER,))
+    assert runs.done() == set()
+    assert "kept: MNN's converter: Converted Success!" in lines
 
 
 def test_a_changed_floor_is_only_verified_again(converted: Convert, toy: Path, out: Path) -> None:

@@ -49,7 +49,7 @@ def test_a_job_that_ends_the_process_is_blamed_and_the_rest_runs_in_another(
     jobs = [replace(job, report=str(tmp_path / f"{number}.json")) for number in range(3)]
     starts: list[int] = []
 
-    def start(arguments: Sequence[str], folder: Path) -> str:
+    def start(arguments: Sequence[str], folder: Path, timeout: float) -> str:
         listed = [Job.from_data(data) for data in json.loads(Path(arguments[1]).read_text())]
         starts.append(len(listed))
         for entry in listed:
