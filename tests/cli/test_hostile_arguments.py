@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import typer
 
@@ -118,7 +119,9 @@ def place(tmp_path: Path, toy_int8: Bundle, toy: Path, monkeypatch: pytest.Monke
     Path("garbage").write_bytes(random.Random(0).randbytes(5000))
     Path("empty").touch()
     Path("some.json").write_text('{"a": [1, {"b": null}]}')
-    Path("some.onnx").write_bytes(b"no model")
+    ports = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 4]) for name in ("x", "y")]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Add", ["x", "x"], ["y"])], "sum", ports[:1], ports[1:])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)]), "some.onnx")
     os.mkfifo("fifo")
     Path("loop").symlink_to("loop")
     Path("dangling").symlink_to("nowhere/x")

@@ -372,10 +372,10 @@ def test_exported_files_share_nothing_with_their_bundle(
     toy_int8: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = Path(shutil.copytree(toy_int8.path, tmp_path / "bundle"))
-    (bundle / "dit.mnn").rename(tmp_path / "blob")
-    (bundle / "dit.mnn").symlink_to(tmp_path / "blob")
-    (tmp_path / "blob").chmod(0o400)
-    before = {path: path.stat() for path in (*bundle.iterdir(), tmp_path / "blob")}
+    (bundle / "dit.mnn").rename(bundle / "blob")
+    (bundle / "dit.mnn").symlink_to("blob")
+    (bundle / "blob").chmod(0o400)
+    before = {path: path.stat() for path in bundle.iterdir()}
     mask = os.umask(0o027)
     try:
         assert cli.run(["bundle", "export", str(bundle), "--to", str(tmp_path / "site"), "--layout", "flat"]) == 0

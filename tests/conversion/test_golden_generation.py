@@ -10,6 +10,7 @@ import pytest
 from sa3_convert.bundle.manifest import Bundle
 from sa3_convert.checkpoint.reader import Checkpoint
 from sa3_convert.components import Component, contract
+from sa3_convert.files import CheckedFile
 from sa3_convert.mnn.convert import mnn_from_onnx
 from sa3_convert.recipe import ComponentRecipe
 from sa3_convert.runtime.engines import EngineName, MnnEngine, OrtEngine
@@ -58,7 +59,7 @@ def pipeline_of(family: str, bundle: Bundle, engine: EngineName, dit: Path | Non
     runner = bundle_engine(bundle, engine, {"threads": 2})
     assert isinstance(runner, MnnEngine | OrtEngine)
     if dit is not None:
-        runner = dataclasses.replace(runner, files={**runner.files, Component.DIT: dit})
+        runner = dataclasses.replace(runner, files={**runner.files, Component.DIT: CheckedFile.read(dit)})
     return Pipeline(parts.layout, runner, parts.tokenizer, parts.bottleneck, keep_loaded=True)
 
 
