@@ -10,7 +10,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Final, TextIO
+from typing import BinaryIO, Final, TextIO
 
 STANDARD_OUTPUT: Final = Path("-")
 """The name that stands for standard output wherever a file is written."""
@@ -133,30 +133,17 @@ def anything_unheard() -> bool:
     stream = sys.stdout if _claimed is None else _claimed[1]
     with contextlib.suppress(OSError, ValueError, AttributeError):
         stream.flush()
-    return isinstance(stream, _Patient) and stream.pipe.broken
-
-
-class _Pipe(io.FileIO):
-    """A descriptor that drops everything once nobody reads it any more; any other fault is told once."""
-
-    broken = False
-
-    def write(self, data: Any, /) -> int:
-        if not self.broken:
-            try:
-                return super().write(data) or 0
-            except BrokenPipeError:
-                self.broken = True
-            except OSError:
-                self.broken = True
-                raise
-        return memoryview(data).nbytes
+    return isinstance(stream, _Patient) and stream.broken
 
 
 class _Patient(io.TextIOWrapper):
-    """Text for a descriptor whose reader may go away."""
+    """Text for a descriptor that drops everything once nobody reads it any more; any other fault is told once.
 
-    pipe: _Pipe
+    An interrupt must not strike between the system's write and what remembers it, or a line is printed twice: that is
+    why there is no Python code below `io.BufferedWriter`.
+    """
+
+    broken = False
 
     @classmethod
     def over(cls, stream: TextIO | None, descriptor: int) -> TextIO:
@@ -164,16 +151,36 @@ class _Patient(io.TextIOWrapper):
         if stream is None:
             return Path(os.devnull).open("w", encoding="utf-8")
         stream.flush()
-        pipe = _Pipe(descriptor, "wb", closefd=False)
-        made = cls(
-            io.BufferedWriter(pipe),
+        raw = io.FileIO(descriptor, "wb", closefd=False)
+        return cls(
+            io.BufferedWriter(raw),
             encoding=stream.encoding,
             errors="backslashreplace",
-            line_buffering=pipe.isatty() or descriptor == _ERR,
+            line_buffering=raw.isatty() or descriptor == _ERR,
             write_through=getattr(stream, "write_through", False),
         )
-        made.pipe = pipe
-        return made
+
+    def write(self, text: str, /) -> int:
+        with self._patience():
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._patience():
+            super().flush()
+
+    @contextlib.contextmanager
+    def _patience(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            told, self.broken = self.broken, True
+            # What is still in the buffer goes there, too.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            if not told and not isinstance(error, BrokenPipeError):
+                raise
 
 
 def _open_file(path: Path) -> tuple[int, int] | None:

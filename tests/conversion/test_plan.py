@@ -55,7 +55,7 @@ def quick_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     def mnn(reference: Path, component: Component, recipe: object, planned: Path | None, folder: Path, _: str) -> Notes:
         assert reference.is_file()
         assert planned is None or planned.is_file()
-        return leave(folder, MnnNotes(storage={}, passes={}), f"{component.value}.mnn")
+        return leave(folder, MnnNotes(storage={"types": {}}, passes={}), f"{component.value}.mnn")
 
     def verify(reference: Path, target: Path, *_: object) -> Notes:
         assert reference.is_file()

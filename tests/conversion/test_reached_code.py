@@ -42,6 +42,10 @@ def watched(calls: set[tuple[str, str]]) -> Iterator[None]:
         threading.setprofile(None)
 
 
+BESIDE = {("sa3_convert.log", "_Keep"), ("sa3_convert.files", "_Descriptor")}
+"""What runs whatever a stage does: it takes in what is logged, and lets go of what nobody holds any more."""
+
+
 @pytest.mark.parametrize(
     ("component", "stages"),
     [
@@ -91,4 +95,4 @@ def test_every_function_that_a_stage_calls_is_followed(
         reached = source.reached([("sa3_convert.stages", f"{stage}_stage")])
         named = {(module, name) for module, name in called if not name.startswith("<")}
         assert len(named) > 10
-        assert {one for one in named if one not in reached} == set()
+        assert {one for one in named - BESIDE if one not in reached} == set()

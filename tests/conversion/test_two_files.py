@@ -121,6 +121,6 @@ def test_a_missing_weight_file_is_put_back_and_a_useless_one_goes(
     _, runs = converted(toy, "int8", bundle.path, components=(PART,), cache=cache)
     assert runs.done() == set()
     bundle.check()
-    outcome, _ = converted(toy, "int8", bundle.path, components=(PART,), with_reference=True)
+    outcome, _ = converted(toy, "int8", bundle.path, components=(PART,), with_reference=True, force=True)
     assert outcome.bundle.artifact(PART).companion is None
     assert not weight_path(bundle.file(PART)).exists()
