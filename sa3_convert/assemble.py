@@ -14,8 +14,8 @@ from sa3_convert.bundle.manifest import (
     CheckpointOrigin,
     FileEntry,
     Manifest,
-    as_text,
 )
+from sa3_convert.bundle.words import as_text
 from sa3_convert.components import Component
 from sa3_convert.errors import ConversionError
 from sa3_convert.existing import (

@@ -15,8 +15,8 @@ from sa3_convert.bundle.manifest import (
     Bundle,
     LoraEntry,
     Manifest,
-    as_text,
 )
+from sa3_convert.bundle.words import as_text
 from sa3_convert.checkpoint.layout import TEXT_ENCODER_FOLDER
 from sa3_convert.components import Component, components_of
 from sa3_convert.errors import BundleError, UsageError

@@ -3,18 +3,27 @@
 import contextlib
 import hashlib
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from sa3_convert.bundle.words import (
+    Decibels,
+    Name,
+    Precision,
+    RelativePath,
+    Sha256,
+    Text,
+    Version,
+    of_alphabet,
+)
 from sa3_convert.checkpoint.layout import CheckpointLayout
 from sa3_convert.components import Component, components_of
 from sa3_convert.errors import BundleError, Sa3Error
 from sa3_convert.files import CheckedFile, FileState, HeldFolder, inside, named, sha256_file, write_text
-from sa3_convert.untrusted import SMALL, NotAFileError, parse_json, printable, read_text
+from sa3_convert.untrusted import SMALL, NotAFileError, parse_json, read_text
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
@@ -40,46 +49,6 @@ _COMPANIONS: Mapping[ArtifactKind, str] = {
 """Kinds of models, and what is behind their name in that of the file that is loaded with them."""
 _SHARED_BYTES: Mapping[ArtifactKind, int] = {"tokenizer": 256 << 20, "bottleneck_params": SMALL, "recipe": SMALL}
 """Kinds of files that belong to no component, and how large each can be."""
-_LONGEST = 200
-
-
-def _is(what: str, pattern: str) -> AfterValidator:
-    """Return a validator of words of an alphabet."""
-    form = re.compile(pattern)
-
-    def held(value: str) -> str:
-        if not form.fullmatch(value):
-            raise ValueError(f"{value[:80]!r} is {what}")
-        return value
-
-    return AfterValidator(held)
-
-
-def _shown(value: str) -> str:
-    if not value.isprintable():
-        raise ValueError(f"{value[:80]!r} cannot be shown")
-    return value
-
-
-_WORD = "[A-Za-z0-9][A-Za-z0-9._+-]"
-Name = Annotated[str, _is("no name of up to 64 letters, digits and ._+-", f"{_WORD}{{,63}}")]
-"""A word that may become part of paths."""
-RelativePath = Annotated[
-    str,
-    Field(max_length=_LONGEST),
-    _is("no plain path, or leaves the bundle", f"{_WORD}*(/{_WORD}*){{,7}}"),
-]
-Sha256 = Annotated[str, _is("no SHA-256", "[0-9a-f]{64}")]
-Precision = Annotated[str, _is("no precision", "fp16|fp32|int[2-8]")]
-Version = Annotated[str, _is("no version", r"[0-9]{1,4}(\.[0-9]{1,4}){1,3}")]
-Text = Annotated[str, Field(max_length=_LONGEST), AfterValidator(_shown)]
-"""What people are shown: where something came from."""
-Decibels = Annotated[float, Field(ge=-1000, le=1000)]
-
-
-def as_text(value: str) -> str:
-    """Return a name from outside as a manifest can hold it."""
-    return printable(value).replace("\n", "\\n")[:_LONGEST]
 
 
 class _Data(BaseModel):
@@ -170,7 +139,7 @@ class Artifact(FileEntry):
 class LoraEntry(_Data):
     """An adapter that is in the weights, in the order in which they were applied."""
 
-    name: Annotated[Text, _is("no name of a file", "[^/]*[^/.][^/]*")]
+    name: Annotated[Text, of_alphabet("no name of a file", "[^/]*[^/.][^/]*")]
     """Of its file."""
     sha256: Sha256
     strength: float

@@ -7,7 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sa3_convert.bundle.manifest import Artifact, Bundle, Name, Text
+from sa3_convert.bundle.manifest import Artifact, Bundle
+from sa3_convert.bundle.words import Label, Name
 from sa3_convert.components import Component
 from sa3_convert.errors import InputError, UsageError
 from sa3_convert.untrusted import parse_json, read_text
@@ -35,7 +36,7 @@ class BenchRow(_Data):
 class Bench(_Data):
     """What `bench --json` found of one bundle."""
 
-    variant: Text
+    variant: Label
     """With its LoRAs, as the manifest's label has it."""
     recipe: Name
     rows: tuple[BenchRow, ...]

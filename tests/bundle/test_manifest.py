@@ -17,8 +17,8 @@ from sa3_convert.bundle.manifest import (
     FileEntry,
     LoraEntry,
     Manifest,
-    as_text,
 )
+from sa3_convert.bundle.words import as_text
 from sa3_convert.checkpoint.layout import read_layout
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError
