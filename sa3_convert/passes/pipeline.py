@@ -23,6 +23,7 @@ from sa3_convert.passes.quantise_embedding import quantise_embedding
 from sa3_convert.passes.round_weights import round_weights, take_planned, weights_of
 from sa3_convert.passes.scale_gated_products import scale_gated_products
 from sa3_convert.recipe import ComponentRecipe
+from sa3_convert.untrusted import open_regular
 
 if TYPE_CHECKING:
     from sa3_convert.quantise.planned import PlannedWeights
@@ -167,6 +168,7 @@ def load_onnx(path: Path) -> ir.Model:
 
     """
     try:
+        open_regular(path).close()
         model = ir.load(path.resolve())
     except FileNotFoundError:
         raise ModelFileError(f"{path} does not exist.") from None

@@ -55,9 +55,9 @@ def lengths(layout: CheckpointLayout, seconds: float) -> Lengths:
     if not math.isfinite(seconds) or seconds <= 0:
         raise UsageError(f"A duration of {seconds} seconds cannot be generated. Give a positive number.")
     rate, ratio = layout.sample_rate, layout.autoencoder.downsampling_ratio
-    samples = int(seconds * rate)
-    if samples > layout.sample_size:
+    if seconds * rate >= layout.sample_size + 1:
         raise UsageError(f"{seconds:g} seconds is beyond this model's limit of {limit:.1f} seconds.")
+    samples = int(seconds * rate)
     if samples == 0:
         raise UsageError(f"{seconds:g} seconds is shorter than one sample at {rate} Hz.")
     encoder = layout.autoencoder.encoder
