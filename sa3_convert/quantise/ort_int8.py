@@ -5,8 +5,8 @@ Stable Audio 3 model. What stays float: products of activations, convolutions (O
 token tables, and `Gemm`, which the exports use for single vectors only (time and duration after their Fourier features;
 nothing to gain, and their error reaches every latent).
 
-Weights take seven of the eight bits: on x86 without VNNI, ONNX Runtime adds two products of eight-bit values in 16 bits,
-and would saturate there.
+Weights take seven of the eight bits: on x86 without VNNI, ONNX Runtime adds two products of eight-bit values in 16
+bits, and would saturate there.
 """
 
 import shutil
@@ -32,8 +32,8 @@ FLOORS_DB: Final[Mapping[Component, float]] = {
     Component.ENCODER: 26,
 }
 """Least signal-to-noise ratio in dB against the reference: what one scale for a whole activation costs, with room for
-weights that are less even than seeded ones (small-music at true size, with weights of eight bits: text encoder 24.3, DiT
-23.5, decoder 29.3, encoder 38.8 dB)."""
+weights that are less even than seeded ones (small-music at true size, with weights of eight bits: text encoder 24.3,
+DiT 23.5, decoder 29.3, encoder 38.8 dB)."""
 
 _INTEGER_PRODUCT = "MatMulInteger"
 
