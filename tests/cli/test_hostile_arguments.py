@@ -5,7 +5,9 @@ here is all that comes before it. No device and no folder outside of the test's 
 replace it.
 """
 
+import importlib
 import os
+import pkgutil
 import random
 import signal
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ import onnx
 import pytest
 import typer
 
+import sa3_convert
 import sa3_convert.cli.app as cli
 from sa3_convert.bundle.manifest import Bundle
 from sa3_convert.errors import Sa3Error
@@ -133,6 +136,10 @@ def place(tmp_path: Path, toy_int8: Bundle, toy: Path, monkeypatch: pytest.Monke
     def work(*_: object, **__: object) -> None:
         raise WorkedError("worked")
 
+    # A module that is first imported while another's function is replaced would keep the replacement.
+    for module in pkgutil.walk_packages(sa3_convert.__path__, "sa3_convert."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
     for name in WORK:
         monkeypatch.setattr(name, work)
     return tmp_path

@@ -91,10 +91,10 @@ def test_advice_of_the_quantiser_is_not_passed_on_and_other_messages_are(
     toy_int8: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     quantise_for_ort(toy_int8.file(Component.NUMBER_CONDITIONER, "onnx"), tmp_path / "x.onnx")
+    # Our own log takes everything in, and is no message.
     assert [record for record in caplog.records if record.name != "sa3_convert"] == []
-    caplog.clear()
     logging.warning("something else")
-    assert [record.message for record in caplog.records] == ["something else"]
+    assert [record.message for record in caplog.records if record.name != "sa3_convert"] == ["something else"]
 
 
 def test_a_quantiser_that_leaves_products_as_they_are_is_not_believed(
