@@ -46,13 +46,15 @@ Convert = Callable[..., tuple[Outcome, Runs]]
 
 
 @pytest.fixture(scope="session")
-def converted(cache: Path) -> Convert:
+def converted(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Convert:
     def run(
         checkpoint: Path, recipe: str | Recipe, out: Path, loras: Sequence[LoraRequest] = (), **options: object
     ) -> tuple[Outcome, Runs]:
         runs = Runs()
         chosen = load_recipe(CONFIGS / f"{recipe}.yaml") if isinstance(recipe, str) else recipe
-        settings = {"cache": cache, "threads": 2} | options
+        # What is forced is made again in its place: never in the cache whose files the shared bundles hold.
+        kept = tmp_path_factory.mktemp("forced") if options.get("force") else cache
+        settings = {"cache": kept, "threads": 2} | options
         opened = Checkpoint.open(checkpoint).with_loras(loras)
         request = ConvertRequest(checkpoint=opened, recipe=chosen, out=out, **settings)  # type: ignore[arg-type]
         return convert(request, runs), runs
