@@ -31,7 +31,7 @@ setup: $(READY) ## create .venv with everything that is needed
 
 convert: $(READY) ## convert toy checkpoints, or CHECKPOINT=… with RECIPE=…
 ifeq ($(CHECKPOINT),)
-	@$(BIN)/python -m sa3_convert.demo $(TOYS:%=--variants %) $(TOY_RECIPES:%=--recipes %) --folder artifacts
+	@$(BIN)/python -m sa3_convert.cli.demo $(TOYS:%=--variants %) $(TOY_RECIPES:%=--recipes %) --folder artifacts
 else
 	$(SA3) convert $(CHECKPOINT) --recipe $(RECIPE) --out $(OUT)
 endif

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, Literal
 
-from sa3_convert.checkpoint.layout import CheckpointLayout
+from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.errors import UsageError
 
 

@@ -9,11 +9,11 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as failures
 
+from sa3_convert.arrays import Arrays
 from sa3_convert.errors import BackendError, ModelFileError
-from sa3_convert.files import named
-from sa3_convert.log import is_shown
-from sa3_convert.session import Arrays
-from sa3_convert.supervisor import working_on
+from sa3_convert.system.checked_files import named
+from sa3_convert.system.log import is_shown
+from sa3_convert.system.supervisor import working_on
 
 _DTYPES: Mapping[str, type[np.generic]] = {
     "tensor(float)": np.float32,

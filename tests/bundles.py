@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from sa3_convert.bundle.manifest import Bundle
+from sa3_convert.bundle.reader import Bundle
 from sa3_convert.checkpoint.lora_file import LoraRequest
 from sa3_convert.checkpoint.reader import Checkpoint
 from sa3_convert.checkpoint.synthetic import synthesize
-from sa3_convert.convert import Outcome, StageEvent, convert
+from sa3_convert.convert.conversion import Outcome, StageEvent, convert
+from sa3_convert.convert.stages import ConvertRequest
 from sa3_convert.recipe import Recipe, load_recipe
-from sa3_convert.request import ConvertRequest
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -8,8 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sa3_convert.layer_pattern import layer_pattern
-from sa3_convert.recipe_files import own_recipes
+from sa3_convert.recipe import layer_pattern, own_recipes
 
 NAMES = [f"transformer.layers.{n}.{part}" for n in range(24) for part in ("self_attn.to_qkv", "ff.0.proj", "norm")]
 NAMES += ["to_cond_embed.0", "layers.1", "mapping", "a" * 200, "model.layers.11.mlp.down_proj"]

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 import typer.main
 
-from sa3_convert.bundle.manifest import Bundle
+from sa3_convert.bundle.reader import Bundle
 from sa3_convert.cli.app import app
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +73,7 @@ def test_the_python_example_runs_as_it_stands(
 
 
 def demo(folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sa3_convert.demo", "--variants", "small-music", "--recipes", "int8"]
+    command = [sys.executable, "-m", "sa3_convert.cli.demo", "--variants", "small-music", "--recipes", "int8"]
     return subprocess.run(
         [*command, "--folder", str(folder)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=600
     )

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 
 import sa3_convert.cli.app as cli
-from sa3_convert import recipe_files
+from sa3_convert import recipe as recipe_files
 from sa3_convert.components import Component
 from sa3_convert.errors import RecipeError
-from sa3_convert.recipe import ComponentRecipe, LayerRule, WeightScheme, load_recipe
-from sa3_convert.recipe_files import own_recipes, recipe_file
+from sa3_convert.recipe import ComponentRecipe, LayerRule, WeightScheme, load_recipe, own_recipes, recipe_file
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

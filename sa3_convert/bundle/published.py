@@ -17,12 +17,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
-from sa3_convert.bundle.manifest import Artifact, Bundle, FileEntry, LoraEntry
+from sa3_convert.bundle.manifest import Artifact, FileEntry, LoraEntry
+from sa3_convert.bundle.reader import Bundle
 from sa3_convert.checkpoint.variants import PublishedNames, published_names
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError
-from sa3_convert.files import atomic_folder, check_new_folder, copy_file, inside, sha256_file
-from sa3_convert.fingerprint import fingerprint
+from sa3_convert.system.checked_files import inside
+from sa3_convert.system.files import atomic_folder, check_new_folder, copy_file, sha256_file
+from sa3_convert.system.sealed import fingerprint
 
 Layout = Literal["hub", "flat"]
 

@@ -7,11 +7,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sa3_convert.bundle.manifest import Artifact, Bundle
-from sa3_convert.bundle.words import Label, Name
+from sa3_convert.bundle.manifest import Artifact, Label, Name
+from sa3_convert.bundle.reader import Bundle
 from sa3_convert.components import Component
 from sa3_convert.errors import InputError, UsageError
-from sa3_convert.untrusted import parse_json, read_text
+from sa3_convert.system.untrusted import parse_json, read_text
 
 
 class _Data(BaseModel):

@@ -15,15 +15,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sa3_convert.checkpoint.download_folder import download_folder, tidy
+from sa3_convert.checkpoint.config import TEXT_ENCODER_FOLDER
 from sa3_convert.checkpoint.hub_client import HubClient, Note, UnreachableError
-from sa3_convert.checkpoint.hub_files import COMMIT, CachedSnapshot, HubFile, Listing
-from sa3_convert.checkpoint.layout import TEXT_ENCODER_FOLDER, read_json
+from sa3_convert.checkpoint.hub_files import COMMIT, CachedSnapshot, HubFile, Listing, download_folder, tidy
 from sa3_convert.checkpoint.reader import CONFIG, TOKENIZER, Checkpoint
-from sa3_convert.checkpoint.shards import INDEX, WEIGHTS, shard_names
+from sa3_convert.checkpoint.section import read_json
+from sa3_convert.checkpoint.tensor_file import INDEX, WEIGHTS, shard_names
 from sa3_convert.checkpoint.variants import VARIANTS
 from sa3_convert.errors import CheckpointError, UsageError
-from sa3_convert.files import copy_file, sha256_file, write_text
+from sa3_convert.system.files import copy_file, sha256_file, write_text
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are there and the bytes in all."""

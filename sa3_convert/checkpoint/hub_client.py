@@ -18,7 +18,7 @@ from urllib.parse import quote, urlsplit
 
 from sa3_convert.checkpoint.hub_files import HubFile, Listing
 from sa3_convert.errors import CheckpointError, UsageError
-from sa3_convert.untrusted import SMALL
+from sa3_convert.system.untrusted import SMALL
 
 if TYPE_CHECKING:
     from httpx2 import Response

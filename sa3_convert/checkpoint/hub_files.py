@@ -1,23 +1,22 @@
-"""Which bytes a file of the hub must have: by the hub's own list, or by the names that the local cache gives its blobs.
+"""Which bytes a file of the hub must have, and the folder in which a download grows until it is whole."""
 
-Large files are named by their SHA-256, small ones by git's blob hash (SHA-1). The list is fetched once per commit and
-names a hash and a size for every file, so where the bytes come from does not matter: the hub, the cache, an earlier
-download. A file without a hash is refused.
-"""
-
+import contextlib
+import fcntl
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sa3_convert.checkpoint.layout import TEXT_ENCODER_FOLDER
-from sa3_convert.errors import CheckpointError
-from sa3_convert.untrusted import open_regular, parse_json, read_text
+from sa3_convert.checkpoint.config import TEXT_ENCODER_FOLDER
+from sa3_convert.errors import CheckpointError, UsageError
+from sa3_convert.system.untrusted import open_regular, parse_json, read_text
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -178,3 +177,71 @@ def _repository(hub_id: str) -> Path:
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}"
+
+
+@contextlib.contextmanager
+def download_folder(target: Path) -> Iterator[Path]:
+    """Yield the folder for a download to `target`, what an interrupted one left included; held locked meanwhile.
+
+    It is removed when nothing is in it after the block, and stays when it was renamed.
+
+    Raises:
+        UsageError: another process downloads to the same target.
+
+    """
+    folder = target.with_name(f".{target.name}.download")
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        folder.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        # Some network file systems have no locks.
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"Another download to {target} is under way. Wait for it, or end it.") from None
+        # The other one may have finished, and renamed it, just before.
+        if not _is_open_at(folder, descriptor):
+            raise UsageError(f"Another download to {target} has just finished.")
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):
+            if _is_open_at(folder, descriptor):
+                folder.rmdir()
+        os.close(descriptor)
+
+
+def _is_open_at(folder: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(folder.lstat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def tidy(folder: Path, keep: Callable[[str], bool]) -> None:
+    """Remove all but the files to keep, and those too that are links or have a second name elsewhere.
+
+    Args:
+        folder: what `download_folder` gave.
+        keep: told each name relative to `folder`, with at most one slash.
+
+    """
+    for entry in list(folder.iterdir()):
+        if _is_folder(entry) and keep(f"{entry.name}/"):
+            for below in list(entry.iterdir()):
+                _remove_unless(keep(f"{entry.name}/{below.name}"), below)
+        else:
+            _remove_unless(keep(entry.name), entry)
+
+
+def _is_folder(path: Path) -> bool:
+    return stat.S_ISDIR(path.lstat().st_mode)
+
+
+def _remove_unless(wanted: bool, entry: Path) -> None:
+    found = entry.lstat()
+    if stat.S_ISDIR(found.st_mode):
+        shutil.rmtree(entry)
+    elif not (wanted and stat.S_ISREG(found.st_mode) and found.st_nlink == 1):
+        entry.unlink()

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sa3_convert import untrusted
 from sa3_convert.checkpoint.section import shown
 from sa3_convert.checkpoint.tensor_file import TensorFile, refuse_pointer
 from sa3_convert.checkpoint.tensors import DIT_PREFIX, SECONDS_PREFIX, Shape
 from sa3_convert.errors import LoraError, UsageError
-from sa3_convert.files import sha256_file
+from sa3_convert.system import untrusted
+from sa3_convert.system.files import sha256_file
 
 _KEY = re.compile(r"(?P<layer>.+)\.parametrizations\.weight\.0\.(?P<factor>\w+)")
 _STRENGTH = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sa3_convert.checkpoint.layout import TEXT_ENCODER_FOLDER
+from sa3_convert.checkpoint.config import TEXT_ENCODER_FOLDER
 from sa3_convert.checkpoint.variants import (
     DIMENSIONS,
     LATENT_SAMPLES,

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sa3_convert.checkpoint.layout import TEXT_ENCODER_FOLDER, CheckpointLayout, read_layout
+from sa3_convert.checkpoint.config import TEXT_ENCODER_FOLDER, read_layout
+from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.checkpoint.lora import Lora, merged, open_loras
 from sa3_convert.checkpoint.lora_file import LoraRequest
 from sa3_convert.checkpoint.resolve import resolve_checkpoint
-from sa3_convert.checkpoint.scratch import Scratch
-from sa3_convert.checkpoint.shards import WEIGHTS
-from sa3_convert.checkpoint.tensor_file import StoredTensor, TensorFile, open_weights, refuse_pointer
+from sa3_convert.checkpoint.tensor_file import WEIGHTS, Scratch, StoredTensor, TensorFile, open_weights, refuse_pointer
 from sa3_convert.checkpoint.tensors import (
     AUTOENCODER_PREFIX,
     DIT_PREFIX,
@@ -28,7 +27,7 @@ from sa3_convert.checkpoint.tensors import (
 from sa3_convert.checkpoint.variants import Variant, name_of, recognise
 from sa3_convert.components import Component, components_of
 from sa3_convert.errors import CheckpointError, UsageError
-from sa3_convert.fingerprint import fingerprint
+from sa3_convert.system.sealed import fingerprint
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,7 +7,7 @@ from sa3_convert.checkpoint.hub_files import CachedSnapshot, cached_commit
 from sa3_convert.checkpoint.variants import VARIANTS
 from sa3_convert.errors import CheckpointError
 
-_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+_REFERENCE = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 
 
 def resolve_checkpoint(text: str) -> Path:
@@ -25,7 +25,7 @@ def resolve_checkpoint(text: str) -> Path:
     path = Path(text).expanduser()
     if text and path.exists():
         return path
-    match = _HUB_ID.fullmatch(text)
+    match = _REFERENCE.fullmatch(text)
     if match is None:
         raise CheckpointError(f"Checkpoint {text!r} does not exist.{_hint(text)}")
     hub_id, revision = match["id"], match["revision"]

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sa3_convert import untrusted
 from sa3_convert.errors import CheckpointError
+from sa3_convert.system import untrusted
 
 _LARGEST = 2**31 - 1
 _SHOWN = 200

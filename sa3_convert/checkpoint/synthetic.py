@@ -1,37 +1,157 @@
-"""Checkpoints in the published format with seeded random weights.
+"""Checkpoints in the published format with seeded random weights, and a small tokenizer for those of toy size."""
 
-They let everything be built, tested and measured without the published weights: same files, names, shapes and byte
-sizes, with statistics that are fixed so that figures compare. Nothing is ever held whole: a file's header is written
-first, then tensor after tensor in pieces of 16 MB.
-
-With one seed, variants of a family share their autoencoder and all share their T5Gemma file, as the published ones do;
-the learned padding embedding is each variant's own, there too.
-"""
-
+import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
-from sa3_convert.checkpoint.layout import TEXT_ENCODER_FOLDER, read_layout
+from sa3_convert.checkpoint.config import TEXT_ENCODER_FOLDER, read_layout
 from sa3_convert.checkpoint.published import model_config, text_encoder_config
-from sa3_convert.checkpoint.random_weights import Weights, generator_for, pieces
 from sa3_convert.checkpoint.tensors import (
     AUTOENCODER_PREFIX,
     TEXT_DECODER_PREFIX,
     TEXT_ENCODER_PREFIX,
+    Constant,
+    Embedding,
+    Matrix,
+    Normal,
+    RotaryFrequencies,
+    Shape,
     TensorSpec,
+    Uniform,
     expected_tensors,
     expected_text_encoder_tensors,
 )
-from sa3_convert.checkpoint.toy_tokenizer import toy_tokenizer
 from sa3_convert.checkpoint.variants import Size, Variant, variant_named
 from sa3_convert.errors import UsageError
-from sa3_convert.files import atomic_folder
+from sa3_convert.system.files import atomic_folder
+
+Weights = Literal["gaussian", "heavy-tailed"]
+Piece = NDArray[np.float32]
+
+PIECE_ELEMENTS = 1 << 22
+_FREEDOM = 5.0
+_OUTLIER_SHARE = 128
+_INPUT_OUTLIERS = (3.0, 6.0)
+_OUTPUT_OUTLIERS = (2.0, 4.0)
+
+
+def generator_for(*keys: str | int) -> np.random.Generator:
+    """Return a generator that depends on the keys alone."""
+    digest = hashlib.sha256("\0".join(str(key) for key in keys).encode()).digest()
+    return np.random.Generator(np.random.SFC64(np.random.SeedSequence(int.from_bytes(digest, "little"))))
+
+
+def pieces(spec: TensorSpec, weights: Weights, generator: np.random.Generator) -> Iterator[Piece]:
+    """Yield a tensor's values in order, flat, in pieces of about `PIECE_ELEMENTS` float32."""
+    match spec.distribution:
+        case Constant(value):
+            yield np.full(spec.elements, value, np.float32)
+        case RotaryFrequencies(base):
+            exponents = np.arange(spec.elements, dtype=np.float64) / spec.elements
+            yield (base**-exponents).astype(np.float32)
+        case Uniform(low, high):
+            yield generator.uniform(low, high, spec.elements).astype(np.float32)
+        case Normal(deviation, mean):
+            yield from _gaussian(spec.shape, deviation, mean, generator)
+        case Matrix(fan_in):
+            deviation = fan_in**-0.5
+            if weights == "gaussian":
+                yield from _gaussian(spec.shape, deviation, 0.0, generator)
+            else:
+                yield from _heavy_tailed(spec.shape, deviation, generator, outlier_rows=True)
+        case Embedding(deviation):
+            if weights == "gaussian":
+                yield from _gaussian(spec.shape, deviation, 0.0, generator)
+            else:
+                yield from _heavy_tailed(spec.shape, deviation, generator, outlier_rows=False)
+
+
+def _gaussian(shape: Shape, deviation: float, mean: float, generator: np.random.Generator) -> Iterator[Piece]:
+    left = math.prod(shape)
+    while left:
+        piece = generator.standard_normal(min(left, PIECE_ELEMENTS), dtype=np.float32)
+        piece *= np.float32(deviation)
+        piece += np.float32(mean)
+        yield piece
+        left -= piece.size
+
+
+def _heavy_tailed(
+    shape: Shape, deviation: float, generator: np.random.Generator, *, outlier_rows: bool
+) -> Iterator[Piece]:
+    rows, columns, kernel = shape[0], shape[1], math.prod(shape[2:])
+    row_scale = _channel_scales(rows, _OUTPUT_OUTLIERS, generator) if outlier_rows else np.ones(rows, np.float32)
+    column_scale = np.repeat(_channel_scales(columns, _INPUT_OUTLIERS, generator), kernel)
+    # Student's t is a normal over the root of a gamma; its variance f/(f-2) is divided out in the same step.
+    unit = np.float32((_FREEDOM - 2) / 2)
+    step = max(1, PIECE_ELEMENTS // (columns * kernel))
+    for start in range(0, rows, step):
+        block = (min(step, rows - start), columns * kernel)
+        piece = generator.standard_gamma(_FREEDOM / 2, block, dtype=np.float32)
+        np.divide(unit, piece, out=piece)
+        np.sqrt(piece, out=piece)
+        piece *= generator.standard_normal(block, dtype=np.float32)
+        piece *= column_scale
+        piece *= row_scale[start : start + step, None] * np.float32(deviation)
+        yield piece.reshape(-1)
+
+
+def _channel_scales(channels: int, outliers: tuple[float, float], generator: np.random.Generator) -> Piece:
+    """Return one factor per channel, a few of them large, with a mean square of exactly 1."""
+    scales = np.ones(channels)
+    chosen = generator.choice(channels, max(1, channels // _OUTLIER_SHARE), replace=False)
+    scales[chosen] = generator.uniform(*outliers, chosen.size)
+    scales /= np.sqrt(np.mean(scales**2))
+    return scales.astype(np.float32)
+
+
+VOCABULARY = 384
+SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
+_SPACE = "▁"
+_ALPHABET = "".join(chr(code) for code in range(33, 127)) + _SPACE
+_PROMPTS = (
+    "a slow ambient pad with soft strings and distant bells, 70 bpm",
+    "fast drum and bass with a deep sub bass, chopped breaks, 174 bpm",
+    "lo-fi hip hop beat, dusty drums, electric piano, vinyl noise, 84 bpm",
+    "warm analog synthesizer arpeggio, driving techno kick, 128 bpm",
+    "solo acoustic guitar, gentle fingerpicking, major key, live recording",
+    "orchestral trailer music with brass, timpani and a rising choir",
+    "funky disco groove, slap bass, rhythm guitar, claps, 118 bpm",
+    "jazz trio in a small club, upright bass, brushed snare, piano solo",
+    "thunder and heavy rain on a metal roof, wind in the trees",
+    "footsteps on gravel, a door creaks open, a dog barks far away",
+    "glass breaking, explosion with debris, sci-fi laser shots",
+    "crowd cheering in a stadium, whistle, applause, announcer",
+    "high quality stereo music, instrumental, loop, clean mix",
+    "melody, harmony, tempo, energetic, dark, bright, calm, happy, sad",
+)
+
+
+def toy_tokenizer() -> str:
+    """Return the contents of `tokenizer.json`; the same bytes every time."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
+    tokenizer.decoder = decoders.Replace(_SPACE, " ")
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        min_frequency=1,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=list(_ALPHABET),
+        max_token_length=8,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_PROMPTS, trainer)
+    return tokenizer.to_str(pretty=True)
+
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written and the bytes in all."""

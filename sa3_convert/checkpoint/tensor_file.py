@@ -1,30 +1,93 @@
-"""Weights in safetensors, one file or shards: what they hold, held to what they should hold, and bytes in pieces.
-
-A header is checked by the safetensors library: tensors lie one behind the other, as large as their type and shape say,
-up to the file's end. Values are mapped for use (`tensors`) and read piecewise for checks and hashes, so that neither
-costs memory.
-"""
+"""Weights in safetensors, one file or shards: what they hold, held to what they should hold, and bytes in pieces."""
 
 import hashlib
+import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import IO, TYPE_CHECKING, Any, Final, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from sa3_convert import untrusted
-from sa3_convert.checkpoint.scratch import Scratch
-from sa3_convert.checkpoint.section import shown
-from sa3_convert.checkpoint.shards import INDEX, WEIGHTS, read_index
+from sa3_convert.checkpoint.section import Section, read_json, shown
 from sa3_convert.checkpoint.tensors import Shape, StoredType, TensorSpec, is_leftover
 from sa3_convert.errors import CheckpointError
+from sa3_convert.system import untrusted
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_WRITTEN_AT_ONCE: Final = 1 << 22
+
+
+class Scratch:
+    """Room for float32 tensors that stand in no file as they are used.
+
+    Args:
+        folder: where there is space for them; the system's own for temporary files when not given.
+
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it lives as long as its tensors
+
+    def kept(self, tensor: "Tensor") -> "Tensor":
+        """Return a mapped tensor of the same values; half precision is widened, which is exact, piece by piece."""
+        import torch
+
+        if not tensor.numel():
+            return tensor.to(torch.float32)
+        offset = self._file.seek(0, 2)
+        flat = tensor.contiguous().view(-1)
+        for start in range(0, flat.numel(), _WRITTEN_AT_ONCE):
+            self._file.write(flat[start : start + _WRITTEN_AT_ONCE].to(torch.float32).numpy().data)
+        self._file.flush()
+        mapped = np.memmap(self._file, np.float32, "c", offset, tuple(tensor.shape))
+        return torch.from_numpy(mapped)
+
+
+WEIGHTS: Final = "model.safetensors"
+INDEX: Final = f"{WEIGHTS}.index.json"
+
+_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,200}\.safetensors")
+_MOST: Final = 1000
+"""Shards; the largest published models have some hundred."""
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Return the name of the file that holds a tensor, by tensor.
+
+    Raises:
+        CheckpointError: it is no index, or names what cannot be a file beside it; the message says what.
+
+    """
+    where = Section(read_json(index), str(index))
+    placed = where.raw("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        raise CheckpointError(f"{index}: weight_map is {shown(placed)}, expected an object, tensor → file.")
+    for name in placed.values():
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
+            raise CheckpointError(
+                f"{index} names {shown(name)} as a file of weights; only .safetensors files beside it are read."
+            )
+    if len(set(placed.values())) > _MOST:
+        raise CheckpointError(f"{index} names more than {_MOST} files.")
+    return placed
+
+
+def shard_names(index: Path) -> tuple[str, ...]:
+    """Return the files beside an index that it needs, sorted; `checkpoint fetch` asks for these.
+
+    Raises:
+        CheckpointError: see `read_index`.
+
+    """
+    return tuple(sorted(set(read_index(index).values())))
+
 
 _PIECE = 1 << 23
 _SHOWN = 5

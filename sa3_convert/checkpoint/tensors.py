@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from sa3_convert.checkpoint.layout import CheckpointLayout, DitLayout, SameLayout, TextEncoderLayout
+from sa3_convert.checkpoint.dimensions import CheckpointLayout, DitLayout, SameLayout, TextEncoderLayout
 
 StoredType = Literal["F32", "F16", "BF16"]
 Shape = tuple[int, ...]

@@ -7,7 +7,7 @@ Sources: the published model configs and the reference implementation's document
 from dataclasses import dataclass
 from typing import Literal
 
-from sa3_convert.checkpoint.layout import CheckpointLayout, Objective
+from sa3_convert.checkpoint.dimensions import CheckpointLayout, Objective
 from sa3_convert.errors import UsageError
 
 Family = Literal["small", "medium"]

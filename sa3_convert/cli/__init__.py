@@ -4,8 +4,8 @@ import contextlib
 import sys
 from collections.abc import Sequence
 
-from sa3_convert.streams import prepare_standard_streams
-from sa3_convert.supervisor import leave, supervise
+from sa3_convert.system.streams import prepare_standard_streams
+from sa3_convert.system.supervisor import leave, supervise
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     ended = supervise(command, debug=given[:1] == ["--debug"])
     if ended.complaint is not None:
-        from sa3_convert.untrusted import printable
+        from sa3_convert.system.untrusted import printable
 
         with contextlib.suppress(OSError, AttributeError):  # the terminal has hung up
             sys.stderr.write(f"sa3-convert: {printable(ended.complaint)}\n")

@@ -12,22 +12,22 @@ from typing import Annotated
 import typer
 
 import sa3_convert
-from sa3_convert.cli import (
-    benching,
-    bundle,
-    checkpoint,
-    conversion,
-    doctoring,
-    drifting,
-    generation,
-    judgement,
-    planning,
-)
+from sa3_convert.cli import bundle, checkpoint
+from sa3_convert.cli.bench import bench
+from sa3_convert.cli.bisect import bisect
+from sa3_convert.cli.convert import convert
+from sa3_convert.cli.doctor import doctor
+from sa3_convert.cli.drift import drift
 from sa3_convert.cli.echo import echo
+from sa3_convert.cli.inspect import inspect, table
+from sa3_convert.cli.plan import plan
+from sa3_convert.cli.run import run as generate
+from sa3_convert.cli.stages import export, fuse, mnn
+from sa3_convert.cli.verify import verify
 from sa3_convert.errors import BackendError, Sa3Error, UsageError
-from sa3_convert.log import show
-from sa3_convert.streams import anything_unheard, release_standard_output
-from sa3_convert.supervisor import received
+from sa3_convert.system.log import show
+from sa3_convert.system.streams import anything_unheard, release_standard_output
+from sa3_convert.system.supervisor import received
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -43,8 +43,9 @@ app = typer.Typer(
 )
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(bundle.app, name="bundle")
-for room in (conversion, planning, judgement, drifting, generation, benching, doctoring):
-    room.register(app)
+for command in (convert, export, fuse, mnn, plan, verify, bisect, inspect, table, drift, bench, doctor):
+    app.command()(command)
+app.command("run")(generate)
 
 
 def _version(wanted: bool) -> None:

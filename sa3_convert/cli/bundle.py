@@ -30,8 +30,8 @@ def export(
     ] = "hub",
 ) -> None:
     """Write one or more bundles under the names that existing clients read."""
-    from sa3_convert.bundle.manifest import Bundle
     from sa3_convert.bundle.published import export_bundles
+    from sa3_convert.bundle.reader import Bundle
 
     for file in export_bundles([Bundle.open(path) for path in bundles], to, layout):
         echo(f"{file.entry.sha256[:16]}  {file.entry.bytes / 2**20:9.2f} MiB  {file.path}")

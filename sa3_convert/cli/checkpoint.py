@@ -22,7 +22,7 @@ def synthesize(
 ) -> None:
     """Write a checkpoint in the published format with seeded random weights."""
     from sa3_convert.checkpoint.synthetic import synthesize as write
-    from sa3_convert.cli.transfer import transfer
+    from sa3_convert.cli.console import transfer
 
     with transfer("writing") as progress:
         write(folder, variant, size, seed, weights, progress)
@@ -40,8 +40,7 @@ def fetch(
 ) -> None:
     """Download a published checkpoint at a pinned revision; an interrupted download resumes."""
     from sa3_convert.checkpoint.hub import fetch as download
-    from sa3_convert.cli.console import stderr
-    from sa3_convert.cli.transfer import transfer
+    from sa3_convert.cli.console import stderr, transfer
 
     with transfer("downloading") as progress:
         fetched = download(hub_id, folder, revision, progress, stderr.print)

@@ -1,25 +1,31 @@
 """What the commands print while they work and when they are done: progress on stderr, results on stdout."""
 
+import contextlib
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.control import Control
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.segment import ControlType, Segment
 from rich.table import Table
 
-from sa3_convert.bundle.manifest import Bundle
+from sa3_convert.bundle.reader import Bundle
+from sa3_convert.check.results import Verdict
 from sa3_convert.components import Component
-from sa3_convert.convert import StageEvent
-from sa3_convert.estimate import Estimate, total
-from sa3_convert.existing import RESULTS
-from sa3_convert.plan import Plan, Step, bytes_needed
-from sa3_convert.request import ConvertRequest
-from sa3_convert.untrusted import printable
-from sa3_convert.verify.result import Verdict
+from sa3_convert.convert.conversion import StageEvent
+from sa3_convert.convert.existing import RESULTS
+from sa3_convert.convert.plan import Estimate, Plan, Step, bytes_needed, total
+from sa3_convert.convert.stages import ConvertRequest
+from sa3_convert.system.untrusted import printable
+
+if TYPE_CHECKING:
+    from sa3_convert.checkpoint.lora import Lora
+    from sa3_convert.lab.planner.planner import Plan as BitPlan
+
 
 _PIPED_WIDTH = 140
 """Columns for tables that go to a file or a log, where nothing says how wide it is."""
@@ -38,10 +44,6 @@ class EscapingConsole(Console):
 # Names, paths and regular expressions have brackets that are no markup.
 stdout = EscapingConsole(highlight=False, markup=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
 stderr = EscapingConsole(stderr=True, highlight=False, markup=False, soft_wrap=True)
-
-if TYPE_CHECKING:
-    from sa3_convert.checkpoint.lora import Lora
-    from sa3_convert.quantise.planner import Plan as BitPlan
 
 _VERBS = {
     "export": "exporting",
@@ -202,3 +204,18 @@ def planned_table(component: Component, plan: "BitPlan") -> Table:
             ", ".join(layers[:2]) + (", …" if len(layers) > 2 else ""),
         )
     return table
+
+
+@contextlib.contextmanager
+def transfer(verb: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield what to call with (bytes done, bytes in all)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+        task = progress.add_task(verb, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

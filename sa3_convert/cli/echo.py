@@ -2,7 +2,7 @@
 
 import typer
 
-from sa3_convert.untrusted import printable
+from sa3_convert.system.untrusted import printable
 
 
 def echo(text: str, *, err: bool = False) -> None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from sa3_convert.components import Contract, Dimension, Length, Port
 from sa3_convert.errors import ConversionError
-from sa3_convert.log import taken_in
+from sa3_convert.system.log import taken_in
 
 OPSET = 18
 """The last one in which norms and attention decompose into operators that MNN has."""

@@ -8,7 +8,7 @@ import uuid
 from pathlib import Path
 
 from sa3_convert.errors import ConversionError, ModelFileError
-from sa3_convert.mnn.storage import content_digest, read_storage
+from sa3_convert.mnn.file.storage import content_digest, read_storage
 
 _UUID_LENGTH = 36
 

@@ -1,29 +1,87 @@
-"""Run a `.mnn` file from Python: strict about names, dtypes and shapes, quiet, and never on another backend than asked.
+"""Run a `.mnn` file: strict about names, dtypes and shapes, quiet, and never on another backend than asked."""
 
-It uses MNN's Interpreter with a session, not its Module. Both compute the same numbers at the same speed; the session
-releases the GIL while it runs, reports its backend, its memory and an error code, and its peak while loading is the
-file plus the weights once, where a Module that frees the file's copy (`rearrange`) peaks at three times the file.
-"""
-
+import functools
+import importlib
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sa3_convert.arrays import Arrays
 from sa3_convert.errors import BackendError, ModelFileError
-from sa3_convert.files import named
-from sa3_convert.mnn.backends import Backend, forward_type_name, load_mnn, require_backend
-from sa3_convert.mnn.capture import capture_stdout
-from sa3_convert.mnn.readers import require_reader
-from sa3_convert.mnn.storage import read_storage
-from sa3_convert.processors import default_threads
-from sa3_convert.session import Arrays
-from sa3_convert.supervisor import working_on
+from sa3_convert.mnn.compatibility import require_reader
+from sa3_convert.mnn.file.storage import read_storage
+from sa3_convert.system.checked_files import named
+from sa3_convert.system.log import capture_stdout
+from sa3_convert.system.machine import default_threads
+from sa3_convert.system.supervisor import working_on
+
+Backend = Literal["cpu", "cuda", "opencl", "vulkan"]
+
+BACKENDS: tuple[Backend, ...] = ("cpu", "cuda", "opencl", "vulkan")
+
+# MNNForwardType in MNN's include/MNN/MNNForwardType.h. 13 is the CPU with AVX or the ARM extensions.
+_FORWARD_TYPES: Mapping[int, str] = {0: "cpu", 1: "metal", 2: "cuda", 3: "opencl", 5: "nn", 7: "vulkan", 13: "cpu"}
+
+
+@functools.cache
+def load_mnn() -> ModuleType:
+    """Import MNN quietly (its C++ code greets on standard output).
+
+    Raises:
+        BackendError: the package is not installed or cannot be loaded.
+
+    """
+    try:
+        with capture_stdout():
+            return importlib.import_module("MNN")
+    except ImportError as error:
+        raise BackendError(f"MNN's Python package cannot be imported ({error}). Install it: pip install MNN.") from None
+
+
+@functools.cache
+def has_backend(backend: Backend) -> bool:
+    """Ask the runtime, once per process, whether it can run on this backend here."""
+    # Once, because each call takes a reference to True that it does not own: some hundreds end the interpreter.
+    with capture_stdout():
+        _, present = load_mnn().Interpreter.createRuntime([{"backend": backend.upper()}])
+    return bool(present[0])
+
+
+def runtime_backends() -> dict[str, bool]:
+    """Return, for every backend that the toolchain knows, whether the installed MNN has it.
+
+    Raises:
+        BackendError: MNN is not installed.
+
+    """
+    return {backend: has_backend(backend) for backend in BACKENDS}
+
+
+def require_backend(backend: Backend) -> None:
+    """Check that a backend is there.
+
+    Raises:
+        BackendError: it is not; the message says how to get one.
+
+    """
+    if not has_backend(backend):
+        raise BackendError(
+            f"The installed MNN has no {backend.upper()} backend (or finds no such device); MNN would run on the CPU "
+            f"without saying so. Use --backend cpu, or install an MNN built with -DMNN_{backend.upper()}=ON: "
+            "the wheels on PyPI for Linux hold the CPU backend only."
+        )
+
+
+def forward_type_name(code: int) -> str:
+    """Return the backend's name for MNN's number of it."""
+    return _FORWARD_TYPES.get(code, f"type {code}")
+
 
 Level = Literal["normal", "high", "low"]
 
@@ -151,7 +209,7 @@ class MnnSession:
         return tuple(self._messages)
 
     def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
-        """Run once; see `sa3_convert.session.Session.run`.
+        """Run once; see `sa3_convert.arrays.Session.run`.
 
         Raises:
             ValueError: a feed is missing, unknown, or of another dtype or shape than the model declares; or the

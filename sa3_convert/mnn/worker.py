@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from sa3_convert.supervisor import die_with_parent
+from sa3_convert.system.supervisor import die_with_parent
 
 SCRATCH = ".__convert_external_data.bin"
 """The converter's own name for the file, in its working directory, through which it passes all weights."""

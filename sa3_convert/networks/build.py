@@ -10,10 +10,9 @@ from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.components import Component
 from sa3_convert.errors import CheckpointError, UsageError
 from sa3_convert.networks.autoencoder import Decoder, Encoder
+from sa3_convert.networks.conditioners import NumberConditioner, TextEncoder
 from sa3_convert.networks.dit import Dit, Padding
 from sa3_convert.networks.layers import Derived
-from sa3_convert.networks.number_conditioner import NumberConditioner
-from sa3_convert.networks.text_encoder import TextEncoder
 
 _Layout = TypeVar("_Layout")
 _SHOWN = 5

@@ -29,8 +29,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from sa3_convert.errors import ConversionError
-from sa3_convert.passes import _graph
-from sa3_convert.passes.half import HALF_LARGEST, HALF_NORMAL, HALF_SMALLEST, exact_parts, is_exact_in_half
+from sa3_convert.passes import ir_tools
+from sa3_convert.passes.weights import HALF_LARGEST, HALF_NORMAL, HALF_SMALLEST, exact_parts, is_exact_in_half
 
 _RESHAPING = frozenset(
     {"Cast", "Concat", "Expand", "Identity", "Reshape", "Slice", "Squeeze", "Tile", "Transpose", "Unsqueeze"}
@@ -61,7 +61,7 @@ def make_fp16_safe(model: ir.Model) -> int:
     for use in uses:
         use.node.replace_input_with(use.index, assembly.value_of(use.constant))
     assembly.insert()
-    _graph.remove_unused(model.graph, {use.constant.name: use.constant for use in uses}.values())
+    ir_tools.remove_unused(model.graph, {use.constant.name: use.constant for use in uses}.values())
     return len(assembly.built)
 
 
@@ -79,7 +79,7 @@ class _Use:
 
 def _phase_uses(graph: ir.Graph) -> list[_Use]:
     """Return where inexact constants enter the phases of Sin and Cos, each once."""
-    at_run_time = _graph.depends_on_inputs(graph)
+    at_run_time = ir_tools.depends_on_inputs(graph)
     found: dict[_Use, None] = {}
     seen: set[ir.Node] = set()
     phases = [node.inputs[0] for node in graph if node.op_type in ("Sin", "Cos")]
@@ -102,12 +102,12 @@ def _phase_uses(graph: ir.Graph) -> list[_Use]:
 
 
 def _divisor_uses(graph: ir.Graph) -> list[_Use]:
-    at_run_time = _graph.depends_on_inputs(graph)
+    at_run_time = ir_tools.depends_on_inputs(graph)
     found = []
     for node in graph:
         if node.op_type != "Div" or node.outputs[0] not in at_run_time:
             continue
-        tensor = _graph.constant_tensor(node.inputs[1])
+        tensor = ir_tools.constant_tensor(node.inputs[1])
         if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size > _LARGEST_CONSTANT:
             continue
         divisor = np.asarray(tensor.numpy(), np.float32)
@@ -117,7 +117,7 @@ def _divisor_uses(graph: ir.Graph) -> list[_Use]:
 
 
 def _is_inexact(value: ir.Value) -> bool:
-    tensor = _graph.constant_tensor(value)
+    tensor = ir_tools.constant_tensor(value)
     if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size > _LARGEST_CONSTANT:
         return False
     return not is_exact_in_half(np.asarray(tensor.numpy(), np.float32))
@@ -134,7 +134,7 @@ def _is_linear(node: ir.Node) -> bool:
 
 def _is_bias(node: ir.Node, index: int) -> bool:
     """Whether an input is what an Add gives to the result of a linear."""
-    if node.op_type != "Add" or _graph.constant_tensor(node.inputs[index]) is None:
+    if node.op_type != "Add" or ir_tools.constant_tensor(node.inputs[index]) is None:
         return False
     other = node.inputs[1 - index]
     producer = None if other is None else other.producer()
@@ -145,7 +145,7 @@ def _out_of_range_uses(graph: ir.Graph) -> list[_Use]:
     found = []
     for node in graph:
         for index, value in enumerate(node.inputs):
-            tensor = _graph.constant_tensor(value)
+            tensor = ir_tools.constant_tensor(value)
             if tensor is None or tensor.dtype != ir.DataType.FLOAT or node.op_type == "Clip" or not tensor.size:
                 continue
             if not _leaves_range(np.asarray(tensor.numpy(), np.float32), summand=node.op_type in ("Add", "Sub")):
@@ -178,13 +178,13 @@ class _Assembly:
     _anchor: ir.Value | None = None
 
     def __post_init__(self) -> None:
-        self._names = _graph.names_in(self.graph)
+        self._names = ir_tools.names_in(self.graph)
 
     def value_of(self, constant: ir.Value) -> ir.Value:
         """Return the run-time value that equals a constant."""
         assert constant.name is not None
         if constant.name not in self.built:
-            array = np.asarray(_graph.array(constant), np.float32)
+            array = np.asarray(ir_tools.array(constant), np.float32)
             if not np.isfinite(array).all():
                 raise ConversionError(
                     f"{constant.name!r} holds infinities beside numbers that float16 cannot hold; use floats: fp32 in "
@@ -246,7 +246,7 @@ class _Assembly:
         return value
 
     def _constant(self, name: str, array: NDArray[np.generic] | np.generic) -> ir.Value:
-        return _graph.add_constant(self.graph, _graph.unused_name(name, self._names), np.asarray(array))
+        return ir_tools.add_constant(self.graph, ir_tools.unused_name(name, self._names), np.asarray(array))
 
     def _add(
         self,
@@ -257,7 +257,7 @@ class _Assembly:
         dtype: ir.DataType | None = ir.DataType.FLOAT,
         attributes: dict[str, int] | None = None,
     ) -> ir.Value:
-        output = ir.val(_graph.unused_name(name, self._names), dtype, shape)
+        output = ir.val(ir_tools.unused_name(name, self._names), dtype, shape)
         self._nodes.append(ir.node(operator, inputs, attributes, outputs=[output], name=output.name))
         return output
 

@@ -24,7 +24,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from sa3_convert.passes import _graph
+from sa3_convert.passes import ir_tools
 
 _RESHAPING = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 _ARITHMETIC = frozenset({"Abs", "Add", "Clip", "Div", "Max", "Mul", "Pow", "Reciprocal", "Sqrt", "Expand"})
@@ -45,7 +45,7 @@ def fuse_weight_norm(model: ir.Model) -> int:
     """
     graph = model.graph
     constant_nodes = _constant_nodes(graph)
-    taken = _graph.names_in(graph)
+    taken = ir_tools.names_in(graph)
     count = 0
     for node in [n for n in graph if n in constant_nodes]:
         (result,) = node.outputs
@@ -56,9 +56,9 @@ def fuse_weight_norm(model: ir.Model) -> int:
         if fused is None:
             continue
         name, weight = fused
-        name = _graph.unused_name(name, taken)
-        result.replace_all_uses_with(_graph.add_constant(graph, name, weight))
-        _graph.remove_unused(graph, [result])
+        name = ir_tools.unused_name(name, taken)
+        result.replace_all_uses_with(ir_tools.add_constant(graph, name, weight))
+        ir_tools.remove_unused(graph, [result])
         count += 1
     return count
 
@@ -70,7 +70,7 @@ def _constant_nodes(graph: ir.Graph) -> set[ir.Node]:
         if node.domain or node.op_type not in _ALLOWED or len(node.outputs) != 1:
             continue
         inputs = [value for value in node.inputs if value is not None]
-        if all(v.producer() in found or _graph.constant_tensor(v) is not None for v in inputs):
+        if all(v.producer() in found or ir_tools.constant_tensor(v) is not None for v in inputs):
             found.add(node)
     return found
 
@@ -119,7 +119,9 @@ def _fused(result: ir.Value, cone: list[ir.Node], opset: int) -> tuple[str, NDAr
 
 def _direction_and_magnitude(leaves: dict[str, ir.Value]) -> tuple[str, str] | None:
     """Return the names of v and g: of the float constants, the tensor and the one with a number per row of it."""
-    constants = {name: tensor for name, leaf in leaves.items() if (tensor := _graph.constant_tensor(leaf)) is not None}
+    constants = {
+        name: tensor for name, leaf in leaves.items() if (tensor := ir_tools.constant_tensor(leaf)) is not None
+    }
     shapes = {name: tensor.shape.numpy() for name, tensor in constants.items() if tensor.dtype in _FLOATS}
     tensors = {name: shape for name, shape in shapes.items() if len(shape) >= 2 or math.prod(shape) > 1}
     if len(tensors) != 2:
@@ -137,8 +139,8 @@ def _before_reshaping(result: ir.Value) -> ir.Value | None:
 
 
 def _weight_norm(direction: ir.Value, magnitude: ir.Value) -> NDArray[np.float64]:
-    v = _graph.array(direction).astype(np.float64)
-    g = _graph.array(magnitude).astype(np.float64).reshape((-1,) + (1,) * (v.ndim - 1))
+    v = ir_tools.array(direction).astype(np.float64)
+    g = ir_tools.array(magnitude).astype(np.float64).reshape((-1,) + (1,) * (v.ndim - 1))
     norm = np.sqrt((v * v).sum(axis=tuple(range(1, v.ndim)), keepdims=True))
     with np.errstate(divide="ignore", invalid="ignore"):
         weight: NDArray[np.float64] = g * v / norm
@@ -148,7 +150,7 @@ def _weight_norm(direction: ir.Value, magnitude: ir.Value) -> NDArray[np.float64
 def _evaluate(
     cone: list[ir.Node], leaves: list[ir.Value], results: list[ir.Value], opset: int
 ) -> list[NDArray[np.generic]]:
-    constants = [onnx.numpy_helper.from_array(np.ascontiguousarray(_graph.array(leaf)), leaf.name) for leaf in leaves]
+    constants = [onnx.numpy_helper.from_array(np.ascontiguousarray(ir_tools.array(leaf)), leaf.name) for leaf in leaves]
     outputs = [onnx.helper.make_empty_tensor_value_info(value.name or "") for value in results]
     graph = onnx.helper.make_graph(
         [ir.serde.serialize_node(node) for node in cone], "weight_norm", [], outputs, constants

@@ -7,8 +7,8 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from sa3_convert.mnn.target import MnnVersion, is_older
-from sa3_convert.passes import _graph, safe_softmax, spelled_silu, whole_shapes
+from sa3_convert.mnn.compatibility import MnnVersion, is_older
+from sa3_convert.passes import ir_tools, softmax, spellings
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def reduces_over_everything(node: ir.Node, facts: Facts) -> bool:
         return False
     if len(node.inputs) < 2 or node.inputs[1] is None:
         return "keepdims" not in node.attributes or (facts.opset >= 18 and node.attributes["keepdims"].as_int() != 0)
-    axes = _graph.constant_tensor(node.inputs[1])
+    axes = ir_tools.constant_tensor(node.inputs[1])
     data = node.inputs[0]
     if axes is None or data is None or data.shape is None:
         return True
@@ -131,7 +131,7 @@ def resizes_one_dimension(node: ir.Node, facts: Facts) -> bool:
 def clamps_a_constant(node: ir.Node, facts: Facts) -> bool:
     """Whether an int64 constant does not fit 32 bits."""
     for index, value in enumerate(node.inputs):
-        tensor = _graph.constant_tensor(value)
+        tensor = ir_tools.constant_tensor(value)
         if tensor is None or tensor.dtype != ir.DataType.INT64 or not tensor.size:
             continue
         # To Slice a limit beyond the end means the end, clamped or not.
@@ -147,16 +147,16 @@ def dequantises_what_mnn_does_not_expect(node: ir.Node, facts: Facts) -> bool:
     """Whether a DequantizeLinear is not one of a constant along a later axis."""
     if node.op_type != "DequantizeLinear":
         return False
-    data, scale = (_graph.constant_tensor(value) for value in node.inputs[:2])
+    data, scale = (ir_tools.constant_tensor(value) for value in node.inputs[:2])
     if data is None:
         return True
     per_axis = scale is None or scale.size != 1
-    return per_axis and _graph.attribute_int(node, "axis", 1) % max(len(data.shape), 1) == 0
+    return per_axis and ir_tools.attribute_int(node, "axis", 1) % max(len(data.shape), 1) == 0
 
 
 def reads_half_from_a_file(node: ir.Node, facts: Facts) -> bool:
     """Whether a float16 constant lies in external data."""
-    tensors = (_graph.constant_tensor(value) for value in node.inputs)
+    tensors = (ir_tools.constant_tensor(value) for value in node.inputs)
     return any(isinstance(t, ir.ExternalTensor) and t.dtype == ir.DataType.FLOAT16 for t in tensors)
 
 
@@ -184,7 +184,7 @@ def gathers_from_the_end(node: ir.Node, facts: Facts) -> bool:
     """Whether constant indices count from the end."""
     if node.op_type != "Gather":
         return False
-    indices = _graph.constant_tensor(node.inputs[1])
+    indices = ir_tools.constant_tensor(node.inputs[1])
     return indices is not None and indices.size > 0 and bool((indices.numpy() < 0).any())
 
 
@@ -192,19 +192,19 @@ def softmax_without_maximum(node: ir.Node, facts: Facts) -> bool:
     """Whether rows of a Softmax may be too low for the target."""
     if node.op_type not in ("Softmax", "LogSoftmax"):
         return False
-    return is_older(facts.target_mnn, safe_softmax.NEEDED_BEFORE) and safe_softmax.needs_shift(node)
+    return is_older(facts.target_mnn, softmax.NEEDED_BEFORE) and softmax.needs_shift(node)
 
 
 def shape_with_range(node: ir.Node, facts: Facts) -> bool:
     """Whether a Shape has a range that the target does not know."""
     if node.op_type != "Shape":
         return False
-    return is_older(facts.target_mnn, whole_shapes.NEEDED_BEFORE) and whole_shapes.has_range(node)
+    return is_older(facts.target_mnn, spellings.WHOLE_SHAPES_NEEDED_BEFORE) and spellings.has_range(node)
 
 
 def silu(node: ir.Node, facts: Facts) -> bool:
     """Whether the converter would make a SiLU that the target does not know."""
-    return is_older(facts.target_mnn, spelled_silu.NEEDED_BEFORE) and spelled_silu.is_silu(node)
+    return is_older(facts.target_mnn, spellings.SILU_NEEDED_BEFORE) and spellings.is_silu(node)
 
 
 def weight_is_a_norm(node: ir.Node, facts: Facts) -> bool:
@@ -227,7 +227,7 @@ def truncated_modulo(node: ir.Node, facts: Facts) -> bool:
     if node.op_type != "Mod":
         return False
     dividend = node.inputs[0]
-    return dividend is None or dividend.dtype not in INTEGER or _graph.attribute_int(node, "fmod", 0) == 1
+    return dividend is None or dividend.dtype not in INTEGER or ir_tools.attribute_int(node, "fmod", 0) == 1
 
 
 def calls_a_function(node: ir.Node, facts: Facts) -> bool:

@@ -8,8 +8,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from sa3_convert.errors import ConversionError
-from sa3_convert.mnn.target import DEFAULT_TARGET, MnnVersion
-from sa3_convert.passes import _graph
+from sa3_convert.mnn.compatibility import DEFAULT_TARGET, MnnVersion
+from sa3_convert.passes import ir_tools
 from sa3_convert.passes.hazard_kinds import HAZARD_KINDS
 from sa3_convert.passes.hazard_rules import Facts, HazardKind, Severity
 
@@ -51,8 +51,8 @@ def find_hazards(model: ir.Model, *, target_mnn: MnnVersion = DEFAULT_TARGET) ->
     """
     ShapeInferencePass()(model)
     graphs: list[ir.Graph | ir.Function] = [model.graph, *model.graph.subgraphs(), *model.functions.values()]
-    run_time = _graph.depends_on_inputs(model.graph)
-    data = _graph.depends_on_inputs(model.graph, by_content=True)
+    run_time = ir_tools.depends_on_inputs(model.graph)
+    data = ir_tools.depends_on_inputs(model.graph, by_content=True)
     for inner in graphs[1:]:
         everything = {*inner.inputs, *(out for node in inner for out in node.outputs)}
         run_time |= everything

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from sa3_convert.passes import _graph
+from sa3_convert.passes import ir_tools
 from sa3_convert.passes.hazard_rules import INTEGER, Facts
 
 _RIGHT = """
@@ -103,8 +103,8 @@ def reduces_without_axes(node: ir.Node, facts: Facts) -> bool:
     value = node.inputs[1] if len(node.inputs) > 1 else None
     if value is None:
         given = "axes" in node.attributes
-        return not given and _graph.attribute_int(node, "noop_with_empty_axes", 0) != 0
-    axes = _graph.constant_tensor(value)
+        return not given and ir_tools.attribute_int(node, "noop_with_empty_axes", 0) != 0
+    axes = ir_tools.constant_tensor(value)
     return axes is None or axes.size == 0
 
 
@@ -148,7 +148,7 @@ def unusual_pool(node: ir.Node, facts: Facts) -> bool:
     return (
         "strides" not in node.attributes
         or any(step != 1 for step in dilations)
-        or _graph.attribute_int(node, "ceil_mode", 0) != 0
+        or ir_tools.attribute_int(node, "ceil_mode", 0) != 0
         or len(node.outputs) > 1
         or _rank(node, 0) not in (3, 4)
     )
@@ -170,11 +170,11 @@ def uneven_split(node: ir.Node, facts: Facts) -> bool:
         return False
     if "num_outputs" in node.attributes:
         shape = None if node.inputs[0] is None else node.inputs[0].shape
-        size = None if shape is None else shape[_graph.attribute_int(node, "axis", 0)]
-        return not isinstance(size, int) or size % _graph.attribute_int(node, "num_outputs", 1) != 0
+        size = None if shape is None else shape[ir_tools.attribute_int(node, "axis", 0)]
+        return not isinstance(size, int) or size % ir_tools.attribute_int(node, "num_outputs", 1) != 0
     if len(node.inputs) < 2 or node.inputs[1] is None:
         return 0 in node.attributes.get_ints("split", [])
-    sizes = _graph.constant_tensor(node.inputs[1])
+    sizes = ir_tools.constant_tensor(node.inputs[1])
     return sizes is None or bool((sizes.numpy() == 0).any())
 
 
@@ -182,12 +182,12 @@ def starts_before_the_axis(node: ir.Node, facts: Facts) -> bool:
     """Whether a slice of an axis of unknown length counts its start from the end."""
     if node.op_type != "Slice" or len(node.inputs) < 3:
         return False
-    starts = _graph.constant_tensor(node.inputs[1])
+    starts = ir_tools.constant_tensor(node.inputs[1])
     if starts is None or not (starts.numpy() < 0).any():
         return False
     shape = None if node.inputs[0] is None else node.inputs[0].shape
-    axes = _graph.constant_tensor(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else None
-    steps = _graph.constant_tensor(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] is not None else None
+    axes = ir_tools.constant_tensor(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else None
+    steps = ir_tools.constant_tensor(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] is not None else None
     for index, start in enumerate(starts.numpy().reshape(-1).tolist()):
         axis = index if axes is None else int(axes.numpy().reshape(-1)[index])
         size = None if shape is None else shape[axis]
@@ -209,7 +209,7 @@ def indices_may_be_negative(node: ir.Node, facts: Facts) -> bool:
     """Whether elements are looked up by indices that are not known to count from the front."""
     if node.op_type not in ("GatherElements", "GatherND", "ScatterElements", "ScatterND"):
         return False
-    indices = _graph.constant_tensor(node.inputs[1])
+    indices = ir_tools.constant_tensor(node.inputs[1])
     return indices is None or bool((indices.numpy() < 0).any())
 
 
@@ -218,7 +218,7 @@ def casts_to_less(node: ir.Node, facts: Facts) -> bool:
     if node.op_type not in ("Cast", "CastLike"):
         return False
     if node.op_type == "Cast":
-        target: ir.DataType | None = ir.DataType(_graph.attribute_int(node, "to", ir.DataType.FLOAT.value))
+        target: ir.DataType | None = ir.DataType(ir_tools.attribute_int(node, "to", ir.DataType.FLOAT.value))
     else:
         target = None if node.inputs[1] is None else node.inputs[1].dtype
     return target != _dtype(node) and target not in _WIDE - {ir.DataType.BOOL, ir.DataType.FLOAT16}
@@ -226,7 +226,7 @@ def casts_to_less(node: ir.Node, facts: Facts) -> bool:
 
 def narrow_type(node: ir.Node, facts: Facts) -> bool:
     """Whether numbers of a type that MNN does not compute with are made, but by looking them up in a constant."""
-    if node.op_type == "Gather" and _graph.constant_tensor(node.inputs[0]) is not None:
+    if node.op_type == "Gather" and ir_tools.constant_tensor(node.inputs[0]) is not None:
         return False
     if node.op_type in ("Cast", "CastLike", "Constant", "DequantizeLinear"):
         return False
@@ -241,7 +241,7 @@ def softmax_of_rows(node: ir.Node, facts: Facts) -> bool:
     if node.op_type == "LogSoftmax" and "axis" not in node.attributes:
         return True
     rank = _rank(node, 0)
-    axis = _graph.attribute_int(node, "axis", 1 if facts.opset < 13 else -1)
+    axis = ir_tools.attribute_int(node, "axis", 1 if facts.opset < 13 else -1)
     return facts.opset < 13 and (rank is None or axis % rank != rank - 1 or "axis" not in node.attributes)
 
 
@@ -262,8 +262,8 @@ def unusual_resize(node: ir.Node, facts: Facts) -> bool:
         return False
     word = node.attributes.get_string
     plain = (
-        not _graph.attribute_int(node, "antialias", 0)
-        and not _graph.attribute_int(node, "exclude_outside", 0)
+        not ir_tools.attribute_int(node, "antialias", 0)
+        and not ir_tools.attribute_int(node, "exclude_outside", 0)
         and "axes" not in node.attributes
         and word("keep_aspect_ratio_policy", "stretch") == "stretch"
         and word("coordinate_transformation_mode", "half_pixel") in ("asymmetric", "half_pixel", "pytorch_half_pixel")
@@ -277,7 +277,7 @@ def limits_are_inverted(node: ir.Node, facts: Facts) -> bool:
     """Whether a Clip's lower limit lies above its upper one."""
     if node.op_type != "Clip" or len(node.inputs) < 3:
         return False
-    low, high = _graph.scalar(node.inputs[1]), _graph.scalar(node.inputs[2])
+    low, high = ir_tools.scalar(node.inputs[1]), ir_tools.scalar(node.inputs[2])
     return low is not None and high is not None and low > high
 
 
@@ -288,7 +288,7 @@ def pads_some_axes(node: ir.Node, facts: Facts) -> bool:
 
 def batch_norm_of_computed(node: ir.Node, facts: Facts) -> bool:
     """Whether scale, bias, mean or variance of a batch norm are no constants."""
-    return node.op_type == "BatchNormalization" and any(_graph.constant_tensor(v) is None for v in node.inputs[1:5])
+    return node.op_type == "BatchNormalization" and any(ir_tools.constant_tensor(v) is None for v in node.inputs[1:5])
 
 
 def _dtype(node: ir.Node) -> ir.DataType | None:

@@ -11,22 +11,20 @@ from google.protobuf.message import DecodeError
 
 from sa3_convert.components import Component
 from sa3_convert.errors import ConversionError, ModelFileError
-from sa3_convert.files import atomic_pair
-from sa3_convert.mnn.target import DEFAULT_TARGET, MnnVersion, is_older
-from sa3_convert.passes import safe_softmax, spelled_silu, whole_shapes
+from sa3_convert.mnn.compatibility import DEFAULT_TARGET, MnnVersion, is_older
+from sa3_convert.passes import softmax, spellings
 from sa3_convert.passes.fp16_safe import make_fp16_safe
 from sa3_convert.passes.fuse_weight_norm import fuse_weight_norm
-from sa3_convert.passes.half import round_to_half
 from sa3_convert.passes.hazards import refuse_hazards
-from sa3_convert.passes.lift_small_weights import lift_small_weights
 from sa3_convert.passes.quantise_embedding import quantise_embedding
-from sa3_convert.passes.round_weights import round_weights, take_planned, weights_of
 from sa3_convert.passes.scale_gated_products import scale_gated_products
+from sa3_convert.passes.weights import lift_small_weights, round_to_half, round_weights, take_planned, weights_of
 from sa3_convert.recipe import ComponentRecipe
-from sa3_convert.untrusted import open_regular
+from sa3_convert.system.files import atomic_pair
+from sa3_convert.system.untrusted import open_regular
 
 if TYPE_CHECKING:
-    from sa3_convert.quantise.planned import PlannedWeights
+    from sa3_convert.rounding.layers import PlannedWeights
 
 _DATA = ".data"
 _EXTERNAL_FROM_BYTES = 256
@@ -82,10 +80,10 @@ def _passes(
 ) -> list[tuple[str, Callable[[ir.Model], int]]]:
     half = recipe.floats == "fp16"
     passes: list[tuple[str, Callable[[ir.Model], int]]] = [("fuse_weight_norm", fuse_weight_norm)]
-    if is_older(target_mnn, whole_shapes.NEEDED_BEFORE):
-        passes.append(("use_whole_shapes", whole_shapes.use_whole_shapes))
-    if is_older(target_mnn, spelled_silu.NEEDED_BEFORE):
-        passes.append(("spell_silu", spelled_silu.spell_silu))
+    if is_older(target_mnn, spellings.WHOLE_SHAPES_NEEDED_BEFORE):
+        passes.append(("use_whole_shapes", spellings.use_whole_shapes))
+    if is_older(target_mnn, spellings.SILU_NEEDED_BEFORE):
+        passes.append(("spell_silu", spellings.spell_silu))
     finished: frozenset[str] = frozenset()
     if planned is not None:
         weights = planned
@@ -95,8 +93,8 @@ def _passes(
     scheme = recipe.weights
     if scheme is not None:
         passes.append(("lift_small_weights", partial(lift_small_weights, scheme=scheme)))
-    if is_older(target_mnn, safe_softmax.NEEDED_BEFORE):
-        passes.append(("subtract_row_maximum", safe_softmax.subtract_row_maximum))
+    if is_older(target_mnn, softmax.NEEDED_BEFORE):
+        passes.append(("subtract_row_maximum", softmax.subtract_row_maximum))
     if recipe.embedding != "float":
         kind = recipe.embedding
         passes.append(("quantise_embedding", lambda model: quantise_embedding(model, kind, half_scales=half)))

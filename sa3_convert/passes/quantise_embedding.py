@@ -26,9 +26,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from sa3_convert.passes import _graph
-
-Floats = NDArray[np.float32]
+from sa3_convert.arrays import Floats
+from sa3_convert.passes import ir_tools
 
 _CURVES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
 """Candidates for c; float16 holds each, so halving the constants changes nothing."""
@@ -73,7 +72,7 @@ def quantise_embedding(model: ir.Model, kind: Literal["int8", "int4"], *, half_s
         if not _is_token_lookup(node, bits):
             continue
         assert node.inputs[0] is not None
-        rows = quantise_rows(_graph.array(node.inputs[0]), bits, half_scales=half_scales)
+        rows = quantise_rows(ir_tools.array(node.inputs[0]), bits, half_scales=half_scales)
         _Replacement(model.graph, node, rows).apply()
         count += 1
     return count
@@ -177,14 +176,14 @@ def _storable(scale: Floats, half: bool) -> Floats:
 
 
 def _is_token_lookup(node: ir.Node, bits: int) -> bool:
-    if node.op_type != "Gather" or node.domain or _graph.attribute_int(node, "axis", 0) != 0:
+    if node.op_type != "Gather" or node.domain or ir_tools.attribute_int(node, "axis", 0) != 0:
         return False
     table, ids = node.inputs
-    tensor = _graph.constant_tensor(table)
+    tensor = ir_tools.constant_tensor(table)
     if table is None or tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) != 2:
         return False
     alone = len(table.uses()) == 1 and not table.is_graph_output()
-    return alone and _graph.constant_tensor(ids) is None and (bits == 8 or tensor.shape.numpy()[1] % 2 == 0)
+    return alone and ir_tools.constant_tensor(ids) is None and (bits == 8 or tensor.shape.numpy()[1] % 2 == 0)
 
 
 class _Replacement:
@@ -196,7 +195,7 @@ class _Replacement:
         assert table is not None
         assert ids is not None
         self.table, self.ids = table, ids
-        self.taken = _graph.names_in(graph)
+        self.taken = ir_tools.names_in(graph)
         self.nodes: list[ir.Node] = []
 
     def apply(self) -> None:
@@ -232,10 +231,10 @@ class _Replacement:
         dequantised.name, result.name = result.name, dequantised.name
         result.replace_all_uses_with(dequantised, replace_graph_outputs=True)
         self.graph.remove(self.gather, safe=True)
-        _graph.remove_unused(self.graph, [self.table])
+        ir_tools.remove_unused(self.graph, [self.table])
 
     def _constant(self, name: str, array: NDArray[np.generic]) -> ir.Value:
-        return _graph.add_constant(self.graph, _graph.unused_name(f"{self.table.name}.{name}", self.taken), array)
+        return ir_tools.add_constant(self.graph, ir_tools.unused_name(f"{self.table.name}.{name}", self.taken), array)
 
     def _number(self, name: str, number: float) -> ir.Value:
         return self._constant(name, np.array(number, np.float32))
@@ -248,6 +247,6 @@ class _Replacement:
         dtype: ir.DataType = ir.DataType.FLOAT,
         **attributes: int,
     ) -> ir.Value:
-        unique = _graph.unused_name(f"{self.table.name}.{name}", self.taken)
+        unique = ir_tools.unused_name(f"{self.table.name}.{name}", self.taken)
         self.nodes.append(ir.node(operator, inputs, attributes, outputs=[ir.val(unique, dtype)], name=unique))
         return self.nodes[-1].outputs[0]

@@ -24,7 +24,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from sa3_convert.passes import _graph
+from sa3_convert.passes import ir_tools
 
 LARGEST_BOUND = 2.0**15
 """Half of half's range: what is left is room for rounding."""
@@ -49,7 +49,7 @@ def scale_gated_products(model: ir.Model) -> int:
         How many were scaled.
 
     """
-    taken = _graph.names_in(model.graph)
+    taken = ir_tools.names_in(model.graph)
     count = 0
     for found in gated_products(model):
         if not math.isfinite(found.bound) or found.bound <= LARGEST_BOUND:
@@ -68,7 +68,7 @@ def gated_products(model: ir.Model) -> list[GatedProduct]:
         if node.op_type != "MatMul" or _weight(node) is None:
             continue
         eps = _norm_behind(node.outputs[0])
-        product = _graph.produced(node.inputs[0], "Mul")
+        product = ir_tools.produced(node.inputs[0], "Mul")
         if eps is None or product is None or not _used_once(product.outputs[0]):
             continue
         for gated, up in (product.inputs, reversed(product.inputs)):
@@ -82,7 +82,7 @@ def gated_products(model: ir.Model) -> list[GatedProduct]:
 def _matched(gated: ir.Value | None, up: ir.Value | None, eps: ir.Node) -> GatedProduct | None:
     """Recognise a(x·G) and x·U with the same normalised x."""
     gate, factor = _gate(gated)
-    up_node = _graph.produced(up, "MatMul")
+    up_node = ir_tools.produced(up, "MatMul")
     if gate is None or up_node is None or up_node.inputs[0] is not gate.inputs[0]:
         return None
     weights = _weight(gate), _weight(up_node)
@@ -91,18 +91,18 @@ def _matched(gated: ir.Value | None, up: ir.Value | None, eps: ir.Node) -> Gated
         return None
     if not (_used_once(weights[1]) and _used_once(up_node.outputs[0])):
         return None
-    norms = [np.linalg.norm(gamma[:, None] * _graph.array(w).astype(np.float32), axis=0) for w in weights]  # type: ignore[arg-type]
+    norms = [np.linalg.norm(gamma[:, None] * ir_tools.array(w).astype(np.float32), axis=0) for w in weights]  # type: ignore[arg-type]
     bound = factor * gamma.size * float(np.max(norms[0].astype(np.float64) * norms[1]))
     return GatedProduct(weights[1], bound, eps)
 
 
 def _gate(value: ir.Value | None) -> tuple[ir.Node | None, float]:
     """Return the Linear behind g·h(g) and the largest |h|."""
-    product = _graph.produced(value, "Mul")
+    product = ir_tools.produced(value, "Mul")
     if product is None:
         return None, 0
     for linear, gate in (product.inputs, reversed(product.inputs)):
-        node, largest = _graph.produced(linear, "MatMul"), _largest(gate)
+        node, largest = ir_tools.produced(linear, "MatMul"), _largest(gate)
         if node is not None and largest is not None:
             return node, largest
     return None, 0
@@ -110,33 +110,33 @@ def _gate(value: ir.Value | None) -> tuple[ir.Node | None, float]:
 
 def _largest(value: ir.Value | None) -> float | None:
     """Return the largest magnitude of Sigmoid(…), or of c·(1 + Tanh(…)) or c·(1 + Erf(…))."""
-    if _graph.produced(value, "Sigmoid") is not None:
+    if ir_tools.produced(value, "Sigmoid") is not None:
         return 1.0
-    half = _graph.produced(value, "Mul")
+    half = ir_tools.produced(value, "Mul")
     if half is None:
         return None
     for constant, shifted in (half.inputs, reversed(half.inputs)):
-        factor, add = _graph.scalar(constant), _graph.produced(shifted, "Add")
+        factor, add = ir_tools.scalar(constant), ir_tools.produced(shifted, "Add")
         if factor is None or add is None:
             continue
         for one, bounded in (add.inputs, reversed(add.inputs)):
-            if _graph.scalar(one) == 1 and (_graph.produced(bounded, "Tanh") or _graph.produced(bounded, "Erf")):
+            if ir_tools.scalar(one) == 1 and (ir_tools.produced(bounded, "Tanh") or ir_tools.produced(bounded, "Erf")):
                 return 2 * abs(factor)
     return None
 
 
 def _gamma(value: ir.Value | None) -> NDArray[np.float32] | None:
     """Return the gain of the RMS norm that makes a value."""
-    product = _graph.produced(value, "Mul")
+    product = ir_tools.produced(value, "Mul")
     if product is None:
         return None
     for normalised, gain in (product.inputs, reversed(product.inputs)):
-        inner = _graph.produced(normalised, "Mul")
-        if _graph.constant_tensor(gain) is None or inner is None or gain is None:
+        inner = ir_tools.produced(normalised, "Mul")
+        if ir_tools.constant_tensor(gain) is None or inner is None or gain is None:
             continue
         for source, reciprocal in (inner.inputs, reversed(inner.inputs)):
-            if source is not None and _graph.rms_eps(_graph.produced(reciprocal, "Reciprocal"), source) is not None:
-                array = np.asarray(_graph.array(gain), np.float32)
+            if source is not None and ir_tools.rms_eps(ir_tools.produced(reciprocal, "Reciprocal"), source) is not None:
+                array = np.asarray(ir_tools.array(gain), np.float32)
                 return array if array.ndim == 1 else None
     return None
 
@@ -149,7 +149,7 @@ def _norm_behind(value: ir.Value) -> ir.Node | None:
     if value.is_graph_output() or len(users) != 2 or len(scaled) != 1 or len(powers) != 1:
         return None
     other = next((i for i in scaled[0].inputs if i is not value), None)
-    return _graph.rms_eps(_graph.produced(other, "Reciprocal"), value)
+    return ir_tools.rms_eps(ir_tools.produced(other, "Reciprocal"), value)
 
 
 def _used_once(value: ir.Value) -> bool:
@@ -159,7 +159,7 @@ def _used_once(value: ir.Value) -> bool:
 def _weight(node: ir.Node) -> ir.Value | None:
     """Return the constant of a Linear, if it is two-dimensional float32 and computed by nothing."""
     value = node.inputs[1]
-    tensor = _graph.constant_tensor(value)
+    tensor = ir_tools.constant_tensor(value)
     usable = tensor is not None and tensor.dtype == ir.DataType.FLOAT and len(tensor.shape) == 2
     return value if usable and value is not None and value.producer() is None else None
 
@@ -178,7 +178,7 @@ def _scale_weight(value: ir.Value, scale: float) -> None:
 
 def _scale_eps(graph: ir.Graph, add: ir.Node, scale: float, taken: set[str]) -> None:
     """Give this norm an ε of its own; the others share theirs."""
-    eps = _graph.scalar(add.inputs[1])
+    eps = ir_tools.scalar(add.inputs[1])
     assert eps is not None
-    name = _graph.unused_name(f"{add.name or add.outputs[0].name}.scaled_eps", taken)
-    add.replace_input_with(1, _graph.add_constant(graph, name, np.asarray(eps * scale, np.float32)))
+    name = ir_tools.unused_name(f"{add.name or add.outputs[0].name}.scaled_eps", taken)
+    add.replace_input_with(1, ir_tools.add_constant(graph, name, np.asarray(eps * scale, np.float32)))

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from sa3_convert.errors import ConversionError
-from sa3_convert.passes import _graph
+from sa3_convert.passes import ir_tools
 from sa3_convert.passes.pipeline import load_onnx, save_onnx
 from sa3_convert.recipe import ComponentRecipe
 
@@ -73,7 +73,7 @@ def _handed_over(graph: ir.Graph, changing: Collection[str]) -> list[ir.Value]:
             found += [value for value in inputs if value in costly and value not in found]
         elif any(value in fixed for value in inputs):
             fixed.update(node.outputs)
-            is_product = node.op_type in _PRODUCTS and any(_graph.constant_tensor(v) is not None for v in inputs)
+            is_product = node.op_type in _PRODUCTS and any(ir_tools.constant_tensor(v) is not None for v in inputs)
             if is_product or any(value in costly for value in inputs):
                 costly.update(node.outputs)
     return found

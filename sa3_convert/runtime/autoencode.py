@@ -1,17 +1,164 @@
 """Latents to audio and audio to latents, window by window, in memory that does not grow with the duration."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sa3_convert.checkpoint.layout import AutoencoderLayout
-from sa3_convert.errors import ModelFileError
-from sa3_convert.runtime.bottleneck import Bottleneck
-from sa3_convert.runtime.chunks import Reach, windows
-from sa3_convert.session import Session
+from sa3_convert.arrays import Floats, Session
+from sa3_convert.checkpoint.dimensions import AutoencoderLayout, SameLayout
+from sa3_convert.errors import BundleError, ModelFileError
+from sa3_convert.system.untrusted import read_json
 
-Floats = NDArray[np.float32]
+
+@dataclass(frozen=True, slots=True)
+class Bottleneck:
+    """latents = (encoded · scaling_factor + bias) / running_std."""
+
+    scaling_factor: Floats
+    """[1, C, 1]."""
+    bias: Floats
+    """[1, C, 1]."""
+    running_std: np.float32
+
+    @classmethod
+    def read(cls, path: Path, channels: int) -> Self:
+        """Read `bottleneck_params.json`.
+
+        Args:
+            path: the file.
+            channels: of the latents.
+
+        Raises:
+            BundleError: the file is missing or damaged, or its numbers cannot be what they are named after.
+
+        """
+        try:
+            values = read_json(path)
+            # What float32 does not hold becomes infinite, and is refused as such.
+            with np.errstate(over="ignore"):
+                scaling_factor, bias, running_std = (
+                    np.array(values[key], dtype=np.float32) for key in ("scaling_factor", "bias", "running_std")
+                )
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror}. Convert again.") from None
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise BundleError(f"{path} is damaged: {type(error).__name__}: {error}. Convert again.") from None
+        problem = _problem(scaling_factor, bias, running_std, channels)
+        if problem:
+            raise BundleError(f"{path} is damaged: {problem}. Convert again.")
+        return cls(scaling_factor, bias, np.float32(running_std[0]))
+
+    def encode(self, encoded: Floats) -> Floats:
+        """Return latents [B, C, T] for what the encoder gives, [B, C, T]."""
+        latents: Floats = (encoded * self.scaling_factor + self.bias) / self.running_std
+        return latents
+
+
+def _problem(scaling_factor: NDArray[Any], bias: NDArray[Any], running_std: NDArray[Any], channels: int) -> str | None:
+    for name, array in (("scaling_factor", scaling_factor), ("bias", bias)):
+        if array.shape != (1, channels, 1):
+            return f"{name} has shape {list(array.shape)}, expected [1, {channels}, 1]"
+    if running_std.shape != (1,) or not running_std[0] > 0:
+        return f"running_std is {running_std.tolist()}, expected one positive number"
+    if not all(np.isfinite(array).all() for array in (scaling_factor, bias, running_std)):
+        return "it holds numbers that are not finite"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """What a latent's output depends on, for chunks that start and end at multiples of `align`."""
+
+    align: int
+    """The model works on multiples of this many latents."""
+    left: int
+    """Latents of context before a chunk, a multiple of `align`."""
+    right: int
+    """Latents of context after a chunk, a multiple of `align`."""
+
+    @classmethod
+    def of_decoder(cls, half: SameLayout) -> "Reach":
+        """Return the reach of a decoder, whose mapping stands after the layers."""
+        if half.chunk_size is not None:
+            return cls._chunked(half, 1)
+        return cls._sliding(half)
+
+    @classmethod
+    def of_encoder(cls, half: SameLayout) -> "Reach":
+        """Return the reach of an encoder, whose mapping stands before the layers, so that its reach adds to theirs."""
+        if half.chunk_size is not None:
+            return cls._chunked(half, 1 if half.mapping_kernel == 1 else 2)
+        return cls._sliding(half)
+
+    @classmethod
+    def _chunked(cls, half: SameLayout, contexts: int) -> "Reach":
+        assert half.chunk_size is not None
+        align = half.chunk_size // half.stride
+        return cls(align, contexts * align, contexts * align)
+
+    @classmethod
+    def _sliding(cls, half: SameLayout) -> "Reach":
+        assert half.sliding_window is not None
+        left, right = (half.depth * side + (half.mapping_kernel > 1) for side in half.sliding_window)
+        return cls(1, left, right)
+
+    def whole(self, latents: int) -> int:
+        """Return `latents` rounded up to what the model works on."""
+        return -(-latents // self.align) * self.align
+
+    @property
+    def smallest_window(self) -> int:
+        """The shortest window that moves on at all."""
+        return self.left + self.right + self.align
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """One run of the model over latents [start, stop), of whose output [keep_start, keep_stop) counts."""
+
+    start: int
+    stop: int
+    keep_start: int
+    keep_stop: int
+
+
+def windows(total: int, wanted: int, size: int, reach: Reach) -> Iterator[Window]:
+    """Yield windows whose kept parts are, one after the other, the output for latents [0, wanted).
+
+    All windows have the same length (one shape for the model): the shortest that needs no more of them.
+
+    Args:
+        total: latents there are, a multiple of `reach.align`.
+        wanted: latents whose output is needed, at most `total`.
+        size: latents per window at most, rounded up to a multiple of `reach.align`.
+        reach: of the model.
+
+    Raises:
+        ValueError: `size` is below `reach.smallest_window`, or `total` or `wanted` cannot be.
+
+    """
+    if total % reach.align or not 0 < wanted <= total:
+        raise ValueError(f"{wanted} of {total} latents, which come in multiples of {reach.align}")
+    if size < reach.smallest_window:
+        raise ValueError(f"windows of {size} latents; the model needs at least {reach.smallest_window}")
+    # Nothing beyond the right context of what is wanted can change it.
+    end = min(total, reach.whole(wanted) + reach.right)
+    context = reach.left + reach.right
+    count = max(1, -(-(end - context) // (reach.whole(size) - context)))
+    size = reach.whole(-(-(end + (count - 1) * context) // count))
+    done = 0
+    while done < wanted:
+        # The last window ends where the latents end, and overlaps the one before it further.
+        start = max(0, min(done - reach.left, end - size))
+        stop = min(start + size, end)
+        keep_stop = wanted if stop == end else stop - reach.right
+        yield Window(start, stop, done, keep_stop)
+        done = keep_stop
+
 
 WINDOW = 128
 """Latents per run of the autoencoder (12 seconds)."""

@@ -17,15 +17,15 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from sa3_convert.apart import Named, folded, require_apart
+from sa3_convert.cli.paths import Named, folded, require_apart
 from sa3_convert.errors import InputError, OutputRejectedError, Sa3Error, UsageError
-from sa3_convert.files import alone_in, inside, sha256_file
 from sa3_convert.runtime.audio import SampleFormat, audio_writer, check_output_path
-from sa3_convert.runtime.checks import OutputCheck
-from sa3_convert.runtime.events import AudioChunk, Report, StageName
+from sa3_convert.runtime.output_checks import OutputCheck
 from sa3_convert.runtime.pipeline import Pipeline
-from sa3_convert.runtime.request import GenerateRequest
-from sa3_convert.untrusted import parse_json, read_bytes, read_text
+from sa3_convert.runtime.request import AudioChunk, GenerateRequest, Report, StageName
+from sa3_convert.system.checked_files import inside
+from sa3_convert.system.files import alone_in, sha256_file
+from sa3_convert.system.untrusted import parse_json, read_bytes, read_text
 
 RESULTS = "results.jsonl"
 _LARGEST_RESULTS = 1 << 28

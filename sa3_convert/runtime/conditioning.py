@@ -1,14 +1,123 @@
-"""What the DiT is told about the wanted sound: prompt tokens, duration, and what is kept of given audio."""
+"""What the DiT is told about the wanted sound: prompt tokens, duration, masks, and what is kept of given audio."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from sa3_convert.arrays import Floats, Session
+from sa3_convert.checkpoint.dimensions import CheckpointLayout
+from sa3_convert.errors import UsageError
 from sa3_convert.runtime.prompts import Tokens
-from sa3_convert.session import Session
 
-Floats = NDArray[np.float32]
+Region = tuple[float, float]
+"""Start and end in seconds."""
+
+PADDING_SECONDS = 6.0
+"""What is generated beyond the wanted duration, as in training."""
+# The reference aligns to this many samples of the autoencoder's front even where it works with sliding windows.
+_DEFAULT_CHUNK = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """All lengths of one generation."""
+
+    samples: int
+    """Samples per channel of the output."""
+    latents: int
+    """T of the denoising loop."""
+    valid: int
+    """Latents that attention sees, from the start; the rest is padding."""
+
+    def padding_mask(self) -> Floats:
+        """Return [1, T] float32, 1 = valid."""
+        return (np.arange(self.latents) < self.valid).astype(np.float32)[np.newaxis]
+
+
+def max_seconds(layout: CheckpointLayout) -> float:
+    """Return the longest duration that the model can generate."""
+    return layout.sample_size / layout.sample_rate
+
+
+def lengths(layout: CheckpointLayout, seconds: float) -> Lengths:
+    """Return the lengths of a generation of `seconds`.
+
+    Raises:
+        UsageError: the duration is not a positive finite number, shorter than a sample, or beyond the model's limit.
+
+    """
+    limit = max_seconds(layout)
+    if not math.isfinite(seconds) or seconds <= 0:
+        raise UsageError(f"A duration of {seconds} seconds cannot be generated. Give a positive number.")
+    rate, ratio = layout.sample_rate, layout.autoencoder.downsampling_ratio
+    if seconds * rate >= layout.sample_size + 1:
+        raise UsageError(f"{seconds:g} seconds is beyond this model's limit of {limit:.1f} seconds.")
+    samples = int(seconds * rate)
+    if samples == 0:
+        raise UsageError(f"{seconds:g} seconds is shorter than one sample at {rate} Hz.")
+    encoder = layout.autoencoder.encoder
+    align = max(1, (encoder.chunk_size or _DEFAULT_CHUNK) // encoder.stride)
+    latents = _round_up(math.ceil(int((seconds + PADDING_SECONDS) * rate) / ratio), align)
+    latents = min(latents, layout.sample_size // ratio)
+    valid = min(math.ceil(samples / ratio) + int(PADDING_SECONDS * rate / ratio), latents)
+    return Lengths(samples=samples, latents=latents, valid=valid)
+
+
+def inpaint_mask(layout: CheckpointLayout, sizes: Lengths, regions: Sequence[Region]) -> Floats:
+    """Return [1, 1, T] float32: 1 keeps, 0 generates anew. What lies beyond the duration is generated too.
+
+    A latent counts by its first sample, so regions move by less than one latent (93 ms).
+
+    Args:
+        layout: the checkpoint's dimensions.
+        sizes: lengths of the generation.
+        regions: what to regenerate; checked by `check_regions`.
+
+    Raises:
+        UsageError: a region is so short that no latent starts within it.
+
+    """
+    first_sample = np.arange(sizes.latents) * layout.autoencoder.downsampling_ratio
+    keep = first_sample < sizes.samples
+    for start, end in regions:
+        inside = (first_sample >= int(start * layout.sample_rate)) & (first_sample < int(end * layout.sample_rate))
+        if not inside.any():
+            grid = layout.autoencoder.downsampling_ratio / layout.sample_rate
+            raise UsageError(
+                f"Inpaint region {start:g}:{end:g} is too short to change anything: the model works in steps of "
+                f"{grid:.3f} seconds. Widen it."
+            )
+        keep &= ~inside
+    return keep.astype(np.float32)[np.newaxis, np.newaxis]
+
+
+def check_regions(regions: Sequence[Region], seconds: float) -> None:
+    """Check inpaint regions against the duration.
+
+    Raises:
+        UsageError: one is reversed, empty, not finite, outside of the duration, or overlaps another; the message names
+            it.
+
+    """
+    previous: Region | None = None
+    for region in sorted(regions):
+        start, end = region
+        name = f"Inpaint region {start:g}:{end:g}"
+        if not (math.isfinite(start) and math.isfinite(end)):
+            raise UsageError(f"{name} is not finite.")
+        if start >= end:
+            raise UsageError(f"{name} ends before it starts. Write START:END in seconds.")
+        if start < 0 or end > seconds:
+            raise UsageError(f"{name} lies outside of the {seconds:g} seconds to be generated.")
+        if previous is not None and start < previous[1]:
+            raise UsageError(f"{name} overlaps {previous[0]:g}:{previous[1]:g}. Join them.")
+        previous = region
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
 
 
 @dataclass(frozen=True, slots=True)

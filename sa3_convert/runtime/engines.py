@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sa3_convert.checkpoint.layout import CheckpointLayout
+from sa3_convert.arrays import Arrays, Session
+from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.components import Component, contract
 from sa3_convert.errors import BackendError, BundleError
-from sa3_convert.files import CheckedFile, named
-from sa3_convert.processors import default_threads
-from sa3_convert.runtime.held_session import HeldSession
-from sa3_convert.runtime.split_session import SplitSession
-from sa3_convert.session import Arrays, Session
+from sa3_convert.runtime.sessions import HeldSession, SplitSession
+from sa3_convert.system.checked_files import CheckedFile, named
+from sa3_convert.system.machine import default_threads
 
 if TYPE_CHECKING:
     from sa3_convert.checkpoint.reader import Checkpoint

@@ -7,13 +7,14 @@ from typing import Any, get_args
 
 import numpy as np
 
-from sa3_convert.bundle.manifest import SPLIT_KINDS, TOKENIZER, ArtifactKind, Bundle
-from sa3_convert.checkpoint.layout import TEXT_ENCODER_FOLDER
+from sa3_convert.bundle.manifest import SPLIT_KINDS, TOKENIZER, ArtifactKind
+from sa3_convert.bundle.reader import Bundle
+from sa3_convert.checkpoint.config import TEXT_ENCODER_FOLDER
 from sa3_convert.components import Component
 from sa3_convert.errors import BackendError, BundleError, CheckpointError, UsageError
-from sa3_convert.files import CheckedFile
-from sa3_convert.runtime.bottleneck import Bottleneck
+from sa3_convert.runtime.autoencode import Bottleneck
 from sa3_convert.runtime.engines import Engine, EngineName, MnnEngine, OrtEngine, TorchEngine
+from sa3_convert.system.checked_files import CheckedFile
 
 KINDS: Mapping[EngineName, ArtifactKind] = {
     "mnn": "mnn",

@@ -6,31 +6,35 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
-from sa3_convert.bundle.manifest import Bundle, Manifest
-from sa3_convert.checkpoint.layout import CheckpointLayout, TextEncoderLayout
+from sa3_convert.arrays import Floats, Session
+from sa3_convert.bundle.manifest import Manifest
+from sa3_convert.bundle.reader import Bundle
+from sa3_convert.checkpoint.dimensions import CheckpointLayout, TextEncoderLayout
 from sa3_convert.components import Component
 from sa3_convert.errors import AudioError, BundleError
 from sa3_convert.runtime import autoencode
 from sa3_convert.runtime import conditioning as conditions
 from sa3_convert.runtime.audio import read_audio
-from sa3_convert.runtime.bottleneck import Bottleneck
-from sa3_convert.runtime.checks import OutputCheck
-from sa3_convert.runtime.conditioning import Conditioning
+from sa3_convert.runtime.autoencode import Bottleneck
+from sa3_convert.runtime.conditioning import Conditioning, Lengths, inpaint_mask, lengths, max_seconds
 from sa3_convert.runtime.engines import Engine, EngineName, Models
-from sa3_convert.runtime.events import AudioChunk, Event, Generation, Notes, Report, Started, Stepped
-from sa3_convert.runtime.guidance import guided
-from sa3_convert.runtime.lengths import Lengths, inpaint_mask, lengths, max_seconds
-from sa3_convert.runtime.noise import TorchGenerator
 from sa3_convert.runtime.opening import bundle_engine, checkpoint_parts
+from sa3_convert.runtime.output_checks import OutputCheck
 from sa3_convert.runtime.prompts import PromptTokenizer
-from sa3_convert.runtime.request import AudioSource, GenerateRequest, ResolvedRequest
-from sa3_convert.runtime.samplers import SAMPLERS, Step, Velocity
-from sa3_convert.runtime.schedule import sigmas
-from sa3_convert.session import Session
-
-Floats = NDArray[np.float32]
+from sa3_convert.runtime.request import (
+    AudioChunk,
+    AudioSource,
+    Event,
+    GenerateRequest,
+    Generation,
+    Notes,
+    Report,
+    ResolvedRequest,
+    Started,
+    Stepped,
+)
+from sa3_convert.runtime.sampling import SAMPLERS, Step, TorchGenerator, Velocity, guided, sigmas
 
 
 class Pipeline:

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sa3_convert.components import Component
-from sa3_convert.doctor.consult import described
-from sa3_convert.doctor.results import BAD, Diagnosis, setting_name
 from sa3_convert.errors import UsageError
+from sa3_convert.lab.doctor.results import BAD, Diagnosis, described, setting_name
 from sa3_convert.runtime.engines import Backend, Level
 
 _LOW_PRECISION_PROBE = "softmax-low-precision"

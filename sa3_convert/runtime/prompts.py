@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from sa3_convert.checkpoint.dimensions import TextEncoderLayout
 from sa3_convert.errors import BundleError, CheckpointError, UsageError
-from sa3_convert.files import named
-from sa3_convert.mnn.capture import capture_stderr
-from sa3_convert.supervisor import working_on
-from sa3_convert.untrusted import read_text
+from sa3_convert.system.checked_files import named
+from sa3_convert.system.log import capture_stderr
+from sa3_convert.system.supervisor import working_on
+from sa3_convert.system.untrusted import read_text
 
 Integers = NDArray[np.int32]
 

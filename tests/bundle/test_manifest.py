@@ -9,17 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sa3_convert.bundle.manifest import (
-    MANIFEST,
-    Artifact,
-    Bundle,
-    CheckpointOrigin,
-    FileEntry,
-    LoraEntry,
-    Manifest,
-)
-from sa3_convert.bundle.words import as_text
-from sa3_convert.checkpoint.layout import read_layout
+from sa3_convert.bundle.manifest import MANIFEST, Artifact, CheckpointOrigin, FileEntry, LoraEntry, Manifest, as_text
+from sa3_convert.bundle.reader import Bundle
+from sa3_convert.checkpoint.config import read_layout
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError
 from tests.conftest import GOLDEN

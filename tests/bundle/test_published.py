@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sa3_convert.bundle.manifest import Bundle, FileEntry, LoraEntry
+from sa3_convert.bundle.manifest import FileEntry, LoraEntry
 from sa3_convert.bundle.published import export_bundles, published_path
+from sa3_convert.bundle.reader import Bundle
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError, UsageError
 from tests.bundle.test_manifest import lora_entry, make_bundle, origin_of, with_loras

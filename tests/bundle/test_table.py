@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from sa3_convert.bundle.manifest import Bundle
+from sa3_convert.bundle.reader import Bundle
 from sa3_convert.bundle.table import Bench, markdown_table
 from sa3_convert.cli.app import app
 from sa3_convert.components import Component

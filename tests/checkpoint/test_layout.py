@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sa3_convert.checkpoint.layout import read_layout
+from sa3_convert.checkpoint.config import read_layout
 from sa3_convert.checkpoint.published import model_config, text_encoder_config
 from sa3_convert.checkpoint.variants import VARIANTS
 from sa3_convert.errors import CheckpointError

@@ -134,7 +134,7 @@ def test_no_tensor_that_a_layout_has_is_taken_for_a_leftover(small_toy: Path) ->
 def test_half_precision_is_widened_in_the_scratch_folder_and_leaves_nothing(
     copy: Path, tmp_path: Path, dtype: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sa3_convert.checkpoint.scratch._PIECE", 1000)
+    monkeypatch.setattr("sa3_convert.checkpoint.tensor_file._WRITTEN_AT_ONCE", 1000)
     rewrite(copy / WEIGHTS, lambda tensors: {name: tensor.astype(dtype) for name, tensor in tensors.items()})
     scratch = tmp_path / "scratch"
     scratch.mkdir()

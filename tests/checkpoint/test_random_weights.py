@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from sa3_convert.checkpoint.random_weights import Weights, generator_for, pieces
+from sa3_convert.checkpoint.synthetic import Weights, generator_for, pieces
 from sa3_convert.checkpoint.tensors import Constant, Distribution, Embedding, Matrix, Normal, TensorSpec, Uniform
 
 MATRIX = TensorSpec((1024, 768), "F32", Matrix(768))

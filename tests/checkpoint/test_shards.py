@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from sa3_convert.checkpoint.lora_file import LoraRequest
 from sa3_convert.checkpoint.reader import Checkpoint
-from sa3_convert.checkpoint.shards import shard_names
+from sa3_convert.checkpoint.tensor_file import shard_names
 from sa3_convert.components import Component
 from sa3_convert.errors import CheckpointError
 from tests.checkpoint.adapters import toy_adapter

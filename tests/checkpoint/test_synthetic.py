@@ -15,7 +15,7 @@ from sa3_convert.checkpoint.synthetic import synthesize
 from sa3_convert.checkpoint.variants import VARIANTS
 from sa3_convert.components import Component, components_of
 from sa3_convert.errors import UsageError
-from sa3_convert.files import sha256_file
+from sa3_convert.system.files import sha256_file
 
 PARTS = list(Component)
 
@@ -81,7 +81,7 @@ def test_an_autoencoder_alone_is_that_of_the_whole_checkpoint(small_toy: Path, t
 def test_values_do_not_depend_on_the_size_of_the_pieces(
     small_toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sa3_convert.checkpoint.random_weights.PIECE_ELEMENTS", 1000)
+    monkeypatch.setattr("sa3_convert.checkpoint.synthetic.PIECE_ELEMENTS", 1000)
     synthesize(tmp_path / "pieces", "small-music")
     assert hashes(tmp_path / "pieces") == hashes(small_toy)
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from sa3_convert.checkpoint.layout import CheckpointLayout, read_layout
+from sa3_convert.checkpoint.config import read_layout
+from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.checkpoint.published import model_config, text_encoder_config
 from sa3_convert.checkpoint.variants import (
     VARIANTS,

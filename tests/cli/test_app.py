@@ -77,7 +77,7 @@ def test_what_converting_needs_is_named_where_only_running_was_installed(
 def test_a_module_of_our_own_that_is_missing_is_a_bug(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "sa3_convert.mnn.storage", None)
+    monkeypatch.setitem(sys.modules, "sa3_convert.mnn.file.storage", None)
     assert cli.run(["inspect", str(tmp_path / "x.mnn")]) == 70
     assert "bug" in capsys.readouterr().err
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 import sa3_convert.cli.app as cli
-from sa3_convert.bundle.manifest import Bundle
+from sa3_convert.bundle.reader import Bundle
 
 QUICK = ["--seconds", "0.5,1", "--repeats", "1", "--steps", "1", "--threads", "1"]
 

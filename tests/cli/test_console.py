@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sa3_convert.bundle.manifest import Bundle, Fidelity
+from sa3_convert.bundle.manifest import Fidelity
+from sa3_convert.bundle.reader import Bundle
 from sa3_convert.cli.app import run
 from sa3_convert.cli.console import EscapingConsole, bundle_table
 from sa3_convert.components import Component
@@ -59,7 +60,7 @@ def test_styles_stay_and_names_are_escaped_on_a_terminal() -> None:
 def test_a_stage_that_has_begun_is_overwritten_by_its_result_on_a_terminal() -> None:
     shown = on_a_terminal(
         "from sa3_convert.cli.console import show_stage\n"
-        "from sa3_convert.components import Component; from sa3_convert.convert import StageEvent\n"
+        "from sa3_convert.components import Component; from sa3_convert.convert.conversion import StageEvent\n"
         "show_stage(StageEvent(Component.DIT, 'mnn', 'started'))\n"
     )
     assert re.search(r"converting …\r$", re.sub(r"\x1b\[[0-9;]*m", "", shown))

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 import sa3_convert.cli.app as cli
-from sa3_convert.doctor import diagnose as room
-from sa3_convert.doctor import saved as store
-from sa3_convert.doctor.examine import examine
-from sa3_convert.doctor.probes.table import PROBES
-from sa3_convert.mnn.backends import has_backend
+from sa3_convert.lab.doctor import examine as room
+from sa3_convert.lab.doctor import results as store
+from sa3_convert.lab.doctor.examine import examine
+from sa3_convert.lab.doctor.probes import PROBES
+from sa3_convert.mnn.session import has_backend
 
 FEW = tuple(probe for probe in PROBES if probe.id in ("round-half", "rms-norm", "bits-99"))
 

@@ -20,7 +20,7 @@ import typer
 
 import sa3_convert
 import sa3_convert.cli.app as cli
-from sa3_convert.bundle.manifest import Bundle
+from sa3_convert.bundle.reader import Bundle
 from sa3_convert.errors import Sa3Error
 
 ODD = (
@@ -32,18 +32,18 @@ ODD = (
 
 WORK = (
     "sa3_convert.export.component.export_component",
-    "sa3_convert.mnn.convert.mnn_from_onnx",
+    "sa3_convert.mnn.converter.mnn_from_onnx",
     "sa3_convert.passes.pipeline.onnx_for_mnn",
-    "sa3_convert.verify.bundle.verify_bundle",
-    "sa3_convert.verify.full.verify_fully",
-    "sa3_convert.verify.bisect_bundle.bisect_bundle",
-    "sa3_convert.verify.bisect_bundle.bisect_bundle_against",
-    "sa3_convert.verify.case_feeds.case_feeds",
-    "sa3_convert.verify.drift.check_drift",
-    "sa3_convert.verify.drift.update_baseline",
+    "sa3_convert.check.bundle.verify_bundle",
+    "sa3_convert.lab.generations.full.verify_fully",
+    "sa3_convert.lab.bisect.bisect.bisect_bundle",
+    "sa3_convert.lab.bisect.bisect.bisect_bundle_against",
+    "sa3_convert.lab.generations.cases.case_feeds",
+    "sa3_convert.lab.drift.drift.check_drift",
+    "sa3_convert.lab.drift.drift.update_baseline",
     "sa3_convert.runtime.pipeline.Pipeline.stream",
-    "sa3_convert.runtime.bench.bench",
-    "sa3_convert.doctor.diagnose.diagnose",
+    "sa3_convert.lab.bench.bench",
+    "sa3_convert.lab.doctor.examine.diagnose",
     "sa3_convert.checkpoint.hub.fetch",
 )
 

@@ -18,8 +18,8 @@ import soundfile
 import typer
 
 import sa3_convert.cli.app as cli
-from sa3_convert.bundle.manifest import Bundle
-from sa3_convert.recipe_files import own_recipes
+from sa3_convert.bundle.reader import Bundle
+from sa3_convert.recipe import own_recipes
 from tests.cli.test_run import SHORT, process
 
 ONE = ["--component", "dit"]

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import sa3_convert.cli.app as cli
-from sa3_convert.bundle.manifest import Bundle
+from sa3_convert.bundle.reader import Bundle
+from sa3_convert.lab.report.folder import DATA, PAGE, SUMMARY
 from sa3_convert.recipe import load_recipe
-from sa3_convert.verify.report.folder import DATA, PAGE, SUMMARY
 from tests.bundles import CONFIGS, Convert
 
 QUICK = ("--quick", "--component", "number_conditioner")
@@ -40,7 +40,7 @@ def test_a_report_is_written_replaced_and_compared(
 def test_a_bundle_that_falls_short_has_its_report_and_exit_5(converted: Convert, toy: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from sa3_convert.verify.bundle import verify_bundle
+    from sa3_convert.check.bundle import verify_bundle
 
     bundle = converted(toy, load_recipe(CONFIGS / "int8.yaml"), tmp_path / "int8")[0].bundle
     with pytest.MonkeyPatch.context() as patch:
@@ -49,7 +49,7 @@ def test_a_bundle_that_falls_short_has_its_report_and_exit_5(converted: Convert,
             found = verify_bundle(*arguments, **options)  # type: ignore[arg-type]
             return replace(found, verdicts=tuple(replace(v, floor_db=99.0) for v in found.verdicts))
 
-        patch.setattr("sa3_convert.verify.bundle.verify_bundle", strict)
+        patch.setattr("sa3_convert.check.bundle.verify_bundle", strict)
         assert verify(bundle, "--report", str(tmp_path / "report"), "--no-bisect") == 5
     assert (tmp_path / "report" / SUMMARY).read_text().splitlines()[2].startswith("**Failed: 1 of 1 models")
 

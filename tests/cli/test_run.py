@@ -16,7 +16,7 @@ import pytest
 import soundfile
 
 import sa3_convert.cli.app as cli
-from sa3_convert.bundle.manifest import Bundle
+from sa3_convert.bundle.reader import Bundle
 from sa3_convert.checkpoint.synthetic import synthesize
 from sa3_convert.runtime.audio import read_metadata
 

@@ -7,15 +7,14 @@ import onnx
 import pytest
 
 import sa3_convert.cli.app as cli
+from sa3_convert.check.inputs import sample_inputs
+from sa3_convert.check.metrics import compare
 from sa3_convert.checkpoint.reader import Checkpoint
 from sa3_convert.components import Component
-from sa3_convert.export.component import export_component
-from sa3_convert.export.embedded_text_encoder import export_embedded_text_encoder
+from sa3_convert.export.component import export_component, export_embedded_text_encoder
 from sa3_convert.ort import OrtSession
 from sa3_convert.passes.hazards import find_hazards
 from sa3_convert.passes.pipeline import load_onnx
-from sa3_convert.verify.inputs import sample_inputs
-from sa3_convert.verify.metrics import compare
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sa3_convert.components import Component
-from sa3_convert.mnn.convert import mnn_from_onnx
+from sa3_convert.mnn.converter import mnn_from_onnx
 from sa3_convert.mnn.session import MnnSession
 from sa3_convert.recipe import ComponentRecipe
 from tests.export.conftest import Exported, realistic_feeds, signal_to_noise_db

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sa3_convert.components import Contract, Length, Port
-from sa3_convert.export.onnx import onnx_from_module
+from sa3_convert.export.component import onnx_from_module
 
 
 class Norm(nn.Module):

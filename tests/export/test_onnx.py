@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from sa3_convert.components import Contract, Length, Port
 from sa3_convert.errors import ConversionError
-from sa3_convert.export import onnx as export_room
-from sa3_convert.export.onnx import check_onnx, data_path, onnx_from_module
+from sa3_convert.export import component as export_room
+from sa3_convert.export.component import check_onnx, data_path, onnx_from_module
 from sa3_convert.ort import OrtSession
 
 

@@ -9,10 +9,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from sa3_convert.errors import ConversionError
-from sa3_convert.mnn.audit import audit
-from sa3_convert.mnn.contents import ModelStorage
-from sa3_convert.mnn.convert import mnn_from_onnx
-from sa3_convert.mnn.storage import read_storage
+from sa3_convert.mnn.converter import mnn_from_onnx
+from sa3_convert.mnn.file.audit import audit
+from sa3_convert.mnn.file.contents import ModelStorage
+from sa3_convert.mnn.file.storage import read_storage
 from sa3_convert.passes.quantise_embedding import quantise_embedding
 from sa3_convert.recipe import ComponentRecipe, WeightScheme
 from tests.mnn.converted import Converter, gaussian, save_graph

@@ -2,7 +2,7 @@
 
 import sys
 
-from sa3_convert.mnn.backends import has_backend
+from sa3_convert.mnn.session import has_backend
 
 
 def test_asking_for_a_backend_again_costs_no_reference_to_true() -> None:

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from sa3_convert.errors import ConversionError
-from sa3_convert.mnn.convert import Converter, converter_version, mnn_from_mnn_fp16, mnn_from_onnx
-from sa3_convert.mnn.isolated import WORKER
+from sa3_convert.mnn.converter import Converter, converter_version, mnn_from_mnn_fp16, mnn_from_onnx
+from sa3_convert.mnn.file.storage import read_storage
 from sa3_convert.mnn.session import MnnSession
-from sa3_convert.mnn.storage import read_storage
 from sa3_convert.mnn.worker import SCRATCH
 from sa3_convert.recipe import ComponentRecipe, LayerRule, WeightScheme
+from sa3_convert.system.isolated import WORKER
 from tests.mnn.converted import gaussian, save_graph
 from tests.mnn.perceptron import LAYERS, decibels, feeds, reference, write_perceptron
 

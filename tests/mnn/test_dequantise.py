@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sa3_convert.lab.doctor.dequantise_ORACLE import constant_values, dequantised_weight
 
 from sa3_convert.errors import ModelFileError, UsageError
-from sa3_convert.mnn.dequantise import constant_values, dequantised_weight
-from sa3_convert.mnn.file import weight_path
-from sa3_convert.mnn.storage import read_storage
+from sa3_convert.mnn.file.flatbuffer import weight_path
+from sa3_convert.mnn.file.storage import read_storage
 from tests.mnn.converted import Converter, convolution_graph, gaussian, linear_graph, what_mnn_multiplies_with
 
 IN, OUT = 128, 96

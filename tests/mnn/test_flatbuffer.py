@@ -5,7 +5,7 @@ import struct
 import pytest
 
 from sa3_convert.errors import ModelFileError
-from sa3_convert.mnn.flatbuffer import DECODED_LIMIT, Buffer, Extent, Table
+from sa3_convert.mnn.file.flatbuffer import DECODED_LIMIT, Buffer, Extent, Table
 
 NAME, NUMBER, LIST, ABSENT = 0, 1, 2, 3
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from sa3_convert.cli.console import EscapingConsole
-from sa3_convert.mnn.contents import ModelStorage
-from sa3_convert.mnn.inspect import render
-from sa3_convert.mnn.storage import read_storage
+from sa3_convert.cli.inspection_tables import render_storage as render
+from sa3_convert.mnn.file.contents import ModelStorage
+from sa3_convert.mnn.file.storage import read_storage
 from tests.mnn.converted import Converter
 
 

@@ -7,9 +7,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from sa3_convert.errors import BackendError, ConversionError
-from sa3_convert.mnn.contents import ModelStorage
-from sa3_convert.mnn.convert import mnn_from_onnx
-from sa3_convert.mnn.readers import check_reader, oldest_reader
+from sa3_convert.mnn.compatibility import check_reader, oldest_reader
+from sa3_convert.mnn.converter import mnn_from_onnx
+from sa3_convert.mnn.file.contents import ModelStorage
 from sa3_convert.mnn.session import MnnSession
 from sa3_convert.recipe import ComponentRecipe, WeightScheme
 from tests.mnn.converted import gaussian, save_graph

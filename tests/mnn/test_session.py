@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from sa3_convert.errors import BackendError, ModelFileError
-from sa3_convert.mnn.backends import has_backend, runtime_backends
-from sa3_convert.mnn.convert import mnn_from_onnx
-from sa3_convert.mnn.session import MnnSession
+from sa3_convert.mnn.converter import mnn_from_onnx
+from sa3_convert.mnn.session import MnnSession, has_backend, runtime_backends
 from sa3_convert.recipe import ComponentRecipe, WeightScheme
 from tests.mnn.converted import Converter
 from tests.mnn.perceptron import WIDTH, decibels, feeds, reference, write_perceptron
@@ -282,7 +281,7 @@ def test_importing_the_module_brings_in_neither_mnn_nor_onnx() -> None:
     import subprocess
 
     code = (
-        "import sys, sa3_convert.mnn.session, sa3_convert.mnn.convert;"
+        "import sys, sa3_convert.mnn.session, sa3_convert.mnn.converter;"
         "print([m for m in ('MNN', '_tools', 'onnx', 'torch', 'onnxruntime') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from sa3_convert.errors import ModelFileError
-from sa3_convert.mnn.file import weight_path
-from sa3_convert.mnn.schema import Convolution, Net, Op
-from sa3_convert.mnn.storage import content_digest, read_storage
+from sa3_convert.mnn.file.flatbuffer import weight_path
+from sa3_convert.mnn.file.schema import Convolution, Net, Op
+from sa3_convert.mnn.file.storage import content_digest, read_storage
 from tests.mnn.converted import CHANNELS, HIDDEN, OUT, ROWS, WIDTH, Converter, gaussian, linear_graph
 from tests.mnn.flat import field_position, file_of, follow, vector_item
 
@@ -304,7 +304,7 @@ print(weight.elements, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - befo
 
 
 def test_reading_loads_neither_mnn_nor_numpy() -> None:
-    code = "import sys, sa3_convert.mnn.storage; print({'MNN', 'numpy', 'onnx', 'torch'} & set(sys.modules))"
+    code = "import sys, sa3_convert.mnn.file.storage; print({'MNN', 'numpy', 'onnx', 'torch'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
 

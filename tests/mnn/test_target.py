@@ -3,7 +3,7 @@
 import pytest
 
 from sa3_convert.errors import UsageError
-from sa3_convert.mnn.target import MnnVersion, is_older, target_for
+from sa3_convert.mnn.compatibility import MnnVersion, is_older, target_for
 from sa3_convert.recipe import ComponentRecipe, WeightScheme
 
 FLOAT = ComponentRecipe(floor_db=1)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from sa3_convert.networks.autoencoder import WeightNormConv
 from sa3_convert.networks.layers import (
     MASKED,
     ExpoFourierFeatures,
@@ -21,7 +22,6 @@ from sa3_convert.networks.layers import (
     rotary_tables,
     rotate,
 )
-from sa3_convert.networks.same import WeightNormConv
 
 Noise = Callable[..., Tensor]
 

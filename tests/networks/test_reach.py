@@ -10,7 +10,7 @@ from torch import Tensor
 from sa3_convert.checkpoint.dimensions import AutoencoderLayout
 from sa3_convert.networks.autoencoder import Decoder, Encoder
 from sa3_convert.networks.layers import Derived
-from sa3_convert.runtime.chunks import Reach
+from sa3_convert.runtime.autoencode import Reach
 from tests.networks.conftest import layout_of
 
 DEPTH = 12

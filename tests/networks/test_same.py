@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sa3_convert.components import Component
-from sa3_convert.networks.autoencoder import Decoder, latents_multiple
+from sa3_convert.networks.autoencoder import Block, Decoder, Resampler, _Bands, latents_multiple
 from sa3_convert.networks.layers import rotary_tables, rotate
-from sa3_convert.networks.same import Block, Resampler, _Bands
 from tests.networks.conftest import layout_of, network
 
 Noise = Callable[..., Tensor]

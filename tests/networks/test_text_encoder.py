@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sa3_convert.components import Component
+from sa3_convert.networks.conditioners import _SelfAttention
 from sa3_convert.networks.layers import rotary_tables
-from sa3_convert.networks.text_encoder import _SelfAttention
 from tests.networks.conftest import layout_of, network
 
 LENGTH = 16

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sa3_convert.checkpoint.config import TEXT_ENCODER_FOLDER, read_layout
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
-from sa3_convert.checkpoint.layout import TEXT_ENCODER_FOLDER, read_layout
 from sa3_convert.checkpoint.published import model_config, text_encoder_config
 from sa3_convert.checkpoint.tensors import (
     AUTOENCODER_PREFIX,

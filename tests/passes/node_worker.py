@@ -20,10 +20,10 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from sa3_convert.errors import ConversionError, ModelFileError
-from sa3_convert.mnn import convert, worker
-from sa3_convert.mnn.backends import load_mnn
+from sa3_convert.mnn import converter as convert
+from sa3_convert.mnn import worker
 from sa3_convert.mnn.onnx_input import Ports, read_onnx_input
-from sa3_convert.mnn.session import MnnSession
+from sa3_convert.mnn.session import MnnSession, load_mnn
 from sa3_convert.passes.hazards import refuse_hazards
 from sa3_convert.recipe import ComponentRecipe
 

@@ -7,14 +7,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from sa3_convert.check.inputs import sample_inputs
+from sa3_convert.check.metrics import compare
 from sa3_convert.checkpoint.reader import Checkpoint
 from sa3_convert.components import Component
 from sa3_convert.export.component import export_component
 from sa3_convert.passes.hazards import find_hazards
 from sa3_convert.passes.pipeline import apply_passes, load_onnx
 from sa3_convert.recipe import ComponentRecipe
-from sa3_convert.verify.inputs import sample_inputs
-from sa3_convert.verify.metrics import compare
 from tests.passes.cuda import Feeds, as_written, checked, on_cuda, with_published_masks
 from tests.passes.graphs import run_ort
 

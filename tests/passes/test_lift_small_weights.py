@@ -8,13 +8,13 @@ import pytest
 from numpy.typing import NDArray
 
 from sa3_convert.components import Component
-from sa3_convert.mnn.convert import mnn_from_onnx
+from sa3_convert.mnn.converter import mnn_from_onnx
 from sa3_convert.mnn.session import MnnSession
-from sa3_convert.passes.lift_small_weights import LEAST_STEP, lacking, lift_small_weights
 from sa3_convert.passes.pipeline import onnx_for_mnn
-from sa3_convert.quantise.grid import Grid
-from sa3_convert.quantise.layers import quantisable_layers
+from sa3_convert.passes.weights import LEAST_STEP, lacking, lift_small_weights
 from sa3_convert.recipe import ComponentRecipe, WeightScheme
+from sa3_convert.rounding.grid import Grid
+from sa3_convert.rounding.layers import quantisable_layers
 from tests.passes.graphs import checked, graph, run_ort, signal_to_noise_db
 
 RNG = np.random.default_rng(0)

@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 
 from sa3_convert.errors import ConversionError
 from sa3_convert.passes.pipeline import load_onnx, save_onnx
-from sa3_convert.passes.round_weights import round_weights
-from sa3_convert.quantise.grid import Grid, round_as_converter
+from sa3_convert.passes.weights import round_weights
 from sa3_convert.recipe import LayerRule, ScaleType, WeightScheme
+from sa3_convert.rounding.grid import Grid, round_as_converter
 from tests.passes.graphs import graph, run_mnn, run_ort, signal_to_noise_db
 
 RNG = np.random.default_rng(0)

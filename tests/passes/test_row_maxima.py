@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
 
-from sa3_convert.passes.row_maxima import lowest_row_maximum
-from sa3_convert.passes.safe_softmax import needs_shift, subtract_row_maximum
+from sa3_convert.passes.softmax import lowest_row_maximum, needs_shift, subtract_row_maximum
 from tests.passes.graphs import graph, run_ort
 
 D, N = 16, 5

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from sa3_convert.components import Component
-from sa3_convert.mnn.target import MnnVersion
+from sa3_convert.mnn.compatibility import MnnVersion
 from sa3_convert.passes.hazards import find_hazards
 from sa3_convert.passes.pipeline import apply_passes
-from sa3_convert.passes.safe_softmax import subtract_row_maximum
+from sa3_convert.passes.softmax import subtract_row_maximum
 from sa3_convert.recipe import ComponentRecipe
 from tests.passes.graphs import graph, run_mnn, run_ort, signal_to_noise_db
 

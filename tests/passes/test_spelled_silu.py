@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from sa3_convert.mnn.readers import oldest_reader
-from sa3_convert.mnn.storage import read_storage
+from sa3_convert.mnn.compatibility import oldest_reader
+from sa3_convert.mnn.file.storage import read_storage
 from sa3_convert.passes.hazards import find_hazards
-from sa3_convert.passes.spelled_silu import spell_silu
+from sa3_convert.passes.spellings import spell_silu
 from tests.passes.graphs import graph, mnn_of, run_mnn, run_ort, signal_to_noise_db
 
 SILU = "(float[4, 6] x) => (float[4, 6] y) { s = Sigmoid(x)  y = Mul(x, s) }"

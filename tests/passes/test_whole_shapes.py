@@ -3,10 +3,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sa3_convert.mnn.readers import oldest_reader
-from sa3_convert.mnn.storage import read_storage
+from sa3_convert.mnn.compatibility import oldest_reader
+from sa3_convert.mnn.file.storage import read_storage
 from sa3_convert.passes.hazards import find_hazards
-from sa3_convert.passes.whole_shapes import use_whole_shapes
+from sa3_convert.passes.spellings import use_whole_shapes
 from tests.passes.graphs import graph, mnn_of, run_mnn, run_ort
 
 X = np.random.default_rng(0).standard_normal((2, 5, 3)).astype(np.float32)

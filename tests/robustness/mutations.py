@@ -26,8 +26,8 @@ import soundfile
 
 from sa3_convert.components import Component
 from sa3_convert.errors import Sa3Error
-from sa3_convert.mnn.flatbuffer import Buffer
-from sa3_convert.mnn.storage import read_storage
+from sa3_convert.mnn.file.flatbuffer import Buffer
+from sa3_convert.mnn.file.storage import read_storage
 
 HOSTILE = (0, 1, 2, 3, 7, 255, 4096, 1 << 20, (1 << 30) + 1, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, (1 << 32) - 5)
 TOKENIZER = "tokenizer"

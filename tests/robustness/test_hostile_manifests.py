@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from sa3_convert.bundle.manifest import MANIFEST, Bundle
+from sa3_convert.bundle.manifest import MANIFEST
 from sa3_convert.bundle.published import export_bundles
+from sa3_convert.bundle.reader import Bundle
 from sa3_convert.bundle.table import markdown_table
 from sa3_convert.cli.app import run
 from sa3_convert.cli.console import EscapingConsole, bundle_table

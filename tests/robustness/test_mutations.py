@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sa3_convert.bundle.manifest import Bundle
+from sa3_convert.bundle.reader import Bundle
 from tests.robustness.mutations import MODELS, TOKENIZER
 
 ROOT = Path(__file__).parents[2]

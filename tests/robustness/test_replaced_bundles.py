@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sa3_convert.bundle.manifest import MANIFEST, Bundle
+from sa3_convert.bundle.manifest import MANIFEST
+from sa3_convert.bundle.reader import Bundle
+from sa3_convert.check.bundle import verify_bundle
 from sa3_convert.cli.app import run
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError, InputError
 from sa3_convert.runtime.audio import read_metadata
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.request import GenerateRequest
-from sa3_convert.verify.bundle import verify_bundle
 
 REQUEST = GenerateRequest("rain on a tin roof", seconds=0.5, steps=2)
 TRIALS = 50

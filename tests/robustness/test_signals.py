@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from sa3_convert.bundle.manifest import Bundle
-from sa3_convert.files import sha256_file
+from sa3_convert.bundle.reader import Bundle
+from sa3_convert.system.files import sha256_file
 from tests.robustness.trials import Server, moments
 
 ROOT = Path(__file__).parents[2]

@@ -22,13 +22,20 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from sa3_convert.bundle.manifest import Bundle
+from sa3_convert.bundle.reader import Bundle
 from sa3_convert.errors import BundleError
-from sa3_convert.files import sha256_file
+from sa3_convert.system.files import sha256_file
 
 HEAVY = (
     *("torch", "torch._dynamo", "torch.onnx", "onnx", "onnx.reference", "onnx_ir", "onnxscript", "onnxruntime", "MNN"),
-    *("networkx", "safetensors.numpy", "rich.table", "sa3_convert.cli.app", "sa3_convert.convert", "sa3_convert.plan"),
+    *(
+        "networkx",
+        "safetensors.numpy",
+        "rich.table",
+        "sa3_convert.cli.app",
+        "sa3_convert.convert.conversion",
+        "sa3_convert.convert.plan",
+    ),
 )
 KILLED = -9
 _NEW_MOUNTS, _NEW_USERS = 0x00020000, 0x10000000

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from sa3_convert.checkpoint.dimensions import TextEncoderLayout
-from sa3_convert.checkpoint.layout import CheckpointLayout
-from sa3_convert.runtime.bottleneck import Bottleneck
+from sa3_convert.arrays import Arrays
+from sa3_convert.checkpoint.dimensions import CheckpointLayout, TextEncoderLayout
+from sa3_convert.runtime.autoencode import Bottleneck
 from sa3_convert.runtime.engines import TorchEngine
 from sa3_convert.runtime.opening import checkpoint_parts
 from sa3_convert.runtime.request import GenerateRequest
-from sa3_convert.session import Arrays
 from tests.conftest import GOLDEN, Golden
 
 Floats = NDArray[np.float32]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sa3_convert.checkpoint.layout import CheckpointLayout
+from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError
 from sa3_convert.runtime.engines import EngineName

@@ -7,11 +7,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from sa3_convert.arrays import Arrays, Session
 from sa3_convert.components import Component
 from sa3_convert.errors import ModelFileError
-from sa3_convert.runtime.autoencode import decoded, decoded_with_overlap, encoded, patched
-from sa3_convert.runtime.chunks import Reach
-from sa3_convert.session import Arrays, Session
+from sa3_convert.runtime.autoencode import Reach, decoded, decoded_with_overlap, encoded, patched
 from tests.conftest import Golden, assert_close_to_peak
 from tests.runtime.conftest import Parts, StandIn
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sa3_convert.errors import BundleError
-from sa3_convert.runtime.bottleneck import Bottleneck
+from sa3_convert.runtime.autoencode import Bottleneck
 
 GOOD: dict[str, Any] = {
     "scaling_factor": [[[2.0], [4.0]]],

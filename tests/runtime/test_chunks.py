@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sa3_convert.runtime.chunks import Reach, windows
+from sa3_convert.runtime.autoencode import Reach, windows
 from tests.runtime.conftest import open_parts
 
 REACHES = st.builds(

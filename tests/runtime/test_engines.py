@@ -6,16 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sa3_convert.arrays import Session
 from sa3_convert.components import Component
 from sa3_convert.errors import BackendError, BundleError, CheckpointError, ModelFileError
 from sa3_convert.export.component import export_component
-from sa3_convert.files import CheckedFile
-from sa3_convert.mnn.convert import mnn_from_onnx
-from sa3_convert.processors import default_threads
+from sa3_convert.mnn.converter import mnn_from_onnx
 from sa3_convert.recipe import ComponentRecipe
 from sa3_convert.runtime.engines import EngineName, MnnEngine, Models, OrtEngine
 from sa3_convert.runtime.opening import checkpoint_parts
-from sa3_convert.session import Session
+from sa3_convert.system.checked_files import CheckedFile
+from sa3_convert.system.machine import default_threads
 from tests.runtime.conftest import Parts, StandIn
 
 

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from sa3_convert.components import Component
-from sa3_convert.runtime.guidance import guided
+from sa3_convert.runtime.sampling import guided
 from tests.conftest import Golden, assert_close_to_peak
 from tests.runtime.conftest import Parts
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from sa3_convert.arrays import Arrays
 from sa3_convert.components import Component, contract
 from sa3_convert.errors import BundleError, ModelFileError
-from sa3_convert.files import CheckedFile
-from sa3_convert.runtime.held_session import HeldSession
-from sa3_convert.session import Arrays
+from sa3_convert.runtime.sessions import HeldSession
+from sa3_convert.system.checked_files import CheckedFile
 from tests.bundle.test_manifest import LAYOUT
 from tests.runtime.conftest import StandIn
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sa3_convert.checkpoint.layout import CheckpointLayout
+from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.errors import UsageError
-from sa3_convert.runtime.lengths import check_regions, inpaint_mask, lengths, max_seconds
+from sa3_convert.runtime.conditioning import check_regions, inpaint_mask, lengths, max_seconds
 from tests.conftest import Golden
 from tests.runtime.conftest import Parts
 

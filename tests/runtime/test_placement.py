@@ -3,8 +3,8 @@
 import pytest
 
 from sa3_convert.components import Component
-from sa3_convert.doctor.results import Answer, Diagnosis, Outcome, ProbeResult, setting_name
 from sa3_convert.errors import UsageError
+from sa3_convert.lab.doctor.results import Answer, Diagnosis, Outcome, ProbeResult, setting_name
 from sa3_convert.runtime.placement import Place, parse_places, placement
 
 HIGH, LOW = setting_name("high", "normal"), setting_name("low", "normal")

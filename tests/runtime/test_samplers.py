@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from sa3_convert.runtime.samplers import SAMPLERS, SamplerName
-from sa3_convert.runtime.schedule import sigmas
+from sa3_convert.runtime.sampling import SAMPLERS, SamplerName, sigmas
 from tests.conftest import Golden, assert_close_to_peak
 
 Floats = NDArray[np.float32]

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sa3_convert.runtime.schedule import sigmas
+from sa3_convert.runtime.sampling import sigmas
 from tests.conftest import Golden, load_golden
 
 SIGMA_MAX = st.floats(2**-7, 1, width=32)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from sa3_convert.runtime.split_session import SplitSession
-from sa3_convert.session import Arrays
+from sa3_convert.arrays import Arrays
+from sa3_convert.runtime.sessions import SplitSession
 
 Floats = NDArray[np.float32]
 

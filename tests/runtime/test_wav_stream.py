@@ -11,8 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sa3_convert.errors import AudioError, UsageError
-from sa3_convert.runtime.audio import SAMPLE_FORMATS, SampleFormat, read_metadata, write_audio
-from sa3_convert.runtime.wav_stream import check_growing_path, growing_wav
+from sa3_convert.runtime.audio import (
+    SAMPLE_FORMATS,
+    SampleFormat,
+    check_growing_path,
+    growing_wav,
+    read_metadata,
+    write_audio,
+)
 
 RATE = 44100
 AUDIO = np.linspace(-1, 0.99, 2 * 301, dtype=np.float32).reshape(2, 301)

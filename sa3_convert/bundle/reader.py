@@ -1,0 +1,204 @@
+"""A bundle on disk, held while it is used: its files are those of the manifest, or it is refused."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from sa3_convert.bundle.manifest import (
+    MANIFEST,
+    Artifact,
+    ArtifactKind,
+    FileEntry,
+    Manifest,
+)
+from sa3_convert.checkpoint.dimensions import CheckpointLayout
+from sa3_convert.components import Component
+from sa3_convert.errors import BundleError, Sa3Error
+from sa3_convert.system.checked_files import CheckedFile, FileState, HeldFolder, inside, named
+from sa3_convert.system.files import write_text
+from sa3_convert.system.untrusted import NotAFileError, parse_json, read_text
+
+
+class Bundle:
+    """A folder with a manifest.
+
+    The folder is held open, so that manifest and files are of one bundle whatever comes to stand under its name. A file
+    that was checked once is afterwards only asked whether it is still the same.
+
+    Raises:
+        OSError: there is no such folder.
+
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, folder: HeldFolder | None = None) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._folder = HeldFolder(path) if folder is None else folder
+        self._checked: dict[str, CheckedFile] = {}
+
+    @classmethod
+    def open(cls, path: Path) -> "Bundle":
+        """Read a bundle's manifest; the files themselves are looked at by `check`.
+
+        Raises:
+            BundleError: no bundle stands there, or its manifest is damaged.
+
+        """
+        file = path / MANIFEST
+        try:
+            folder = HeldFolder(path)
+            inside(folder.root, MANIFEST)
+            text = read_text(folder.root / MANIFEST)
+            # Twice: what pydantic would take in silence (two keys of one name, numbers without end) is refused first.
+            parse_json(text)
+            return cls(path, Manifest.model_validate_json(text, strict=True), folder)
+        except (FileNotFoundError, NotADirectoryError):
+            raise BundleError(f"{path} is no bundle: {file} does not exist. `sa3-convert convert` makes one.") from None
+        except OSError as error:
+            raise BundleError(f"{file} cannot be read: {error.strerror}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "manifest"
+            raise BundleError(f"{file} is damaged: {where[:200]}: {first['msg'][:500]}. Convert again.") from None
+        except ValueError as error:
+            raise BundleError(f"{file} is damaged: {str(error)[:500]}. Convert again.") from None
+
+    @property
+    def layout(self) -> CheckpointLayout:
+        """Dimensions of the checkpoint that the bundle was made from."""
+        return self.manifest.layout
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        """The components for which the bundle has a model, in pipeline order."""
+        return tuple(c for c in Component if any(a.component is c and a.kind == "mnn" for a in self.manifest.artifacts))
+
+    def artifact(self, component: Component | None, kind: ArtifactKind = "mnn") -> Artifact:
+        """Return an artifact.
+
+        Raises:
+            BundleError: the bundle does not have it.
+
+        """
+        for artifact in self.manifest.artifacts:
+            if artifact.component is component and artifact.kind == kind:
+                return artifact
+        what = kind if component is None else f"{kind} of component {component.value!r}"
+        raise BundleError(f"Bundle {self.path} has no {what}.")
+
+    def file(self, component: Component | None, kind: ArtifactKind = "mnn") -> Path:
+        """Return the name of an artifact's file, for people; `checked` gives the file that the manifest describes."""
+        artifact = self.artifact(component, kind)
+        return self._named(artifact, artifact)
+
+    def all_files(self) -> Iterator[Path]:
+        """Yield the names of the manifest and of every file that it lists."""
+        yield self.path / MANIFEST
+        for artifact in self.manifest.artifacts:
+            yield from (self._named(artifact, entry) for entry in artifact.files)
+
+    def checked(self, component: Component | None, kind: ArtifactKind = "mnn", *, contents: bool = True) -> CheckedFile:
+        """Return an artifact's file, its companion with it; see `check`."""
+        return self._check(self.artifact(component, kind), contents)
+
+    @contextlib.contextmanager
+    def reading(self, kind: ArtifactKind) -> Iterator[Path]:
+        """Yield the path of a checked file that belongs to no component; it must still be the same after the block.
+
+        Raises:
+            BundleError: see `check`, or it was replaced meanwhile.
+
+        """
+        file = self.checked(None, kind)
+        try:
+            yield file.path
+        except Sa3Error as error:
+            raise type(error)(str(error).replace(str(file.path), str(named(file.path)))) from None
+        file.require_unchanged()
+
+    def check(
+        self,
+        components: tuple[Component, ...] | None = None,
+        kinds: tuple[str, ...] = ("mnn",),
+        *,
+        contents: bool = True,
+    ) -> None:
+        """Compare files with the manifest: presence, size, SHA-256. Files without a component are always checked.
+
+        Args:
+            components: whose files; None is all.
+            kinds: of the files.
+            contents: read the files for their SHA-256; without it only what the folder lists is compared.
+
+        Raises:
+            BundleError: one is missing, leads out of the bundle, is not what the manifest says, or not any more; the
+                message names it.
+
+        """
+        for artifact in self.manifest.artifacts:
+            if artifact.component is None or (
+                artifact.kind in kinds and (components is None or artifact.component in components)
+            ):
+                self._check(artifact, contents)
+
+    def _check(self, artifact: Artifact, contents: bool) -> CheckedFile:
+        companion = None
+        if artifact.companion is not None:
+            companion = self._check_file(artifact, artifact.companion, contents)
+        return self._check_file(artifact, artifact, contents, companion)
+
+    def _check_file(
+        self, artifact: Artifact, entry: FileEntry, contents: bool, companion: CheckedFile | None = None
+    ) -> CheckedFile:
+        if (known := self._checked.get(entry.path)) is not None:
+            known.require_unchanged()
+            return known
+        name, file = self._named(artifact, entry), self._reached(artifact, entry)
+        try:
+            state = FileState.at(file)
+            if state.size == entry.bytes and contents:
+                found = CheckedFile.read(file, within=self._folder, companion=companion)
+            else:
+                found = CheckedFile(file, entry.sha256, state, companion, (self._folder,))
+        except NotAFileError:
+            raise BundleError(f"{name} is no regular file. Convert again.") from None
+        except OSError:
+            why = (
+                "although the manifest lists it. Convert again."
+                if artifact.kept_at is None
+                else "where the bundle's conversion kept it. Convert again (--with-reference puts it into the bundle)."
+            )
+            raise BundleError(f"{name} is missing {why}") from None
+        if state.size != entry.bytes or found.sha256 != entry.sha256:
+            raise BundleError(f"{name} is not the file that the manifest describes (size or SHA-256). Convert again.")
+        if contents:
+            self._checked[entry.path] = found
+        return found
+
+    def _named(self, artifact: Artifact, entry: FileEntry) -> Path:
+        if artifact.kept_at is None:
+            return self.path / entry.path
+        return self.path / artifact.kept_at / Path(entry.path).name
+
+    def _reached(self, artifact: Artifact, entry: FileEntry) -> Path:
+        """Return the path by which a file is reached, whatever the bundle's name leads to by now."""
+        if artifact.kept_at is None:
+            inside(self._folder.root, entry.path)
+            return self._folder.root / entry.path
+        return Path(os.path.realpath(self._folder.root / artifact.kept_at)) / Path(entry.path).name
+
+    def is_whole(self, artifact: Artifact) -> bool:
+        """Tell whether an artifact's files are there and are what the manifest says, to the last byte."""
+        try:
+            self._check(artifact, contents=True)
+        except (BundleError, OSError, ValueError):
+            return False
+        return True
+
+    def write(self) -> None:
+        """Write the manifest; the last thing that happens to a bundle, so that it never describes what is not there."""
+        inside(self.path, MANIFEST)
+        write_text(self.path / MANIFEST, self.manifest.to_json())

@@ -1,0 +1,225 @@
+"""A whole bundle: its files are what the manifest and the recipe say, and each model is close to its reference."""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sa3_convert.bundle.manifest import Artifact
+from sa3_convert.bundle.reader import Bundle
+from sa3_convert.check.compare import Outputs, compare_runs, run_samples
+from sa3_convert.check.inputs import Sample, samples_for
+from sa3_convert.check.progress import Report, sampled_stage
+from sa3_convert.check.reference_store import ReferenceStore, digest_of
+from sa3_convert.check.results import BundleFidelity, Verdict
+from sa3_convert.components import Component
+from sa3_convert.errors import ConversionError, VerificationError
+from sa3_convert.recipe import Recipe, load_recipe
+from sa3_convert.runtime.engines import EngineName
+from sa3_convert.runtime.opening import KINDS, bundle_engine
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A model of the bundle, and what is asked of it."""
+
+    component: Component
+    engine: EngineName
+    artifact: Artifact
+    floor_db: float
+
+
+def bundle_recipe(bundle: Bundle) -> Recipe:
+    """Return the recipe in a bundle.
+
+    Raises:
+        RecipeError: it is not valid.
+        VerificationError: it is another than the manifest names.
+
+    """
+    with bundle.reading("recipe") as file:
+        recipe = load_recipe(file, resolved=True)
+    if recipe.name != bundle.manifest.recipe:
+        raise VerificationError(
+            f"Bundle {bundle.path} says that it was made with recipe {bundle.manifest.recipe!r}, and holds recipe "
+            f"{recipe.name!r}. Convert again."
+        )
+    return recipe
+
+
+def models_of(bundle: Bundle, recipe: Recipe, component: Component) -> list[Judged]:
+    """Return the models of a component, their files held to manifest and recipe.
+
+    Raises:
+        VerificationError: manifest, recipe and file disagree about what is stored.
+        ModelFileError: a file cannot be read.
+
+    """
+    wanted = recipe.for_component(component)
+    models = [Judged(component, "mnn", bundle.artifact(component), wanted.floor_db)]
+    _check_claims(bundle.file(component), models[0].artifact, wanted.precision, wanted.floor_db, "recipe")
+    _check_storage(bundle, recipe, component)
+    if any(a.component is component and a.kind == "onnx-int8" for a in bundle.manifest.artifacts):
+        models.append(_integer_form(bundle, component))
+    return models
+
+
+def _integer_form(bundle: Bundle, component: Component) -> Judged:
+    from sa3_convert.rounding.ort_int8 import FLOORS_DB, check_integer_form
+
+    artifact, file = bundle.artifact(component, "onnx-int8"), bundle.file(component, "onnx-int8")
+    reference, integer = (bundle.checked(component, kind) for kind in ("onnx", "onnx-int8"))
+    try:
+        products = check_integer_form(reference.path, integer.path)
+    except ConversionError as error:
+        raise VerificationError(f"{file} is not the integer form of its reference. {error}") from None
+    floor = FLOORS_DB[component]
+    _check_claims(file, artifact, "int8" if products else "fp32", floor, "quantiser")
+    return Judged(component, "onnxruntime-int8", artifact, floor)
+
+
+def _check_claims(file: Path, artifact: Artifact, precision: str, floor_db: float, source: str) -> None:
+    """Hold what the manifest says of a model to what its recipe or quantiser says."""
+    if artifact.precision != precision:
+        raise VerificationError(
+            f"{file}: the manifest calls it {artifact.precision}, its {source} makes {precision}. Convert again."
+        )
+    if artifact.floor_db is not None and artifact.floor_db != floor_db:
+        raise VerificationError(
+            f"{file}: the manifest's floor is {artifact.floor_db:g} dB, its {source}'s {floor_db:g} dB. Convert again."
+        )
+
+
+def _check_storage(bundle: Bundle, recipe: Recipe, component: Component) -> None:
+    """Hold manifest and recipe to what the bytes of a `.mnn` say."""
+    from sa3_convert.mnn.compatibility import check_reader
+    from sa3_convert.mnn.file.audit import audit
+    from sa3_convert.mnn.file.storage import read_storage
+
+    artifact, file = bundle.artifact(component), bundle.file(component)
+    storage = read_storage(bundle.checked(component).path)
+    try:
+        audit(storage, recipe.for_component(component))
+        if artifact.target_mnn is not None:
+            check_reader(storage, artifact.target_mnn)
+    except ConversionError as error:
+        raise VerificationError(f"{file} does not hold what the bundle promises. {error}") from None
+    if artifact.storage is not None and artifact.storage != storage.summary():
+        raise VerificationError(f"{file} stores its weights otherwise than the manifest says. Convert again.")
+
+
+_REFERENCE: EngineName = "onnxruntime"
+
+
+def verify_bundle(
+    bundle: Bundle,
+    *,
+    components: tuple[Component, ...] = (),
+    quick: bool = False,
+    threads: int | None = None,
+    store: ReferenceStore | None = None,
+    progress: Report = lambda what, done, total: None,
+    report: Callable[[Verdict], None] = lambda _: None,
+    settings: Mapping[str, Any] | None = None,
+) -> BundleFidelity:
+    """Compare every model of a bundle with ONNX Runtime on the reference ONNX in the bundle.
+
+    Models are the `.mnn` files and, where the bundle has them, the integer forms for ONNX Runtime. The floors and what
+    the files must hold come from the bundle's recipe (for the integer forms from `quantise.ort_int8`). The figures that
+    the manifest claims are measured again. All files are checked before the first model is loaded; one model is in
+    memory at a time.
+
+    Args:
+        bundle: the bundle.
+        components: which ones; empty is all that the bundle has.
+        quick: fewer and shorter inputs: what a conversion runs.
+        threads: of either engine; None leaves it to them.
+        store: where the reference's outputs are kept for the next time; None computes them.
+        progress: called as work goes on.
+        report: called after each model.
+        settings: how MNN runs its models (backend, memory, precision). The manifest's claims were measured on the CPU
+            with the usual ones, so with others they are not held against the figures.
+
+    Returns:
+        The figures; `BundleFidelity.check` raises if one is below its floor.
+
+    Raises:
+        BundleError: a file is missing or is not what the manifest says, or the bundle has no such component.
+        BackendError: the installed MNN does not have the backend.
+        VerificationError: manifest, recipe and file disagree about what is stored, or an output cannot be compared.
+        ModelFileError: a file cannot be loaded or run.
+
+    """
+    selected = components or bundle.components
+    if not selected:
+        raise VerificationError(f"Bundle {bundle.path} has no model to verify.")
+    for component in selected:
+        bundle.file(component, "mnn"), bundle.file(component, "onnx")
+    bundle.check(selected, kinds=tuple(KINDS.values()))
+    recipe = bundle_recipe(bundle)
+    judged = {component: models_of(bundle, recipe, component) for component in selected}
+    verdicts: list[Verdict] = []
+    for component, models in judged.items():
+        samples = samples_for(component, bundle.layout, quick=quick)
+        expected = _expected(bundle, component, samples, threads, store, progress)
+        for model in models:
+            verdicts.append(_verdict(bundle, model, samples, expected, threads, progress, settings or {}))
+            report(verdicts[-1])
+    return BundleFidelity(bundle.manifest.label, recipe.name, tuple(verdicts))
+
+
+def _expected(
+    bundle: Bundle,
+    component: Component,
+    samples: list[Sample],
+    threads: int | None,
+    store: ReferenceStore | None,
+    progress: Report,
+) -> list[Outputs]:
+    """Return the reference's outputs, from the store where it has them; the model is loaded when one is missing."""
+    engine = bundle_engine(bundle, _REFERENCE, {"threads": threads})
+    session = functools.cache(lambda: engine.load(component))
+
+    def compute(sample: Sample) -> Outputs:
+        return run_samples(session(), [sample])[0]
+
+    hashes = [entry.sha256 for entry in bundle.artifact(component, "onnx").files]
+    outputs = []
+    for done, sample in enumerate(samples):
+        progress(sampled_stage(component, _REFERENCE), done, len(samples))
+        if store is None:
+            outputs.append(compute(sample))
+        else:
+            kept = functools.partial(compute, sample)
+            outputs.append(store.get(kept, model=hashes, feeds=digest_of(sample.feeds)))
+    return outputs
+
+
+def _verdict(
+    bundle: Bundle,
+    model: Judged,
+    samples: list[Sample],
+    expected: list[Outputs],
+    threads: int | None,
+    progress: Report,
+    settings: Mapping[str, Any],
+) -> Verdict:
+    component = model.component
+    options = {"threads": threads, **(settings if model.engine == "mnn" else {})}
+    session = bundle_engine(bundle, model.engine, options).load(component)
+    actual = []
+    for done, sample in enumerate(samples):
+        progress(sampled_stage(component, model.engine), done, len(samples))
+        actual += run_samples(session, [sample])
+    fidelity = compare_runs(component, bundle.layout, samples, expected, actual)
+    claim = None if settings else model.artifact.fidelity
+    again = fidelity.over({sample.name for sample in samples_for(component, bundle.layout, quick=True)})
+    return Verdict(
+        fidelity,
+        model.floor_db,
+        model.artifact.precision or "",
+        claimed_db=None if claim is None else claim.signal_to_noise_db,
+        measured_db=again.worst.signal_to_noise_db,
+        engine=model.engine,
+    )

@@ -1,0 +1,269 @@
+"""What `run` does: events of generations into files or standard output, progress and results for the terminal."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sa3_convert.cli.console import stderr, stdout
+from sa3_convert.cli.paths import Named
+from sa3_convert.components import Component
+from sa3_convert.errors import AudioError, BundleError, OutputRejectedError, UsageError
+from sa3_convert.lab.doctor.results import saved
+from sa3_convert.mnn.session import require_backend
+from sa3_convert.runtime.audio import (
+    PcmStream,
+    SampleFormat,
+    audio_writer,
+    check_growing_path,
+    check_output_path,
+    growing_wav,
+)
+from sa3_convert.runtime.batch import RESULTS, BatchOptions, BatchResult, read_batch, run_batch
+from sa3_convert.runtime.conditioning import lengths
+from sa3_convert.runtime.engines import Backend, EngineName, Level
+from sa3_convert.runtime.opening import KINDS
+from sa3_convert.runtime.pipeline import Pipeline
+from sa3_convert.runtime.placement import parse_places, placement
+from sa3_convert.runtime.request import AudioChunk, GenerateRequest, Report, Started, Stepped
+from sa3_convert.system.files import write_text
+from sa3_convert.system.machine import PeakMemory
+from sa3_convert.system.streams import STANDARD_OUTPUT, descriptor_of, is_terminal, opened_stream
+
+_NAMES = {"pcm16": "s16le", "pcm24": "s24le", "float": "f32le"}
+
+
+@contextlib.contextmanager
+def pcm_to_standard_output(rate: int, *, sample_format: SampleFormat, dither: bool) -> Iterator[PcmStream]:
+    """Yield a writer of raw samples.
+
+    Raises:
+        UsageError: standard output is a terminal.
+        AudioError: what reads the samples has closed the pipe.
+
+    """
+    if is_terminal(STANDARD_OUTPUT):
+        raise UsageError("--stream without -o writes raw samples. Pipe them into something, or give -o FILE.wav.")
+    stderr.print(f"Samples on standard output: {_NAMES[sample_format]}, 2 channels, {rate} Hz.")
+    try:
+        with opened_stream(STANDARD_OUTPUT) as stream:
+            yield PcmStream(stream, sample_format=sample_format, dither=dither)
+    except BrokenPipeError:
+        raise AudioError("What read the samples has closed the pipe; generation has stopped.") from None
+
+
+def placed(backend: Backend, precision: Level, memory: Level, overrides: Sequence[str]) -> dict[Component, Backend]:
+    """Return the backend of each component, and say why on stderr unless all is as usual.
+
+    Raises:
+        UsageError: an override is no placement, or the precision cannot be had.
+        BackendError: a backend is not there.
+
+    """
+    given = parse_places(overrides)
+    for wanted in {backend, *given.values()} - {"cpu"}:
+        require_backend(wanted)
+    diagnosis = None if backend == "cpu" else saved(backend)
+    places = placement(backend, diagnosis, precision=precision, memory=memory, overrides=given)
+    for place in places if backend != "cpu" or given else ():
+        stderr.print(f"{place.component.value} on {place.backend}: {place.reason}")
+    return {place.component: place.backend for place in places}
+
+
+_STAGES = {"text": "reading the prompt", "encode": "encoding audio", "denoise": "denoising", "decode": "decoding"}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What generates, and where the audio goes."""
+
+    bundle: Path
+    engine: EngineName
+    options: Mapping[str, Any]
+    """Of the engine."""
+    output: Path
+    """A file or a stream; for batches a folder."""
+    sample_format: SampleFormat
+    dither: bool
+    allow: tuple[str, ...]
+    json_file: Path | None
+
+    def metadata(self, pipeline: Pipeline) -> dict[str, Any]:
+        """Return what files tell about the models that made them: those that were opened."""
+        manifest = pipeline.manifest
+        assert manifest is not None
+        loras = [{"name": lora.name, "sha256": lora.sha256, "strength": lora.strength} for lora in manifest.loras]
+        made_from = {"variant": manifest.variant} | ({"loras": loras} if loras else {})
+        if self.engine == "torch":
+            return made_from | {
+                "recipe": None,
+                "models": {c.value: digest for c, digest in manifest.checkpoint.digests.items()},
+            }
+        kind = KINDS[self.engine]
+        return made_from | {
+            "recipe": manifest.recipe,
+            "models": {a.component.value: a.sha256 for a in manifest.artifacts if a.component and a.kind == kind},
+        }
+
+
+class _Writer(Protocol):
+    def write(self, audio: NDArray[np.float32]) -> None: ...
+
+
+def generate_one(
+    target: Target, request: GenerateRequest, *, stream: bool, origin: Mapping[str, Any] | None = None
+) -> None:
+    """Generate one piece; a file takes its name when it is whole and has passed its checks.
+
+    Args:
+        target: a bundle, and a file or standard output.
+        request: what to generate.
+        stream: hand the audio on while it is made.
+        origin: what `--json` once told about the models of a request that is replayed.
+
+    Raises:
+        BundleError: the request to be replayed was made with another variant.
+
+    """
+    if not stream:
+        check_output_path(target.output, target.sample_format)
+    elif descriptor_of(target.output) != 1:
+        check_growing_path(target.output)
+    with PeakMemory() as device, Pipeline.from_bundle(target.bundle, target.engine, **target.options) as pipeline:
+        made_by = target.metadata(pipeline)
+        if origin:
+            _check_origin(target, made_by, origin)
+        metadata = {"request": request.resolved(pipeline.layout).to_json()} | made_by
+        with _writer(target, pipeline, request, metadata, stream) as writer:
+            report, peak = _played(pipeline, request, writer, target.allow)
+    for warning in report.warnings:
+        stderr.print(f"Note: {warning}")
+    if target.json_file is not None:
+        data = metadata | {"engine": dict(report.engine), "seconds": dict(report.seconds)}
+        data |= {"device_peak_bytes": device.bytes}
+        write_text(target.json_file, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    total = sum(report.seconds.values())
+    stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
+    rate = pipeline.layout.sample_rate
+    length = report.lengths.samples / rate
+    stdout.print(
+        f"{target.output}: {length:.2f} s of audio at {rate} Hz, peak {peak:.3f}, "
+        f"seed {report.request.seed}, {report.request.steps} {report.request.sampler} steps\n"
+        f"in {total:.1f} s ({stages}), {length / total:.2f} × real time, on {_described(report.engine)}"
+        + ("" if device.bytes is None else f", at most {device.bytes / 2**20:.0f} MiB of the GPU's memory"),
+        soft_wrap=True,
+    )
+
+
+def _check_origin(target: Target, here: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
+    """Refuse a replay on another variant, and say when other models than the first time will run."""
+    variant = origin.get("variant", here["variant"])
+    if variant != here["variant"]:
+        raise BundleError(f"These settings were made with {variant}; {target.bundle} holds {here['variant']}.")
+    if origin.get("models", here["models"]) != here["models"]:
+        stderr.print("Note: these settings were made with other models of this variant; the samples will differ.")
+
+
+def generate_batch(
+    target: Target, batch: Path, defaults: Mapping[str, Any], *, keep_loaded: bool, reads: tuple[Named, ...] = ()
+) -> None:
+    """Generate what a batch file lists and an earlier run has not done, a line on standard output for each.
+
+    Args:
+        target: a bundle and a folder.
+        batch: one generation per line.
+        defaults: settings for lines that do not have their own.
+        keep_loaded: keep all models in memory from one line to the next.
+        reads: what the command reads, none of which may be written over.
+
+    Raises:
+        OutputRejectedError: after the last line, if any output failed its checks.
+
+    """
+    items = read_batch(batch, defaults)
+    rejected = 0
+    with Pipeline.from_bundle(target.bundle, target.engine, keep_loaded=keep_loaded, **target.options) as pipeline:
+        options = BatchOptions(
+            target.output, target.sample_format, target.dither, target.allow, target.metadata(pipeline), reads
+        )
+        with _progress() as progress:
+            task = progress.add_task("generating", total=len(items))
+            for result in run_batch(pipeline, items, options):
+                progress.update(task, advance=1)
+                for warning in result.warnings:
+                    stderr.print(f"Note on line {result.line}: {warning}")
+                stdout.print(_result_line(result), soft_wrap=True)
+                rejected += result.error is not None
+    if rejected:
+        raise OutputRejectedError(
+            f"{rejected} of {len(items)} outputs failed their checks; {target.output / RESULTS} says why. The others "
+            "are there."
+        )
+
+
+def _result_line(result: BatchResult) -> str:
+    if result.error is not None:
+        return f"line {result.line}: {result.output}: rejected: {result.error}"
+    seconds = sum((result.seconds or {}).values())
+    done = "done by an earlier run" if result.reused else f"{seconds:.1f} s"
+    return f"line {result.line}: {result.output}: seed {result.request['seed']}, {done}"
+
+
+@contextlib.contextmanager
+def _writer(
+    target: Target, pipeline: Pipeline, request: GenerateRequest, metadata: Mapping[str, Any], stream: bool
+) -> Iterator[_Writer]:
+    """Yield what takes the audio: a file or stream that gets it whole, one that grows, or standard output."""
+    rate = pipeline.layout.sample_rate
+    how: dict[str, Any] = {"sample_format": target.sample_format, "dither": target.dither}
+    if not stream:
+        with audio_writer(target.output, rate, metadata=metadata, **how) as file:
+            yield file
+    elif descriptor_of(target.output) == 1:
+        with pcm_to_standard_output(rate, **how) as pcm:
+            yield pcm
+    else:
+        samples = lengths(pipeline.layout, request.seconds).samples
+        with growing_wav(target.output, rate, samples, metadata=metadata, report=_tell, **how) as growing:
+            yield growing
+
+
+def _tell(growing: Path) -> None:
+    stderr.print(f"Until it is whole, {growing} can be read while it grows.")
+
+
+def _played(
+    pipeline: Pipeline, request: GenerateRequest, writer: _Writer, allow: tuple[str, ...]
+) -> tuple[Report, float]:
+    """Run a generation with progress; return its report and the peak of its audio."""
+    report: Report | None = None
+    peak = 0.0
+    with _progress() as progress, contextlib.closing(pipeline.stream(request, allow=allow)) as events:
+        task = progress.add_task("starting", total=None)
+        for event in events:
+            if isinstance(event, Started):
+                progress.update(task, description=_STAGES[event.stage], total=None, completed=0)
+            elif isinstance(event, Stepped):
+                progress.update(task, total=event.steps, advance=1)
+            elif isinstance(event, AudioChunk):
+                writer.write(event.samples)
+                peak = max(peak, float(np.abs(event.samples).max(initial=0.0)))
+            else:
+                report = event
+    assert report is not None
+    return report, peak
+
+
+def _described(engine: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in engine.items())
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description:<20}"), BarColumn(), TextColumn("{task.completed}"), TimeRemainingColumn())
+    return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)

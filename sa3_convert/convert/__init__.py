@@ -1,0 +1,1 @@
+"""Converting: stages, their cache, the plan, and the bundle at the end."""

@@ -1,0 +1,154 @@
+"""Results of stages by fingerprint: a folder per result, complete or absent.
+
+An entry is built under a temporary name and takes its place by one rename, so a process that is killed leaves at most
+a folder that nobody reads and that the next run removes. What an entry says is held to its own hash, which also knows
+the place where it belongs, and its files to theirs, whenever it is used; anything else counts as absent.
+"""
+
+import json
+import shutil
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, JsonValue
+
+from sa3_convert.errors import ConversionError
+from sa3_convert.system.files import partial_folder, sha256_file, sweep
+from sa3_convert.system.sealed import fingerprint
+
+_ENTRY: Final = "entry.json"
+_MAX_ENTRY_BYTES: Final = 16 * 2**20
+"""Of `entry.json`, which has some kilobytes."""
+
+
+def cache_beside(bundle: Path) -> Path:
+    """Return where stages are kept unless told otherwise: bundles in one folder share them."""
+    return bundle.absolute().parent / ".sa3-convert-cache"
+
+
+class Notes(BaseModel):
+    """What is noted about a result; a stage that has more to tell adds to it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    detail: str = ""
+    """A few words for the user."""
+    log: tuple[str, ...] = ()
+    """What MNN, its converter and others said meanwhile."""
+
+
+N = TypeVar("N", bound=Notes)
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    files: dict[str, str]
+    notes: dict[str, JsonValue]
+    sha256: str
+    """Of everything else and of the place where it belongs."""
+
+
+@dataclass(frozen=True, slots=True)
+class CachedResult(Generic[N]):
+    """One stage's result: its files and what was noted about them."""
+
+    folder: Path
+    files: dict[str, str]
+    """SHA-256 by file name."""
+    notes: N
+
+    def file(self, name: str) -> Path:
+        """Return the path of one of its files."""
+        return self.folder / name
+
+
+class StageCache:
+    """A folder of stage results."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def find(self, stage: str, key: str, notes: type[N]) -> CachedResult[N] | None:
+        """Return the whole, undamaged result of a stage, or None. Nothing is changed, and nothing outside it is read.
+
+        Args:
+            stage: name of the stage.
+            key: fingerprint of everything that the result depends on.
+            notes: what the stage notes.
+
+        """
+        folder = self._root / stage / key
+        try:
+            listed = {file.name: file for file in folder.iterdir()}
+            entry_file = listed.pop(_ENTRY)
+            if folder.is_symlink() or not all(_is_regular(file) for file in (entry_file, *listed.values())):
+                return None
+            with entry_file.open("rb") as stream:
+                entry = _Entry.model_validate_json(stream.read(_MAX_ENTRY_BYTES))
+            if entry.sha256 != _seal(stage, key, entry.files, entry.notes) or entry.files.keys() != listed.keys():
+                return None
+            found = notes.model_validate(entry.notes)
+            whole = all(sha256_file(listed[name]) == digest for name, digest in entry.files.items())
+        except (OSError, KeyError, ValueError, RecursionError):
+            return None
+        return CachedResult(folder, entry.files, found) if whole else None
+
+    def make(self, stage: str, key: str, make: Callable[[Path], N], *, replace: bool = False) -> CachedResult[N]:
+        """Make a stage's result and keep it.
+
+        Args:
+            stage: name of the stage.
+            key: fingerprint of everything that the result depends on.
+            make: puts the result's files into the empty folder it is given and returns notes.
+            replace: take the place of a whole result too.
+
+        Raises:
+            ConversionError: something else stands in its place and cannot be removed.
+
+        """
+        place = self._root / stage / key
+        with partial_folder(place) as temporary:
+            made = make(temporary)
+            files = {file.name: sha256_file(file) for file in sorted(temporary.iterdir())}
+            notes = made.model_dump(mode="json")
+            entry = {"files": files, "notes": notes, "sha256": _seal(stage, key, files, notes)}
+            (temporary / _ENTRY).write_text(json.dumps(entry, indent=1, allow_nan=False), encoding="utf-8")
+            try:
+                temporary.rename(place)
+            except OSError:
+                # Another process finished the same result first, by fingerprint as good; or it is a damaged one.
+                if not replace and (found := self.find(stage, key, type(made))) is not None:
+                    return found
+                _replace(temporary, place)
+            return CachedResult(place, files, made)
+
+    def sweep(self) -> None:
+        """Remove what processes that are gone have left."""
+        for stage in self._root.glob("*/"):
+            sweep(stage)
+
+
+def _seal(stage: str, key: str, files: dict[str, str], notes: dict[str, Any]) -> str:
+    return fingerprint(stage=stage, key=key, files=files, notes=notes)
+
+
+def _is_regular(file: Path) -> bool:
+    return stat.S_ISREG(file.lstat().st_mode)
+
+
+def _replace(folder: Path, entry: Path) -> None:
+    """Give a folder the name of a result, or of whatever else has it; what a link leads to stays."""
+    try:
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+        folder.rename(entry)
+    except OSError as error:
+        raise ConversionError(
+            f"{entry} cannot be replaced: {error.strerror}. Remove it, or give another --cache."
+        ) from None

@@ -1,0 +1,177 @@
+"""What stands where a bundle shall be: whether it may be completed, and what in it is what would be made now."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final
+
+from sa3_convert.bundle.manifest import (
+    BOTTLENECK,
+    MANIFEST,
+    RECIPE,
+    SPLIT_KINDS,
+    TOKENIZER,
+    Artifact,
+    ArtifactKind,
+    LoraEntry,
+    Manifest,
+    as_text,
+)
+from sa3_convert.bundle.reader import Bundle
+from sa3_convert.checkpoint.config import TEXT_ENCODER_FOLDER
+from sa3_convert.components import Component, components_of
+from sa3_convert.convert.stages import ConvertRequest, Keys, Stage, split_names
+from sa3_convert.errors import BundleError, UsageError
+from sa3_convert.system.machine import tool_versions
+
+if TYPE_CHECKING:
+    from sa3_convert.checkpoint.reader import Checkpoint
+
+REFERENCE_FOLDER: Final = "reference"
+"""Where a bundle keeps its reference ONNX files."""
+ORT_INT8_FOLDER: Final = "onnxruntime-int8"
+"""Where a bundle keeps what ONNX Runtime computes with integers."""
+RESULTS: Final[Mapping[ArtifactKind, tuple[Stage, ...]]] = {
+    "mnn": ("mnn", "verify"),
+    "onnx": ("export",),
+    "onnx-int8": ("ort-int8",),
+    **dict.fromkeys(SPLIT_KINDS, ("split",)),
+}
+"""The stages that a component's file is made from; it carries the fingerprint of the last."""
+SHARED: Final[Mapping[ArtifactKind, str]] = {
+    "recipe": RECIPE,
+    "bottleneck_params": BOTTLENECK,
+    "tokenizer": TOKENIZER,
+}
+"""Files for all components."""
+
+
+def existing_bundle(request: ConvertRequest) -> Bundle | None:
+    """Return the bundle that stands at `out` if it can be completed; a damaged one is made anew.
+
+    Raises:
+        UsageError: something stands there that this would replace; not with `force`.
+
+    """
+    out = request.out
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file; give a folder.")
+    if not (out / MANIFEST).exists():
+        _refuse_other_files(request)
+        return None
+    try:
+        bundle = Bundle.open(out)
+    except BundleError:
+        return None
+    found, wanted = _made_from(bundle.manifest), _asked_for(request)
+    if found != wanted and not request.force:
+        raise UsageError(
+            f"{out} holds a bundle of {_described(*found[:2], bundle.manifest.loras)}; this would replace it by "
+            f"{_described(*wanted[:2], lora_entries(request.checkpoint))}. Give another --out, or --force."
+        )
+    if not request.force and (others := ", ".join(c.value for c in of_other_weights(bundle, request))):
+        raise UsageError(
+            f"{others} in {out} would stay, but came from other weights than this checkpoint's. "
+            "Convert them too (leave --component away), give another --out, or --force to drop them."
+        )
+    return bundle if found[:2] == wanted[:2] else None
+
+
+def _refuse_other_files(request: ConvertRequest) -> None:
+    out = request.out
+    leftovers = {file.name for file in out.iterdir() if not file.name.startswith(".")} if out.exists() else set()
+    models = {name for c in Component for name in (f"{c.value}.mnn", *split_names(c))}
+    known = {*SHARED.values(), REFERENCE_FOLDER, ORT_INT8_FOLDER, *models, *(f"{name}.weight" for name in models)}
+    if (foreign := sorted(leftovers - known)) and not request.force:
+        raise UsageError(
+            f"--out {out} holds other files ({foreign[0]}, …). Give an empty folder, or --force to write into it."
+        )
+
+
+def _made_from(manifest: Manifest) -> tuple[str, str, tuple[tuple[str, float], ...]]:
+    """Return what makes a bundle another one: variant, recipe, and adapters by content, strength and order."""
+    return manifest.variant, manifest.recipe, tuple((lora.sha256, lora.strength) for lora in manifest.loras)
+
+
+def _asked_for(request: ConvertRequest) -> tuple[str, str, tuple[tuple[str, float], ...]]:
+    checkpoint = request.checkpoint
+    loras = tuple((lora.file.sha256, lora.strength) for lora in checkpoint.loras)
+    return checkpoint.variant_name, request.recipe.name, loras
+
+
+def _described(variant: str, recipe: str, loras: tuple[LoraEntry, ...]) -> str:
+    inside = f"LoRAs {', '.join(lora.label for lora in loras)}" if loras else "no LoRA"
+    return f"{variant} with recipe {recipe!r} and {inside}"
+
+
+def lora_entries(checkpoint: "Checkpoint") -> tuple[LoraEntry, ...]:
+    """Return what the manifest says of a checkpoint's adapters."""
+    return tuple(
+        LoraEntry(
+            name=as_text(lora.file.path.name),
+            sha256=lora.file.sha256,
+            strength=lora.strength,
+            type=lora.file.type_name,
+            rank=lora.file.rank,
+            alpha=lora.file.alpha,
+            layers=checkpoint.layers_changed(lora),
+        )
+        for lora in checkpoint.loras
+    )
+
+
+def of_other_weights(bundle: Bundle, request: ConvertRequest) -> list[Component]:
+    """Return the components of a bundle that are not converted now and were not made from this checkpoint's weights."""
+    digests, selected = bundle.manifest.checkpoint.digests, request.selected()
+    return [
+        component
+        for component in bundle.components
+        if component not in selected and digests.get(component) != request.checkpoint.digest(component)
+    ]
+
+
+def checkpoint_digests(request: ConvertRequest) -> dict[Component, str]:
+    """Return the digest of each component's tensors."""
+    checkpoint = request.checkpoint
+    return {component: checkpoint.digest(component) for component in components_of(checkpoint.layout)}
+
+
+def is_current(bundle: Bundle, request: ConvertRequest) -> bool:
+    """Tell whether a manifest says what it would say now, apart from its files and from components that nobody has."""
+    manifest, digests = bundle.manifest, bundle.manifest.checkpoint.digests
+    return (
+        _made_from(manifest) == _asked_for(request)
+        and manifest.loras == lora_entries(request.checkpoint)
+        and manifest.tools == tool_versions()
+        and manifest.layout == request.checkpoint.layout
+        and all(digests.get(c) == request.checkpoint.digest(c) for c in {*request.selected(), *bundle.components})
+    )
+
+
+def is_right(bundle: Bundle, artifact: Artifact, request: ConvertRequest, keys: Keys) -> bool:
+    """Tell whether a component's file is whole, where it is wanted, and what would be made now."""
+    return (
+        artifact.kind in RESULTS
+        and artifact.fingerprint == keys.get(RESULTS[artifact.kind][-1], "")
+        and not (request.with_reference and artifact.kept_at is not None)
+        and bundle.is_whole(artifact)
+    )
+
+
+def is_right_shared(bundle: Bundle, artifact: Artifact, request: ConvertRequest) -> bool:
+    """Tell whether a file for all components is whole and what would be written now."""
+    if artifact.kind == "bottleneck_params":
+        decoder = Component.DECODER
+        same = bundle.manifest.checkpoint.digests.get(decoder) == request.checkpoint.digest(decoder)
+    else:
+        text = shared_text(request, artifact.kind)
+        same = text is not None and artifact.sha256 == hashlib.sha256(text.encode()).hexdigest()
+    return same and artifact.path == SHARED[artifact.kind] and bundle.is_whole(artifact)
+
+
+def shared_text(request: ConvertRequest, kind: ArtifactKind) -> str | None:
+    """Return what a file for all components holds; None if this checkpoint has none, or has it in its weights."""
+    if kind == "recipe":
+        return request.recipe.to_yaml()
+    if kind == "tokenizer" and request.checkpoint.layout.text_encoder is not None:
+        return (request.checkpoint.folder / TEXT_ENCODER_FOLDER / TOKENIZER).read_text(encoding="utf-8")
+    return None

@@ -1,1 +1,0 @@
-"""The probes, by what they are about; `table` lists them all."""

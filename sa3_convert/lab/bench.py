@@ -1,0 +1,394 @@
+"""`bench`: how long generations take on each engine and in how much memory, interleaved, so that ratios hold."""
+
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from numpy.typing import NDArray
+
+from sa3_convert.arrays import Arrays, Floats, Session
+from sa3_convert.bundle.manifest import SPLIT_KINDS
+from sa3_convert.bundle.reader import Bundle
+from sa3_convert.components import Component
+from sa3_convert.errors import BackendError, BundleError, UsageError
+from sa3_convert.runtime import autoencode
+from sa3_convert.runtime.autoencode import Bottleneck
+from sa3_convert.runtime.conditioning import lengths
+from sa3_convert.runtime.engines import Engine, EngineName
+from sa3_convert.runtime.opening import KINDS, bundle_engine, checkpoint_parts
+from sa3_convert.runtime.output_checks import CHECKS
+from sa3_convert.runtime.pipeline import Pipeline
+from sa3_convert.runtime.request import GenerateRequest
+from sa3_convert.system.supervisor import die_with_parent
+
+
+@dataclass(slots=True)
+class Clock:
+    """Seconds and runs since the last reset."""
+
+    load: float = 0.0
+    run: defaultdict[Component, float] = field(default_factory=lambda: defaultdict(float))
+    """Seconds within the engine's own calls."""
+    runs: Counter[Component] = field(default_factory=Counter)
+
+    def reset(self) -> None:
+        """Start at zero."""
+        self.load = 0.0
+        self.run.clear()
+        self.runs.clear()
+
+
+class TimedEngine:
+    """Loads another engine's models and times them.
+
+    Args:
+        engine: what really loads and runs.
+        clock: what the times are added to.
+
+    """
+
+    def __init__(self, engine: Engine, clock: Clock) -> None:
+        self._engine = engine
+        self._clock = clock
+
+    @property
+    def name(self) -> EngineName:
+        """The engine's name."""
+        return self._engine.name
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The engine's settings."""
+        return self._engine.settings
+
+    def load(self, component: Component) -> Session:
+        """Load a model; see `Engine.load`."""
+        start = time.perf_counter()
+        session = self._engine.load(component)
+        self._clock.load += time.perf_counter() - start
+        return _TimedSession(session, component, self._clock)
+
+
+class _TimedSession:
+    def __init__(self, session: Session, component: Component, clock: Clock) -> None:
+        self._session = session
+        self._component = component
+        self._clock = clock
+
+    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        start = time.perf_counter()
+        result = self._session.run(feeds)
+        self._clock.run[self._component] += time.perf_counter() - start
+        self._clock.runs[self._component] += 1
+        return result
+
+    def close(self) -> None:
+        close = getattr(self._session, "close", None)
+        if close is not None:
+            close()
+
+
+REFERENCE_CHUNK, REFERENCE_OVERLAP = 128, 32
+"""How the published reference decodes by default, in latents."""
+
+_ENGINES: Mapping[str, tuple[EngineName, Mapping[str, Any]]] = {
+    "mnn": ("mnn", {}),
+    "mnn-low": ("mnn", {"memory": "low"}),
+    "mnn-split": ("mnn", {"split": True}),
+    "onnxruntime": ("onnxruntime", {}),
+    "onnxruntime-int8": ("onnxruntime-int8", {}),
+    "torch": ("torch", {"padding": "value_zeroing"}),
+}
+NAMES = tuple(_ENGINES)
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One engine with settings; plain data, so that another process can open the same."""
+
+    name: str
+    source: str
+    """The bundle's folder; of torch, the checkpoint's."""
+    engine: EngineName
+    options: Mapping[str, Any] = field(default_factory=dict)
+    manifest: str | None = None
+    """SHA-256 of the manifest of the bundle that was checked."""
+
+    def open(self, clock: Clock, *, keep_loaded: bool) -> Pipeline:
+        """Return a pipeline whose models are timed.
+
+        Raises:
+            Sa3Error: the bundle or checkpoint cannot be used, or the engine is not there.
+
+        """
+        path = Path(self.source)
+        if self.engine == "torch":
+            engine, tokenizer, bottleneck = checkpoint_parts(path, self.options)
+            return _AsReference(
+                engine.checkpoint.layout, TimedEngine(engine, clock), tokenizer, bottleneck, keep_loaded=keep_loaded
+            )
+        bundle = Bundle.open(path)
+        if self.manifest not in (None, bundle.manifest.digest):
+            raise BundleError(f"{path} was replaced by another bundle while it was measured. Run the command again.")
+        runner: Engine = bundle_engine(bundle, self.engine, self.options)
+        with bundle.reading("tokenizer") as tokenizer, bundle.reading("bottleneck_params") as parameters:
+            bottleneck = Bottleneck.read(parameters, bundle.layout.autoencoder.latent_dim)
+            return Pipeline(bundle.layout, TimedEngine(runner, clock), tokenizer, bottleneck, keep_loaded=keep_loaded)
+
+
+class _AsReference(Pipeline):
+    """Decodes everything, padding included, in the published reference's own chunks."""
+
+    def decode(self, latents: Floats, samples: int | None = None) -> Generator[Floats, None, None]:
+        with self._models.use(Component.DECODER) as decoder:
+            audio = autoencode.decoded_with_overlap(
+                decoder, latents, self.layout.autoencoder, chunk=REFERENCE_CHUNK, overlap=REFERENCE_OVERLAP
+            )
+            yield audio[:, :, :samples]
+
+
+def contenders(
+    bundle: Path, names: tuple[str, ...], *, checkpoint: Path | None = None, threads: int | None = None
+) -> tuple[Contender, ...]:
+    """Return what was asked for; without names everything that the bundle can run, and torch if there is a checkpoint.
+
+    Raises:
+        UsageError: no such engine, one is named twice, or torch without a checkpoint or the other way round.
+        BundleError: the bundle, or a file that an engine needs, is missing or not what the manifest says.
+
+    """
+    opened = Bundle.open(bundle)
+    kinds = {artifact.kind for artifact in opened.manifest.artifacts}
+    if not names:
+        names = tuple(
+            n
+            for n, (engine, options) in _ENGINES.items()
+            if engine != "torch" and KINDS[engine] in kinds and ("split" not in options or SPLIT_KINDS[1] in kinds)
+        )
+        names += ("torch",) if checkpoint is not None else ()
+    if unknown := [name for name in names if name not in _ENGINES]:
+        raise UsageError(f"There is no engine {unknown[0]!r} to measure. There are: {', '.join(NAMES)}.")
+    if len(set(names)) != len(names):
+        raise UsageError("An engine is named twice; --repeats says how often each is measured.")
+    if ("torch" in names) != (checkpoint is not None):
+        raise UsageError("The torch engine runs a checkpoint: give --engine torch and --checkpoint DIR together.")
+    common = {} if threads is None else {"threads": threads}
+    found = []
+    for name in names:
+        engine, options = _ENGINES[name]
+        if engine != "torch":
+            bundle_engine(opened, engine, options)
+        source, manifest = (checkpoint, None) if engine == "torch" else (bundle, opened.manifest.digest)
+        found.append(Contender(name, str(source), engine, {**options, **common}, manifest))
+    return tuple(found)
+
+
+def peak_memory(contender: Contender, request: GenerateRequest) -> int:
+    """Return the most bytes that were resident at once while a new process made one generation.
+
+    Models are loaded for their stage and freed after it, as `run` does.
+
+    Raises:
+        BackendError: the process failed; the message is its own.
+
+    """
+    task = {"contender": dataclasses.asdict(contender), "request": request.to_json()}
+    command = [sys.executable, "-m", "sa3_convert.lab.bench"]
+    result = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, check=False)
+    if result.returncode:
+        reason = result.stderr.strip().splitlines()[-1:] or ["without a word (killed for its memory?)"]
+        raise BackendError(f"Measuring the memory of {contender.name} ended with {result.returncode}: {reason[0]}")
+    return int(json.loads(result.stdout)["peak_bytes"])
+
+
+def resident_peak() -> int:
+    """Return this process's largest resident size so far, in bytes."""
+    try:
+        # Unlike ru_maxrss this does not count what the parent had before it started this program.
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+
+
+def _main() -> None:
+    die_with_parent()
+    task = json.load(sys.stdin)
+    request = GenerateRequest.from_json(task["request"])
+    with Contender(**task["contender"]).open(Clock(), keep_loaded=False) as pipeline:
+        # Chunks are let go as they come, as when they are written to a file.
+        for _ in pipeline.stream(request, allow=CHECKS):
+            pass
+    sys.stdout.write(json.dumps({"peak_bytes": resident_peak()}) + "\n")
+
+
+if __name__ == "__main__":
+    _main()
+
+PROMPT = "warm analog synth pad with slow attack, 90 BPM"
+Temperature = Literal["cold", "warm"]
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Seconds of one generation; the parts add up to `total`."""
+
+    load: float
+    """Loading models; 0 when they were kept."""
+    text_encoder: float
+    number_conditioner: float
+    dit: float
+    decoder: float
+    other: float
+    """Everything outside the engine's own calls: tokens, noise, sampler, windows, checks."""
+    dit_runs: int
+
+    @property
+    def total(self) -> float:
+        """The whole generation."""
+        return self.load + self.text_encoder + self.number_conditioner + self.dit + self.decoder + self.other
+
+    @property
+    def dit_step(self) -> float:
+        """One run of the DiT."""
+        return self.dit / self.dit_runs
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One engine at one duration, cold or warm."""
+
+    engine: str
+    duration: float
+    """Seconds of audio."""
+    temperature: Temperature
+    """Cold: the first generation, models loaded in it (from the system's file cache, if they are there). Warm: later
+    ones with the models kept."""
+    figures: Figures
+    """Of the run with the median total."""
+    totals: tuple[float, ...]
+    """Of all runs, in order."""
+    peak_bytes: int | None
+    """Resident memory of a process of its own that loads each model for its stage."""
+
+    @property
+    def real_time_factor(self) -> float:
+        """Seconds of audio per second of work."""
+        return self.duration / self.figures.total
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all figures, derived ones included."""
+        figures = dataclasses.asdict(self.figures)
+        figures |= {"dit_step": self.figures.dit_step, "total": self.figures.total}
+        return {
+            "engine": self.engine,
+            "duration": self.duration,
+            "temperature": self.temperature,
+            "seconds": {name: value for name, value in figures.items() if name != "dit_runs"},
+            "dit_runs": self.figures.dit_runs,
+            "real_time_factor": self.real_time_factor,
+            "totals": list(self.totals),
+            "peak_bytes": self.peak_bytes,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class BenchRequest:
+    """What to measure."""
+
+    contenders: tuple[Contender, ...]
+    durations: tuple[float, ...]
+    repeats: int = 3
+    """Warm generations per engine and duration."""
+    steps: int | None = None
+    memory: bool = True
+    """Also measure peak memory, which takes one more generation of one step each."""
+
+
+Report = Callable[[str], None]
+
+
+def bench(request: BenchRequest, report: Report) -> list[Row]:
+    """Measure every engine at every duration.
+
+    Args:
+        request: what to measure.
+        report: called with a line before each measurement.
+
+    Raises:
+        UsageError: nothing to measure, or a duration that the model cannot generate; found before the first one.
+        Sa3Error: an engine cannot run the models.
+
+    """
+    if not request.contenders or not request.durations or request.repeats < 1:
+        raise UsageError("Give at least one engine, one duration and one repeat.")
+    with request.contenders[0].open(Clock(), keep_loaded=False) as pipeline:
+        for duration in request.durations:
+            lengths(pipeline.layout, duration)
+    return [row for duration in request.durations for row in _at_duration(request, duration, report)]
+
+
+def _at_duration(request: BenchRequest, duration: float, report: Report) -> list[Row]:
+    generation = GenerateRequest(PROMPT, seconds=duration, steps=request.steps)
+    runs: dict[str, list[Figures]] = {contender.name: [] for contender in request.contenders}
+    with ExitStack() as stack:
+        clocks = {contender.name: Clock() for contender in request.contenders}
+        pipelines = {
+            contender.name: stack.enter_context(contender.open(clocks[contender.name], keep_loaded=True))
+            for contender in request.contenders
+        }
+        for turn in range(1 + request.repeats):
+            # Every other turn backwards, so that no engine always follows the same one.
+            for name in (list(runs), list(reversed(runs)))[turn % 2]:
+                report(f"{duration:g} s, {name}, {'cold' if turn == 0 else f'warm {turn} of {request.repeats}'}")
+                runs[name].append(measured(pipelines[name], generation, clocks[name]))
+    peaks: dict[str, int | None] = dict.fromkeys(runs)
+    if request.memory:
+        single = GenerateRequest(PROMPT, seconds=duration, steps=1)
+        for contender in request.contenders:
+            report(f"{duration:g} s, {contender.name}, memory")
+            peaks[contender.name] = peak_memory(contender, single)
+    rows = []
+    for name, (cold, *warm) in runs.items():
+        rows.append(Row(name, duration, "cold", cold, (cold.total,), peaks[name]))
+        rows.append(Row(name, duration, "warm", median_run(warm), tuple(f.total for f in warm), peaks[name]))
+    return rows
+
+
+def measured(pipeline: Pipeline, request: GenerateRequest, clock: Clock) -> Figures:
+    """Generate once and return where the time went.
+
+    Args:
+        pipeline: over a `TimedEngine` of `clock`.
+        request: what to generate; its output is not checked, because seeded weights make noise.
+        clock: is reset first.
+
+    """
+    clock.reset()
+    start = time.perf_counter()
+    for _ in pipeline.stream(request, allow=CHECKS):
+        pass
+    total = time.perf_counter() - start
+    return Figures(
+        load=clock.load,
+        text_encoder=clock.run[Component.TEXT_ENCODER],
+        number_conditioner=clock.run[Component.NUMBER_CONDITIONER],
+        dit=clock.run[Component.DIT],
+        decoder=clock.run[Component.DECODER],
+        other=total - clock.load - sum(clock.run.values()),
+        dit_runs=clock.runs[Component.DIT],
+    )
+
+
+def median_run(runs: Sequence[Figures]) -> Figures:
+    """Return the run whose total is the median (the lower one of an even number), so that its parts add up."""
+    return sorted(runs, key=lambda figures: figures.total)[(len(runs) - 1) // 2]

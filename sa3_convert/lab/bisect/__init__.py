@@ -1,0 +1,1 @@
+"""Which operator of a converted model is at fault."""

@@ -1,0 +1,178 @@
+"""One pass over reference and target: for each tensor that both have, how much error its own operators make."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sa3_convert.arrays import Arrays
+from sa3_convert.check.metrics import MAX_DB, compare
+from sa3_convert.errors import ModelFileError
+from sa3_convert.lab.bisect.graphs import ReferenceGraph, TargetGraph
+from sa3_convert.lab.bisect.result import OperatorError
+from sa3_convert.mnn.session import Backend, Level, MnnSession
+
+_MASKED_BELOW = -5e3
+
+Values = dict[str, NDArray[Any]]
+
+
+class TargetRuns:
+    """Runs of the target that keep chosen tensors."""
+
+    def __init__(
+        self,
+        path: Path,
+        feeds: Arrays,
+        threads: int | None,
+        backend: Backend,
+        *,
+        precision: Level = "high",
+        memory: Level = "normal",
+    ) -> None:
+        self.path, self._feeds, self._threads, self._backend = path, feeds, threads, backend
+        self._precision, self._memory = precision, memory
+
+    def outputs(self, names: Sequence[str]) -> Values:
+        """Return tensors by name; fails if one cannot be had."""
+        with MnnSession(
+            self.path,
+            inputs=list(self._feeds),
+            outputs=names,
+            threads=self._threads,
+            precision=self._precision,
+            memory=self._memory,
+            backend=self._backend,
+        ) as session:
+            return session.run(self._feeds)
+
+    def available(self, names: Sequence[str]) -> Values:
+        """Return those of the tensors that MNN hands out; some that the file names exist only inside an operator."""
+        try:
+            return self.outputs(names)
+        except ModelFileError:
+            if len(names) == 1:
+                return {}
+            half = len(names) // 2
+            return self.available(names[:half]) | self.available(names[half:])
+
+
+class Walk:
+    """One pass over the graph, group by group.
+
+    Args:
+        graph: the reference.
+        stored: the target's structure.
+        feeds: the inputs.
+        runs: runs of the target.
+        comparable: names of the tensors that are taken to mean the same on both sides, in the graph's order.
+
+    """
+
+    def __init__(
+        self, graph: ReferenceGraph, stored: TargetGraph, feeds: Arrays, runs: TargetRuns, comparable: Sequence[str]
+    ) -> None:
+        self._graph, self._stored, self._feeds, self._runs = graph, stored, feeds, runs
+        self._comparable = dict.fromkeys(comparable)
+        self._segments = {name: graph.segment(name, self._comparable) for name in comparable}
+        self._last_use = {s: name for name, (_, sources) in self._segments.items() for s in sources}
+        self._error_out: dict[str, float | None] = {}
+        self._reference: Values = {}
+        self._target: Values = {}
+        self.errors: list[OperatorError] = []
+        """One entry per tensor that could be judged."""
+
+    def all(self, memory_limit: int) -> set[str]:
+        """Judge every tensor; return those that cannot be compared after all, with which the pass has to be redone."""
+        for group in self._groups(memory_limit):
+            lost = self._judge(group)
+            if lost:
+                return lost
+        return set()
+
+    def _groups(self, memory_limit: int) -> list[list[str]]:
+        groups: list[list[str]] = [[]]
+        size = 0
+        for name in self._comparable:
+            size += self._graph.tensors[name].bytes
+            if size > memory_limit and groups[-1]:
+                groups.append([])
+                size = self._graph.tensors[name].bytes
+            groups[-1].append(name)
+        return groups
+
+    def _judge(self, group: Sequence[str]) -> set[str]:
+        reference = self._graph.run(group, self._reference, self._feeds)
+        target, lost = matched(reference, self._runs.available(group))
+        if lost:
+            return lost
+        known = self._target | target
+        sources = {source for name in group for source in self._segments[name][1]}
+        explained = self._graph.run(group, {name: known[name] for name in sources}, self._feeds)
+        for name in group:
+            self._error_out[name] = signal_to_noise(reference[name], target[name])
+            own = signal_to_noise(explained[name], target[name])
+            if own is not None:
+                self.errors.append(self._described(name, own, reference[name].shape))
+        self._keep_what_is_used_later(group, reference, target)
+        return set()
+
+    def _described(self, name: str, own: float, shape: tuple[int, ...]) -> OperatorError:
+        operators, sources = self._segments[name]
+        incoming = [ratio for source in sources if (ratio := self._error_out[source]) is not None]
+        tensor = self._graph.tensors[name]
+        outgoing = self._error_out[name]
+        return OperatorError(
+            name=name,
+            onnx_operators=tuple(self._graph.nodes[index].op_type for index in operators),
+            mnn_operator=self._stored.operator(name),
+            stored=self._stored.stored(name, self._comparable),
+            shape=shape,
+            inputs=sources + self._graph.inputs_of(operators),
+            error_in_db=min(incoming, default=MAX_DB),
+            error_out_db=-MAX_DB if outgoing is None else outgoing,
+            own_error_db=own,
+            index=tensor.index,
+        )
+
+    def _keep_what_is_used_later(self, group: Sequence[str], reference: Values, target: Values) -> None:
+        position = {name: i for i, name in enumerate(self._comparable)}
+        reached = position[group[-1]]
+        needed = {s for s, user in self._last_use.items() if position[user] > reached}
+        self._reference = {n: v for n, v in (self._reference | reference).items() if n in needed}
+        self._target = {n: v for n, v in (self._target | target).items() if n in needed}
+
+
+def matched(reference: Mapping[str, NDArray[Any]], target: Mapping[str, NDArray[Any]]) -> tuple[Values, set[str]]:
+    """Give the target's arrays the reference's shapes, which MNN pads with ones; name those that are another thing."""
+    matched: Values = {}
+    lost: set[str] = set()
+    for name, expected in reference.items():
+        actual = target.get(name)
+        if actual is None or actual.dtype != expected.dtype or _essential(actual) != _essential(expected):
+            lost.add(name)
+        else:
+            matched[name] = actual.reshape(expected.shape)
+    return matched, lost
+
+
+def _essential(array: NDArray[Any]) -> list[int]:
+    return [size for size in array.shape if size != 1]
+
+
+def signal_to_noise(reference: NDArray[Any], target: NDArray[Any]) -> float | None:
+    """Return the ratio in dB over the positions that the reference does not mask.
+
+    Masked logits, -∞ or about -10⁴, would drown all others. A target that is not finite where the reference counts has
+    `-MAX_DB`; None means that there is no position to judge by.
+    """
+    counts = np.isfinite(reference) & (reference > _MASKED_BELOW)
+    if not np.isfinite(target[counts]).all():
+        return -MAX_DB
+    if not counts.any():
+        return None
+    if not counts.all():
+        reference, target = reference[counts], target[counts]
+    return compare(reference, target).signal_to_noise_db

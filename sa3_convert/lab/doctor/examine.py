@@ -1,0 +1,211 @@
+"""Run probes on a backend and judge what comes: the only place that decides between works and wrong."""
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from sa3_convert.check.metrics import MAX_DB, compare
+from sa3_convert.errors import ConversionError, ModelFileError
+from sa3_convert.lab.doctor.apart import converted, run_jobs
+from sa3_convert.lab.doctor.probe import GraphProbe, Probe, Setting, ToolProbe
+from sa3_convert.lab.doctor.probes import PROBES
+from sa3_convert.lab.doctor.results import Answer, Diagnosis, ProbeResult, this_machine
+from sa3_convert.lab.doctor.worker import Job, Ran
+from sa3_convert.mnn.session import Backend, require_backend
+from sa3_convert.passes.hazard_kinds import HAZARD_KINDS
+from sa3_convert.system.files import partial_folder
+from sa3_convert.system.machine import surroundings, version_of
+
+HALF_DB = 40.0
+"""What is asked of a GPU at any precision but high, where it computes with half floats (66 dB for one operator)."""
+_FELL_BACK = ("support type", "back to cpu", "fallback to cpu", "fall back")
+"""How MNN's backends say on standard output that an operator runs on the CPU."""
+CONVERTER = "converter"
+"""How the one answer is named that no setting of the runtime changes."""
+
+Report = Callable[[int, int], None]
+Arrays = Mapping[str, NDArray[Any]]
+
+
+def examine(
+    backend: Backend, probes: Sequence[Probe] = PROBES, report: Report = lambda done, total: None
+) -> list[ProbeResult]:
+    """Run probes.
+
+    Args:
+        backend: where to run.
+        probes: what to try.
+        report: called with how many are done, and of how many.
+
+    Raises:
+        BackendError: MNN or the backend is not there.
+
+    """
+    require_backend(backend)
+    hazards = {kind.id: kind.avoided for kind in HAZARD_KINDS}
+    with partial_folder(Path(tempfile.gettempdir()) / "sa3-doctor") as root:
+        prepared = []
+        for number, probe in enumerate(probes):
+            report(number, len(probes))
+            prepared.append(_prepared(probe, root / str(number), backend))
+        answers = _run(prepared, root, backend)
+        report(len(probes), len(probes))
+    return [
+        ProbeResult(
+            probe=probe.id,
+            asks=probe.asks,
+            answers=found,
+            hazard=probe.hazard,
+            avoided=hazards.get(probe.hazard or "", ""),
+            needed_by=probe.needed_by if isinstance(probe, GraphProbe) else (),
+        )
+        for probe, found in zip(probes, answers, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    probe: Probe
+    answer: Answer | None
+    """Where there is nothing to run."""
+    jobs: tuple[Job, ...] = ()
+
+
+def _prepared(probe: Probe, folder: Path, backend: Backend) -> _Prepared:
+    folder.mkdir()
+    if isinstance(probe, ToolProbe):
+        return _Prepared(probe, _checked(probe, folder))
+    try:
+        model = converted(probe, folder, probe.flags)
+    except ConversionError as error:
+        return _Prepared(probe, Answer("unsupported", detail=_first_line(error)))
+    feeds = []
+    for number, arrays in enumerate(probe.feeds):
+        feeds.append(str(folder / f"feeds-{number}.npz"))
+        np.savez(feeds[-1], **arrays)  # type: ignore[arg-type]
+    outputs = tuple(port.name for port in probe.proto().graph.output)
+    return _Prepared(
+        probe,
+        None,
+        tuple(
+            Job(str(model), tuple(feeds), outputs, backend, s.precision, s.memory, str(folder / f"{number}.json"))
+            for number, s in enumerate(probe.settings)
+        ),
+    )
+
+
+def _checked(probe: ToolProbe, folder: Path) -> Answer:
+    try:
+        wrong = probe.check(folder)
+    except (ConversionError, ModelFileError) as error:
+        return Answer("fails", detail=_first_line(error))
+    return Answer("works") if wrong is None else Answer("wrong", detail=wrong)
+
+
+def _run(prepared: Sequence[_Prepared], root: Path, backend: Backend) -> list[dict[str, Answer]]:
+    jobs = [job for entry in prepared for job in entry.jobs]
+    ran = iter(run_jobs(jobs, root))
+    return [
+        {CONVERTER: entry.answer}
+        if entry.answer is not None
+        else _answers(entry, [next(ran) for _ in entry.jobs], root, backend)
+        for entry in prepared
+    ]
+
+
+def _answers(entry: _Prepared, ran: Sequence[Ran], root: Path, backend: Backend) -> dict[str, Answer]:
+    probe = entry.probe
+    assert isinstance(probe, GraphProbe)
+    reference = _reference(probe)
+    found = {}
+    for setting, job, first in zip(probe.settings, entry.jobs, ran, strict=True):
+        answer = judged(probe, setting, backend, reference, job, first)
+        for _ in range(probe.processes - 1):
+            if answer.outcome != "works":
+                break
+            answer = judged(probe, setting, backend, reference, job, run_jobs([job], root)[0])
+        found[setting.name] = answer
+    return found
+
+
+def judged(
+    probe: GraphProbe, setting: Setting, backend: Backend, reference: Sequence[Arrays], job: Job, ran: Ran
+) -> Answer:
+    """Compare what a job left with the reference."""
+    if ran.error is not None:
+        return Answer("fails", detail=_first_line(ran.error))
+    with np.load(job.arrays, allow_pickle=False) as archive:
+        results = {name: archive[name] for name in archive.files}
+    least = probe.least_db if backend == "cpu" or setting.precision == "high" else min(probe.least_db, HALF_DB)
+    worst, where = min(
+        _compared(expected, results[f"{run}/{name}"], _name(probe, name, run))
+        for run, outputs in enumerate(reference)
+        for name, expected in outputs.items()
+    )
+    if worst < least:
+        return Answer("wrong", None if worst == -MAX_DB else worst, where)
+    fallen = next((line for line in ran.messages if any(mark in line.lower() for mark in _FELL_BACK)), None)
+    return Answer("works", worst) if fallen is None or backend == "cpu" else Answer("cpu", worst, fallen)
+
+
+def _compared(reference: NDArray[Any], target: NDArray[Any], what: str) -> tuple[float, str]:
+    """Return the ratio in dB and what to say about it; numbers that are not finite must stand in the same places."""
+    # MNN pads shapes with ones.
+    if [s for s in reference.shape if s != 1] != [s for s in target.shape if s != 1]:
+        return -MAX_DB, f"{what}shape {list(target.shape)}, not {list(reference.shape)}"
+    target = target.reshape(reference.shape)
+    if reference.dtype.kind != "f":
+        reference, target = reference.astype(np.float32), target.astype(np.float32)
+    finite, there = np.isfinite(reference), np.isfinite(target)
+    if np.any(there & ~finite):
+        return -MAX_DB, f"{what}a number where NaN belongs"
+    if np.any(finite & ~there):
+        return -MAX_DB, f"{what}NaN or infinity"
+    return compare(reference[finite], target[finite]).signal_to_noise_db, what.removesuffix(": ")
+
+
+def _name(probe: GraphProbe, output: str, run: int) -> str:
+    """Return which output of which run, if there are several, and a colon."""
+    parts = [output] if len(probe.proto().graph.output) > 1 else []
+    parts += [f"run {run + 1}"] if len(probe.feeds) > 1 else []
+    return f"{', '.join(parts)}: " if parts else ""
+
+
+def _reference(probe: GraphProbe) -> list[Arrays]:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    session = ort.InferenceSession(probe.proto().SerializeToString(), options, providers=["CPUExecutionProvider"])
+    names = [port.name for port in session.get_outputs()]
+    return [dict(zip(names, session.run(names, dict(feeds)), strict=True)) for feeds in probe.feeds]
+
+
+def _first_line(error: object) -> str:
+    return str(error).strip().splitlines()[0][:200]
+
+
+def diagnose(backend: Backend, report: Report = lambda done, total: None) -> Diagnosis:
+    """Run every probe on a backend.
+
+    Raises:
+        BackendError: MNN or the backend is not there.
+
+    """
+    start = time.perf_counter()
+    results = tuple(examine(backend, report=report))
+    return Diagnosis(
+        mnn=version_of("MNN"),
+        backend=backend,
+        machine=this_machine(),
+        results=results,
+        seconds=time.perf_counter() - start,
+        surroundings=surroundings(),
+    )

@@ -1,0 +1,101 @@
+"""A probe: a small graph or a call of the converter, and what a sound MNN would make of it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx import numpy_helper, parser
+
+from sa3_convert.components import Component
+from sa3_convert.lab.doctor.results import setting_name
+
+Level = Literal["normal", "high", "low"]
+Feeds = Mapping[str, NDArray[Any]]
+LEVELS: tuple[Level, ...] = ("high", "normal", "low")
+
+EXACT_DB = 90.0
+"""What float32 operators reach with room to spare (110 dB and more are usual)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How the runtime is asked to compute."""
+
+    precision: Level = "high"
+    memory: Level = "normal"
+
+    @property
+    def name(self) -> str:
+        """How results call it."""
+        return setting_name(self.precision, self.memory)
+
+
+PRECISIONS = tuple(Setting(precision) for precision in LEVELS)
+EVERY_SETTING = tuple(Setting(precision, memory) for precision in LEVELS for memory in LEVELS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphProbe:
+    """A graph that MNN converts and runs, and ONNX Runtime runs too."""
+
+    id: str
+    asks: str
+    """What is tried, in a few words."""
+    text: str
+    """ONNX's textual form, from the inputs on."""
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    feeds: tuple[Feeds, ...] = ({},)
+    """Run one after the other in one session; their lengths may differ."""
+    hazard: str | None = None
+    """Row of the hazard table that a bad answer shows."""
+    needed_by: tuple[Component, ...] = ()
+    """Components whose graphs are spelled like this."""
+    opset: int = 18
+    flags: tuple[str, ...] = ()
+    """Further flags of the converter."""
+    settings: tuple[Setting, ...] = (Setting(),)
+    least_db: float = EXACT_DB
+    """What the way of storing allows, less than exact where weights are integers."""
+    processes: int = 1
+    """More where the same file is wrong in some processes only: as many are tried until one is."""
+    external_data: bool = False
+    """Keep the initialisers in a file beside the graph."""
+    rewrite: Callable[[ir.Model], object] | None = None
+    """A pass of this project, where the probe is about what it makes; ONNX Runtime runs the graph without it."""
+
+    def proto(self) -> onnx.ModelProto:
+        """Return the graph as it stands."""
+        header = f'<ir_version: 10, opset_import: ["" : {self.opset}, "own" : 1]>\nprobe '
+        proto = parser.parse_model(header + self.text)
+        proto.graph.initializer.extend(
+            numpy_helper.from_array(np.asarray(value), name) for name, value in self.constants.items()
+        )
+        return proto
+
+    def write(self, path: Path) -> None:
+        """Write what the converter gets."""
+        proto = self.proto()
+        if self.rewrite is not None:
+            model = ir.serde.deserialize_model(proto)
+            self.rewrite(model)
+            proto = ir.serde.serialize_model(model)
+        onnx.save(proto, path, save_as_external_data=self.external_data, location=f"{path.name}.data", size_threshold=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolProbe:
+    """Something that MNN's converter or its Python bindings are asked to do, judged by what comes of it."""
+
+    id: str
+    asks: str
+    hazard: str
+    check: Callable[[Path], str | None]
+    """Gets an empty folder; returns what is wrong, or None. Errors that it raises mean that MNN refused."""
+
+
+Probe = GraphProbe | ToolProbe

@@ -1,0 +1,326 @@
+"""What depends on range and precision: arithmetic, and stored weights in each memory mode."""
+
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sa3_convert.components import Component
+from sa3_convert.lab.doctor.probe import EVERY_SETTING, PRECISIONS, GraphProbe
+from sa3_convert.passes.fp16_safe import make_fp16_safe
+from sa3_convert.passes.quantise_embedding import quantise_embedding
+
+_RANDOM = np.random.default_rng(1)
+_AXES: Final = (16, 32, 33, 64, 128, 256, 512)
+_MAXIMA: Final = (0, -30, -60, -70, -80, -90)
+_ATTENDING: Final = (Component.TEXT_ENCODER, Component.DIT, Component.DECODER, Component.ENCODER)
+_AUTOENCODER: Final = (Component.DECODER, Component.ENCODER)
+
+
+def _normal(*shape: int) -> NDArray[np.float32]:
+    return _RANDOM.standard_normal(shape).astype(np.float32)
+
+
+def _logits(width: int) -> NDArray[np.float32]:
+    """Return one row for each of the maxima, [6, width]."""
+    rows = -np.abs(10 * _RANDOM.standard_normal((len(_MAXIMA), width)))
+    rows -= rows.max(axis=1, keepdims=True)
+    shifted: NDArray[np.float32] = (rows + np.array(_MAXIMA)[:, None]).astype(np.float32)
+    return shifted
+
+
+_LOGITS: Final[dict[str, NDArray[Any]]] = {f"x{width}": _logits(width) for width in _AXES}
+
+
+def _softmax(each: str) -> str:
+    inputs = ", ".join(f"float[6, {width}] x{width}" for width in _AXES)
+    outputs = ", ".join(f"float[6, {width}] y{width}" for width in _AXES)
+    return f"({inputs}) => ({outputs}) {{ {'  '.join(each.replace('#', str(width)) for width in _AXES)} }}"
+
+
+def _gated(scale: float) -> GraphProbe:
+    """Return a gated MLP before a norm; its product reaches about 10⁶ unless it is scaled."""
+    gate, up, down = 40 * _normal(32, 64) / 6, 40 * _normal(32, 64) / 6, _normal(64, 32) / 8
+    scaled = scale != 1
+    return GraphProbe(
+        id="gated-product-scaled" if scaled else "gated-product",
+        asks=f"gelu(gate)·up before a norm, {'scaled into' if scaled else 'beyond'} the range of half",
+        text="""(float[1, 8, 32] x) => (float[1, 8, 32] y) {
+            g = MatMul(x, wg)  u = MatMul(x, wu)
+            c = Mul(g, g)  d = Mul(c, g)  e = Mul(d, k)  f = Add(g, e)  h = Mul(f, r)  t = Tanh(h)  o = Add(t, one)
+            a = Mul(g, half)  b = Mul(a, o)  p = Mul(b, u)  z = MatMul(p, wd)
+            q = Mul(z, z)  m = ReduceMean<keepdims = 1>(q, axes)  n = Add(m, eps)  s = Sqrt(n)  i = Reciprocal(s)
+            y = Mul(z, i) }""",
+        constants={
+            "wg": gate.astype(np.float32),
+            "wu": (up * scale).astype(np.float32),
+            "wd": down.astype(np.float32),
+            "k": np.float32(0.044715),
+            "r": np.float32(0.7978845608),
+            "one": np.float32(1),
+            "half": np.float32(0.5),
+            "axes": np.array([-1]),
+            "eps": np.float32(1e-6 * scale**2),
+        },
+        feeds=({"x": 10 * _normal(1, 8, 32)},),
+        hazard=None if scaled else "half-overflow",
+        needed_by=(Component.TEXT_ENCODER,) if scaled else (),
+        settings=PRECISIONS,
+    )
+
+
+_FOURIER = """(float[1, 1] t) => (float[1, 64] y) {
+    a = Mul(t, f)  p = Mul(a, tau)  c = Cos(p)  s = Sin(p)  y = Concat<axis = -1>(c, s) }"""
+_FREQUENCIES: Final = np.exp(np.linspace(np.log(0.5), np.log(10000), 32)).astype(np.float32)
+_TIMES: Final = tuple({"t": np.array([[t]], np.float32)} for t in (0.13, 0.517, 0.991))
+_ROTARY = """(float[1, 2, N, 16] x) => (float[1, 2, N, 16] y) {
+    s = Shape<start = 2, end = 3>(x)  l = Squeeze(s)  g = Cast<to = 1>(l)  n = Range(zero, g, step)
+    c1 = Unsqueeze(n, one)  p = Mul(c1, f)  c = Cos(p)  q = Sin(p)
+    x1, x2 = Split<axis = -1, num_outputs = 2>(x)
+    a = Mul(x1, c)  b = Mul(x2, q)  d = Sub(a, b)  e = Mul(x2, c)  h = Mul(x1, q)  k = Add(e, h)
+    y = Concat<axis = -1>(d, k) }"""
+_ROTARY_CONSTANTS: Final[dict[str, Any]] = {
+    "zero": np.float32(0),
+    "step": np.float32(1),
+    "one": np.array([1]),
+    "f": (10000.0 ** (-np.arange(8) / 8)).astype(np.float32),
+}
+_LONG: Final = ({"x": _normal(1, 2, 1400, 16)},)
+
+ARITHMETIC: tuple[GraphProbe, ...] = (
+    GraphProbe(
+        id="softmax",
+        asks="Softmax over 16 to 512 with row maxima from 0 to −90",
+        text=_softmax("y# = Softmax<axis = -1>(x#)"),
+        feeds=(_LOGITS,),
+        hazard="softmax-low-rows",
+        settings=PRECISIONS,
+    ),
+    GraphProbe(
+        id="softmax-shifted",
+        asks="the same with the row maximum subtracted first",
+        text=_softmax("m# = ReduceMax<keepdims = 1>(x#, axes)  d# = Sub(x#, m#)  y# = Softmax<axis = -1>(d#)"),
+        constants={"axes": np.array([-1])},
+        feeds=(_LOGITS,),
+        needed_by=_ATTENDING,
+        settings=PRECISIONS,
+    ),
+    GraphProbe(
+        id="softmax-low-precision",
+        asks="Softmax between two products, where precision low keeps half buffers",
+        text="""(float[2, 40, 16] x) => (float[2, 40, 16] y) {
+            t = MatMul(x, w)  s = Softmax<axis = -1>(t)  y = MatMul(s, v) }""",
+        constants={"w": _normal(16, 64), "v": _normal(64, 16)},
+        feeds=({"x": _normal(2, 40, 16)},),
+        hazard="softmax-low-precision",
+        settings=PRECISIONS,
+    ),
+    GraphProbe(
+        id="attention",
+        asks="attention with capped logits and an additive mask of −10⁴",
+        text="""(float[1, 4, 24, 16] q, float[1, 4, 24, 16] k, float[1, 4, 24, 16] v, float[1, 24] m)
+            => (float[1, 4, 24, 16] y) {
+            t = Transpose<perm = [0, 1, 3, 2]>(k)  l = MatMul(q, t)  a = Div(l, cap)  b = Tanh(a)  c = Mul(b, cap)
+            n = Sub(one, m)  o = Unsqueeze(n, axes)  p = Mul(o, low)  d = Add(c, p)
+            h = ReduceMax<keepdims = 1>(d, last)  e = Sub(d, h)  s = Softmax<axis = -1>(e)  y = MatMul(s, v) }""",
+        constants={
+            "cap": np.float32(50),
+            "one": np.float32(1),
+            "low": np.float32(-1e4),
+            "axes": np.array([1, 2]),
+            "last": np.array([-1]),
+        },
+        feeds=({name: _normal(1, 4, 24, 16) for name in "qkv"} | {"m": (np.arange(24)[None] < 9).astype(np.float32)},),
+        needed_by=_ATTENDING,
+        settings=PRECISIONS,
+    ),
+    GraphProbe(
+        id="rms-norm",
+        asks="RMS norm, spelled out",
+        text="""(float[1, 12, 96] x) => (float[1, 12, 96] y) {
+            q = Pow(x, two)  m = ReduceMean<keepdims = 1>(q, axes)  n = Add(m, eps)  s = Sqrt(n)  i = Reciprocal(s)
+            a = Mul(x, i)  y = Mul(a, g) }""",
+        constants={"two": np.float32(2), "axes": np.array([-1]), "eps": np.float32(1e-6), "g": _normal(96)},
+        feeds=({"x": _normal(1, 12, 96)},),
+        needed_by=(Component.TEXT_ENCODER, Component.DIT),
+        settings=PRECISIONS,
+    ),
+    _gated(1.0),
+    _gated(2.0**-8),
+    GraphProbe(
+        id="fourier-features",
+        asks="sines and cosines of phases up to 6·10⁴",
+        text=_FOURIER,
+        constants={"f": _FREQUENCIES, "tau": np.float32(2 * np.pi)},
+        feeds=_TIMES,
+        needed_by=(Component.DIT, Component.NUMBER_CONDITIONER),
+        settings=PRECISIONS,
+        least_db=60,
+    ),
+    GraphProbe(
+        id="fourier-features-half",
+        asks="the same converted with --fp16",
+        text=_FOURIER,
+        constants={"f": _FREQUENCIES, "tau": np.float32(2 * np.pi)},
+        feeds=_TIMES,
+        hazard="half-constants",
+        flags=("--fp16",),
+        least_db=60,
+    ),
+    GraphProbe(
+        id="fourier-features-parts",
+        asks="the same, frequencies as sums of parts that half holds",
+        text=_FOURIER,
+        constants={"f": _FREQUENCIES, "tau": np.float32(2 * np.pi)},
+        feeds=_TIMES,
+        flags=("--fp16",),
+        rewrite=make_fp16_safe,
+        needed_by=(Component.DIT, Component.NUMBER_CONDITIONER),
+        least_db=60,
+    ),
+    GraphProbe(
+        id="rotary",
+        asks="rotary positions up to 1400, counted at run time",
+        text=_ROTARY,
+        constants=_ROTARY_CONSTANTS,
+        feeds=_LONG,
+        needed_by=(Component.DIT,),
+        settings=PRECISIONS,
+    ),
+    GraphProbe(
+        id="rotary-half",
+        asks="the same converted with --fp16",
+        text=_ROTARY,
+        constants=_ROTARY_CONSTANTS,
+        feeds=_LONG,
+        hazard="half-constants",
+        flags=("--fp16",),
+        least_db=60,
+    ),
+    GraphProbe(
+        id="dynamic-tanh",
+        asks="γ·tanh(α·x) + β and a gate of SiLU",
+        text="""(float[1, 20, 32] x) => (float[1, 20, 16] y) {
+            a = Mul(x, alpha)  t = Tanh(a)  g = Mul(t, gamma)  b = Add(g, beta)
+            v, w = Split<axis = -1, num_outputs = 2>(b)  s = Sigmoid(w)  u = Mul(w, s)  y = Mul(v, u) }""",
+        constants={"alpha": np.float32(0.7), "gamma": _normal(32), "beta": _normal(32)},
+        feeds=({"x": _normal(1, 20, 32)},),
+        needed_by=_AUTOENCODER,
+        settings=PRECISIONS,
+    ),
+    GraphProbe(
+        id="dynamic-length",
+        asks="lengths 8, 33, 8 and 96 in one session: Conv, Pad, Transpose, Slice",
+        text="""(float[1, 8, N] x) => (float[1, 8, M] y) {
+            c = Conv<pads = [1, 1]>(x, w)  p = Pad(c, pads)  t = Transpose<perm = [0, 2, 1]>(p)  m = MatMul(t, v)
+            a = Add(t, m)  s = Slice(a, from, to, axis)  y = Transpose<perm = [0, 2, 1]>(s) }""",
+        constants={
+            "w": _normal(8, 8, 3) / 5,
+            "v": _normal(8, 8),
+            "pads": np.array([0, 0, 2, 0, 0, 1]),
+            "from": np.array([1]),
+            "to": np.array([-1]),
+            "axis": np.array([1]),
+        },
+        feeds=tuple({"x": _normal(1, 8, length)} for length in (8, 33, 8, 96)),
+        needed_by=(Component.DIT, *_AUTOENCODER),
+        settings=PRECISIONS,
+    ),
+)
+
+_WEIGHTS_RANDOM = np.random.default_rng(2)
+_ALL: Final = tuple(Component)
+_LINEAR = "(float[1, 12, 64] x) => (float[1, 12, 96] y) { m = MatMul(x, w)  y = Add(m, b) }"
+_CONV = "(float[1, 32, N] x) => (float[1, 48, N] y) { c = Conv<pads = [1, 1]>(x, w, b)  y = Identity(c) }"
+_LOOKUP = "(int32[1, 12] i) => (float[1, 12, 64] y) { g = Gather(w, i)  y = Mul(g, k) }"
+
+
+def _normal_weights(*shape: int) -> NDArray[np.float32]:
+    return _WEIGHTS_RANDOM.standard_normal(shape).astype(np.float32)
+
+
+_LINEAR_CONSTANTS: Final[dict[str, Any]] = {"w": _normal_weights(64, 96) / 8, "b": _normal_weights(96)}
+_LINEAR_FEEDS: Final = ({"x": _normal_weights(1, 12, 64)},)
+_CONV_CONSTANTS: Final[dict[str, Any]] = {"w": _normal_weights(48, 32, 3) / 10, "b": _normal_weights(48)}
+_CONV_FEEDS: Final = ({"x": _normal_weights(1, 32, 40)}, {"x": _normal_weights(1, 32, 17)})
+_IDS: Final = ({"i": _WEIGHTS_RANDOM.integers(0, 200, (1, 12)).astype(np.int32)},)
+_TABLE: Final[dict[str, Any]] = {"w": _normal_weights(200, 64), "k": np.float32(8)}
+
+_BITS: Final = {8: 36.0, 4: 12.0}
+"""Least ratio that the arithmetic of memory low leaves as well (8-bit activations)."""
+
+
+def _quantised(kind: str, bits: int, *flags: str) -> GraphProbe:
+    conv = kind == "conv"
+    name = f"{kind}-int{bits}" + ("-blocks" if flags else "")
+    return GraphProbe(
+        id=name,
+        asks=f"{'a convolution of 3' if conv else 'a linear'} with {bits}-bit weights{' in blocks' if flags else ''}",
+        text=_CONV if conv else _LINEAR,
+        constants=_CONV_CONSTANTS if conv else _LINEAR_CONSTANTS,
+        feeds=_CONV_FEEDS if conv else _LINEAR_FEEDS,
+        needed_by=_AUTOENCODER if conv else _ALL,
+        flags=("--weightQuantBits", str(bits), "--weightQuantAsymmetric=1", *flags),
+        settings=EVERY_SETTING,
+        least_db=_BITS[bits],
+    )
+
+
+WEIGHTS: tuple[GraphProbe, ...] = (
+    GraphProbe(
+        id="linear",
+        asks="a linear with float weights",
+        text=_LINEAR,
+        constants=_LINEAR_CONSTANTS,
+        feeds=_LINEAR_FEEDS,
+        needed_by=_ALL,
+        settings=EVERY_SETTING,
+    ),
+    GraphProbe(
+        id="linear-half",
+        asks="a linear with float16 weights",
+        text=_LINEAR,
+        constants=_LINEAR_CONSTANTS,
+        feeds=_LINEAR_FEEDS,
+        needed_by=_ALL,
+        flags=("--fp16",),
+        settings=EVERY_SETTING,
+        least_db=55,
+    ),
+    GraphProbe(
+        id="conv",
+        asks="a convolution of 3 with float weights, two lengths",
+        text=_CONV,
+        constants=_CONV_CONSTANTS,
+        feeds=_CONV_FEEDS,
+        needed_by=_AUTOENCODER,
+        settings=EVERY_SETTING,
+    ),
+    _quantised("linear", 8),
+    _quantised("linear", 8, "--weightQuantBlock", "16"),
+    _quantised("linear", 4),
+    _quantised("conv", 8),
+    _quantised("conv", 4),
+    GraphProbe(
+        id="table-int8",
+        asks="rows of an int8 table: Gather, Cast, Mul",
+        text=_LOOKUP,
+        constants=_TABLE,
+        feeds=_IDS,
+        needed_by=(Component.TEXT_ENCODER,),
+        rewrite=lambda model: quantise_embedding(model, "int8"),
+        settings=PRECISIONS,
+        least_db=40,
+    ),
+    GraphProbe(
+        id="table-int4",
+        asks="rows of a table with two numbers to a byte: Gather, Floor, Sub",
+        text=_LOOKUP,
+        constants=_TABLE,
+        feeds=_IDS,
+        needed_by=(Component.TEXT_ENCODER,),
+        rewrite=lambda model: quantise_embedding(model, "int4"),
+        settings=PRECISIONS,
+        least_db=15,
+    ),
+)

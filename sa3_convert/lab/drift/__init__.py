@@ -1,0 +1,1 @@
+"""Whether a bundle still is what a kept baseline says."""

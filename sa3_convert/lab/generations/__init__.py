@@ -1,0 +1,1 @@
+"""Whole generations on both sides, taken apart: what a full verification is made of."""

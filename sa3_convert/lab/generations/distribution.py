@@ -1,0 +1,238 @@
+"""Each component over real generations: prompts × seeds × durations, each step, the worst case by name."""
+
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sa3_convert.check.inputs import Region, text_regions
+from sa3_convert.check.metrics import Fidelity, compare
+from sa3_convert.check.progress import Report, reference_stage
+from sa3_convert.components import Component
+from sa3_convert.errors import VerificationError
+from sa3_convert.lab.generations.trajectory import GenerationCase, References, Target, Trajectory, velocity_of
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One comparison."""
+
+    case: str
+    fidelity: Fidelity
+    step: int | None = None
+    """Of the denoising loop, counted from 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Signal-to-noise ratios in dB, over all observations."""
+
+    count: int
+    mean: float
+    percentile_5: float
+    worst: float
+    worst_case: str
+    worst_step: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """All observations of one quantity; there is at least one."""
+
+    name: str
+    observations: tuple[Observation, ...]
+
+    def __post_init__(self) -> None:
+        if not self.observations:
+            raise VerificationError(f"{self.name}: nothing was compared.")
+
+    @property
+    def summary(self) -> Summary:
+        """Mean, 5 % and worst."""
+        ratios = np.array([o.fidelity.signal_to_noise_db for o in self.observations])
+        worst = self.observations[int(ratios.argmin())]
+        return Summary(
+            count=ratios.size,
+            mean=float(ratios.mean()),
+            percentile_5=float(np.percentile(ratios, 5)),
+            worst=float(ratios.min()),
+            worst_case=worst.case,
+            worst_step=worst.step,
+        )
+
+    def by_step(self) -> Mapping[int, float]:
+        """Return the mean ratio of each denoising step; empty for what has no steps."""
+        steps = sorted({o.step for o in self.observations if o.step is not None})
+        return {
+            step: float(np.mean([o.fidelity.signal_to_noise_db for o in self.observations if o.step == step]))
+            for step in steps
+        }
+
+    def to_data(self) -> dict[str, Any]:
+        """Return JSON-ready data: summary, per-step means, and every observation."""
+        return {
+            "name": self.name,
+            **asdict(self.summary),
+            "by_step": {str(step): ratio for step, ratio in self.by_step().items()},
+            "observations": [{"case": o.case, "step": o.step, **asdict(o.fidelity)} for o in self.observations],
+        }
+
+
+TEACHER_FORCED = "dit, teacher-forced"
+FREE_RUNNING = "dit, free-running"
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationFidelity:
+    """The distributions of all components."""
+
+    steps: int
+    distributions: tuple[Distribution, ...]
+
+    def of(self, name: str) -> Distribution:
+        """Return a distribution by name."""
+        return next(d for d in self.distributions if d.name == name)
+
+    def to_data(self) -> dict[str, Any]:
+        """Return JSON-ready data."""
+        return {"steps": self.steps, "distributions": [d.to_data() for d in self.distributions]}
+
+
+def measure(
+    references: References,
+    target: Target,
+    cases: Sequence[GenerationCase],
+    report: Report = lambda what, done, total: None,
+    *,
+    components: Collection[Component] = tuple(Component),
+) -> GenerationFidelity:
+    """Measure every component that the target has.
+
+    The references of a stage are computed, or fetched, before the target's first model is loaded; one model of either
+    side is in memory at a time.
+
+    Args:
+        references: of the same bundle.
+        target: the models that are judged.
+        cases: what to generate.
+        report: called as work goes on.
+        components: which ones, if the target has them.
+
+    Raises:
+        VerificationError: there are no cases, or an output cannot be compared.
+        UsageError: a duration is beyond the model's limit.
+
+    """
+    if not cases:
+        raise VerificationError("There are no cases to generate.")
+    wanted = [c for c in target.side.bundle.components if c in components]
+    _prepare(references, wanted, cases, report)
+    if Component.DIT in wanted:
+        target.embed(cases)
+    found = []
+    for stage in (stage for stage in STAGES if stage.component in wanted):
+        distinct = stage.distinct(cases)
+        observations: list[Observation] = []
+        for done, case in enumerate(distinct):
+            report(stage.name, done, len(distinct))
+            observations += stage.observe(references, target, case)
+        found.append(Distribution(stage.name, tuple(observations)))
+    target.side.close()
+    return GenerationFidelity(references.steps, tuple(found))
+
+
+def _prepare(
+    references: References, wanted: Collection[Component], cases: Sequence[GenerationCase], report: Report
+) -> None:
+    """Have the references computed, model by model: each stage builds on those before."""
+    stages: list[tuple[Component, Callable[[GenerationCase], object]]] = [
+        (Component.TEXT_ENCODER, references.prompt_embedding),
+        (Component.NUMBER_CONDITIONER, references.seconds_embedding),
+        (Component.DIT, references.trajectory),
+        (Component.DECODER, references.audio),
+        (Component.ENCODER, references.encoded),
+    ]
+    last = max((i for i, (component, _) in enumerate(stages) if component in wanted), default=-1)
+    for component, compute in stages[: last + 1]:
+        for done, case in enumerate(cases):
+            report(reference_stage(component), done, len(cases))
+            compute(case)
+    references.side.close()
+
+
+def _text_encoder(references: References, target: Target, case: GenerationCase) -> Iterator[Observation]:
+    expected, actual = references.prompt_embedding(case), target.prompt_embedding(case)
+    count = int(target.side.tokens(case).mask.sum())
+    # The prompt alone; an empty one has nothing but padding.
+    region = text_regions(count, expected.shape[1])[0]
+    yield _observed(case, region, expected, actual)
+
+
+def _number_conditioner(references: References, target: Target, case: GenerationCase) -> Iterator[Observation]:
+    yield _observed(case, Region(), references.seconds_embedding(case), target.seconds_embedding(case))
+
+
+def _teacher_forced(references: References, target: Target, case: GenerationCase) -> Iterator[Observation]:
+    path, side = references.trajectory(case), target.side
+    velocity = velocity_of(side.model(Component.DIT), side.layout, case, references.conditioning(case))
+    for step, (x, t, expected) in enumerate(zip(path.inputs, path.times, path.velocities, strict=True)):
+        yield _observed(case, _valid(path), expected, velocity(x, t), step)
+
+
+def _free_running(references: References, target: Target, case: GenerationCase) -> Iterator[Observation]:
+    path = references.trajectory(case)
+    for step, (expected, actual) in enumerate(zip(path.latents, target.latents(case), strict=True)):
+        yield _observed(case, _valid(path), expected, actual, step)
+
+
+def _decoder(references: References, target: Target, case: GenerationCase) -> Iterator[Observation]:
+    actual = target.side.audio(case, references.trajectory(case).result)
+    yield _observed(case, Region(), references.audio(case), actual)
+
+
+def _encoder(references: References, target: Target, case: GenerationCase) -> Iterator[Observation]:
+    actual = target.side.encoded(references.audio(case))
+    yield _observed(case, Region(), references.encoded(case), actual)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """How one distribution is measured."""
+
+    name: str
+    component: Component
+    observe: Callable[[References, Target, GenerationCase], Iterator[Observation]]
+    key: Callable[[GenerationCase], Hashable] = lambda case: case
+    """Cases with the same one are the same to the component."""
+
+    def distinct(self, cases: Sequence[GenerationCase]) -> tuple[GenerationCase, ...]:
+        """Return one case, the first, for all that are the same to the component."""
+        return tuple({self.key(case): case for case in reversed(cases)}.values())[::-1]
+
+
+STAGES = (
+    Stage("text_encoder", Component.TEXT_ENCODER, _text_encoder, lambda case: case.text),
+    Stage("number_conditioner", Component.NUMBER_CONDITIONER, _number_conditioner, lambda case: case.seconds),
+    Stage(TEACHER_FORCED, Component.DIT, _teacher_forced),
+    Stage(FREE_RUNNING, Component.DIT, _free_running),
+    Stage("decoder", Component.DECODER, _decoder),
+    Stage("encoder", Component.ENCODER, _encoder),
+)
+
+
+def component_of(distribution: str) -> Component:
+    """Return the component that a distribution of this name is about."""
+    return next(stage.component for stage in STAGES if stage.name == distribution)
+
+
+def _valid(path: Trajectory) -> Region:
+    return Region(axis=2, stop=path.valid)
+
+
+def _observed(
+    case: GenerationCase, region: Region, expected: NDArray[Any], actual: NDArray[Any], step: int | None = None
+) -> Observation:
+    what = case.name if step is None else f"{case.name} step={step}"
+    return Observation(case.name, compare(region.of(expected), region.of(actual), what=f"output ({what})"), step)

@@ -1,0 +1,1 @@
+"""From a size or a fidelity to a recipe."""

@@ -1,0 +1,283 @@
+"""From a checkpoint and a size (or a fidelity) to a recipe: measure, allocate, write down."""
+
+import contextlib
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter
+
+from sa3_convert.check.inputs import sample_inputs
+from sa3_convert.components import TOKEN_TABLE, Component
+from sa3_convert.convert.code_digest import code_digest
+from sa3_convert.convert.stages import stage_keys
+from sa3_convert.errors import UsageError
+from sa3_convert.lab.planner.allocation import Allocation, Option, allocate, smallest_for_error
+from sa3_convert.lab.planner.sensitivity import (
+    Curvatures,
+    LayerSensitivity,
+    Sensitivity,
+    all_grids,
+    measure_curvature,
+    priced,
+)
+from sa3_convert.networks.build import build_network
+from sa3_convert.recipe import ComponentRecipe, LayerRule, Rounding, ScaleType, WeightScheme
+from sa3_convert.rounding.grid import one_thread
+from sa3_convert.rounding.network import CALIBRATION_SEED
+from sa3_convert.system.sealed import fingerprint, read_sealed, write_sealed
+
+if TYPE_CHECKING:
+    from sa3_convert.checkpoint.reader import Checkpoint
+
+Tick = Callable[[str, int, int], None]
+"""(what, done, of how many)."""
+By = Literal["layer", "role"]
+"""What gets one precision: a layer, or all layers whose names differ in numbers only."""
+
+WORST_CASE_MARGIN_DB: Final = 6
+"""A plan predicts the mean over inputs; a floor holds for the worst of them."""
+_CASES: Final = {
+    Component.TEXT_ENCODER: tuple((seed, 0) for seed in range(12)),
+    Component.NUMBER_CONDITIONER: tuple((seed, 0) for seed in range(16)),
+    # Twice the sampler's noise levels, at lengths from a second up: what tokens share weighs more in short ones.
+    Component.DIT: tuple((seed, (96, 8, 32)[seed % 3]) for seed in range(16)),
+    Component.DECODER: tuple((seed, 32) for seed in range(4)),
+    Component.ENCODER: tuple((seed, 32) for seed in range(4)),
+}
+
+
+_PRICES: Final = TypeAdapter(dict[str, LayerSensitivity])
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a plan has to reach: one of the two."""
+
+    size: int | None = None
+    """Bytes of the whole model."""
+    snr_db: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A component's plan and its proof."""
+
+    recipe: ComponentRecipe
+    allocation: Allocation
+    """By regular expression: what `recipe` calls a layer, or a role."""
+    layers: Mapping[str, Sequence[str]]
+    """Which layers each of the allocation's keys stands for."""
+    fixed_bytes: int
+    """What is not a layer's weight: norms, biases, tables, constants."""
+
+    @property
+    def predicted_db(self) -> float:
+        """Predicted signal-to-noise ratio at the component's output."""
+        return _decibels(self.allocation.error)
+
+    @property
+    def bound_db(self) -> float:
+        """No plan of this size is better than this, by the same measurements."""
+        return _decibels(self.allocation.bound)
+
+    @property
+    def size(self) -> int:
+        """Predicted bytes of the whole model."""
+        return self.allocation.size + self.fixed_bytes
+
+
+def passes_to_run(component: Component) -> int:
+    """Return how many backward passes a measurement takes."""
+    return len(_CASES[component])
+
+
+def measure(
+    checkpoint: "Checkpoint", component: Component, scales: ScaleType, cache: Path, tick: Tick, threads: int | None
+) -> Sensitivity:
+    """Return the sensitivities of a component, measured now or kept from before; an interrupted measurement resumes.
+
+    Args:
+        checkpoint: the checkpoint.
+        component: which component.
+        scales: type of scales and minima.
+        cache: folder of measurements.
+        tick: told about progress.
+        threads: for torch.
+
+    """
+    keys = stage_keys(checkpoint, component, ComponentRecipe(floor_db=1))
+    code = code_digest(sample_inputs, layers_to_measure, measure_curvature, _priced)
+    key = fingerprint(export=keys["export"], cases=_CASES[component], code=code)
+    folder = cache / "sensitivity"
+    kept = folder / f"{component.value}-{key[:16]}-{scales}.json"
+    with contextlib.suppress(OSError, ValueError):
+        return Sensitivity.model_validate_json(read_sealed(kept))
+    if threads:
+        torch.set_num_threads(threads)
+    samples = [
+        sample_inputs(component, checkpoint.layout, seed=CALIBRATION_SEED + seed, latents=latents)
+        for seed, latents in _CASES[component]
+    ]
+    curvatures = measure_curvature(
+        build_network(component, checkpoint.layout, checkpoint.state(component)),
+        layers_to_measure(checkpoint, component),
+        samples,
+        folder / f"{component.value}-{key[:16]}.safetensors",
+        lambda done, total: tick("measuring", done, total),
+    )
+    layers = _priced(checkpoint, component, scales, curvatures, kept.with_suffix(".partial"), tick)
+    sensitivity = Sensitivity(fingerprint=key, scales=scales, layers=layers)
+    write_sealed(kept, sensitivity.model_dump_json(indent=1).encode())
+    kept.with_suffix(".partial").unlink(missing_ok=True)
+    return sensitivity
+
+
+def plan_component(
+    checkpoint: "Checkpoint",
+    component: Component,
+    base: ComponentRecipe,
+    sensitivity: Sensitivity,
+    target: Target,
+    by: By = "layer",
+) -> Plan:
+    """Return the best plan for a size, or the smallest for a fidelity.
+
+    Raises:
+        UsageError: no plan reaches the target.
+
+    """
+    fixed = _bytes_beside(checkpoint, component, base)
+    groups = layers_by_pattern(sensitivity.layers, by)
+    options = {
+        pattern: combined([sensitivity.layers[layer].options(base.floats) for layer in layers])
+        for pattern, layers in groups.items()
+    }
+    smallest = fixed + sum(min(option.size for option in choices) for choices in options.values())
+    if target.size is not None and target.size < smallest:
+        raise UsageError(
+            f"No plan for {component.value} is smaller than {smallest / 2**20:.2f} MiB; "
+            f"{target.size / 2**20:.2f} MiB were asked for."
+        )
+    if target.size is not None:
+        allocation = allocate(options, target.size - fixed)
+    elif target.snr_db is not None:
+        allocation = smallest_for_error(options, 10 ** (-target.snr_db / 10))
+    else:
+        raise UsageError("Give a size (--target-mib) or a fidelity (--min-snr).")
+    floor = max(1.0, round(_decibels(allocation.error) - WORST_CASE_MARGIN_DB, 1))
+    rounding: Rounding = "error_compensated" if base.compensates else "least_squares"
+    scheme = scheme_of(allocation, groups, sensitivity.scales, rounding)
+    recipe = base.model_copy(update={"weights": scheme, "floor_db": floor})
+    return Plan(recipe, allocation, groups, fixed)
+
+
+def _bytes_beside(checkpoint: "Checkpoint", component: Component, base: ComponentRecipe) -> int:
+    """Return the bytes of all that is not a layer's weight; MNN gives a bias of zeros to each layer without one."""
+    shapes = {name: entry.shape for name, entry in checkpoint.stored(component).items()}
+    layers = layers_to_measure(checkpoint, component)
+    table = shapes.pop(TOKEN_TABLE, (0, 0))
+    # Norms and biases stay float32 in every file.
+    kept = sum(
+        (base.float_bytes if len(shape) > 1 else 4) * math.prod(shape)
+        for name, shape in shapes.items()
+        if name not in layers.values()
+    )
+    biases = sum(4 * shapes[weight][0] for layer, weight in layers.items() if f"{layer}.bias" not in shapes)
+    return kept + biases + base.table_bytes(table[0], table[1])
+
+
+def _decibels(error: float) -> float:
+    """Return the signal-to-noise ratio of an error that is a share of the signal's energy; finite for none."""
+    return -10 * float(np.log10(max(error, 1e-30)))
+
+
+def layers_by_pattern(layers: Mapping[str, object], by: By) -> dict[str, list[str]]:
+    """Return which layers get one precision, by a regular expression for exactly their names (without anchors)."""
+    groups = defaultdict(list)
+    for layer in layers:
+        pattern = re.escape(layer)
+        groups[re.sub(r"(?<=\.)\d+(?=\\\.)", r"\\d+", pattern) if by == "role" else pattern].append(layer)
+    return dict(groups)
+
+
+def combined(choices: Sequence[Sequence[Option]]) -> list[Option]:
+    """Return the options that all layers of a group have: sizes and errors add up."""
+    found: dict[tuple[int | None, int | None], list[Option]] = defaultdict(list)
+    for options in choices:
+        for option in options:
+            found[option.bits, option.block_size].append(option)
+    return [
+        Option(bits, block, sum(option.size for option in same), sum(option.error for option in same))
+        for (bits, block), same in found.items()
+        if len(same) == len(choices)
+    ]
+
+
+def scheme_of(
+    allocation: Allocation,
+    layers: Mapping[str, Sequence[str]],
+    scales: ScaleType,
+    rounding: Rounding,
+) -> WeightScheme:
+    """Return the allocation as a recipe's scheme: the commonest option, and one rule for each other one."""
+    patterns: dict[tuple[int | None, int | None], list[str]] = defaultdict(list)
+    for pattern, option in allocation.chosen.items():
+        patterns[option.bits, option.block_size].append(pattern)
+    counts = Counter(
+        {key: sum(len(layers[pattern]) for pattern in same) for key, same in patterns.items() if key[0] is not None}
+    )
+    if not counts:
+        raise UsageError("Every layer would stay in floating point; use a recipe without `weights`.")
+    common = counts.most_common(1)[0][0]
+    rules = tuple(
+        LayerRule(match=f"^({'|'.join(sorted(same))})$", bits=bits, block_size=block)
+        for (bits, block), same in sorted(patterns.items(), key=lambda item: str(item[0]))
+        if (bits, block) != common
+    )
+    bits, block = common
+    assert bits is not None
+    return WeightScheme(bits=bits, block_size=block, rounding=rounding, scales=scales, layers=rules)
+
+
+def layers_to_measure(checkpoint: "Checkpoint", component: Component) -> dict[str, str]:
+    """Return the parameter name by layer name of every plain linear and convolution."""
+    return {
+        name.removesuffix(".weight"): name
+        for name, entry in checkpoint.stored(component).items()
+        if name.endswith(".weight") and len(entry.shape) >= 2 and name != TOKEN_TABLE
+    }
+
+
+def _priced(
+    checkpoint: "Checkpoint", component: Component, scales: ScaleType, curvatures: Curvatures, partial: Path, tick: Tick
+) -> dict[str, LayerSensitivity]:
+    """Price every precision of every layer, keeping each at once; a layer per processor, being too small to share."""
+    layers = _kept_prices(partial)
+    state = checkpoint.state(component)
+    weights = layers_to_measure(checkpoint, component)
+    missing = [layer for layer in weights if layer not in layers]
+    with one_thread() as threads, ThreadPoolExecutor(threads) as pool:
+        work = pool.map(
+            lambda layer: priced(state[weights[layer]].numpy(), curvatures[layer], all_grids(scales)), missing
+        )
+        for layer, sensitivity in zip(missing, work, strict=True):
+            layers[layer] = sensitivity
+            write_sealed(partial, _PRICES.dump_json(layers))
+            tick("rounding", len(layers), len(weights))
+    return {layer: layers[layer] for layer in weights}
+
+
+def _kept_prices(partial: Path) -> dict[str, LayerSensitivity]:
+    """Return what an interrupted run left; nothing if that is of no use."""
+    try:
+        return _PRICES.validate_json(read_sealed(partial))
+    except (OSError, ValueError):
+        return {}

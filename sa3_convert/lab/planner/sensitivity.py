@@ -1,0 +1,232 @@
+"""What rounding each layer costs at the component's output, measured, and how much single weights move it."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+from torch import nn
+
+from sa3_convert.arrays import Floats
+from sa3_convert.check.inputs import Region, Sample
+from sa3_convert.lab.planner.allocation import Option
+from sa3_convert.recipe import FloatType, ScaleType
+from sa3_convert.rounding.grid import Grid, round_least_squares
+from sa3_convert.system.sealed import read_sealed, write_sealed
+
+SAMPLED_ROWS: Final = 32
+"""Output channels per layer, evenly spread, for which single weights are told apart."""
+_ROWS: Final = "rows/"
+_TOTAL: Final = "total/"
+_DONE: Final = "done"
+_LARGEST: Final = 4 << 30
+"""Bytes of kept rows; the largest network has some hundred MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Curvature:
+    """Curvature of one layer, summed over samples, each a share of its output's energy."""
+
+    rows: Floats
+    """[sampled rows, in·kernel], of the rows that `sampled_rows` selects."""
+    total: float
+    """Over all rows."""
+
+    def error(self, difference: Floats) -> float:
+        """Return the error that a change of the sampled rows stands for, if all rows are changed the same way.
+
+        Args:
+            difference: ΔW of the sampled rows, [sampled rows, in, *kernel].
+
+        """
+        known = float(self.rows.sum(dtype=np.float64))
+        if known == 0:
+            return 0.0
+        square = np.square(difference.reshape(self.rows.shape), dtype=np.float64)
+        return float(np.einsum("ij,ij->", square, self.rows)) * self.total / known
+
+
+Curvatures = dict[str, Curvature]
+"""By layer name."""
+
+
+def sampled_rows(weight: Floats) -> Floats:
+    """Return the evenly spread rows of a weight [out, in, *kernel] that stand for all of them."""
+    return weight[:: max(1, len(weight) // SAMPLED_ROWS)]
+
+
+def measure_curvature(
+    network: nn.Module,
+    weights: Mapping[str, str],
+    samples: Sequence[Sample],
+    kept: Path,
+    tick: Callable[[int, int], None],
+) -> Curvatures:
+    """Run one backward pass per sample, and keep what is known after each so that none is run twice.
+
+    Args:
+        network: the component's, fp32.
+        weights: parameter name by layer name.
+        samples: what the component meets in use.
+        kept: file of intermediate results; it belongs to exactly these arguments.
+        tick: told (passes done, of how many).
+
+    Returns:
+        The mean over the samples.
+
+    """
+    sums, done = _read(kept, weights)
+    for index, sample in enumerate(samples):
+        tick(index, len(samples))
+        if index < done:
+            continue
+        sums = _add(sums, _squared_gradients(network, weights, sample, index))
+        _write(kept, sums, index + 1)
+    tick(len(samples), len(samples))
+    share = np.float32(1 / len(samples))
+    return {layer: Curvature(c.rows * share, c.total / len(samples)) for layer, c in sums.items()}
+
+
+def _squared_gradients(network: nn.Module, weights: Mapping[str, str], sample: Sample, seed: int) -> Curvatures:
+    """Return (∂(vᵀy)/∂W)² / ‖y‖² for one probe v; each gradient is reduced and freed as soon as it is there."""
+    found: Curvatures = {}
+    hooks = []
+    for layer, name in weights.items():
+        parameter = network.get_parameter(name)
+
+        def reduce(parameter: torch.Tensor, layer: str = layer) -> None:
+            assert parameter.grad is not None
+            gradient = parameter.grad.reshape(len(parameter), -1)
+            rows = gradient[:: max(1, len(gradient) // SAMPLED_ROWS)].square().numpy()
+            found[layer] = Curvature(rows, float(gradient.square().sum(dtype=torch.float64)))
+            parameter.grad = None
+
+        hooks.append(parameter.requires_grad_(True).register_post_accumulate_grad_hook(reduce))  # type: ignore[no-untyped-call]
+    try:
+        feeds = [torch.from_numpy(np.ascontiguousarray(array)) for array in sample.feeds.values()]
+        output = _judged(network(*feeds), sample.regions[0])
+        signs = torch.randint(0, 2, output.shape, generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
+        energy = output.detach().square().sum(dtype=torch.float64).sqrt()
+        torch.autograd.backward((output * signs).sum() / energy)
+    finally:
+        for hook, name in zip(hooks, weights.values(), strict=True):
+            hook.remove()
+            network.get_parameter(name).requires_grad_(False)
+    return found
+
+
+def _judged(output: torch.Tensor, region: Region) -> torch.Tensor:
+    """Return the part of an output that means something, as a view."""
+    stop = output.shape[region.axis] if region.stop is None else region.stop
+    return output.narrow(region.axis, region.start, stop - region.start)
+
+
+def _add(first: Curvatures, second: Curvatures) -> Curvatures:
+    if not first:
+        return second
+    return {layer: Curvature(first[layer].rows + c.rows, first[layer].total + c.total) for layer, c in second.items()}
+
+
+def _write(path: Path, sums: Curvatures, done: int) -> None:
+    tensors = {_ROWS + layer: np.ascontiguousarray(c.rows) for layer, c in sums.items()}
+    totals = {_TOTAL + layer: np.array(c.total) for layer, c in sums.items()}
+    write_sealed(path, save(tensors | totals | {_DONE: np.array(done)}))
+
+
+def _read(path: Path, weights: Mapping[str, str]) -> tuple[Curvatures, int]:
+    """Return what an interrupted measurement left; nothing if there is no such file or it is of no use."""
+    try:
+        kept = load(read_sealed(path, _LARGEST))
+        found = {layer: Curvature(kept[_ROWS + layer].copy(), float(kept[_TOTAL + layer])) for layer in weights}
+        return found, int(kept[_DONE])
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+        return {}, 0
+
+
+BLOCKS: Final = (None, 128, 64, 32)
+BITS: Final = (2, 3, 4, 5, 6, 7, 8)
+
+
+class Candidate(BaseModel):
+    """One precision of one layer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: int | None
+    """None is fp16."""
+    block_size: int | None
+    size: int
+    """Bytes of codes, scales and offsets."""
+    error: float
+    """Predicted energy at the component's output, as a share of the output's own energy."""
+
+
+class LayerSensitivity(BaseModel):
+    """Everything that was measured of one layer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shape: tuple[int, ...]
+    curvature: float
+    """Energy at the component's output, as a share of its own, per squared change of each weight."""
+    candidates: tuple[Candidate, ...]
+
+    def options(self, floats: FloatType) -> list[Option]:
+        """Return what `allocation.allocate` chooses from, if what stays in floating point is stored as `floats`."""
+        exact = floats == "fp32"
+        return [
+            Option(None, None, 2 * c.size, 0.0)
+            if c.bits is None and exact
+            else Option(c.bits, c.block_size, c.size, c.error)
+            for c in self.candidates
+        ]
+
+
+class Sensitivity(BaseModel):
+    """The measurements of one component."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fingerprint: str
+    scales: ScaleType
+    layers: dict[str, LayerSensitivity]
+
+
+def stored_bytes(shape: tuple[int, ...], grid: Grid) -> int:
+    """Return the bytes that MNN stores for a quantised weight: packed codes, and scales (and minima)."""
+    count = int(np.prod(shape, dtype=np.int64))
+    groups = count // grid.group_length(shape)
+    numbers = groups * (1 if grid.symmetric else 2)
+    return -(-count * grid.bits // 8) + numbers * (2 if grid.half_scales else 4)
+
+
+def priced(weight: Floats, curvature: Curvature, grids: Iterable[Grid]) -> LayerSensitivity:
+    """Return every precision of a layer with its size and predicted error.
+
+    Args:
+        weight: [out, in, *kernel].
+        curvature: the layer's.
+        grids: the integer precisions to price.
+
+    """
+    rows = sampled_rows(weight)
+    half = rows.astype(np.float16).astype(np.float32)
+    found = [Candidate(bits=None, block_size=None, size=2 * weight.size, error=curvature.error(half - rows))]
+    for grid in grids:
+        # A block that is the whole channel, or that the converter does not honour, is no candidate of its own.
+        if grid.block_size is None or grid.group_length(weight.shape) < math.prod(weight.shape[1:]):
+            error = curvature.error(round_least_squares(rows, grid) - rows)
+            size = stored_bytes(weight.shape, grid)
+            found.append(Candidate(bits=grid.bits, block_size=grid.block_size, size=size, error=error))
+    return LayerSensitivity(shape=tuple(weight.shape), curvature=curvature.total, candidates=tuple(found))
+
+
+def all_grids(scales: ScaleType) -> list[Grid]:
+    """Return the candidates of a plan: 2 to 8 bits, per channel and in blocks."""
+    return [Grid(bits, False, block, half_scales=scales == "fp16") for bits in BITS for block in BLOCKS]

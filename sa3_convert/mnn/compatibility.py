@@ -1,0 +1,144 @@
+"""Which versions of MNN: the oldest that a conversion is for, and the oldest that reads and runs a file."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
+
+from sa3_convert.errors import BackendError, ConversionError, UsageError
+
+if TYPE_CHECKING:
+    from sa3_convert.mnn.file.contents import ModelStorage, OperatorStorage
+    from sa3_convert.recipe import ComponentRecipe
+
+MnnVersion = Literal["3.0", "3.1", "3.5", "3.6"]
+
+DEFAULT_TARGET: Final[MnnVersion] = "3.1"
+"""What costs nothing: 3.0 does not know SiLU as one operator."""
+_HALF_SCALES: Final[MnnVersion] = "3.6"
+"""Measured: MNN 3.5.0 and before look for float32 scales, find none, and divide by their number (SIGFPE)."""
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """Return up to three numbers in front, which order versions: a build of one's own may have more behind them."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+
+
+def is_older(version: str, than: str) -> bool:
+    """Whether a version came before another."""
+    return version_numbers(version) < version_numbers(than)
+
+
+def target_for(recipe: "ComponentRecipe", asked: MnnVersion | None) -> MnnVersion:
+    """Return the oldest MNN that a component, stored as its recipe says, is made to be right on.
+
+    Args:
+        recipe: how it is stored.
+        asked: what the user wants; None is the oldest that costs nothing and reads what is stored.
+
+    Raises:
+        UsageError: what is asked for cannot read it.
+
+    """
+    has_half_scales = recipe.weights is not None and recipe.weights.scales == "fp16"
+    oldest = _HALF_SCALES if has_half_scales else DEFAULT_TARGET
+    if asked is None:
+        return oldest
+    if has_half_scales and is_older(asked, oldest):
+        raise UsageError(
+            f"MNN {asked} cannot read scales: fp16, which the recipe asks for: it crashes. "
+            f"Use scales: fp32 in the recipe, or --target-mnn {oldest}."
+        )
+    return asked
+
+
+OLDEST_KNOWN: Final = "3.0"
+
+
+@dataclass(frozen=True, slots=True)
+class _Novelty:
+    since: str
+    what: str
+    is_in: "Callable[[OperatorStorage], bool]"
+
+
+def _parameter(kind: int) -> "Callable[[OperatorStorage], bool]":
+    return lambda operator: operator.parameter_kind == kind
+
+
+def _function(name: str) -> "Callable[[OperatorStorage], bool]":
+    return lambda operator: operator.function == name
+
+
+def _has_half_scales(operator: "OperatorStorage") -> bool:
+    return operator.weight is not None and operator.weight.scale_type == "fp16"
+
+
+_NOVELTIES: Final = (
+    _Novelty("3.1", "Stft", _parameter(99)),
+    _Novelty("3.1", "SiLU as one operator", _function("silu")),
+    _Novelty("3.5", "LinearAttention", _parameter(100)),
+    _Novelty("3.5", "Shape with start or end", _parameter(101)),
+    _Novelty("3.6", "FP16 scales", _has_half_scales),
+    _Novelty("3.6.1", "RoPE as one operator", _parameter(102)),
+    _Novelty("3.6.1", "x·SiLU as one operator", _function("mul_silu")),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """The oldest MNN for a file."""
+
+    version: str
+    because: str
+    """What no older one knows, and where; empty when nothing rules out the oldest known."""
+
+    def __str__(self) -> str:
+        """Return "MNN 3.6 or newer" with the reason."""
+        return f"MNN {self.version} or newer" + (f" ({self.because})" if self.because else "")
+
+
+def oldest_reader(storage: "ModelStorage") -> Reader:
+    """Return the oldest MNN that reads and runs a file."""
+    found = max(_found(storage), key=lambda item: version_numbers(item[0].since), default=None)
+    if found is None:
+        return Reader(OLDEST_KNOWN, "")
+    novelty, operator = found
+    return Reader(novelty.since, f"{novelty.what}, in {operator.name}")
+
+
+def check_reader(storage: "ModelStorage", target: str) -> None:
+    """Hold a file to the version that it was made for.
+
+    Raises:
+        ConversionError: that version cannot read or run it.
+
+    """
+    reader = oldest_reader(storage)
+    if is_older(target, reader.version):
+        raise ConversionError(
+            f"{storage.path.name} is to be right on MNN {target}, but only {reader} reads it. "
+            f"Convert with --target-mnn {reader.version}, or report this."
+        )
+
+
+def require_reader(storage: "ModelStorage", installed: str) -> None:
+    """Refuse a file that the installed MNN would refuse itself or, in some cases, crash on.
+
+    Raises:
+        BackendError: MNN is too old for it.
+
+    """
+    reader = oldest_reader(storage)
+    if is_older(installed, reader.version):
+        raise BackendError(
+            f"{storage.path} needs {reader}; {installed} is installed. Upgrade MNN, or convert for it with "
+            f"`--target-mnn` and, for MNN before 3.6, `--recipe portable`."
+        )
+
+
+def _found(storage: "ModelStorage") -> Iterator["tuple[_Novelty, OperatorStorage]"]:
+    for operator in storage.operators:
+        for novelty in _NOVELTIES:
+            if novelty.is_in(operator):
+                yield novelty, operator

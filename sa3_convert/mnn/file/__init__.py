@@ -1,0 +1,1 @@
+"""What a `.mnn` file holds, read without MNN."""

@@ -1,0 +1,101 @@
+"""Operators spelled for older versions of MNN: SiLU as Sigmoid and Mul, shapes taken whole."""
+
+from typing import Final
+
+import numpy as np
+import onnx_ir as ir
+
+from sa3_convert.mnn.compatibility import MnnVersion
+from sa3_convert.passes import ir_tools
+
+SILU_NEEDED_BEFORE: Final[MnnVersion] = "3.1"
+"""Lint and pipeline ask for it below this version."""
+
+
+def is_silu(product: ir.Node) -> bool:
+    """Whether a node is x · Sigmoid(x)."""
+    return _sigmoid(product) is not None
+
+
+def spell_silu(model: ir.Model) -> int:
+    """Replace the Sigmoid of each SiLU, in place.
+
+    Returns:
+        How many there were.
+
+    """
+    graph = model.graph
+    taken = ir_tools.names_in(graph)
+    found = [(node, sigmoid) for node in graph if (sigmoid := _sigmoid(node)) is not None]
+    one = (
+        ir_tools.add_constant(graph, ir_tools.unused_name("silu.one", taken), np.array(1, np.float32))
+        if found
+        else None
+    )
+    for product, sigmoid in found:
+        x = sigmoid.inputs[0]
+        steps: list[ir.Node] = []
+        value = x
+        for operator, others in (("Neg", []), ("Exp", []), ("Add", [one]), ("Reciprocal", [])):
+            name = ir_tools.unused_name(f"{product.outputs[0].name}.{operator.lower()}", taken)
+            output = ir.val(name, ir.DataType.FLOAT, sigmoid.outputs[0].shape)
+            steps.append(ir.node(operator, [value, *others], outputs=[output], name=name))
+            value = output
+        graph.insert_before(product, steps)
+        for index, used in enumerate(product.inputs):
+            if used is sigmoid.outputs[0]:
+                product.replace_input_with(index, value)
+        ir_tools.remove_unused(graph, sigmoid.outputs)
+    return len(found)
+
+
+def _sigmoid(product: ir.Node) -> ir.Node | None:
+    if product.op_type != "Mul" or product.domain:
+        return None
+    for x, gate in (product.inputs, reversed(product.inputs)):
+        sigmoid = ir_tools.produced(gate, "Sigmoid")
+        if sigmoid is not None and sigmoid.inputs[0] is x:
+            return sigmoid
+    return None
+
+
+WHOLE_SHAPES_NEEDED_BEFORE: Final[MnnVersion] = "3.5"
+"""Lint and pipeline ask for it below this version."""
+_END = np.iinfo(np.int32).max
+
+
+def has_range(shape: ir.Node) -> bool:
+    """Whether a Shape names where to start or end."""
+    return not {"start", "end"}.isdisjoint(shape.attributes)
+
+
+def use_whole_shapes(model: ir.Model) -> int:
+    """Replace the ranges of Shape operators, in place.
+
+    Returns:
+        How many had one.
+
+    """
+    graph = model.graph
+    taken = ir_tools.names_in(graph)
+    found = [node for node in graph if node.op_type == "Shape" and not node.domain and has_range(node)]
+    for node in found:
+        bounds = {"start": ir_tools.attribute_int(node, "start", 0), "end": ir_tools.attribute_int(node, "end", _END)}
+        for name in bounds:
+            node.attributes.pop(name, None)
+        if bounds == {"start": 0, "end": _END}:
+            continue
+        part = node.outputs[0]
+        whole = ir.val(ir_tools.unused_name(f"{part.name}.whole", taken), ir.DataType.INT64)
+        limits = [
+            ir_tools.add_constant(
+                graph, ir_tools.unused_name(f"{part.name}.{name}", taken), np.array([bound], np.int64)
+            )
+            for name, bound in bounds.items()
+        ]
+        shape = ir.node("Shape", list(node.inputs), outputs=[whole], name=whole.name)
+        cut = ir.val(part.name, part.dtype, part.shape)
+        graph.insert_before(node, [shape, ir.node("Slice", [whole, *limits], outputs=[cut], name=node.name)])
+        part.replace_all_uses_with(cut, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+    return len(found)

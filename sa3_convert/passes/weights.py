@@ -1,0 +1,236 @@
+"""Passes over stored weights: rounded ahead of MNN's converter, stored as halves, or lifted out of small ranges."""
+
+from collections.abc import Set
+from functools import partial
+from typing import Final
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from sa3_convert.arrays import Floats
+from sa3_convert.errors import ConversionError
+from sa3_convert.mnn.layer_rules import LIFTED_SUFFIX
+from sa3_convert.passes import ir_tools
+from sa3_convert.recipe import WeightScheme
+from sa3_convert.rounding.grid import Grid, grid_for, round_least_squares
+from sa3_convert.rounding.layers import Layer, PlannedWeights, quantisable_layers
+
+HALF_LARGEST = 65504.0
+HALF_NORMAL = 2.0**-14
+"""Smallest magnitude with all 11 bits."""
+HALF_SMALLEST = 2.0**-24
+"""Smallest magnitude that is not zero."""
+
+_SIGNIFICANT_BITS = 11
+_TOP_EXPONENT = 15
+_ROWS_AT_ONCE = 1 << 22
+
+
+def is_exact_in_half(array: NDArray[np.float32]) -> bool:
+    """Whether halving changes no element (and none lies where some back-ends flush to zero)."""
+    finite = array[np.isfinite(array)]
+    magnitudes = np.abs(finite[finite != 0])
+    in_range = bool(((magnitudes >= HALF_NORMAL) & (magnitudes <= HALF_LARGEST)).all())
+    return in_range and bool((finite.astype(np.float16).astype(np.float32) == finite).all())
+
+
+def exact_parts(array: NDArray[np.float32]) -> list[tuple[NDArray[np.float32], int]]:
+    """Split an array into parts that half holds exactly.
+
+    Args:
+        array: finite float32, any shape.
+
+    Returns:
+        (part, exponent) pairs with array = Σ part · 2^exponent, exactly; each part is float32 of the array's shape, its
+        elements zero or normal half numbers. Three pairs do unless magnitudes differ by more than about 2¹⁸.
+
+    """
+    if not np.isfinite(array).all():
+        raise ValueError("only finite numbers can be split")
+    rest = array.astype(np.float64)
+    parts = []
+    while rest.any():
+        exponent = int(np.frexp(np.abs(rest).max())[1]) - _TOP_EXPONENT
+        mantissa, power = np.frexp(np.ldexp(rest, -exponent))
+        part = np.ldexp(np.round(np.ldexp(mantissa, _SIGNIFICANT_BITS)), power - _SIGNIFICANT_BITS)
+        part = np.where(np.abs(part) >= HALF_NORMAL, part, 0.0)
+        parts.append((part.astype(np.float32), exponent))
+        rest = rest - np.ldexp(part, exponent)
+    return parts
+
+
+def round_to_half(model: ir.Model, kept: Set[str] = frozenset()) -> int:
+    """Round every float32 initialiser to the nearest half number, still stored as float32, in place.
+
+    Each is computed when the model is saved, so no two weights need be in memory at once. Magnitudes beyond 65504 keep
+    their value for `fp16_safe` to judge; infinities stay.
+
+    Args:
+        model: rewritten in place.
+        kept: names of initialisers that stay, because they will be integers.
+
+    Returns:
+        How many initialisers will change at most: those of type float32.
+
+    """
+    count = 0
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if name in kept or tensor is None or tensor.dtype != ir.DataType.FLOAT:
+            continue
+        value.const_value = _rounded(tensor)
+        count += 1
+    return count
+
+
+def _rounded(tensor: ir.TensorProtocol) -> ir.LazyTensor:
+    def evaluate() -> ir.TensorProtocol:
+        source = tensor.numpy()
+        flat = np.ascontiguousarray(source).reshape(-1)
+        result = np.empty(flat.shape, np.float32)
+        for start in range(0, flat.size, _ROWS_AT_ONCE):
+            piece = flat[start : start + _ROWS_AT_ONCE]
+            # A magnitude beyond half's range would become infinite.
+            kept = np.isfinite(piece) & (np.abs(piece) > HALF_LARGEST)
+            with np.errstate(over="ignore"):
+                result[start : start + _ROWS_AT_ONCE] = np.where(kept, piece, piece.astype(np.float16))
+        return ir.Tensor(result.reshape(source.shape), name=tensor.name)
+
+    return ir.LazyTensor(evaluate, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name)
+
+
+def take_planned(model: ir.Model, planned: PlannedWeights) -> int:
+    """Put planned weights in the place of the layers' own, in place; they are read when they are used.
+
+    Returns:
+        How many layers took theirs.
+
+    Raises:
+        ConversionError: the plan cannot be read, or holds none of the graph's layers (a part of a component has some).
+
+    """
+    names = planned.names()
+    layers = [layer for layer in quantisable_layers(model) if layer.name in names]
+    if not layers:
+        raise ConversionError(
+            f"{planned.path} holds weights for {min(names, default='no layer')!r}, not for this graph."
+        )
+    for layer in layers:
+        layer.replace(partial(_planned, name=layer.name, planned=planned))
+    return len(layers)
+
+
+def weights_of(model: ir.Model, names: Set[str]) -> frozenset[str]:
+    """Return the names of the initialisers that hold the weights of these layers."""
+    return frozenset(str(layer.weight.name) for layer in quantisable_layers(model) if layer.name in names)
+
+
+def _planned(_: Floats, name: str, planned: PlannedWeights) -> Floats:
+    return planned.read(name)
+
+
+def round_weights(model: ir.Model, scheme: WeightScheme, finished: Set[str] = frozenset()) -> int:
+    """Plan the rounding of every weight that the scheme quantises, in place.
+
+    Args:
+        model: rewritten in place.
+        scheme: bits, blocks and rules.
+        finished: layers whose weights are on their grid already.
+
+    Returns:
+        How many weights are quantised.
+
+    Raises:
+        ConversionError: two layers share a weight, and the scheme's rules give them different grids.
+
+    """
+    grids: dict[ir.Value, Grid] = {}
+    for layer in quantisable_layers(model):
+        grid = grid_for(scheme, layer.name)
+        if grid is None:
+            continue
+        known = grids.setdefault(layer.weight, grid)
+        if known != grid:
+            raise ConversionError(
+                f"Layer {layer.name!r} shares the weight {layer.weight.name!r} with another one that the recipe's "
+                f"rules give other bits or blocks ({known.bits} bits, block {known.block_size}); give both the same."
+            )
+        if known is grid and layer.name not in finished:
+            layer.replace(partial(round_least_squares, grid=grid))
+    return len(grids)
+
+
+LEAST_STEP: Final = 2.0**-18
+"""Four times what is stored: room for what rounding makes of the extremes."""
+LEAST_HALF_STEP: Final = 2.0**-14
+_MOST: Final = 24
+"""2⁻²⁴ is the least power of two that FP16 holds, to which the factors may be halved."""
+
+
+def lift_small_weights(model: ir.Model, scheme: WeightScheme) -> int:
+    """Lift, in place, the channels that need it; weights are read here, and multiplied when the model is saved.
+
+    Returns:
+        How many layers have such channels.
+
+    """
+    taken = ir_tools.names_in(model.graph)
+    lifted: dict[ir.Value, NDArray[np.int64]] = {}
+    count = 0
+    for layer in quantisable_layers(model):
+        grid = grid_for(scheme, layer.name)
+        bias = layer.node.inputs[2] if len(layer.node.inputs) > 2 else None
+        if grid is None or (bias is not None and ir_tools.constant_tensor(bias) is None):
+            continue
+        if layer.weight not in lifted:
+            exponents = lacking(layer.read(), grid)
+            lifted[layer.weight] = exponents
+            if exponents.any():
+                layer.replace(partial(_times, exponents=exponents))
+        if lifted[layer.weight].any():
+            _lower(model.graph, layer, bias, lifted[layer.weight], taken)
+            count += 1
+    return count
+
+
+def lacking(weight: Floats, grid: Grid) -> NDArray[np.int64]:
+    """Return by how many powers of two each output channel must be lifted; shape [out].
+
+    Args:
+        weight: [out, in, *kernel].
+        grid: how it will be stored.
+
+    """
+    rows = weight.reshape(weight.shape[0], -1, grid.group_length(weight.shape))
+    largest = np.abs(rows).max(axis=2).astype(np.float64)
+    extent = largest if grid.symmetric else rows.max(axis=2).astype(np.float64) - rows.min(axis=2)
+    least = LEAST_HALF_STEP if grid.half_scales else LEAST_STEP
+    whole = least * grid.top
+    with np.errstate(divide="ignore"):
+        by_step = np.log2(whole / extent)
+        # Numbers this large keep b bits even when all of them get one code.
+        by_size = np.log2(whole * 2.0**grid.bits / largest)
+    wanted = np.ceil(np.minimum(by_step, by_size))
+    wanted = np.where((extent == 0) | (largest == 0), 0, np.clip(wanted, 0, _MOST))
+    exponents: NDArray[np.int64] = wanted.max(axis=1).astype(np.int64)
+    return exponents
+
+
+def _times(weight: Floats, exponents: NDArray[np.int64]) -> Floats:
+    return np.ldexp(weight, exponents.reshape(-1, *(1,) * (weight.ndim - 1))).astype(np.float32)
+
+
+def _lower(graph: ir.Graph, layer: Layer, bias: ir.Value | None, exponents: NDArray[np.int64], taken: set[str]) -> None:
+    if bias is not None:
+        values = np.ldexp(ir_tools.array(bias).astype(np.float32), exponents)
+        name = ir_tools.unused_name(f"{bias.name}{LIFTED_SUFFIX}", taken)
+        layer.node.replace_input_with(2, ir_tools.add_constant(graph, name, values.astype(np.float32)))
+    behind = (1,) * (len(layer.shape) - 2)
+    factors = np.ldexp(np.float32(1), -exponents).astype(np.float32).reshape(-1, *behind)
+    high = layer.node.outputs[0]
+    low = ir.val(high.name, high.dtype, high.shape)
+    high.name = ir_tools.unused_name(f"{high.name}{LIFTED_SUFFIX}", taken)
+    high.replace_all_uses_with(low, replace_graph_outputs=True)
+    constant = ir_tools.add_constant(graph, ir_tools.unused_name(f"{low.name}.lowering", taken), factors)
+    graph.insert_after(layer.node, ir.node("Mul", [high, constant], outputs=[low], name=f"{low.name}.lowered"))

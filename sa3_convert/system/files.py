@@ -1,0 +1,251 @@
+"""Files that are written whole or not at all: beside, checked, renamed; and that are still what was checked.
+
+What is written next to its final name is locked by the process that writes it, so that a later one can tell what a
+killed process has left, and removes it.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from sa3_convert.errors import UsageError
+from sa3_convert.system.streams import is_stream, opened_stream
+from sa3_convert.system.supervisor import writing_into
+from sa3_convert.system.untrusted import NotAFileError, open_regular
+
+_PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial", re.DOTALL)
+_NAME = 50
+"""Characters of the final name in the temporary one, which must not grow too long for the file system."""
+_FICLONE = 0x40049409
+"""Linux: `ioctl_ficlone(2)`."""
+_PATIENCE, _PAUSE = 10.0, 0.01
+"""Seconds to wait for another that takes final names, which is a matter of milliseconds."""
+_swept: set[Path] = set()
+_own: set[Path] = set()
+"""Folders under temporary names that this process has made and holds."""
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hex SHA-256 of a regular file's bytes, read in bounded pieces."""
+    with open_regular(path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it takes the final name only if the block ends without an error.
+
+    A link is followed: what it leads to is replaced. What is written gets the permissions that a new file gets here.
+    Into a pipe, a device or standard output the whole is written when the block has ended.
+
+    Raises:
+        OSError: nothing can be written there.
+
+    """
+    if is_stream(path):
+        with _partial(Path(tempfile.gettempdir()) / "output", _new_private_folder) as folder:
+            temporary = folder / "output"
+            temporary.touch()
+            yield temporary
+            with temporary.open("rb") as whole, opened_stream(path) as stream:
+                shutil.copyfileobj(whole, stream)
+        return
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(f"{path} is a folder")
+    with _partial(target, _new_file) as temporary:
+        yield temporary
+        _sync(temporary)
+        temporary.replace(target)
+
+
+@contextlib.contextmanager
+def atomic_pair(path: Path, suffix: str) -> Iterator[Path]:
+    """Yield a path, alone in a new folder, whose file takes the name `path` if the block ends without an error.
+
+    A file that stands beside it then, under its name and `suffix`, belongs to it and comes with it; one of that name
+    beside `path` that belonged to an older file is removed. The folder is there to work in.
+
+    Raises:
+        OSError: nothing can be written there, or a pipe or a device stands there.
+
+    """
+    if is_stream(path):
+        raise NotAFileError(errno.EINVAL, "A model may need a second file beside it; name a regular file", str(path))
+    target = Path(os.path.realpath(path))
+    with partial_folder(target) as folder:
+        made = folder / target.name
+        yield made
+        beside, final = (file.with_name(file.name + suffix) for file in (made, target))
+        _sync(made)
+        has_second = beside.exists() and beside.stat().st_size > 0
+        if has_second:
+            _sync(beside)
+        # Two at once would leave the first file of one with the second of the other.
+        with alone_in(target.parent, _PATIENCE):
+            if has_second or final.exists():
+                # Without the first file the second is nothing: it goes first and comes last.
+                target.unlink(missing_ok=True)
+                final.unlink(missing_ok=True)
+            if has_second:
+                beside.replace(final)
+            made.replace(target)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder that takes the name `path`, where nothing may stand but an empty folder, if the block ends well.
+
+    Raises:
+        UsageError: something else stands there.
+        OSError: nothing can be written there.
+
+    """
+    check_new_folder(path)
+    with partial_folder(path) as temporary:
+        yield temporary
+        # Over an empty folder this replaces it; had anything been put there meanwhile, it fails.
+        temporary.rename(os.path.realpath(path))
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, patience: float = 0.0) -> Iterator[None]:
+    """Hold a folder against all that ask for it in this way; the lock goes with the process, however it ends.
+
+    Raises:
+        BlockingIOError: another holds it, and still does after `patience` seconds.
+
+    """
+    if folder in _own:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        descriptor = os.open(folder, os.O_RDONLY)
+        stack.callback(os.close, descriptor)
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise BlockingIOError(errno.EAGAIN, "Something else is writing there", str(folder)) from None
+                time.sleep(_PAUSE)
+                continue
+            except OSError:
+                pass  # some network file systems have no locks
+            break
+        yield
+
+
+def check_new_folder(path: Path) -> None:
+    """Check that a name is free for a folder; see `atomic_folder`."""
+    if is_stream(path) or (path.exists() and not path.is_dir()):
+        raise UsageError(f"{path} is a file. Name a folder that does not exist yet, or is empty.")
+    if path.is_dir() and any(path.iterdir()):
+        raise UsageError(f"{path} is not empty. Name a folder that does not exist yet, or is empty.")
+
+
+@contextlib.contextmanager
+def partial_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`, under a temporary name, that is gone after the block unless it was renamed."""
+    with _partial(Path(os.path.realpath(path)), Path.mkdir) as temporary:
+        _own.add(temporary)
+        try:
+            yield temporary
+        finally:
+            _own.discard(temporary)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text so that a reader sees the old file or the whole new one, never a part."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Put a copy of `source` under `target`'s name: sharing blocks where the file system can, never an inode.
+
+    So neither a later change of the copy nor of its permissions reaches the source.
+    """
+    with atomic_path(target) as temporary, open_regular(source) as given, temporary.open("rb+") as stream:
+        if not _cloned(given, stream):
+            shutil.copyfileobj(given, stream, 1 << 20)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes that are gone have left half-written in a folder; looks once per process and folder."""
+    if folder in _swept or not folder.is_dir():
+        return
+    _swept.add(folder)
+    for entry in folder.iterdir():
+        if _PARTIAL.fullmatch(entry.name):
+            with contextlib.suppress(OSError):
+                descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    _remove(entry)
+                finally:
+                    os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _partial(target: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """Yield something new beside `target` that this process holds locked; what is left under its name is removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sweep(target.parent)
+    writing_into(target.parent)
+    with contextlib.ExitStack() as stack:
+        while True:
+            # The name is known before the file exists, so there is no moment at which an interrupt leaves it behind.
+            temporary = target.with_name(f".{target.name[:_NAME]}.{secrets.token_hex(8)}.partial")
+            stack.callback(_remove, temporary)
+            make(temporary)
+            with contextlib.suppress(FileNotFoundError):
+                descriptor = os.open(temporary, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
+                # Some network file systems have no locks; there nothing is swept either.
+                with contextlib.suppress(OSError):
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+                if os.path.samestat(temporary.lstat(), os.fstat(descriptor)):
+                    break
+            # It was swept before it was locked.
+        yield temporary
+
+
+def _new_file(path: Path) -> None:
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
+
+
+def _new_private_folder(path: Path) -> None:
+    path.mkdir(0o700)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as stream:
+        os.fsync(stream.fileno())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _cloned(source: BinaryIO, target: BinaryIO) -> bool:
+    """Let two files share their blocks until one of them changes; tell whether the file system could."""
+    try:
+        fcntl.ioctl(target.fileno(), _FICLONE, source.fileno())
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,106 @@
+"""Start a worker process that shares nothing with this one: own folder, own environment, output kept, bounded time."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sa3_convert.errors import ConversionError
+from sa3_convert.mnn.worker import FULL_DISK, has_room
+from sa3_convert.system.log import note
+
+# -P: the working directory is not searched for modules.
+WORKER: tuple[str, ...] = (sys.executable, "-P", "-s", "-m", "sa3_convert.mnn.worker")
+
+TIMEOUT_SECONDS = 3600.0
+"""Far above what the largest published model takes (minutes); a converter that hangs is ended."""
+
+_KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TMPDIR", "MALLOC_ARENA_MAX")
+_LAST_LINES = 12
+_OUTPUT_LOST = 120
+"""How Python ends when the last of its output could not be written."""
+
+
+def run_worker(
+    arguments: Sequence[str], folder: Path, *, timeout: float = TIMEOUT_SECONDS, command: Sequence[str] = WORKER
+) -> str:
+    """Run the worker with `folder` as its working directory and return what it printed, errors included.
+
+    A normal end says only that the process was not killed: the caller judges what it made.
+
+    Args:
+        arguments: the worker's command and its arguments; paths must be absolute.
+        folder: a folder of this process's own. MNN's converter passes all weights through a file of a fixed name in
+            its working directory, and two that share one exchange weights without an error.
+        timeout: seconds until it is killed.
+        command: what to start.
+
+    Raises:
+        ConversionError: it was killed by a signal, ran too long, failed, or could not be started; with its last lines.
+
+    """
+    log = folder / "output.txt"
+    what = f"MNN's {'converter' if arguments and arguments[0] == 'convert' else 'loader'}"
+    with log.open("wb") as stream:
+        try:
+            status = subprocess.run(
+                [*command, *arguments],
+                cwd=folder,
+                env=_environment(folder),
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                timeout=timeout,
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            raise ConversionError(
+                f"{what} did not end within {timeout:g} seconds and was stopped.{last_lines(log)}"
+            ) from None
+        except OSError as error:
+            raise ConversionError(f"{what} could not be started: {error}.") from None
+        finally:
+            note(what, _read(log).splitlines())
+    if status < 0:
+        raise ConversionError(
+            f"{what} was killed by {_signal_name(-status)}. "
+            + ("Most likely memory ran out. " if -status == signal.SIGKILL else "")
+            + f"Nothing was written.{last_lines(log)}"
+        )
+    if status != 0:
+        if status in (FULL_DISK, _OUTPUT_LOST) or not has_room(folder):
+            raise ConversionError(f"The disk is full, so what {what} wrote cannot be trusted.{last_lines(log)}")
+        raise ConversionError(f"{what} failed with exit status {status}.{last_lines(log)}")
+    return _read(log)
+
+
+def last_lines(log: Path | str) -> str:
+    """Return the end of a worker's output, from its file or as text, as the end of a message."""
+    text = _read(log) if isinstance(log, Path) else log
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()][-_LAST_LINES:]
+    return "\nIts last lines:\n" + "\n".join(f"  {line}" for line in lines) if lines else "\nIt printed nothing."
+
+
+def _read(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return f"signal {number} ({signal.Signals(number).name})"
+    except ValueError:
+        return f"signal {number}"
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """Return what the worker sees: where modules are found, and nothing of the user's settings, proxies or tokens."""
+    kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+    paths = [str(Path(entry or ".").absolute()) for entry in sys.path]
+    return kept | {
+        "HOME": str(folder),
+        "LC_ALL": "C.UTF-8",
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }

@@ -1,0 +1,231 @@
+"""What this machine is: processors, memory, GPUs, and the versions of all that takes part."""
+
+import contextlib
+import importlib
+import importlib.metadata
+import os
+import platform
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Self
+
+import sa3_convert
+from sa3_convert.errors import BackendError
+
+
+@cache
+def version_of(distribution: str) -> str:
+    """Return the installed version of a distribution, without importing it; 'absent' when it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+_TOPOLOGY = Path("/sys/devices/system/cpu")
+
+
+def usable_processors() -> int:
+    """Return how many processors this process may use."""
+    return len(_usable()) or os.cpu_count() or 1
+
+
+def default_threads(topology: Path = _TOPOLOGY) -> int:
+    """Return the number of threads to compute with when nobody says: one per usable physical core.
+
+    Two threads on one core share its arithmetic units, which a single one keeps busy.
+
+    Args:
+        topology: where Linux describes its processors; what it does not describe counts as a core of its own.
+
+    """
+    cores = {_siblings(topology / f"cpu{number}/topology/thread_siblings_list", number) for number in _usable()}
+    return len(cores) or usable_processors()
+
+
+def _usable() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+
+
+def _siblings(file: Path, number: int) -> str:
+    """Return what processors of one core have in common."""
+    try:
+        return file.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return str(number)
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One device."""
+
+    index: int
+    name: str
+    driver: str
+    memory_bytes: int
+
+
+def gpus() -> tuple[Gpu, ...]:
+    """Return the devices of this machine."""
+    with _nvml() as nvml:
+        if nvml is None:
+            return ()
+        handles = [(i, nvml.nvmlDeviceGetHandleByIndex(i)) for i in range(nvml.nvmlDeviceGetCount())]
+        driver = _text(nvml.nvmlSystemGetDriverVersion())
+        return tuple(
+            Gpu(i, _text(nvml.nvmlDeviceGetName(handle)), driver, int(nvml.nvmlDeviceGetMemoryInfo(handle).total))
+            for i, handle in handles
+        )
+
+
+class PeakMemory:
+    """Watches the device memory that this process holds while a `with` block runs, by asking now and then."""
+
+    def __init__(self, every: float = 0.05) -> None:
+        self._every = every
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self.bytes: int | None = None
+        """The most that was seen; None where nobody can say."""
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        with _nvml() as nvml:
+            while nvml is not None:
+                found = _own_memory(nvml)
+                if found is not None:
+                    self.bytes = max(found, self.bytes or 0)
+                if self._done.wait(self._every):
+                    return
+
+
+@contextlib.contextmanager
+def _nvml() -> Iterator[Any]:
+    """Yield NVML, initialised, or None."""
+    try:
+        import pynvml
+    except ImportError:
+        yield None
+        return
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        yield None
+        return
+    try:
+        yield pynvml
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _own_memory(nvml: Any) -> int | None:
+    """Return the device memory that this process holds now, over all devices."""
+    held = [
+        int(process.usedGpuMemory)
+        for index in range(nvml.nvmlDeviceGetCount())
+        for process in nvml.nvmlDeviceGetComputeRunningProcesses(nvml.nvmlDeviceGetHandleByIndex(index))
+        # In a container the driver may know the process by another number, or not say how much it holds.
+        if process.pid == os.getpid() and process.usedGpuMemory is not None
+    ]
+    return sum(held) if held else None
+
+
+TOOLS = ("MNN", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "tokenizers", "torch")
+
+
+def tool_versions() -> dict[str, str]:
+    """Return versions by name, this package and Python included; asks the installed metadata and imports nothing."""
+    return {
+        "sa3-convert": sa3_convert.__version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()}-{platform.machine()}",
+    } | {name: version_of(name) for name in TOOLS}
+
+
+_INTERESTING = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
+"""Instruction sets that decide how fast integer products are."""
+
+
+def machine() -> dict[str, Any]:
+    """Return processor, cores, memory, system and versions, JSON-ready; what the system does not tell is None."""
+    model, flags = _processor(Path("/proc/cpuinfo"))
+    return {
+        "processor": model or platform.processor() or platform.machine(),
+        "instructions": [name for name in _INTERESTING if name in flags],
+        "cores": os.cpu_count(),
+        "usable_cores": usable_processors(),
+        "memory_bytes": _memory(),
+        "system": platform.platform(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "versions": tool_versions(),
+    }
+
+
+def _processor(file: Path) -> tuple[str | None, frozenset[str]]:
+    """Return model name and instruction sets from the kernel's description."""
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None, frozenset()
+    fields: dict[str, str] = {}
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    return fields.get("model name"), frozenset((fields.get("flags") or fields.get("Features") or "").split())
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+
+
+def surroundings() -> dict[str, Any]:
+    """Return what is there, JSON-ready. What is not installed or does not load is None."""
+    found = machine()
+    found["gpus"] = [{"name": gpu.name, "driver": gpu.driver, "memory_bytes": gpu.memory_bytes} for gpu in gpus()]
+    return found | {
+        "mnn_backends": _mnn_backends(),
+        "onnxruntime_providers": _onnxruntime_providers(),
+        "torch_cuda": _torch_cuda(),
+    }
+
+
+def _mnn_backends() -> dict[str, bool] | None:
+    from sa3_convert.mnn.session import runtime_backends
+
+    try:
+        return runtime_backends()
+    except BackendError:
+        return None
+
+
+def _onnxruntime_providers() -> list[str] | None:
+    try:
+        return list(importlib.import_module("onnxruntime").get_available_providers())
+    except ImportError:
+        return None
+
+
+def _torch_cuda() -> dict[str, Any] | None:
+    """Return torch's CUDA version (None for a CPU build) and whether it finds a device."""
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError:
+        return None
+    return {"version": torch.version.cuda, "available": bool(torch.cuda.is_available())}

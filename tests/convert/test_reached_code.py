@@ -1,0 +1,98 @@
+"""Whatever runs in a stage is among the code that the stage is named by: found by watching whole conversions."""
+
+import inspect
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from sa3_convert.components import Component
+from sa3_convert.convert import conversion
+from sa3_convert.convert.code_digest import PACKAGE, Source
+from sa3_convert.recipe import load_recipe
+from sa3_convert.rounding import ort_int8
+from tests.bundles import CONFIGS, Convert
+from tests.convert.test_convert import with_component
+
+STAGES = ("export", "round", "mnn", "verify", "ort_int8", "split")
+
+
+@contextmanager
+def watched(calls: set[tuple[str, str]]) -> Iterator[None]:
+    """Note every function of the package that is called, by module and name at its top level."""
+    inside = str(PACKAGE)
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        code = frame.f_code
+        # Bodies of classes and modules run when they are loaded, whoever asks for them first.
+        if event == "call" and code.co_flags & inspect.CO_OPTIMIZED and code.co_filename.startswith(inside):
+            calls.add((frame.f_globals["__name__"], code.co_qualname.partition(".")[0]))
+
+    threading.setprofile(note)
+    sys.setprofile(note)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+
+
+BESIDE = {("sa3_convert.system.log", "_Keep"), ("sa3_convert.system.files", "_Descriptor")}
+"""What runs whatever a stage does: it takes in what is logged, and lets go of what nobody holds any more."""
+
+
+@pytest.mark.parametrize(
+    ("component", "stages"),
+    [
+        (Component.NUMBER_CONDITIONER, {"export", "mnn", "verify", "ort_int8"}),
+        pytest.param(Component.TEXT_ENCODER, {"export", "round", "mnn", "verify"}, marks=pytest.mark.slow),
+        pytest.param(Component.DIT, {"export", "mnn", "verify", "ort_int8", "split"}, marks=pytest.mark.slow),
+        pytest.param(Component.DECODER, {"export", "mnn", "verify", "ort_int8"}, marks=pytest.mark.slow),
+        pytest.param(Component.ENCODER, {"export", "mnn", "verify", "ort_int8"}, marks=pytest.mark.slow),
+    ],
+)
+def test_every_function_that_a_stage_calls_is_followed(
+    converted: Convert,
+    toy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    component: Component,
+    stages: set[str],
+) -> None:
+    calls: dict[str, set[tuple[str, str]]] = {}
+
+    def watch(stage: str) -> None:
+        run = getattr(conversion, f"{stage}_stage")
+
+        def watching(*arguments: Any) -> Any:
+            with watched(calls.setdefault(stage, set())):
+                return run(*arguments)
+
+        monkeypatch.setattr(conversion, f"{stage}_stage", watching)
+
+    # How close the models come on this machine is not what is looked at.
+    monkeypatch.setattr(ort_int8, "FLOORS_DB", dict.fromkeys(Component, 1.0))
+    for stage in STAGES:
+        watch(stage)
+    recipe = with_component(load_recipe(CONFIGS / "int8.yaml"), component, floor_db=1.0)
+    converted(
+        toy,
+        recipe,
+        tmp_path / "out",
+        cache=tmp_path / "cache",
+        components=(component,),
+        with_ort_int8="ort_int8" in stages,
+        with_split_dit=True,
+    )
+    assert calls.keys() == stages
+    source = Source(PACKAGE)
+    for stage, called in calls.items():
+        reached = source.reached([("sa3_convert.convert.stages", f"{stage}_stage")])
+        named = {(module, name) for module, name in called if not name.startswith("<")}
+        assert len(named) > 10
+        assert {one for one in named - BESIDE if one not in reached} == set()

@@ -1,0 +1,264 @@
+"""One call, or one command, finds out everything about a bundle."""
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import sa3_convert.cli.app as cli
+from sa3_convert.arrays import Arrays
+from sa3_convert.bundle.reader import Bundle
+from sa3_convert.check.metrics import Fidelity
+from sa3_convert.check.reference_store import ReferenceStore
+from sa3_convert.components import Component, contract
+from sa3_convert.errors import BundleError, UsageError, VerificationError
+from sa3_convert.lab.generations import full
+from sa3_convert.lab.generations.cases import case_feeds
+from sa3_convert.lab.generations.distribution import (
+    FREE_RUNNING,
+    TEACHER_FORCED,
+    Distribution,
+    GenerationFidelity,
+    Observation,
+)
+from sa3_convert.lab.generations.end_to_end import FULL_CASES, both_sides, end_to_end_cases
+from sa3_convert.lab.generations.full import Findings, verify_fully, with_bisections, workload
+from sa3_convert.lab.generations.trajectory import GenerationCase, all_cases
+
+CASES = all_cases((0, 4), (1,), (0.5, 1.0))
+STEPS = 2
+
+
+class Witness:
+    def __init__(self) -> None:
+        self.stages: dict[str, int] = {}
+        self.heard: dict[tuple[str, str], NDArray[np.float32]] = {}
+
+    def report(self, what: str, done: int, total: int) -> None:
+        assert 0 <= done < total
+        self.stages[what] = total
+
+    def hear(self, case: GenerationCase, side: str, audio: NDArray[np.float32]) -> None:
+        self.heard[case.name, side] = audio
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("references")
+
+
+@pytest.fixture(scope="module")
+def verified(toy_int8: Bundle, store: Path) -> tuple[Findings, Witness]:
+    witness = Witness()
+    findings = verify_fully(
+        toy_int8,
+        cases=CASES,
+        steps=STEPS,
+        quick=True,
+        store=ReferenceStore(store),
+        threads=2,
+        report=witness.report,
+        heard=witness.hear,
+    )
+    return findings, witness
+
+
+def with_floor(findings: Findings, component: Component, floor_db: float) -> Findings:
+    verdicts = [
+        replace(v, floor_db=floor_db) if v.fidelity.component is component else v for v in findings.bundle.verdicts
+    ]
+    return replace(findings, bundle=replace(findings.bundle, verdicts=tuple(verdicts)))
+
+
+def test_a_sound_bundle_passes_and_every_part_is_there(verified: tuple[Findings, Witness]) -> None:
+    findings, _ = verified
+    findings.check()
+    assert findings.passed
+    assert findings.generations is not None
+    assert findings.generations.of(TEACHER_FORCED).summary.count == len(CASES) * STEPS
+    assert findings.end_to_end is not None
+    assert [c.case for c in findings.end_to_end.cases] == ["prompt=0 seed=1 seconds=1"]
+    assert findings.bisections == {}
+
+
+def test_the_json_is_finite_and_says_what_ran(verified: tuple[Findings, Witness]) -> None:
+    data = json.loads(json.dumps(verified[0].to_data(), allow_nan=False))
+    assert (data["engine"], data["passed"], data["problems"]) == ("mnn", True, [])
+    assert len(data["generations"]["distributions"]) == 6
+    assert {"target", "chaos"} < set(data["end_to_end"]["cases"][0])
+
+
+def test_the_audio_of_both_sides_and_of_chance_can_be_heard(verified: tuple[Findings, Witness]) -> None:
+    heard = verified[1].heard
+    assert {side for _, side in heard} == {"reference", "target", "chaos"}
+    assert all(audio.shape == (2, 44100) for audio in heard.values())
+
+
+def test_all_work_is_planned(toy_int8: Bundle, verified: tuple[Findings, Witness]) -> None:
+    planned = workload(toy_int8, CASES, steps=STEPS, quick=True)
+    # What the reference generates end to end was computed for the distributions.
+    assert set(verified[1].stages) - {"end to end, reference"} == set(planned)
+    assert all(cost >= 0 for cost in planned.values())
+
+
+def test_a_second_verification_computes_no_reference_and_finds_the_same(
+    toy_int8: Bundle, store: Path, verified: tuple[Findings, Witness]
+) -> None:
+    again = ReferenceStore(store)
+    findings = verify_fully(toy_int8, cases=CASES, steps=STEPS, quick=True, store=again, threads=2)
+    assert again.computed == 0
+    assert findings.to_data() == verified[0].to_data()
+
+
+def test_one_component_can_be_looked_at_alone(toy_int8: Bundle, store: Path) -> None:
+    findings = verify_fully(
+        toy_int8,
+        cases=CASES[:1],
+        steps=STEPS,
+        components=(Component.DIT,),
+        quick=True,
+        store=ReferenceStore(store),
+        threads=2,
+    )
+    assert findings.generations is not None
+    assert [d.name for d in findings.generations.distributions] == [TEACHER_FORCED, FREE_RUNNING]
+    assert [v.fidelity.component for v in findings.bundle.verdicts] == [Component.DIT]
+    assert findings.end_to_end is None
+
+
+def test_a_generation_below_the_floor_is_a_failure_that_names_a_floor_that_passes(
+    verified: tuple[Findings, Witness],
+) -> None:
+    generations = verified[0].generations
+    assert generations is not None
+    worst = generations.of("decoder").summary
+    findings = with_floor(verified[0], Component.DECODER, worst.worst + 0.5)
+    assert not findings.passed
+    with pytest.raises(VerificationError, match=f"decoder: generation {worst.worst_case} has .*floor_db: "):
+        findings.check()
+
+
+def with_generation(findings: Findings, name: str, ratio: float) -> Findings:
+    """Let a distribution consist of one bad observation."""
+    bad = Observation(CASES[1].name, Fidelity(ratio, 0.5, 1.0, 0.5), 1)
+    return replace(findings, generations=GenerationFidelity(STEPS, (Distribution(name, (bad,)),)))
+
+
+def test_a_free_running_generation_has_no_floor(verified: tuple[Findings, Witness]) -> None:
+    assert with_generation(verified[0], FREE_RUNNING, 1).passed
+    assert not with_generation(verified[0], TEACHER_FORCED, 1).passed
+
+
+def test_what_falls_short_is_bisected_at_its_worst_case(
+    toy_int8: Bundle, store: Path, verified: tuple[Findings, Witness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Arrays] = {}
+
+    def spy(bundle: Bundle, component: Component, *, feeds: Arrays, **_: object) -> Any:
+        asked[component.value] = feeds
+        return object()
+
+    monkeypatch.setattr(full, "bisect_bundle", spy)
+    decoder = next(v.fidelity for v in verified[0].bundle.verdicts if v.fidelity.component is Component.DECODER)
+    findings = with_floor(verified[0], Component.DECODER, decoder.worst.signal_to_noise_db + 1)
+    findings = with_generation(findings, TEACHER_FORCED, 1)
+    with both_sides(toy_int8, store=ReferenceStore(store), steps=STEPS, threads=2) as (references, _):
+        found = with_bisections(toy_int8, findings, references, threads=2).bisections
+        path = references.trajectory(CASES[1])
+    assert list(found) == [Component.DIT, Component.DECODER]
+    assert asked["decoder"]["latents"].shape[2] == int(decoder.worst_case.case.split("T=")[1])
+    np.testing.assert_array_equal(asked["dit"]["x"], path.inputs[1])
+
+
+def test_what_falls_short_on_sampled_inputs_is_bisected_without_generations(
+    toy_int8: Bundle, verified: tuple[Findings, Witness]
+) -> None:
+    short = with_floor(replace(verified[0], generations=None), Component.NUMBER_CONDITIONER, 60)
+    found = with_bisections(toy_int8, short, threads=2).bisections
+    assert list(found) == [Component.NUMBER_CONDITIONER]
+    # Eight bits explain what is lost: the floor is to blame, no operator.
+    assert found[Component.NUMBER_CONDITIONER].suspect is None
+
+
+@pytest.mark.parametrize("component", list(Component))
+def test_a_cases_inputs_are_what_the_component_takes(toy_int8: Bundle, store: Path, component: Component) -> None:
+    step = 1 if component is Component.DIT else None
+    with both_sides(toy_int8, store=ReferenceStore(store), steps=STEPS, threads=2) as (references, _):
+        feeds = case_feeds(references, component, CASES[0], step)
+        ports = contract(component, toy_int8.layout).inputs
+        assert set(feeds) == {port.name for port in ports}
+        assert all(str(feeds[port.name].dtype) == port.dtype for port in ports)
+        with pytest.raises(UsageError, match="--step"):
+            case_feeds(references, component, CASES[0], None if step else 0)
+
+
+def test_an_engine_that_the_bundle_has_nothing_for_is_refused(toy_int8: Bundle) -> None:
+    with pytest.raises(BundleError, match="--with-ort-int8"):
+        verify_fully(toy_int8, cases=CASES, steps=STEPS, engine="onnxruntime-int8")
+
+
+def test_four_generations_are_compared_end_to_end_in_full_and_fewer_of_a_part() -> None:
+    chosen = end_to_end_cases(FULL_CASES)
+    assert [(c.prompt, c.seed, c.seconds) for c in chosen] == [(p, 0, 5.0) for p in (0, 1, 2, 6)]
+    assert end_to_end_cases(all_cases((3, 4), (2,), (7.0,))) == (GenerationCase(3, 2, 7.0),)
+
+
+def run(*arguments: object) -> int:
+    return cli.run([str(argument) for argument in arguments])
+
+
+SUBSET = ("--prompts", "0", "--seeds", "1", "--seconds", "0.5", "--steps", STEPS)
+
+
+def test_the_command_shows_figures_and_how_to_have_the_worst_again(
+    toy_int8: Bundle, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "findings.json"
+    where = ("--references", store)
+    assert run("verify", toy_int8.path, "--full", "--quick", *SUBSET, *where, "--json", file) == 0
+    data = json.loads(file.read_text())
+    shown = capsys.readouterr().out
+    assert f"{data['generations']['distributions'][2]['worst']:.1f}" in shown
+    assert data["end_to_end"]["judgement"][:40] in shown
+    command = next(line for line in shown.splitlines() if "bisect" in line and "number_conditioner" in line)
+    assert cli.run(shlex.split(command)[1:]) == 0
+    assert "No operator makes more error than its storage explains" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("verify", "--prompts", "0"), "add --full"),
+        (("verify", "--references", "x"), "add --full"),
+        (("verify", "--full", "--prompts", "8"), "--prompts '8'"),
+        (("verify", "--full", "--prompts", "zero"), "write for example 0,1,2,3,4,5,6,7"),
+        (("verify", "--full", "--seconds", "nan"), "--seconds 'nan'"),
+        (("verify", "--full", "--seconds", "0"), "write for example 2,5,10"),
+        (("verify", "--full", "--seeds", "-1"), "--seeds '-1'"),
+        (("verify", "--full", "--seeds", "18446744073709551616"), "write for example 0,1"),
+        (("verify", "--full", "--case", "prompt=0 seed=0 seconds=1.2.3"), "is no case"),
+        (("verify", "--full", "--case", "prompt=0"), "is no case"),
+        (("verify", "--full", "--case", "prompt=0 seed=0 seconds=1", "--seeds", "1"), "do not go with it"),
+        (("verify", "--full", "--seconds", "1000"), "beyond this model's limit"),
+        (("bisect", "--component", "dit", "--step", "1"), "add --case"),
+        (("bisect", "--component", "dit", "--case", "prompt=0 seed=0 seconds=0.5"), "--step"),
+        (("bisect", "--component", "dit", "--case", "dog"), "is no case"),
+    ],
+)
+def test_wrong_usage_is_exit_2(
+    toy_int8: Bundle, arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, *rest = arguments
+    assert run(command, toy_int8.path, *rest) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_backend_that_mnn_does_not_have_is_exit_7(toy_int8: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("bisect", toy_int8.path, "--component", "number_conditioner", "--backend", "cuda") == 7
+    assert "has no CUDA backend" in capsys.readouterr().err
+    assert run("bisect", toy_int8.path, "--component", "number_conditioner", "--backend", "cpu") == 0
