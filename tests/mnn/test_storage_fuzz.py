@@ -10,13 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from sa3_convert.lab.doctor.dequantise_ORACLE import constant_values, dequantised_weight
 
 from sa3_convert.cli.inspection_tables import render_storage as render
 from sa3_convert.errors import ModelFileError, UsageError
 from sa3_convert.mnn.file.flatbuffer import weight_path
 from sa3_convert.mnn.file.storage import content_digest, read_storage
 from tests.mnn.converted import Converter, gaussian, linear_graph, mixed_graph
+from tests.mnn.dequantise import constant_values, dequantised_weight
 
 Damage = Callable[[bytearray], None]
 
