@@ -138,7 +138,7 @@ def _failed(error: Exception) -> int:
         # Running a bundle needs less than everything else does, and may be all that was installed.
         _complain(
             f"A package that this needs cannot be imported ({error}). "
-            "Install what converting and judging take: pip install 'sa3-convert[convert]'.",
+            f"Install what brings it: pip install 'sa3-convert[{_extra_with(error.name or '')}]'.",
             error,
         )
         return BackendError.exit_code
@@ -148,6 +148,20 @@ def _failed(error: Exception) -> int:
         error,
     )
     return 70
+
+
+def _extra_with(module: str) -> str:
+    """Return which of our extras brings a package, by what the installed distribution says; `all` where it does not."""
+    import importlib.metadata
+
+    try:
+        requirements = importlib.metadata.requires("sa3-convert") or ()
+    except importlib.metadata.PackageNotFoundError:
+        requirements = ()
+    name = re.sub(r"[-_]", "[-_]", module.partition(".")[0]) or "(?!)"
+    extra = re.compile(rf"(?i){name}(?![-_\w]).*extra == .(?P<name>\w+)")
+    found = filter(None, map(extra.match, requirements))
+    return next((match["name"] for match in found if match["name"] != "dev"), "all")
 
 
 def _complain(message: str, error: BaseException | None = None) -> None:
