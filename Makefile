@@ -56,10 +56,11 @@ test: $(READY) ## run the tests
 bench: $(READY) ## run the slow tests on true-size models
 	$(BIN)/python -m pytest -m slow
 
-lint: $(READY) ## formatting, lint and types
+lint: $(READY) ## formatting, lint, types and dead code
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/vulture
 
 clean: ## remove what was made, keep .venv
 	rm -rf artifacts/* .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -100,6 +100,20 @@ def test_every_room_has_its_place() -> None:
     assert {room_of(path) for path in modules()} == {room for rooms in ROOMS for room in rooms}
 
 
+def test_the_tree_of_contributing_names_every_room() -> None:
+    text = (SOURCE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown, above = set(), ""
+    for line in text.split("```\nsa3_convert/\n")[1].split("```")[0].splitlines():
+        name, inside = line.split()[0], line.startswith("    ")
+        if line.startswith("  "):
+            shown.add(f"{above}{name}" if inside else name)
+            above = above if inside else name
+    folders = {path.parent for path in modules()} - {SOURCE}
+    rooms = {folder for folder in folders if folder.parent == SOURCE or folder.parent.name in ("lab", "mnn")}
+    files = {path for path in modules() if path.parent in (SOURCE, SOURCE / "lab") and not path.name.startswith("__")}
+    assert shown == {f"{room.relative_to(SOURCE)}/" for room in rooms} | {str(f.relative_to(SOURCE)) for f in files}
+
+
 def test_rooms_import_one_way() -> None:
     upwards = {
         (str(path.relative_to(SOURCE)), module)
