@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import onnxruntime as ort
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from sa3_convert.arrays import Arrays
 from sa3_convert.errors import ModelFileError
@@ -52,9 +53,11 @@ class ReferenceGraph:
             model = onnx.load(path, load_external_data=False)
         except (OSError, DecodeError) as error:
             raise ModelFileError(f"{path} cannot be read as ONNX: {error}") from None
+        # What is declared at a symbolic length would contradict the concrete one.
+        del model.graph.value_info[:]
         self._model = model
-        self._constants = {tensor.name: tensor for tensor in model.graph.initializer}
-        self._inputs = {value.name: value for value in model.graph.input if value.name not in self._constants}
+        constants = {tensor.name for tensor in model.graph.initializer}
+        self._inputs = [value.name for value in model.graph.input if value.name not in constants]
         self.nodes = list(model.graph.node)
         self._producer = {name: i for i, node in enumerate(self.nodes) for name in node.output if name}
         self.outputs = tuple(value.name for value in model.graph.output)
@@ -103,30 +106,19 @@ class ReferenceGraph:
 
         Every operator runs as it stands: graph optimisation is off.
         """
-        operators = sorted({index for name in outputs for index in self.segment(name, given)[0]})
-        nodes = [self._rewired(self.nodes[index], given) for index in operators]
-        read = {name for node in nodes for name in node.input}
-        used = [name for name in self._inputs if name in read]
-        supplied = {name: value for name, value in given.items() if name + _GIVEN in read}
-        graph = helper.make_graph(
-            nodes,
-            "piece",
-            [self._inputs[name] for name in used]
-            + [helper.make_tensor_value_info(name + _GIVEN, TensorProto.FLOAT, None) for name in supplied],
-            [helper.make_empty_tensor_value_info(name) for name in outputs],
-            [tensor for name, tensor in self._constants.items() if name in read],
-        )
-        model = helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
-        arrays = {name: feeds[name] for name in used} | {name + _GIVEN: value for name, value in supplied.items()}
-        results = self._session(model).run(list(outputs), {k: np.ascontiguousarray(v) for k, v in arrays.items()})
+        piece = gs.import_onnx(self._model)
+        tensors = piece.tensors()
+        for name in given:
+            stand_in = gs.Variable(name + _GIVEN, np.float32)
+            for node in list(tensors[name].outputs):
+                node.inputs = [stand_in if tensor is tensors[name] else tensor for tensor in node.inputs]
+            piece.inputs.append(stand_in)
+        piece.outputs = [tensors[name] for name in outputs]
+        piece.cleanup(remove_unused_graph_inputs=True)
+        values = {**feeds, **{name + _GIVEN: value for name, value in given.items()}}
+        used = {tensor.name: np.ascontiguousarray(values[tensor.name]) for tensor in piece.inputs}
+        results = self._session(gs.export_onnx(piece, do_type_check=False)).run(list(outputs), used)
         return dict(zip(outputs, results, strict=True))
-
-    def _rewired(self, node: onnx.NodeProto, given: Collection[str]) -> onnx.NodeProto:
-        rewired = onnx.NodeProto()
-        rewired.CopyFrom(node)
-        del rewired.input[:]
-        rewired.input.extend(name + _GIVEN if name in given else name for name in node.input)
-        return rewired
 
     def _session(self, model: onnx.ModelProto) -> ort.InferenceSession:
         options = ort.SessionOptions()
@@ -148,8 +140,6 @@ def _shapes(model: onnx.ModelProto, feeds: Arrays) -> dict[str, tuple[int, int |
             dimensions = value.type.tensor_type.shape.dim
             for dimension, size in zip(dimensions, feeds[value.name].shape, strict=True):
                 dimension.dim_value = size
-    # What was declared at a symbolic length would contradict the concrete one.
-    del concrete.graph.value_info[:]
     for value in concrete.graph.output:
         value.type.tensor_type.ClearField("shape")
     inferred = onnx.shape_inference.infer_shapes(concrete, data_prop=True)
