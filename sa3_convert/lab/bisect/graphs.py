@@ -1,5 +1,6 @@
 """The two graphs of a bisection: the reference, run in pieces, and what a `.mnn` says about a tensor."""
 
+import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,12 +57,17 @@ class ReferenceGraph:
         # What is declared at a symbolic length would contradict the concrete one.
         del model.graph.value_info[:]
         self._model = model
+        """Its structure: of the attributes, onnx-graphsurgeon cannot carry empty lists; `nodes` have them."""
         constants = {tensor.name for tensor in model.graph.initializer}
         self._inputs = [value.name for value in model.graph.input if value.name not in constants]
-        self.nodes = list(model.graph.node)
+        self.nodes = copy.deepcopy(list(model.graph.node))
         self._producer = {name: i for i, node in enumerate(self.nodes) for name in node.output if name}
         self.outputs = tuple(value.name for value in model.graph.output)
         self.tensors = self._float_tensors(feeds)
+        for node in model.graph.node:
+            inner = [attribute for attribute in node.attribute if _holds_graphs(attribute)]
+            del node.attribute[:]
+            node.attribute.extend(inner)
 
     def _float_tensors(self, feeds: Arrays) -> dict[str, Tensor]:
         known = _shapes(self._model, feeds)
@@ -109,15 +115,18 @@ class ReferenceGraph:
         piece = gs.import_onnx(self._model)
         tensors = piece.tensors()
         for name in given:
-            stand_in = gs.Variable(name + _GIVEN, np.float32)
+            piece.inputs.append(gs.Variable(name + _GIVEN, np.float32))
             for node in list(tensors[name].outputs):
-                node.inputs = [stand_in if tensor is tensors[name] else tensor for tensor in node.inputs]
-            piece.inputs.append(stand_in)
+                node.inputs[node.inputs.index(tensors[name])] = piece.inputs[-1]
         piece.outputs = [tensors[name] for name in outputs]
         piece.cleanup(remove_unused_graph_inputs=True)
         values = {**feeds, **{name + _GIVEN: value for name, value in given.items()}}
         used = {tensor.name: np.ascontiguousarray(values[tensor.name]) for tensor in piece.inputs}
-        results = self._session(gs.export_onnx(piece, do_type_check=False)).run(list(outputs), used)
+        model = gs.export_onnx(piece, do_type_check=False)
+        for node in model.graph.node:
+            whole = self.nodes[self._producer[next(filter(None, node.output))]]
+            node.attribute.extend(attribute for attribute in whole.attribute if not _holds_graphs(attribute))
+        results = self._session(model).run(list(outputs), used)
         return dict(zip(outputs, results, strict=True))
 
     def _session(self, model: onnx.ModelProto) -> ort.InferenceSession:
@@ -129,6 +138,10 @@ class ReferenceGraph:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._folder))
         return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _holds_graphs(attribute: onnx.AttributeProto) -> bool:
+    return attribute.HasField("g") or len(attribute.graphs) > 0
 
 
 def _shapes(model: onnx.ModelProto, feeds: Arrays) -> dict[str, tuple[int, int | None]]:
