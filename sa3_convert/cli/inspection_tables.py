@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sa3_convert.lab.doctor.known import changes
+from sa3_convert.lab.doctor.records import changes
 from sa3_convert.lab.doctor.results import Answer, Diagnosis, ProbeResult
 from sa3_convert.mnn.compatibility import oldest_reader
 from sa3_convert.mnn.file.contents import ModelStorage, Port

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,7 @@ from sa3_convert.mnn.compatibility import MnnVersion, check_reader
 from sa3_convert.mnn.file.audit import audit
 from sa3_convert.mnn.file.contents import ModelStorage
 from sa3_convert.mnn.file.flatbuffer import WEIGHTS, weight_path
-from sa3_convert.mnn.file.storage import read_storage
-from sa3_convert.mnn.identity import set_content_uuid
+from sa3_convert.mnn.file.storage import content_digest, read_storage
 from sa3_convert.mnn.layer_rules import apply_rules, read_layers, scheme_flags
 from sa3_convert.mnn.onnx_input import OnnxInput, Ports, read_onnx_input
 from sa3_convert.recipe import ComponentRecipe
@@ -21,6 +21,7 @@ from sa3_convert.system.files import atomic_pair
 from sa3_convert.system.isolated import TIMEOUT_SECONDS, WORKER, last_lines, run_worker
 from sa3_convert.system.machine import version_of
 
+_UUID_LENGTH = 36
 _COMMON_FLAGS = (
     "--bizCode",
     "sa3",
@@ -190,6 +191,28 @@ def _accept(made: Path, expected: Ports, output: str, converter: Converter, fold
     if difference := expected.difference(found):
         raise ConversionError(f"The converted file has another interface than the graph: {difference}.")
     set_content_uuid(made)
+
+
+def set_content_uuid(path: Path) -> uuid.UUID:
+    """Replace a `.mnn` file's random UUID, in place, by one made from all other bytes, and return it.
+
+    Nothing else differs between two conversions of the same input, so equal conversions then give equal bytes.
+
+    Raises:
+        ConversionError: the file has no UUID where MNN 3 writes it, or is damaged.
+
+    """
+    try:
+        extent = read_storage(path).identity
+        identity = uuid.UUID(bytes=bytes.fromhex(content_digest(path))[:16], version=5)
+    except ModelFileError as fault:
+        raise ConversionError(f"MNN's converter left a damaged file: {fault}") from None
+    if extent is None or extent.bytes != _UUID_LENGTH:
+        raise ConversionError(f"{path.name} has no UUID: this version of MNN writes another format than 3.6.")
+    with path.open("r+b") as stream:
+        stream.seek(extent.offset)
+        stream.write(str(identity).encode())
+    return identity
 
 
 @contextlib.contextmanager

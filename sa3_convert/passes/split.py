@@ -86,5 +86,5 @@ def _part(model: ir.Model, inputs: Sequence[ir.Value], outputs: Sequence[ir.Valu
     own = dict(graph.initializers)
     graph.initializers.clear()
     graph.initializers.update({name: own[name] for name in model.graph.initializers if name in own})
-    about = {"producer_name": model.producer_name, "producer_version": model.producer_version}
-    return ir.Model(graph, ir_version=model.ir_version, **about)
+    name, version = model.producer_name, model.producer_version
+    return ir.Model(graph, ir_version=model.ir_version, producer_name=name, producer_version=version)

@@ -14,9 +14,9 @@ from sa3_convert.check.inputs import sample_inputs
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.components import Component, Length, contract
 from sa3_convert.errors import InputError, VerificationError
-from sa3_convert.lab.bisect.against import Against, Runtime, bisect_against
 from sa3_convert.lab.bisect.graphs import ReferenceGraph, TargetGraph
 from sa3_convert.lab.bisect.result import BisectResult, OperatorError, limit_db
+from sa3_convert.lab.bisect.runtimes import Runtime, RuntimeComparison, bisect_against
 from sa3_convert.lab.bisect.walk import TargetRuns, Walk, matched, signal_to_noise
 from sa3_convert.mnn.file.storage import read_storage
 from sa3_convert.mnn.session import Backend, require_backend
@@ -182,7 +182,7 @@ def bisect_bundle_against(
     seed: int = 0,
     latents: int | None = None,
     feeds: Arrays | None = None,
-) -> Against:
+) -> RuntimeComparison:
     """Compare the tensors of a bundle's model between two ways to run it; see `bisect_bundle` and `bisect_against`."""
     file = bundle.checked(component, "mnn")
     found = bisect_against(file.path, feeds or _sampled(bundle, component, seed, latents), target, reference)

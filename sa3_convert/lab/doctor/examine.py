@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from sa3_convert.check.metrics import MAX_DB, compare
 from sa3_convert.errors import ConversionError, ModelFileError
-from sa3_convert.lab.doctor.apart import converted, run_jobs
-from sa3_convert.lab.doctor.probe import GraphProbe, Probe, Setting, ToolProbe
+from sa3_convert.lab.doctor.probe import GraphProbe, Probe, Setting, ToolProbe, converted
 from sa3_convert.lab.doctor.probes import PROBES
 from sa3_convert.lab.doctor.results import Answer, Diagnosis, ProbeResult, this_machine
-from sa3_convert.lab.doctor.worker import Job, Ran
+from sa3_convert.mnn.jobs import run_jobs
 from sa3_convert.mnn.session import Backend, require_backend
+from sa3_convert.mnn.worker import Job, JobOutcome
 from sa3_convert.passes.hazard_kinds import HAZARD_KINDS
 from sa3_convert.system.files import partial_folder
 from sa3_convert.system.machine import surroundings, version_of
@@ -120,7 +120,7 @@ def _run(prepared: Sequence[_Prepared], root: Path, backend: Backend) -> list[di
     ]
 
 
-def _answers(entry: _Prepared, ran: Sequence[Ran], root: Path, backend: Backend) -> dict[str, Answer]:
+def _answers(entry: _Prepared, ran: Sequence[JobOutcome], root: Path, backend: Backend) -> dict[str, Answer]:
     probe = entry.probe
     assert isinstance(probe, GraphProbe)
     reference = _reference(probe)
@@ -136,7 +136,7 @@ def _answers(entry: _Prepared, ran: Sequence[Ran], root: Path, backend: Backend)
 
 
 def judged(
-    probe: GraphProbe, setting: Setting, backend: Backend, reference: Sequence[Arrays], job: Job, ran: Ran
+    probe: GraphProbe, setting: Setting, backend: Backend, reference: Sequence[Arrays], job: Job, ran: JobOutcome
 ) -> Answer:
     """Compare what a job left with the reference."""
     if ran.error is not None:

@@ -8,9 +8,9 @@ import pytest
 from sa3_convert.components import Component
 from sa3_convert.errors import BackendError, ConversionError
 from sa3_convert.lab.doctor.examine import diagnose, examine
-from sa3_convert.lab.doctor.known import RECORDS, changes
 from sa3_convert.lab.doctor.probe import GraphProbe, ToolProbe
 from sa3_convert.lab.doctor.probes import PROBES, UNPROBED
+from sa3_convert.lab.doctor.records import RECORDS, changes
 from sa3_convert.lab.doctor.results import Diagnosis, ProbeResult
 from sa3_convert.mnn.session import has_backend
 from sa3_convert.passes.hazard_kinds import HAZARD_KINDS

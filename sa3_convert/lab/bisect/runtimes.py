@@ -93,7 +93,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Against:
+class RuntimeComparison:
     """All compared tensors in the file's order."""
 
     target: Runtime
@@ -132,7 +132,7 @@ class Against:
         }
 
 
-def bisect_against(path: Path, feeds: Arrays, target: Runtime, reference: Runtime) -> Against:
+def bisect_against(path: Path, feeds: Arrays, target: Runtime, reference: Runtime) -> RuntimeComparison:
     """Compare every float tensor of a file between two ways to run it.
 
     Args:
@@ -164,7 +164,7 @@ def bisect_against(path: Path, feeds: Arrays, target: Runtime, reference: Runtim
     found = tuple(_differences(storage, *sides))
     if not found:
         raise VerificationError(f"MNN hands out no float tensor of {named(path)}: nothing can be compared.")
-    return Against(target, reference, found)
+    return RuntimeComparison(target, reference, found)
 
 
 def _differences(storage: ModelStorage, target: TargetRuns, reference: TargetRuns) -> Iterator[Difference]:
