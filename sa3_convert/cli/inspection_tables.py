@@ -43,7 +43,8 @@ def verdict_lines(diagnosis: Diagnosis) -> Iterator[str]:
     yield f"MNN {diagnosis.mnn} on {diagnosis.backend}: {word} that the converted models need works."
     for result in failing:
         components = ", ".join(component.value for component in result.needed_by)
-        yield f"  {result.probe}: {result.worst.outcome}{_asked(result).removeprefix(result.asks)} (needed by {components})"
+        where = _asked(result).removeprefix(result.asks)
+        yield f"  {result.probe}: {result.worst.outcome}{where} (needed by {components})"
     sound = len(diagnosis.results) - len(bad)
     yield f"{len(diagnosis.results)} probes in {diagnosis.seconds:.0f} s: {sound} work, {len(bad)} do not."
     found = changes(diagnosis)
