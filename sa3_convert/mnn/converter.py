@@ -46,12 +46,7 @@ class Converter:
         return run_worker(["convert", *flags, *_COMMON_FLAGS], folder, timeout=self.timeout, command=self.command)
 
     def ports(self, model: Path, folder: Path) -> Ports:
-        """Load a `.mnn` file in a process of its own, which a damaged one may kill.
-
-        Raises:
-            ConversionError: it does not load.
-
-        """
+        """Load a `.mnn` file in a process of its own, which a damaged one may kill."""
         report = folder / "ports.json"
         report.unlink(missing_ok=True)
         run_worker(["ports", str(model), str(report)], folder, timeout=self.timeout, command=self.command)
@@ -127,12 +122,7 @@ def mnn_from_onnx(
 
 
 def mnn_from_mnn_fp16(source: Path, target: Path, *, converter: Converter = DEFAULT_CONVERTER) -> None:
-    """Store a model's float weights and constants as FP16; integer weights stay what they are.
-
-    Raises:
-        ConversionError: the source does not load or keeps its weights in a file beside it, or anything went wrong.
-
-    """
+    """Store a model's float weights and constants as FP16; integer weights stay what they are."""
     if not source.is_file():
         raise ConversionError(f"{source} does not exist; there is nothing to convert.")
     size = source.stat().st_size
@@ -197,10 +187,6 @@ def set_content_uuid(path: Path) -> uuid.UUID:
     """Replace a `.mnn` file's random UUID, in place, by one made from all other bytes, and return it.
 
     Nothing else differs between two conversions of the same input, so equal conversions then give equal bytes.
-
-    Raises:
-        ConversionError: the file has no UUID where MNN 3 writes it, or is damaged.
-
     """
     try:
         extent = read_storage(path).identity

@@ -18,14 +18,7 @@ _PATTERN = ("env", "MALLOC_PERTURB_=165")
 
 
 def run_jobs(jobs: Sequence[Job], folder: Path, *, timeout: float = JOB_SECONDS) -> list[JobOutcome]:
-    """Run jobs in one process after the other: where one ends the process, the next goes on behind it.
-
-    Args:
-        jobs: what to run; paths are absolute.
-        folder: for the processes; their own.
-        timeout: seconds until a process is ended.
-
-    """
+    """Run jobs in one process after the other: where one ends the process, the next goes on behind it."""
     found: list[JobOutcome] = []
     while len(found) < len(jobs):
         waiting = jobs[len(found) :]

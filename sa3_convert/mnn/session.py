@@ -31,12 +31,7 @@ _FORWARD_TYPES: Mapping[int, str] = {0: "cpu", 1: "metal", 2: "cuda", 3: "opencl
 
 @functools.cache
 def load_mnn() -> ModuleType:
-    """Import MNN quietly (its C++ code greets on standard output).
-
-    Raises:
-        BackendError: the package is not installed or cannot be loaded.
-
-    """
+    """Import MNN quietly (its C++ code greets on standard output)."""
     try:
         with capture_stdout():
             return importlib.import_module("MNN")
@@ -54,22 +49,12 @@ def has_backend(backend: Backend) -> bool:
 
 
 def runtime_backends() -> dict[str, bool]:
-    """Return, for every backend that the toolchain knows, whether the installed MNN has it.
-
-    Raises:
-        BackendError: MNN is not installed.
-
-    """
+    """Return, for every backend that the toolchain knows, whether the installed MNN has it."""
     return {backend: has_backend(backend) for backend in BACKENDS}
 
 
 def require_backend(backend: Backend) -> None:
-    """Check that a backend is there.
-
-    Raises:
-        BackendError: it is not; the message says how to get one.
-
-    """
+    """Raise BackendError, which says how to get one, if a backend is not there."""
     if not has_backend(backend):
         raise BackendError(
             f"The installed MNN has no {backend.upper()} backend (or finds no such device); MNN would run on the CPU "

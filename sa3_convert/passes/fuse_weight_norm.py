@@ -37,12 +37,7 @@ _TOLERANCE = 1e-5
 
 
 def fuse_weight_norm(model: ir.Model) -> int:
-    """Replace each weight norm of constants by one constant, in place.
-
-    Returns:
-        How many were replaced.
-
-    """
+    """Replace each weight norm of constants by one constant, in place; return how many."""
     graph = model.graph
     constant_nodes = _constant_nodes(graph)
     taken = ir_tools.names_in(graph)

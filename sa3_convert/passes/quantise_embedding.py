@@ -81,15 +81,7 @@ def quantise_embedding(model: ir.Model, kind: Literal["int8", "int4"], *, half_s
 def quantise_rows(
     table: NDArray[np.generic], bits: Literal[4, 8], *, half_scales: bool = False, curve: float | None = None
 ) -> QuantisedRows:
-    """Quantise each row with the curve and the scale of least squared error.
-
-    Args:
-        table: [rows, width] float; read in blocks, so it may be a memory-mapped file.
-        bits: 4 or 8.
-        half_scales: use only scales that float16 holds exactly.
-        curve: c, for rows of a larger table; None is `best_curve` of these.
-
-    """
+    """Quantise each row of [rows, width], read in blocks, on a curve (`best_curve`), with the scale of least error."""
     if curve is None:
         curve = best_curve(table, bits, half_scales=half_scales)
     codes = np.empty(table.shape, np.int8)

@@ -43,12 +43,7 @@ class GatedProduct:
 
 
 def scale_gated_products(model: ir.Model) -> int:
-    """Scale, in place, the MLPs that need it.
-
-    Returns:
-        How many were scaled.
-
-    """
+    """Scale, in place, the MLPs that need it; return how many."""
     taken = ir_tools.names_in(model.graph)
     count = 0
     for found in gated_products(model):

@@ -233,12 +233,7 @@ def needs_shift(softmax: ir.Node) -> bool:
 
 
 def subtract_row_maximum(model: ir.Model) -> int:
-    """Shift the input of each Softmax that needs it, in place.
-
-    Returns:
-        How many were shifted.
-
-    """
+    """Shift the input of each Softmax that needs it, in place; return how many."""
     graph = model.graph
     taken = ir_tools.names_in(graph)
     count = 0

@@ -18,12 +18,7 @@ def is_silu(product: ir.Node) -> bool:
 
 
 def spell_silu(model: ir.Model) -> int:
-    """Replace the Sigmoid of each SiLU, in place.
-
-    Returns:
-        How many there were.
-
-    """
+    """Replace the Sigmoid of each SiLU, in place; return how many."""
     graph = model.graph
     taken = ir_tools.names_in(graph)
     found = [(node, sigmoid) for node in graph if (sigmoid := _sigmoid(node)) is not None]
@@ -70,12 +65,7 @@ def has_range(shape: ir.Node) -> bool:
 
 
 def use_whole_shapes(model: ir.Model) -> int:
-    """Replace the ranges of Shape operators, in place.
-
-    Returns:
-        How many had one.
-
-    """
+    """Replace the ranges of Shape operators, in place; return how many had one."""
     graph = model.graph
     taken = ir_tools.names_in(graph)
     found = [node for node in graph if node.op_type == "Shape" and not node.domain and has_range(node)]

@@ -36,15 +36,9 @@ def is_exact_in_half(array: NDArray[np.float32]) -> bool:
 
 
 def exact_parts(array: NDArray[np.float32]) -> list[tuple[NDArray[np.float32], int]]:
-    """Split an array into parts that half holds exactly.
+    """Split a finite float32 array into (part, exponent) pairs with array = Σ part · 2^exponent, exactly.
 
-    Args:
-        array: finite float32, any shape.
-
-    Returns:
-        (part, exponent) pairs with array = Σ part · 2^exponent, exactly; each part is float32 of the array's shape, its
-        elements zero or normal half numbers. Three pairs do unless magnitudes differ by more than about 2¹⁸.
-
+    The elements of a part are zero or normal half numbers; three do unless magnitudes differ by more than about 2¹⁸.
     """
     if not np.isfinite(array).all():
         raise ValueError("only finite numbers can be split")
@@ -61,18 +55,10 @@ def exact_parts(array: NDArray[np.float32]) -> list[tuple[NDArray[np.float32], i
 
 
 def round_to_half(model: ir.Model, kept: Set[str] = frozenset()) -> int:
-    """Round every float32 initialiser to the nearest half number, still stored as float32, in place.
+    """Round float32 initialisers to the nearest half number, still stored as float32, in place; return how many.
 
     Each is computed when the model is saved, so no two weights need be in memory at once. Magnitudes beyond 65504 keep
-    their value for `fp16_safe` to judge; infinities stay.
-
-    Args:
-        model: rewritten in place.
-        kept: names of initialisers that stay, because they will be integers.
-
-    Returns:
-        How many initialisers will change at most: those of type float32.
-
+    their value for `fp16_safe` to judge; infinities stay, and so does what is in `kept`, which will be integers.
     """
     count = 0
     for name, value in model.graph.initializers.items():
@@ -169,12 +155,7 @@ _MOST: Final = 24
 
 
 def lift_small_weights(model: ir.Model, scheme: WeightScheme) -> int:
-    """Lift, in place, the channels that need it; weights are read here, and multiplied when the model is saved.
-
-    Returns:
-        How many layers have such channels.
-
-    """
+    """Lift, in place, the channels that need it, when the model is saved; return how many layers have such channels."""
     taken = ir_tools.names_in(model.graph)
     lifted: dict[ir.Value, NDArray[np.int64]] = {}
     count = 0
@@ -195,13 +176,7 @@ def lift_small_weights(model: ir.Model, scheme: WeightScheme) -> int:
 
 
 def lacking(weight: Floats, grid: Grid) -> NDArray[np.int64]:
-    """Return by how many powers of two each output channel must be lifted; shape [out].
-
-    Args:
-        weight: [out, in, *kernel].
-        grid: how it will be stored.
-
-    """
+    """Return by how many powers of two each output channel of [out, in, *kernel] must be lifted; shape [out]."""
     rows = weight.reshape(weight.shape[0], -1, grid.group_length(weight.shape))
     largest = np.abs(rows).max(axis=2).astype(np.float64)
     extent = largest if grid.symmetric else rows.max(axis=2).astype(np.float64) - rows.min(axis=2)

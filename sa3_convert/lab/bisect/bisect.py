@@ -199,12 +199,7 @@ _LARGEST = 2 << 30
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """Read a `.npz` file.
-
-    Raises:
-        InputError: it is missing, damaged or too large.
-
-    """
+    """Read a `.npz` file; one that is damaged or too large is an InputError."""
     try:
         with open_regular(path) as stream, ZipFile(stream) as members:
             if sum(member.file_size for member in members.infolist()) > _LARGEST:
@@ -219,12 +214,7 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def read_feeds(path: Path, component: Component, layout: CheckpointLayout) -> dict[str, NDArray[Any]]:
-    """Read a component's inputs from a `.npz` file and hold them to the contract.
-
-    Raises:
-        InputError: the file is missing or damaged, an input is missing or unknown, or is of another dtype or shape.
-
-    """
+    """Read a component's inputs from a `.npz` file and hold them to the contract."""
     feeds = read_arrays(path)
     ports = contract(component, layout).inputs
     wanted = {port.name for port in ports}

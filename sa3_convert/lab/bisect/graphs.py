@@ -35,17 +35,7 @@ class Tensor:
 
 
 class ReferenceGraph:
-    """Topology of an ONNX file; its weights stay on disk until a piece that uses them is run.
-
-    Args:
-        path: the `.onnx` file, its external data beside it.
-        feeds: the inputs that will be used; only their shapes matter here.
-        threads: of ONNX Runtime.
-
-    Raises:
-        ModelFileError: the file is missing or damaged.
-
-    """
+    """Topology of an ONNX file; its weights stay on disk until a piece that uses them is run."""
 
     def __init__(self, path: Path, feeds: Arrays, threads: int | None = None) -> None:
         self._folder = path.parent

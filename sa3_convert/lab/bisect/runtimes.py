@@ -43,12 +43,7 @@ class Runtime:
 
     @classmethod
     def parse(cls, text: str) -> "Runtime":
-        """Read BACKEND[,precision=LEVEL][,memory=LEVEL][,threads=N].
-
-        Raises:
-            UsageError: it is not that.
-
-        """
+        """Read BACKEND[,precision=LEVEL][,memory=LEVEL][,threads=N]."""
         backend, *settings = text.split(",")
         found: dict[str, Any] = {"backend": backend}
         levels = ("normal", "high", "low")
@@ -133,21 +128,7 @@ class RuntimeComparison:
 
 
 def bisect_against(path: Path, feeds: Arrays, target: Runtime, reference: Runtime) -> RuntimeComparison:
-    """Compare every float tensor of a file between two ways to run it.
-
-    Args:
-        path: the `.mnn`.
-        feeds: the inputs.
-        target: what is looked at.
-        reference: what it is held against.
-
-    Raises:
-        UsageError: both are the same.
-        BackendError: MNN or a backend is not there.
-        ModelFileError: the file cannot be loaded or run.
-        VerificationError: there is nothing to compare.
-
-    """
+    """Compare every float tensor of a file between two ways to run it."""
     if target == reference:
         raise UsageError(f"Both sides are {target}: there is nothing to compare.")
     for runtime in (target, reference):

@@ -24,12 +24,7 @@ _PROGRAM = (sys.executable, "-P", "-s", "-m", "sa3_convert.lab.doctor.bindings")
 
 
 def check_apart(name: str, model: Path, folder: Path) -> str | None:
-    """Run a check in a process of its own, which MNN may end.
-
-    Raises:
-        ConversionError: it did.
-
-    """
+    """Run a check in a process of its own, which MNN may end."""
     report = folder / f"{name}.json"
     start([name, str(model), str(report)], folder, command=_PROGRAM)
     found = json.loads(report.read_text(encoding="utf-8"))

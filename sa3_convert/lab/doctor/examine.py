@@ -37,17 +37,7 @@ Arrays = Mapping[str, NDArray[Any]]
 def examine(
     backend: Backend, probes: Sequence[Probe] = PROBES, report: Report = lambda done, total: None
 ) -> list[ProbeResult]:
-    """Run probes.
-
-    Args:
-        backend: where to run.
-        probes: what to try.
-        report: called with how many are done, and of how many.
-
-    Raises:
-        BackendError: MNN or the backend is not there.
-
-    """
+    """Run probes on a backend; `report` is called with how many are done, and of how many."""
     require_backend(backend)
     hazards = {kind.id: kind.avoided for kind in HAZARD_KINDS}
     with partial_folder(Path(tempfile.gettempdir()) / "sa3-doctor") as root:
@@ -193,12 +183,7 @@ def _first_line(error: object) -> str:
 
 
 def diagnose(backend: Backend, report: Report = lambda done, total: None) -> Diagnosis:
-    """Run every probe on a backend.
-
-    Raises:
-        BackendError: MNN or the backend is not there.
-
-    """
+    """Run every probe on a backend."""
     start = time.perf_counter()
     results = tuple(examine(backend, report=report))
     return Diagnosis(

@@ -108,18 +108,7 @@ _AS_CONVERTED_HERE = {"--optimizeLevel": "1", "--useGeluApproximation": "0"}
 
 
 def converted(probe: GraphProbe, folder: Path, flags: Sequence[str] = (), *, plain: bool = False) -> Path:
-    """Convert a probe's graph into an empty folder and return the file.
-
-    Args:
-        probe: gives the graph.
-        folder: empty; also the converter's working directory.
-        flags: of the converter.
-        plain: leave away the flags that every conversion of this project has.
-
-    Raises:
-        ConversionError: the converter was ended by a signal, or wrote no file.
-
-    """
+    """Convert a probe's graph into an empty folder; `plain` is without the flags that every conversion has."""
     target = folder / "probe.mnn"
     given = [] if plain else [word for f in _AS_CONVERTED_HERE.items() if f[0] not in flags for word in f]
     output = converter_output(probe, target, folder, [*flags, *given])

@@ -39,12 +39,7 @@ class Curvature:
     """Over all rows."""
 
     def error(self, difference: Floats) -> float:
-        """Return the error that a change of the sampled rows stands for, if all rows are changed the same way.
-
-        Args:
-            difference: ΔW of the sampled rows, [sampled rows, in, *kernel].
-
-        """
+        """Return the error that a change of the sampled rows, [rows, in, *kernel], stands for."""
         known = float(self.rows.sum(dtype=np.float64))
         if known == 0:
             return 0.0
@@ -68,19 +63,7 @@ def measure_curvature(
     kept: Path,
     tick: Callable[[int, int], None],
 ) -> Curvatures:
-    """Run one backward pass per sample, and keep what is known after each so that none is run twice.
-
-    Args:
-        network: the component's, fp32.
-        weights: parameter name by layer name.
-        samples: what the component meets in use.
-        kept: file of intermediate results; it belongs to exactly these arguments.
-        tick: told (passes done, of how many).
-
-    Returns:
-        The mean over the samples.
-
-    """
+    """Return the mean over samples of one backward pass each; what is in the file `kept` is not run twice."""
     sums, done = _read(kept, weights)
     for index, sample in enumerate(samples):
         tick(index, len(samples))
@@ -207,14 +190,7 @@ def stored_bytes(shape: tuple[int, ...], grid: Grid) -> int:
 
 
 def priced(weight: Floats, curvature: Curvature, grids: Iterable[Grid]) -> LayerSensitivity:
-    """Return every precision of a layer with its size and predicted error.
-
-    Args:
-        weight: [out, in, *kernel].
-        curvature: the layer's.
-        grids: the integer precisions to price.
-
-    """
+    """Return every precision of a layer [out, in, *kernel] with its size and predicted error."""
     rows = sampled_rows(weight)
     half = rows.astype(np.float16).astype(np.float32)
     found = [Candidate(bits=None, block_size=None, size=2 * weight.size, error=curvature.error(half - rows))]

@@ -44,12 +44,7 @@ class Buffer:
         self._left = DECODED_LIMIT
 
     def root(self) -> "Table":
-        """Return the root table.
-
-        Raises:
-            ModelFileError: there is none inside the buffer.
-
-        """
+        """Return the root table."""
         return self.table_at(self.pointer(0))
 
     def spend(self, cost: int) -> None:
@@ -243,12 +238,7 @@ class ModelBytes:
             self._external.close()
 
     def sections(self, numbers: Sequence[int]) -> tuple[Extent, ...]:
-        """Return the consecutive parts of the `.weight` file that [offset, bytes, bytes, …] names.
-
-        Raises:
-            ModelFileError: the file is missing or too short.
-
-        """
+        """Return the consecutive parts of the `.weight` file that [offset, bytes, bytes, …] names."""
         if not numbers:
             return ()
         self._open_external()
@@ -265,12 +255,7 @@ class ModelBytes:
         return tuple(found)
 
     def read(self, extent: Extent, start: int = 0, size: int | None = None) -> bytes:
-        """Return a copy of (part of) an extent.
-
-        Raises:
-            ModelFileError: it ends earlier.
-
-        """
+        """Return a copy of (part of) an extent."""
         size = extent.bytes - start if size is None else size
         if start < 0 or size < 0 or start + size > extent.bytes:
             raise ModelFileError("a weight ends before its own description does")
@@ -293,12 +278,7 @@ class ModelBytes:
 
 
 def open_model(path: Path) -> BinaryIO:
-    """Open a file for reading; a directory, a pipe or a device is refused before it can block.
-
-    Raises:
-        ModelFileError: there is no such file, or it is none.
-
-    """
+    """Open a file for reading; a directory, a pipe or a device is refused before it can block."""
     try:
         return open_regular(path)
     except FileNotFoundError:

@@ -53,12 +53,7 @@ class Codebook:
 
 
 def read_dense(read: Read, size: int, *, wide: bool) -> Codebook:
-    """Parse the head of a dense buffer of `size` bytes.
-
-    Raises:
-        ModelFileError: the head and the size of the buffer do not fit together.
-
-    """
+    """Parse the head of a dense buffer, which must fit its `size` in bytes."""
     elements, position = _shape(read, wide=wide)
     values, position = _values(read, position)
     book = Codebook(elements, values, Packed(position, elements, _index_bits(values)))
@@ -66,12 +61,7 @@ def read_dense(read: Read, size: int, *, wide: bool) -> Codebook:
 
 
 def read_sparse(read: Read, size: int, *, wide: bool) -> Codebook:
-    """Parse the head of a sparse buffer of `size` bytes.
-
-    Raises:
-        ModelFileError: the head and the size of the buffer do not fit together.
-
-    """
+    """Parse the head of a sparse buffer, which must fit its `size` in bytes."""
     elements, position = _shape(read, wide=wide)
     entries = int.from_bytes(read(position, 4), "little")
     step_bits = read(position + 4, 1)[0]
@@ -189,18 +179,7 @@ class LayerWeights:
 
 
 def layer_weights(model: ModelBytes, kind: int, table: Table, *, integer_layer: bool) -> LayerWeights:
-    """Return the weight and bias of a parameter table.
-
-    Args:
-        model: the file.
-        kind: which table it is.
-        table: the parameter.
-        integer_layer: whether the operator calculates with integer activations.
-
-    Raises:
-        ModelFileError: sizes contradict each other.
-
-    """
+    """Return the weight and bias of a parameter table of this kind; `integer_layer` has integer activations."""
     match kind:
         case Kind.CONVOLUTION_2D:
             return _convolution(model, table, integer_layer=integer_layer)
