@@ -187,8 +187,7 @@ class _Replacement:
         assert table is not None
         assert ids is not None
         self.table, self.ids = table, ids
-        self.taken = ir_tools.names_in(graph)
-        self.nodes: list[ir.Node] = []
+        self.new = ir_tools.Additions(graph)
 
     def apply(self) -> None:
         numbers = self._packed() if self.rows.bits == 4 else self._stored(self.rows.codes)
@@ -219,26 +218,19 @@ class _Replacement:
     def _finish(self, dequantised: ir.Value) -> None:
         result = self.gather.outputs[0]
         dequantised.shape, dequantised.type = result.shape, result.type
-        self.graph.insert_before(self.gather, self.nodes)
+        self.new.insert_before(self.gather)
         dequantised.name, result.name = result.name, dequantised.name
         result.replace_all_uses_with(dequantised, replace_graph_outputs=True)
         self.graph.remove(self.gather, safe=True)
         ir_tools.remove_unused(self.graph, [self.table])
 
-    def _constant(self, name: str, array: NDArray[np.generic]) -> ir.Value:
-        return ir_tools.add_constant(self.graph, ir_tools.unused_name(f"{self.table.name}.{name}", self.taken), array)
+    def _constant(self, name: str, array: NDArray[np.generic] | np.generic) -> ir.Value:
+        return self.new.constant(f"{self.table.name}.{name}", array)
 
     def _number(self, name: str, number: float) -> ir.Value:
-        return self._constant(name, np.array(number, np.float32))
+        return self._constant(name, np.float32(number))
 
     def _add(
-        self,
-        operator: str,
-        inputs: list[ir.Value],
-        name: str,
-        dtype: ir.DataType = ir.DataType.FLOAT,
-        **attributes: int,
+        self, operator: str, inputs: list[ir.Value], name: str, dtype: ir.DataType = ir.DataType.FLOAT, **numbers: int
     ) -> ir.Value:
-        unique = ir_tools.unused_name(f"{self.table.name}.{name}", self.taken)
-        self.nodes.append(ir.node(operator, inputs, attributes, outputs=[ir.val(unique, dtype)], name=unique))
-        return self.nodes[-1].outputs[0]
+        return self.new.node(operator, inputs, f"{self.table.name}.{name}", dtype, None, **numbers)

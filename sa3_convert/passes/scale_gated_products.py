@@ -44,14 +44,14 @@ class GatedProduct:
 
 def scale_gated_products(model: ir.Model) -> int:
     """Scale, in place, the MLPs that need it; return how many."""
-    taken = ir_tools.names_in(model.graph)
+    new = ir_tools.Additions(model.graph)
     count = 0
     for found in gated_products(model):
         if not math.isfinite(found.bound) or found.bound <= LARGEST_BOUND:
             continue
         scale = 2.0 ** -math.ceil(math.log2(found.bound / LARGEST_BOUND))
         _scale_weight(found.up, scale)
-        _scale_eps(model.graph, found.eps, scale**2, taken)
+        _scale_eps(new, found.eps, scale**2)
         count += 1
     return count
 
@@ -171,9 +171,9 @@ def _scale_weight(value: ir.Value, scale: float) -> None:
     )
 
 
-def _scale_eps(graph: ir.Graph, add: ir.Node, scale: float, taken: set[str]) -> None:
+def _scale_eps(new: ir_tools.Additions, add: ir.Node, scale: float) -> None:
     """Give this norm an ε of its own; the others share theirs."""
     eps = ir_tools.scalar(add.inputs[1])
     assert eps is not None
-    name = ir_tools.unused_name(f"{add.name or add.outputs[0].name}.scaled_eps", taken)
-    add.replace_input_with(1, ir_tools.add_constant(graph, name, np.asarray(eps * scale, np.float32)))
+    name = f"{add.name or add.outputs[0].name}.scaled_eps"
+    add.replace_input_with(1, new.constant(name, np.float32(eps * scale)))

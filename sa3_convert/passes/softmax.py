@@ -235,7 +235,7 @@ def needs_shift(softmax: ir.Node) -> bool:
 def subtract_row_maximum(model: ir.Model) -> int:
     """Shift the input of each Softmax that needs it, in place; return how many."""
     graph = model.graph
-    taken = ir_tools.names_in(graph)
+    new = ir_tools.Additions(graph)
     count = 0
     for node in list(graph):
         if node.op_type not in ("Softmax", "LogSoftmax") or node.domain:
@@ -244,12 +244,10 @@ def subtract_row_maximum(model: ir.Model) -> int:
         if logits is None or logits.dtype != ir.DataType.FLOAT or not needs_shift(node):
             continue
         axis = np.array([ir_tools.attribute_int(node, "axis", -1)], np.int64)
-        axes = ir_tools.add_constant(graph, ir_tools.unused_name(f"{logits.name}.axes", taken), axis)
-        maximum = ir.val(ir_tools.unused_name(f"{logits.name}.maximum", taken), ir.DataType.FLOAT)
-        shifted = ir.val(ir_tools.unused_name(f"{logits.name}.shifted", taken), ir.DataType.FLOAT, logits.shape)
-        reduce = ir.node("ReduceMax", [logits, axes], {"keepdims": 1}, outputs=[maximum], name=maximum.name)
-        subtract = ir.node("Sub", [logits, maximum], outputs=[shifted], name=shifted.name)
-        graph.insert_before(node, [reduce, subtract])
+        axes = new.constant(f"{logits.name}.axes", axis)
+        maximum = new.node("ReduceMax", [logits, axes], f"{logits.name}.maximum", keepdims=1)
+        shifted = new.node("Sub", [logits, maximum], f"{logits.name}.shifted", shape=logits.shape)
+        new.insert_before(node)
         node.replace_input_with(0, shifted)
         count += 1
     return count

@@ -156,7 +156,7 @@ _MOST: Final = 24
 
 def lift_small_weights(model: ir.Model, scheme: WeightScheme) -> int:
     """Lift, in place, the channels that need it, when the model is saved; return how many layers have such channels."""
-    taken = ir_tools.names_in(model.graph)
+    new = ir_tools.Additions(model.graph)
     lifted: dict[ir.Value, NDArray[np.int64]] = {}
     count = 0
     for layer in quantisable_layers(model):
@@ -170,7 +170,7 @@ def lift_small_weights(model: ir.Model, scheme: WeightScheme) -> int:
             if exponents.any():
                 layer.replace(partial(_times, exponents=exponents))
         if lifted[layer.weight].any():
-            _lower(model.graph, layer, bias, lifted[layer.weight], taken)
+            _lower(new, layer, bias, lifted[layer.weight])
             count += 1
     return count
 
@@ -196,16 +196,15 @@ def _times(weight: Floats, exponents: NDArray[np.int64]) -> Floats:
     return np.ldexp(weight, exponents.reshape(-1, *(1,) * (weight.ndim - 1))).astype(np.float32)
 
 
-def _lower(graph: ir.Graph, layer: Layer, bias: ir.Value | None, exponents: NDArray[np.int64], taken: set[str]) -> None:
+def _lower(new: ir_tools.Additions, layer: Layer, bias: ir.Value | None, exponents: NDArray[np.int64]) -> None:
     if bias is not None:
         values = np.ldexp(ir_tools.array(bias).astype(np.float32), exponents)
-        name = ir_tools.unused_name(f"{bias.name}{LIFTED_SUFFIX}", taken)
-        layer.node.replace_input_with(2, ir_tools.add_constant(graph, name, values.astype(np.float32)))
+        layer.node.replace_input_with(2, new.constant(f"{bias.name}{LIFTED_SUFFIX}", values.astype(np.float32)))
     behind = (1,) * (len(layer.shape) - 2)
     factors = np.ldexp(np.float32(1), -exponents).astype(np.float32).reshape(-1, *behind)
     high = layer.node.outputs[0]
     low = ir.val(high.name, high.dtype, high.shape)
-    high.name = ir_tools.unused_name(f"{high.name}{LIFTED_SUFFIX}", taken)
+    high.name = new.name(f"{high.name}{LIFTED_SUFFIX}")
     high.replace_all_uses_with(low, replace_graph_outputs=True)
-    constant = ir_tools.add_constant(graph, ir_tools.unused_name(f"{low.name}.lowering", taken), factors)
-    graph.insert_after(layer.node, ir.node("Mul", [high, constant], outputs=[low], name=f"{low.name}.lowered"))
+    constant = new.constant(f"{low.name}.lowering", factors)
+    new.graph.insert_after(layer.node, ir.node("Mul", [high, constant], outputs=[low], name=f"{low.name}.lowered"))
