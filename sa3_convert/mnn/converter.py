@@ -1,4 +1,4 @@
-"""ONNX → `.mnn` and `.mnn` → FP16 `.mnn`, by MNN's converter in a process of its own, judged by the file it leaves."""
+"""ONNX → `.mnn`, by MNN's converter in a process of its own, judged by the file it leaves."""
 
 import contextlib
 import json
@@ -19,7 +19,6 @@ from sa3_convert.mnn.onnx_input import OnnxInput, Ports, read_onnx_input
 from sa3_convert.recipe import ComponentRecipe
 from sa3_convert.system.files import atomic_pair
 from sa3_convert.system.isolated import TIMEOUT_SECONDS, WORKER, last_lines, run_worker
-from sa3_convert.system.machine import version_of
 
 _UUID_LENGTH = 36
 _COMMON_FLAGS = (
@@ -61,11 +60,6 @@ class Converter:
 
 
 DEFAULT_CONVERTER = Converter()
-
-
-def converter_version() -> str:
-    """Return the version of the installed MNN package, whose converter this is."""
-    return version_of("MNN")
 
 
 def mnn_from_onnx(
@@ -119,18 +113,6 @@ def mnn_from_onnx(
             check_reader(storage, target_mnn)
         check(made)
     return storage
-
-
-def mnn_from_mnn_fp16(source: Path, target: Path, *, converter: Converter = DEFAULT_CONVERTER) -> None:
-    """Store a model's float weights and constants as FP16; integer weights stay what they are."""
-    if not source.is_file():
-        raise ConversionError(f"{source} does not exist; there is nothing to convert.")
-    size = source.stat().st_size
-    with _made(target.absolute(), size) as made:
-        folder = made.parent
-        ports = converter.ports(source.absolute(), folder)
-        output = _fp16_pass(source.absolute(), made, converter, folder)
-        _accept(made, ports, output, converter, folder)
 
 
 def _first_pass(source: OnnxInput, made: Path, recipe: ComponentRecipe, converter: Converter, folder: Path) -> str:

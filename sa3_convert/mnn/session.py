@@ -77,6 +77,11 @@ _POWER_NORMAL = 0
 _INFO_MEMORY, _INFO_BACKEND = 0, 2
 # Interpreter::HintMode: DYNAMIC_QUANT_OPTIONS; 2 quantises activations per block, 3 dB closer at no measurable cost.
 _HINT_DYNAMIC_QUANT, _PER_BLOCK = 5, 2
+_TYPES: Mapping[np.dtype[Any], str] = {
+    np.dtype(np.float32): "Halide_Type_Float",
+    np.dtype(np.int32): "Halide_Type_Int",
+    np.dtype(np.uint8): "Halide_Type_Uint8",
+}
 # The bindings raise these bare, whatever went wrong; their subclasses mean something else.
 _BINDING_ERRORS = (Exception, SystemError)
 
@@ -247,23 +252,15 @@ class MnnSession:
         return {name: DeclaredPort(self._dtype(name, tensors[name]), tuple(tensors[name].getShape())) for name in names}
 
     def _dtype(self, name: str, tensor: Any) -> np.dtype[Any]:
-        kinds = {
-            self._mnn.Halide_Type_Float: np.float32,
-            self._mnn.Halide_Type_Int: np.int32,
-            self._mnn.Halide_Type_Uint8: np.uint8,
-        }
         kind = tensor.getDataType()
-        if kind not in kinds:
-            raise ModelFileError(f"{self._path}: {name} has a type that no Stable Audio 3 model has.")
-        return np.dtype(kinds[kind])
+        for dtype, constant in _TYPES.items():
+            if kind == getattr(self._mnn, constant):
+                return dtype
+        raise ModelFileError(f"{self._path}: {name} has a type that no Stable Audio 3 model has.")
 
     def _host_tensor(self, array: NDArray[Any]) -> Any:
-        kinds = {
-            np.dtype(np.float32): self._mnn.Halide_Type_Float,
-            np.dtype(np.int32): self._mnn.Halide_Type_Int,
-            np.dtype(np.uint8): self._mnn.Halide_Type_Uint8,
-        }
-        return self._mnn.Tensor(array.shape, kinds[array.dtype], array, self._mnn.Tensor_DimensionType_Caffe)
+        kind = getattr(self._mnn, _TYPES[array.dtype])
+        return self._mnn.Tensor(array.shape, kind, array, self._mnn.Tensor_DimensionType_Caffe)
 
     def _input_tensor(self, name: str) -> Any:
         return self._interpreter.getSessionInput(self._session, name)
