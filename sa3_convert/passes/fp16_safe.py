@@ -95,7 +95,8 @@ def _phase_uses(graph: ir.Graph) -> list[_Use]:
         for index, used in enumerate(data):
             if used is None or _is_bias(node, index):
                 continue
-            if _is_inexact(used):
+            table = _table(used)
+            if table is not None and not is_exact_in_half(table):
                 found[_Use(node, index)] = None
             pending.append(used)
     return list(found)
@@ -107,20 +108,18 @@ def _divisor_uses(graph: ir.Graph) -> list[_Use]:
     for node in graph:
         if node.op_type != "Div" or node.outputs[0] not in at_run_time:
             continue
-        tensor = ir_tools.constant_tensor(node.inputs[1])
-        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size > _LARGEST_CONSTANT:
-            continue
-        divisor = np.asarray(tensor.numpy(), np.float32)
-        if divisor.all() and not is_exact_in_half(np.float32(1) / divisor):
+        divisor = _table(node.inputs[1])
+        if divisor is not None and divisor.all() and not is_exact_in_half(np.float32(1) / divisor):
             found.append(_Use(node, 1))
     return found
 
 
-def _is_inexact(value: ir.Value) -> bool:
+def _table(value: ir.Value | None) -> NDArray[np.float32] | None:
+    """Return a float32 constant that is small enough for a table."""
     tensor = ir_tools.constant_tensor(value)
     if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size > _LARGEST_CONSTANT:
-        return False
-    return not is_exact_in_half(np.asarray(tensor.numpy(), np.float32))
+        return None
+    return np.asarray(tensor.numpy(), np.float32)
 
 
 def _is_linear(node: ir.Node) -> bool:

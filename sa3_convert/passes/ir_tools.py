@@ -1,6 +1,6 @@
 """What several passes need to read and edit a graph: its constants, and taking out what nothing uses any more."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -100,6 +100,14 @@ def produced(value: ir.Value | None, operator: str) -> ir.Node | None:
     """Return the node that makes a value, if it is this standard operator."""
     node = None if value is None else value.producer()
     return node if node is not None and node.op_type == operator and not node.domain else None
+
+
+def either_order(node: ir.Node | None) -> Iterator[tuple[ir.Value | None, ir.Value | None]]:
+    """Yield the two inputs of a commutative node, as they are and exchanged; nothing for None."""
+    if node is not None:
+        first, second = node.inputs
+        yield first, second
+        yield second, first
 
 
 def rms_eps(reciprocal: ir.Node | None, source: ir.Value) -> ir.Node | None:

@@ -66,11 +66,9 @@ def gated_products(model: ir.Model) -> list[GatedProduct]:
         product = ir_tools.produced(node.inputs[0], "Mul")
         if eps is None or product is None or not _used_once(product.outputs[0]):
             continue
-        for gated, up in (product.inputs, reversed(product.inputs)):
-            matched = _matched(gated, up, eps)
-            if matched is not None:
-                found.append(matched)
-                break
+        matches = (_matched(gated, up, eps) for gated, up in ir_tools.either_order(product))
+        if match := next(filter(None, matches), None):
+            found.append(match)
     return found
 
 
@@ -93,10 +91,7 @@ def _matched(gated: ir.Value | None, up: ir.Value | None, eps: ir.Node) -> Gated
 
 def _gate(value: ir.Value | None) -> tuple[ir.Node | None, float]:
     """Return the Linear behind g·h(g) and the largest |h|."""
-    product = ir_tools.produced(value, "Mul")
-    if product is None:
-        return None, 0
-    for linear, gate in (product.inputs, reversed(product.inputs)):
+    for linear, gate in ir_tools.either_order(ir_tools.produced(value, "Mul")):
         node, largest = ir_tools.produced(linear, "MatMul"), _largest(gate)
         if node is not None and largest is not None:
             return node, largest
@@ -107,29 +102,21 @@ def _largest(value: ir.Value | None) -> float | None:
     """Return the largest magnitude of Sigmoid(…), or of c·(1 + Tanh(…)) or c·(1 + Erf(…))."""
     if ir_tools.produced(value, "Sigmoid") is not None:
         return 1.0
-    half = ir_tools.produced(value, "Mul")
-    if half is None:
-        return None
-    for constant, shifted in (half.inputs, reversed(half.inputs)):
-        factor, add = ir_tools.scalar(constant), ir_tools.produced(shifted, "Add")
-        if factor is None or add is None:
-            continue
-        for one, bounded in (add.inputs, reversed(add.inputs)):
-            if ir_tools.scalar(one) == 1 and (ir_tools.produced(bounded, "Tanh") or ir_tools.produced(bounded, "Erf")):
+    for constant, shifted in ir_tools.either_order(ir_tools.produced(value, "Mul")):
+        factor = ir_tools.scalar(constant)
+        for one, bounded in ir_tools.either_order(ir_tools.produced(shifted, "Add")):
+            is_bounded = ir_tools.produced(bounded, "Tanh") or ir_tools.produced(bounded, "Erf")
+            if factor is not None and ir_tools.scalar(one) == 1 and is_bounded:
                 return 2 * abs(factor)
     return None
 
 
 def _gamma(value: ir.Value | None) -> NDArray[np.float32] | None:
     """Return the gain of the RMS norm that makes a value."""
-    product = ir_tools.produced(value, "Mul")
-    if product is None:
-        return None
-    for normalised, gain in (product.inputs, reversed(product.inputs)):
-        inner = ir_tools.produced(normalised, "Mul")
-        if ir_tools.constant_tensor(gain) is None or inner is None or gain is None:
+    for normalised, gain in ir_tools.either_order(ir_tools.produced(value, "Mul")):
+        if ir_tools.constant_tensor(gain) is None or gain is None:
             continue
-        for source, reciprocal in (inner.inputs, reversed(inner.inputs)):
+        for source, reciprocal in ir_tools.either_order(ir_tools.produced(normalised, "Mul")):
             if source is not None and ir_tools.rms_eps(ir_tools.produced(reciprocal, "Reciprocal"), source) is not None:
                 array = np.asarray(ir_tools.array(gain), np.float32)
                 return array if array.ndim == 1 else None

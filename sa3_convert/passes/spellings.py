@@ -39,7 +39,7 @@ def spell_silu(model: ir.Model) -> int:
 def _sigmoid(product: ir.Node) -> ir.Node | None:
     if product.op_type != "Mul" or product.domain:
         return None
-    for x, gate in (product.inputs, reversed(product.inputs)):
+    for x, gate in ir_tools.either_order(product):
         sigmoid = ir_tools.produced(gate, "Sigmoid")
         if sigmoid is not None and sigmoid.inputs[0] is x:
             return sigmoid

@@ -30,12 +30,12 @@ _FELL_BACK = ("support type", "back to cpu", "fallback to cpu", "fall back")
 CONVERTER = "converter"
 """How the one answer is named that no setting of the runtime changes."""
 
-Report = Callable[[int, int], None]
+Progress = Callable[[int, int], None]
 Arrays = Mapping[str, NDArray[Any]]
 
 
 def examine(
-    backend: Backend, probes: Sequence[Probe] = PROBES, report: Report = lambda done, total: None
+    backend: Backend, probes: Sequence[Probe] = PROBES, report: Progress = lambda done, total: None
 ) -> list[ProbeResult]:
     """Run probes on a backend; `report` is called with how many are done, and of how many."""
     require_backend(backend)
@@ -182,7 +182,7 @@ def _first_line(error: object) -> str:
     return str(error).strip().splitlines()[0][:200]
 
 
-def diagnose(backend: Backend, report: Report = lambda done, total: None) -> Diagnosis:
+def diagnose(backend: Backend, report: Progress = lambda done, total: None) -> Diagnosis:
     """Run every probe on a backend."""
     start = time.perf_counter()
     results = tuple(examine(backend, report=report))

@@ -1,4 +1,4 @@
-"""The probes, by what they are about; `table` lists them all."""
+"""The probes, by what they are about; `PROBES` lists them all."""
 
 from sa3_convert.lab.doctor.probe import Probe
 from sa3_convert.lab.doctor.probes.numerics import ARITHMETIC, WEIGHTS
