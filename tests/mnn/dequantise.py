@@ -21,6 +21,8 @@ from sa3_convert.mnn.file.weights import Codebook, Packed, WeightStorage, is_old
 
 _GROUPS: Final = 1 << 17
 """Groups of eight packed indices that are unpacked at a time."""
+_INTEGER_ARITHMETIC: Final = 10
+"""Field of the quantised parameter."""
 _LARGEST_SPARSE: Final = 1 << 26
 """A sparse weight may be larger than its file; this many elements take 256 MiB."""
 _DTYPES: Final[dict[str, np.dtype[Any]]] = {
@@ -102,7 +104,7 @@ def _form(model: ModelBytes, storage: ModelStorage, operator: OperatorStorage) -
     table = _quantised(model, storage.operators.index(operator), operator.parameter_kind)
     if table is None or operator.weight is None:
         return _Form()
-    plain = table.flag(Quantised.INTEGER_ARITHMETIC) or is_oldest_form(table, operator.weight.stored)
+    plain = table.flag(_INTEGER_ARITHMETIC) or is_oldest_form(table, operator.weight.stored)
     multiplier = 1.0 if plain else table.real(Quantised.MULTIPLIER)
     return _Form(table.flag(Quantised.WIDE_SHAPE), table.integer(Quantised.MINIMUM) or -128, multiplier)
 

@@ -5,7 +5,6 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, Final, Self
 
 from sa3_convert.errors import ModelFileError
@@ -229,9 +228,7 @@ class ModelBytes:
         self.buffer = Buffer(self._map)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._map is not None:
             self._map.close()
         if self._external is not None:
