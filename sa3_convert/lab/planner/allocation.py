@@ -21,9 +21,9 @@ class Option:
     """None is fp16."""
     block_size: int | None
     size: int
-    """Bytes."""
+    """Bytes of codes, scales and offsets."""
     error: float
-    """Energy of the error that it causes at the component's output."""
+    """Predicted energy of the error that it causes at the component's output, as a share of the output's own energy."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -136,20 +136,6 @@ BLOCKS: Final = (None, 128, 64, 32)
 BITS: Final = (2, 3, 4, 5, 6, 7, 8)
 
 
-class Candidate(BaseModel):
-    """One precision of one layer."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    bits: int | None
-    """None is fp16."""
-    block_size: int | None
-    size: int
-    """Bytes of codes, scales and offsets."""
-    error: float
-    """Predicted energy at the component's output, as a share of the output's own energy."""
-
-
 class LayerSensitivity(BaseModel):
     """Everything that was measured of one layer."""
 
@@ -158,17 +144,12 @@ class LayerSensitivity(BaseModel):
     shape: tuple[int, ...]
     curvature: float
     """Energy at the component's output, as a share of its own, per squared change of each weight."""
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[Option, ...]
 
     def options(self, floats: FloatType) -> list[Option]:
         """Return what `allocation.allocate` chooses from, if what stays in floating point is stored as `floats`."""
         exact = floats == "fp32"
-        return [
-            Option(None, None, 2 * c.size, 0.0)
-            if c.bits is None and exact
-            else Option(c.bits, c.block_size, c.size, c.error)
-            for c in self.candidates
-        ]
+        return [replace(c, size=2 * c.size, error=0.0) if c.bits is None and exact else c for c in self.candidates]
 
 
 class Sensitivity(BaseModel):
@@ -193,13 +174,13 @@ def priced(weight: Floats, curvature: Curvature, grids: Iterable[Grid]) -> Layer
     """Return every precision of a layer [out, in, *kernel] with its size and predicted error."""
     rows = sampled_rows(weight)
     half = rows.astype(np.float16).astype(np.float32)
-    found = [Candidate(bits=None, block_size=None, size=2 * weight.size, error=curvature.error(half - rows))]
+    found = [Option(bits=None, block_size=None, size=2 * weight.size, error=curvature.error(half - rows))]
     for grid in grids:
         # A block that is the whole channel, or that the converter does not honour, is no candidate of its own.
         if grid.block_size is None or grid.group_length(weight.shape) < math.prod(weight.shape[1:]):
             error = curvature.error(round_least_squares(rows, grid) - rows)
             size = stored_bytes(weight.shape, grid)
-            found.append(Candidate(bits=grid.bits, block_size=grid.block_size, size=size, error=error))
+            found.append(Option(bits=grid.bits, block_size=grid.block_size, size=size, error=error))
     return LayerSensitivity(shape=tuple(weight.shape), curvature=curvature.total, candidates=tuple(found))
 
 
