@@ -117,7 +117,7 @@ def test_probes_lists_what_does_not_work_with_its_ratio_and_what_is_done(said: S
         "halves: y",
         "wrong",
         "4.2",
-        "refused",
+        "refused by the lint",
     ]
     assert not any("a convolution" in line for line in lines)
     assert not any("--probes" in line for line in lines)
