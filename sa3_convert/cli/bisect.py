@@ -43,8 +43,8 @@ def bisect(
     from sa3_convert.bundle.reader import Bundle
     from sa3_convert.cli.comparison_tables import render_against, render_bisect
     from sa3_convert.cli.console import stdout
-    from sa3_convert.lab.bisect.against import Runtime
     from sa3_convert.lab.bisect.bisect import bisect_bundle, bisect_bundle_against, read_feeds
+    from sa3_convert.lab.bisect.runtimes import Runtime
     from sa3_convert.system.files import write_text
 
     opened = Bundle.open(bundle)

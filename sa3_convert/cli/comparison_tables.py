@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sa3_convert.check.results import BundleFidelity, ComponentFidelity, Measurement, Verdict
-from sa3_convert.lab.bisect.against import Against
 from sa3_convert.lab.bisect.result import BisectResult, limit_db
+from sa3_convert.lab.bisect.runtimes import RuntimeComparison
 from sa3_convert.lab.drift.baseline import BundleBaseline, Figure
 from sa3_convert.lab.drift.compare import Drift, Row, limit
 from sa3_convert.lab.generations.audio_metrics import WINDOWS
@@ -64,7 +64,7 @@ def _row(verdict: Verdict) -> tuple[str | Text, ...]:
     )
 
 
-def render_against(result: Against, reach: int = 4) -> Table:
+def render_against(result: RuntimeComparison, reach: int = 4) -> Table:
     """Return the operators around the first that differs between two ways to run a file, or around the worst."""
     centre = result.suspect or result.worst
     at = result.differences.index(centre)

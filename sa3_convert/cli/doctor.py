@@ -1,4 +1,4 @@
-"""`doctor`: what is installed, what is really there, and what this MNN gets wrong."""
+"""`doctor`: what this MNN gets wrong, what is installed, and what is really there."""
 
 import json
 from typing import Annotated, Literal
@@ -12,28 +12,29 @@ def doctor(
     backend: Annotated[
         Literal["cpu", "cuda", "opencl", "vulkan"], typer.Option("--backend", help="Probe this.")
     ] = "cpu",
-    everything: Annotated[bool, typer.Option("--all", help="List the probes that work, too.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    probes: Annotated[bool, typer.Option("--probes", help="List the probes that do not just work.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="List every probe.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
-    """Say what is installed and present, and probe what MNN gets wrong here; `convert` and `run` read the result."""
-    from sa3_convert.cli.console import stderr, stdout
-    from sa3_convert.cli.inspection_tables import render_diagnosis as render
-    from sa3_convert.cli.inspection_tables import summary, surroundings_lines
-    from sa3_convert.system.machine import surroundings
+    """Say whether MNN is sound here for the converted models, and what is installed and present.
 
-    if not as_json:
-        for line in surroundings_lines(surroundings()):
-            echo(line)
+    Small models are probed; `convert` and `run` read the result.
+    """
+    from sa3_convert.cli.console import stderr, stdout
+    from sa3_convert.cli.inspection_tables import probe_table, surroundings_lines, verdict_lines
     from sa3_convert.lab.doctor.examine import diagnose
     from sa3_convert.lab.doctor.results import save
 
     with stderr.status("probing") as status:
         found = diagnose(backend, lambda done, total: status.update(f"probing {backend}: {done} of {total}"))
-    path = save(found)
     if as_json:
         echo(json.dumps(found.to_data(), indent=2))
+        save(found)
         return
-    stdout.print(render(found, everything=everything))
-    for line in summary(found):
+    for line in (*verdict_lines(found), "", *surroundings_lines(found.surroundings)):
         echo(line)
-    echo(f"Kept in {path}")
+    if probes or everything:
+        stdout.print(probe_table(found, everything=everything))
+    else:
+        echo("\n`--probes` lists what does not work and what is done about it.")
+    echo(f"Kept in {save(found)}")

@@ -1,7 +1,7 @@
 """What was looked at as tables for the terminal: what a `.mnn` file holds, and what the probes found."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from rich import box
@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sa3_convert.lab.doctor.known import changes
+from sa3_convert.lab.doctor.records import changes
 from sa3_convert.lab.doctor.results import Answer, Diagnosis, ProbeResult
 from sa3_convert.mnn.compatibility import oldest_reader
 from sa3_convert.mnn.file.contents import ModelStorage, Port
@@ -19,14 +19,14 @@ from sa3_convert.mnn.layer_rules import layer_name
 _STYLES = {"works": "green", "cpu": "yellow"}
 
 
-def render_diagnosis(diagnosis: Diagnosis, *, everything: bool) -> Table:
+def probe_table(diagnosis: Diagnosis, *, everything: bool) -> Table:
     """Return one row per probe that does not just work, or per probe."""
     table = Table(title=f"MNN {diagnosis.mnn} on {diagnosis.backend}", title_justify="left")
     table.add_column("probe", no_wrap=True)
-    table.add_column("asked")
+    table.add_column("asked", overflow="fold")
     table.add_column("answer", no_wrap=True)
     table.add_column("dB", justify="right", no_wrap=True)
-    table.add_column("what this tool does")
+    table.add_column("what this tool does", overflow="fold")
     for result in diagnosis.results:
         worst = result.worst
         if everything or worst.outcome != "works":
@@ -35,15 +35,18 @@ def render_diagnosis(diagnosis: Diagnosis, *, everything: bool) -> Table:
     return table
 
 
-def summary(diagnosis: Diagnosis) -> Iterator[str]:
-    """Yield what the table amounts to, a line each."""
+def verdict_lines(diagnosis: Diagnosis) -> Iterator[str]:
+    """Yield whether the converted models are safe on this MNN, then what is behind that."""
     bad = diagnosis.defects()
-    needed = [r.probe for r in diagnosis.results if r.needed_by and r.probe in bad]
-    yield (
-        f"{len(diagnosis.results)} probes in {diagnosis.seconds:.0f} s: {len(diagnosis.results) - len(bad)} work, "
-        f"{len(bad)} do not; what the converted models need "
-        + ("all works." if not needed else f"does not all work: {', '.join(needed)}.")
-    )
+    failing = [result for result in diagnosis.results if result.needed_by and result.probe in bad]
+    word = "not everything" if failing else "everything"
+    yield f"MNN {diagnosis.mnn} on {diagnosis.backend}: {word} that the converted models need works."
+    for result in failing:
+        components = ", ".join(component.value for component in result.needed_by)
+        where = _asked(result).removeprefix(result.asks)
+        yield f"  {result.probe}: {result.worst.outcome}{where} (needed by {components})"
+    sound = len(diagnosis.results) - len(bad)
+    yield f"{len(diagnosis.results)} probes in {diagnosis.seconds:.0f} s: {sound} work, {len(bad)} do not."
     found = changes(diagnosis)
     if found is None:
         yield f"Nothing is recorded yet for MNN on {diagnosis.backend}."
@@ -51,7 +54,7 @@ def summary(diagnosis: Diagnosis) -> Iterator[str]:
         yield found.describe()
 
 
-def surroundings_lines(found: dict[str, Any]) -> Iterator[str]:
+def surroundings_lines(found: Mapping[str, Any]) -> Iterator[str]:
     """Yield versions, processor, devices and backends."""
     yield ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     memory = "unknown" if found["memory_bytes"] is None else f"{found['memory_bytes'] / 2**30:.1f} GiB"

@@ -30,16 +30,7 @@ def is_older(version: str, than: str) -> bool:
 
 
 def target_for(recipe: "ComponentRecipe", asked: MnnVersion | None) -> MnnVersion:
-    """Return the oldest MNN that a component, stored as its recipe says, is made to be right on.
-
-    Args:
-        recipe: how it is stored.
-        asked: what the user wants; None is the oldest that costs nothing and reads what is stored.
-
-    Raises:
-        UsageError: what is asked for cannot read it.
-
-    """
+    """Return the oldest MNN that a component is made for: what is asked, else the oldest that costs nothing."""
     has_half_scales = recipe.weights is not None and recipe.weights.scales == "fp16"
     oldest = _HALF_SCALES if has_half_scales else DEFAULT_TARGET
     if asked is None:
@@ -108,12 +99,7 @@ def oldest_reader(storage: "ModelStorage") -> Reader:
 
 
 def check_reader(storage: "ModelStorage", target: str) -> None:
-    """Hold a file to the version that it was made for.
-
-    Raises:
-        ConversionError: that version cannot read or run it.
-
-    """
+    """Raise if the version that a file was made for cannot read or run it."""
     reader = oldest_reader(storage)
     if is_older(target, reader.version):
         raise ConversionError(
@@ -123,12 +109,7 @@ def check_reader(storage: "ModelStorage", target: str) -> None:
 
 
 def require_reader(storage: "ModelStorage", installed: str) -> None:
-    """Refuse a file that the installed MNN would refuse itself or, in some cases, crash on.
-
-    Raises:
-        BackendError: MNN is too old for it.
-
-    """
+    """Refuse a file that the installed MNN would refuse itself or, in some cases, crash on."""
     reader = oldest_reader(storage)
     if is_older(installed, reader.version):
         raise BackendError(

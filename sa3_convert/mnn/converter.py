@@ -1,8 +1,9 @@
-"""ONNX → `.mnn` and `.mnn` → FP16 `.mnn`, by MNN's converter in a process of its own, judged by the file it leaves."""
+"""ONNX → `.mnn`, by MNN's converter in a process of its own, judged by the file it leaves."""
 
 import contextlib
 import json
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +13,14 @@ from sa3_convert.mnn.compatibility import MnnVersion, check_reader
 from sa3_convert.mnn.file.audit import audit
 from sa3_convert.mnn.file.contents import ModelStorage
 from sa3_convert.mnn.file.flatbuffer import WEIGHTS, weight_path
-from sa3_convert.mnn.file.storage import read_storage
-from sa3_convert.mnn.identity import set_content_uuid
+from sa3_convert.mnn.file.storage import content_digest, read_storage
 from sa3_convert.mnn.layer_rules import apply_rules, read_layers, scheme_flags
 from sa3_convert.mnn.onnx_input import OnnxInput, Ports, read_onnx_input
 from sa3_convert.recipe import ComponentRecipe
 from sa3_convert.system.files import atomic_pair
 from sa3_convert.system.isolated import TIMEOUT_SECONDS, WORKER, last_lines, run_worker
-from sa3_convert.system.machine import version_of
 
+_UUID_LENGTH = 36
 _COMMON_FLAGS = (
     "--bizCode",
     "sa3",
@@ -45,12 +45,7 @@ class Converter:
         return run_worker(["convert", *flags, *_COMMON_FLAGS], folder, timeout=self.timeout, command=self.command)
 
     def ports(self, model: Path, folder: Path) -> Ports:
-        """Load a `.mnn` file in a process of its own, which a damaged one may kill.
-
-        Raises:
-            ConversionError: it does not load.
-
-        """
+        """Load a `.mnn` file in a process of its own, which a damaged one may kill."""
         report = folder / "ports.json"
         report.unlink(missing_ok=True)
         run_worker(["ports", str(model), str(report)], folder, timeout=self.timeout, command=self.command)
@@ -65,11 +60,6 @@ class Converter:
 
 
 DEFAULT_CONVERTER = Converter()
-
-
-def converter_version() -> str:
-    """Return the version of the installed MNN package, whose converter this is."""
-    return version_of("MNN")
 
 
 def mnn_from_onnx(
@@ -125,23 +115,6 @@ def mnn_from_onnx(
     return storage
 
 
-def mnn_from_mnn_fp16(source: Path, target: Path, *, converter: Converter = DEFAULT_CONVERTER) -> None:
-    """Store a model's float weights and constants as FP16; integer weights stay what they are.
-
-    Raises:
-        ConversionError: the source does not load or keeps its weights in a file beside it, or anything went wrong.
-
-    """
-    if not source.is_file():
-        raise ConversionError(f"{source} does not exist; there is nothing to convert.")
-    size = source.stat().st_size
-    with _made(target.absolute(), size) as made:
-        folder = made.parent
-        ports = converter.ports(source.absolute(), folder)
-        output = _fp16_pass(source.absolute(), made, converter, folder)
-        _accept(made, ports, output, converter, folder)
-
-
 def _first_pass(source: OnnxInput, made: Path, recipe: ComponentRecipe, converter: Converter, folder: Path) -> str:
     flags = ["-f", "ONNX", "--modelFile", str(source.path), "--MNNModel", str(made)]
     scheme = recipe.weights
@@ -190,6 +163,24 @@ def _accept(made: Path, expected: Ports, output: str, converter: Converter, fold
     if difference := expected.difference(found):
         raise ConversionError(f"The converted file has another interface than the graph: {difference}.")
     set_content_uuid(made)
+
+
+def set_content_uuid(path: Path) -> uuid.UUID:
+    """Replace a `.mnn` file's random UUID, in place, by one made from all other bytes, and return it.
+
+    Nothing else differs between two conversions of the same input, so equal conversions then give equal bytes.
+    """
+    try:
+        extent = read_storage(path).identity
+        identity = uuid.UUID(bytes=bytes.fromhex(content_digest(path))[:16], version=5)
+    except ModelFileError as fault:
+        raise ConversionError(f"MNN's converter left a damaged file: {fault}") from None
+    if extent is None or extent.bytes != _UUID_LENGTH:
+        raise ConversionError(f"{path.name} has no UUID: this version of MNN writes another format than 3.6.")
+    with path.open("r+b") as stream:
+        stream.seek(extent.offset)
+        stream.write(str(identity).encode())
+    return identity
 
 
 @contextlib.contextmanager

@@ -45,12 +45,7 @@ def scheme_flags(scheme: WeightScheme, layers: Path) -> list[str]:
 
 
 def read_layers(path: Path) -> list[dict[str, Any]]:
-    """Return the quantised layers as the converter listed them.
-
-    Raises:
-        ConversionError: there is no such list, or it is empty: the graph has nothing to quantise.
-
-    """
+    """Return the quantised layers as the converter listed them; a graph with nothing to quantise is an error."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         layers = [layer for algorithm in found.get("algo", ()) for layer in algorithm["quantParams"].get("layer", ())]
@@ -70,12 +65,7 @@ def read_layers(path: Path) -> list[dict[str, Any]]:
 
 
 def apply_rules(scheme: WeightScheme, listed: Path, wanted: Path) -> None:
-    """Write to `wanted` the converter's list of layers with each layer's bits and block as the rules say.
-
-    Raises:
-        ConversionError: a rule matches no layer.
-
-    """
+    """Write to `wanted` the converter's list of layers with each layer's bits and block as the rules say."""
     content = json.loads(listed.read_text(encoding="utf-8"))
     layers = read_layers(listed)
     check_rules(scheme, [layer_name(layer["opName"]) for layer in layers])
@@ -89,12 +79,7 @@ def apply_rules(scheme: WeightScheme, listed: Path, wanted: Path) -> None:
 
 
 def check_rules(scheme: WeightScheme, names: Sequence[str]) -> None:
-    """Check that each rule matches a layer.
-
-    Raises:
-        ConversionError: one does not; it is named, and some layers are.
-
-    """
+    """Raise if a rule matches no layer."""
     for index, rule in enumerate(scheme.layers):
         if not any(rule.matches(name) for name in names):
             shown = ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")

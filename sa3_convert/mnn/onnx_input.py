@@ -55,12 +55,7 @@ class OnnxInput:
 
 
 def read_onnx_input(path: Path) -> OnnxInput:
-    """Check an ONNX file and its external data, without reading the weights.
-
-    Raises:
-        ConversionError: a file is missing, truncated, not ONNX, or has external data that MNN misreads.
-
-    """
+    """Check that an ONNX file and its external data are whole and none that MNN misreads; weights are not read."""
     import onnx
     from google.protobuf.message import DecodeError
 

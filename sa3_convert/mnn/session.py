@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -31,12 +31,7 @@ _FORWARD_TYPES: Mapping[int, str] = {0: "cpu", 1: "metal", 2: "cuda", 3: "opencl
 
 @functools.cache
 def load_mnn() -> ModuleType:
-    """Import MNN quietly (its C++ code greets on standard output).
-
-    Raises:
-        BackendError: the package is not installed or cannot be loaded.
-
-    """
+    """Import MNN quietly (its C++ code greets on standard output)."""
     try:
         with capture_stdout():
             return importlib.import_module("MNN")
@@ -54,22 +49,12 @@ def has_backend(backend: Backend) -> bool:
 
 
 def runtime_backends() -> dict[str, bool]:
-    """Return, for every backend that the toolchain knows, whether the installed MNN has it.
-
-    Raises:
-        BackendError: MNN is not installed.
-
-    """
+    """Return, for every backend that the toolchain knows, whether the installed MNN has it."""
     return {backend: has_backend(backend) for backend in BACKENDS}
 
 
 def require_backend(backend: Backend) -> None:
-    """Check that a backend is there.
-
-    Raises:
-        BackendError: it is not; the message says how to get one.
-
-    """
+    """Raise BackendError, which says how to get one, if a backend is not there."""
     if not has_backend(backend):
         raise BackendError(
             f"The installed MNN has no {backend.upper()} backend (or finds no such device); MNN would run on the CPU "
@@ -92,6 +77,11 @@ _POWER_NORMAL = 0
 _INFO_MEMORY, _INFO_BACKEND = 0, 2
 # Interpreter::HintMode: DYNAMIC_QUANT_OPTIONS; 2 quantises activations per block, 3 dB closer at no measurable cost.
 _HINT_DYNAMIC_QUANT, _PER_BLOCK = 5, 2
+_TYPES: Mapping[np.dtype[Any], str] = {
+    np.dtype(np.float32): "Halide_Type_Float",
+    np.dtype(np.int32): "Halide_Type_Int",
+    np.dtype(np.uint8): "Halide_Type_Uint8",
+}
 # The bindings raise these bare, whatever went wrong; their subclasses mean something else.
 _BINDING_ERRORS = (Exception, SystemError)
 
@@ -173,9 +163,7 @@ class MnnSession:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -262,23 +250,15 @@ class MnnSession:
         return {name: DeclaredPort(self._dtype(name, tensors[name]), tuple(tensors[name].getShape())) for name in names}
 
     def _dtype(self, name: str, tensor: Any) -> np.dtype[Any]:
-        kinds = {
-            self._mnn.Halide_Type_Float: np.float32,
-            self._mnn.Halide_Type_Int: np.int32,
-            self._mnn.Halide_Type_Uint8: np.uint8,
-        }
         kind = tensor.getDataType()
-        if kind not in kinds:
-            raise ModelFileError(f"{self._path}: {name} has a type that no Stable Audio 3 model has.")
-        return np.dtype(kinds[kind])
+        for dtype, constant in _TYPES.items():
+            if kind == getattr(self._mnn, constant):
+                return dtype
+        raise ModelFileError(f"{self._path}: {name} has a type that no Stable Audio 3 model has.")
 
     def _host_tensor(self, array: NDArray[Any]) -> Any:
-        kinds = {
-            np.dtype(np.float32): self._mnn.Halide_Type_Float,
-            np.dtype(np.int32): self._mnn.Halide_Type_Int,
-            np.dtype(np.uint8): self._mnn.Halide_Type_Uint8,
-        }
-        return self._mnn.Tensor(array.shape, kinds[array.dtype], array, self._mnn.Tensor_DimensionType_Caffe)
+        kind = getattr(self._mnn, _TYPES[array.dtype])
+        return self._mnn.Tensor(array.shape, kind, array, self._mnn.Tensor_DimensionType_Caffe)
 
     def _input_tensor(self, name: str) -> Any:
         return self._interpreter.getSessionInput(self._session, name)

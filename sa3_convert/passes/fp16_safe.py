@@ -95,7 +95,8 @@ def _phase_uses(graph: ir.Graph) -> list[_Use]:
         for index, used in enumerate(data):
             if used is None or _is_bias(node, index):
                 continue
-            if _is_inexact(used):
+            table = _table(used)
+            if table is not None and not is_exact_in_half(table):
                 found[_Use(node, index)] = None
             pending.append(used)
     return list(found)
@@ -107,20 +108,18 @@ def _divisor_uses(graph: ir.Graph) -> list[_Use]:
     for node in graph:
         if node.op_type != "Div" or node.outputs[0] not in at_run_time:
             continue
-        tensor = ir_tools.constant_tensor(node.inputs[1])
-        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size > _LARGEST_CONSTANT:
-            continue
-        divisor = np.asarray(tensor.numpy(), np.float32)
-        if divisor.all() and not is_exact_in_half(np.float32(1) / divisor):
+        divisor = _table(node.inputs[1])
+        if divisor is not None and divisor.all() and not is_exact_in_half(np.float32(1) / divisor):
             found.append(_Use(node, 1))
     return found
 
 
-def _is_inexact(value: ir.Value) -> bool:
+def _table(value: ir.Value | None) -> NDArray[np.float32] | None:
+    """Return a float32 constant that is small enough for a table."""
     tensor = ir_tools.constant_tensor(value)
     if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size > _LARGEST_CONSTANT:
-        return False
-    return not is_exact_in_half(np.asarray(tensor.numpy(), np.float32))
+        return None
+    return np.asarray(tensor.numpy(), np.float32)
 
 
 def _is_linear(node: ir.Node) -> bool:
@@ -173,12 +172,11 @@ class _Assembly:
 
     graph: ir.Graph
     built: dict[str, ir.Value] = field(default_factory=dict)
-    _nodes: list[ir.Node] = field(default_factory=list)
     _powers: dict[int, ir.Value] = field(default_factory=dict)
     _anchor: ir.Value | None = None
 
     def __post_init__(self) -> None:
-        self._names = ir_tools.names_in(self.graph)
+        self._new = ir_tools.Additions(self.graph)
 
     def value_of(self, constant: ir.Value) -> ir.Value:
         """Return the run-time value that equals a constant."""
@@ -195,15 +193,16 @@ class _Assembly:
 
     def insert(self) -> None:
         """Put the nodes in front."""
-        first = next(iter(self.graph))
-        self.graph.insert_before(first, self._nodes)
+        self._new.insert_before(next(iter(self.graph)))
 
     def _sum(self, name: str, array: NDArray[np.float32]) -> ir.Value:
         total: ir.Value | None = None
         for number, (part, exponent) in enumerate(exact_parts(array)):
-            stored = self._constant(f"{name}.part_{number}", part)
-            term = self._add("Mul", [self._power(exponent), stored], f"{name}.term_{number}", array.shape)
-            total = term if total is None else self._add("Add", [total, term], f"{name}.sum_{number}", array.shape)
+            stored = self._new.constant(f"{name}.part_{number}", part)
+            term = self._new.node("Mul", [self._power(exponent), stored], f"{name}.term_{number}", shape=array.shape)
+            if total is not None:
+                term = self._new.node("Add", [total, term], f"{name}.sum_{number}", shape=array.shape)
+            total = term
         assert total is not None, "a constant of zeros is exact in half"
         return total
 
@@ -213,12 +212,11 @@ class _Assembly:
             low, high = _SCALE_EXPONENTS
             near = min(max(exponent, low), high)
             if near == exponent:
-                bound = self._constant(f"exact.power_{exponent}", np.float32(2.0) ** np.float32(exponent))
-                value = self._add("Clip", [self._runtime_scalar(), bound, bound], f"exact.two_to_{exponent}", ())
+                bound = self._new.constant(f"exact.power_{exponent}", np.float32(2.0) ** np.float32(exponent))
+                inputs, operator = [self._runtime_scalar(), bound, bound], "Clip"
             else:
-                factors = [self._power(near), self._power(exponent - near)]
-                value = self._add("Mul", factors, f"exact.two_to_{exponent}", ())
-            self._powers[exponent] = value
+                inputs, operator = [self._power(near), self._power(exponent - near)], "Mul"
+            self._powers[exponent] = self._new.node(operator, inputs, f"exact.two_to_{exponent}", shape=())
         return self._powers[exponent]
 
     def _runtime_scalar(self) -> ir.Value:
@@ -234,32 +232,16 @@ class _Assembly:
         assert value.shape is not None
         rank = len(value.shape)
         if _elements(value) > 1:
-            zeros = self._constant("exact.starts", np.zeros(rank, np.int64))
-            ones = self._constant("exact.ends", np.ones(rank, np.int64))
-            value = self._add("Slice", [value, zeros, ones], "exact.element", (1,) * rank, value.dtype)
+            zeros = self._new.constant("exact.starts", np.zeros(rank, np.int64))
+            ones = self._new.constant("exact.ends", np.ones(rank, np.int64))
+            value = self._new.node("Slice", [value, zeros, ones], "exact.element", value.dtype, (1,) * rank)
         if value.dtype != ir.DataType.FLOAT:
-            value = self._add("Cast", [value], "exact.float", (1,) * rank, attributes={"to": ir.DataType.FLOAT.value})
+            value = self._new.node("Cast", [value], "exact.float", shape=(1,) * rank, to=ir.DataType.FLOAT.value)
         if rank:
-            shape = self._constant("exact.shape", np.zeros(0, np.int64))
-            value = self._add("Reshape", [value, shape], "exact.scalar", ())
+            shape = self._new.constant("exact.shape", np.zeros(0, np.int64))
+            value = self._new.node("Reshape", [value, shape], "exact.scalar", shape=())
         self._anchor = value
         return value
-
-    def _constant(self, name: str, array: NDArray[np.generic] | np.generic) -> ir.Value:
-        return ir_tools.add_constant(self.graph, ir_tools.unused_name(name, self._names), np.asarray(array))
-
-    def _add(
-        self,
-        operator: str,
-        inputs: list[ir.Value],
-        name: str,
-        shape: tuple[int, ...],
-        dtype: ir.DataType | None = ir.DataType.FLOAT,
-        attributes: dict[str, int] | None = None,
-    ) -> ir.Value:
-        output = ir.val(ir_tools.unused_name(name, self._names), dtype, shape)
-        self._nodes.append(ir.node(operator, inputs, attributes, outputs=[output], name=output.name))
-        return output
 
 
 def _elements(value: ir.Value) -> float:

@@ -37,15 +37,10 @@ _TOLERANCE = 1e-5
 
 
 def fuse_weight_norm(model: ir.Model) -> int:
-    """Replace each weight norm of constants by one constant, in place.
-
-    Returns:
-        How many were replaced.
-
-    """
+    """Replace each weight norm of constants by one constant, in place; return how many."""
     graph = model.graph
     constant_nodes = _constant_nodes(graph)
-    taken = ir_tools.names_in(graph)
+    new = ir_tools.Additions(graph)
     count = 0
     for node in [n for n in graph if n in constant_nodes]:
         (result,) = node.outputs
@@ -55,9 +50,7 @@ def fuse_weight_norm(model: ir.Model) -> int:
         fused = _fused(result, cone, model.opset_imports.get("", 0))
         if fused is None:
             continue
-        name, weight = fused
-        name = ir_tools.unused_name(name, taken)
-        result.replace_all_uses_with(ir_tools.add_constant(graph, name, weight))
+        result.replace_all_uses_with(new.constant(*fused))
         ir_tools.remove_unused(graph, [result])
         count += 1
     return count

@@ -1,7 +1,7 @@
 """What a row of the hazard table is, and how each kind is recognised at a node; the rows are in `hazard_kinds`."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -36,16 +36,16 @@ class HazardKind:
     """One row of the table."""
 
     id: str
-    severity: Severity
-    mnn: str
-    """Where it was seen: versions and back-end."""
     happens: str
     fix: str
     """What to write or ask for instead."""
     avoided: str
     """What this project does about it, and where."""
-    found: Callable[[ir.Node, Facts], bool] | None = None
+    found: "Rule | None" = None
     """Recognises it at a node; None where no graph shows it."""
+    severity: Severity = field(kw_only=True)
+    mnn: str = field(kw_only=True)
+    """Where it was seen: versions and back-end."""
 
 
 INTEGER = frozenset(
@@ -61,18 +61,19 @@ INTEGER = frozenset(
         ir.DataType.UINT64,
     }
 )
-_WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-_REDUCTIONS_WITHOUT_AXES_INPUT = frozenset(
-    {"ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceSumSquare"}
-)
-_UNARY = frozenset({"Abs", "BitwiseNot", "Neg", "Not", "Sign"})
-_INTEGER_ARITHMETIC = frozenset(
-    {"Add", "And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Min", "Mul", "Or", "Sub", "Xor"}
-)
 _INT32 = np.iinfo(np.int32)
 
 
-def operator(*names: str) -> Callable[[ir.Node, Facts], bool]:
+Rule = Callable[[ir.Node, Facts], bool]
+
+
+def on(operators: str, rule: Rule) -> Rule:
+    """Return a rule that is asked of some operators only."""
+    names = frozenset(operators.split())
+    return lambda node, facts: node.op_type in names and rule(node, facts)
+
+
+def operator(*names: str) -> Rule:
     """Return a rule that finds operators by their names."""
     return lambda node, facts: node.op_type in names and not node.domain
 
@@ -80,8 +81,6 @@ def operator(*names: str) -> Callable[[ir.Node, Facts], bool]:
 def where_reads_else_out_of_bounds(node: ir.Node, facts: Facts) -> bool:
     """Whether the second branch of a Where must be broadcast."""
     # The converter broadcasts the branches only when the first one needs it.
-    if node.op_type != "Where":
-        return False
     out, then, other = (None if v is None else v.shape for v in (node.outputs[0], node.inputs[1], node.inputs[2]))
     if other is not None and all(size == 1 for size in other):
         return False
@@ -107,8 +106,6 @@ def _surely_smaller(shape: ir.Shape | None, out: ir.Shape | None) -> bool:
 
 def reduces_over_everything(node: ir.Node, facts: Facts) -> bool:
     """Whether a reduction gets its axes as an input and they are not all axes, or leaves them or keepdims out."""
-    if node.op_type not in _REDUCTIONS_WITHOUT_AXES_INPUT:
-        return False
     if len(node.inputs) < 2 or node.inputs[1] is None:
         return "keepdims" not in node.attributes or (facts.opset >= 18 and node.attributes["keepdims"].as_int() != 0)
     axes = ir_tools.constant_tensor(node.inputs[1])
@@ -120,8 +117,6 @@ def reduces_over_everything(node: ir.Node, facts: Facts) -> bool:
 
 def resizes_one_dimension(node: ir.Node, facts: Facts) -> bool:
     """Whether a Resize interpolates along one dimension."""
-    if node.op_type != "Resize":
-        return False
     data = node.inputs[0]
     one_dimension = data is None or data.shape is None or len(data.shape) == 3
     # Without a mode ONNX takes the nearest sample; MNN's converter does not.
@@ -145,8 +140,6 @@ def clamps_a_constant(node: ir.Node, facts: Facts) -> bool:
 
 def dequantises_what_mnn_does_not_expect(node: ir.Node, facts: Facts) -> bool:
     """Whether a DequantizeLinear is not one of a constant along a later axis."""
-    if node.op_type != "DequantizeLinear":
-        return False
     data, scale = (ir_tools.constant_tensor(value) for value in node.inputs[:2])
     if data is None:
         return True
@@ -160,45 +153,25 @@ def reads_half_from_a_file(node: ir.Node, facts: Facts) -> bool:
     return any(isinstance(t, ir.ExternalTensor) and t.dtype == ir.DataType.FLOAT16 for t in tensors)
 
 
-def _has_integer_data(node: ir.Node, facts: Facts) -> bool:
+def has_integer_data(node: ir.Node, facts: Facts) -> bool:
+    """Whether an operator works on integers or booleans that depend on the inputs."""
     data = [value for value in node.inputs if value is not None and value in facts.run_time_data]
     return any(value.dtype in INTEGER for value in data)
 
 
-def integer_unary(node: ir.Node, facts: Facts) -> bool:
-    """Whether a unary operator works on integers or booleans that depend on the inputs."""
-    return node.op_type in _UNARY and _has_integer_data(node, facts)
-
-
-def integer_division(node: ir.Node, facts: Facts) -> bool:
-    """Whether integers that depend on the inputs are divided."""
-    return node.op_type in ("Div", "Mod") and _has_integer_data(node, facts)
-
-
-def integer_arithmetic(node: ir.Node, facts: Facts) -> bool:
-    """Whether there is other arithmetic on integers or booleans that depend on the inputs."""
-    return node.op_type in _INTEGER_ARITHMETIC and _has_integer_data(node, facts)
-
-
 def gathers_from_the_end(node: ir.Node, facts: Facts) -> bool:
     """Whether constant indices count from the end."""
-    if node.op_type != "Gather":
-        return False
     indices = ir_tools.constant_tensor(node.inputs[1])
     return indices is not None and indices.size > 0 and bool((indices.numpy() < 0).any())
 
 
 def softmax_without_maximum(node: ir.Node, facts: Facts) -> bool:
     """Whether rows of a Softmax may be too low for the target."""
-    if node.op_type not in ("Softmax", "LogSoftmax"):
-        return False
     return is_older(facts.target_mnn, softmax.NEEDED_BEFORE) and softmax.needs_shift(node)
 
 
 def shape_with_range(node: ir.Node, facts: Facts) -> bool:
     """Whether a Shape has a range that the target does not know."""
-    if node.op_type != "Shape":
-        return False
     return is_older(facts.target_mnn, spellings.WHOLE_SHAPES_NEEDED_BEFORE) and spellings.has_range(node)
 
 
@@ -209,7 +182,7 @@ def silu(node: ir.Node, facts: Facts) -> bool:
 
 def weight_is_a_norm(node: ir.Node, facts: Facts) -> bool:
     """Whether a weight is computed with a norm."""
-    if node.op_type not in _WEIGHTED or len(node.inputs) < 2 or node.inputs[1] in facts.run_time:
+    if len(node.inputs) < 2 or node.inputs[1] in facts.run_time:
         return False
     pending = [node.inputs[1]]
     while pending:
@@ -224,8 +197,6 @@ def weight_is_a_norm(node: ir.Node, facts: Facts) -> bool:
 
 def truncated_modulo(node: ir.Node, facts: Facts) -> bool:
     """Whether a Mod takes the dividend's sign, or is of floats."""
-    if node.op_type != "Mod":
-        return False
     dividend = node.inputs[0]
     return dividend is None or dividend.dtype not in INTEGER or ir_tools.attribute_int(node, "fmod", 0) == 1
 

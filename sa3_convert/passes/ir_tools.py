@@ -1,6 +1,6 @@
 """What several passes need to read and edit a graph: its constants, and taking out what nothing uses any more."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -32,22 +32,6 @@ def scalar(value: ir.Value | None) -> float | None:
     return float(tensor.numpy().reshape(()).item())
 
 
-def names_in(graph: ir.Graph) -> set[str]:
-    """Return every value name of a graph."""
-    values = [*graph.inputs, *graph.initializers.values(), *(out for node in graph for out in node.outputs)]
-    return {value.name for value in values if value.name}
-
-
-def unused_name(wanted: str, taken: set[str]) -> str:
-    """Return `wanted`, or `wanted` with the first number that makes it new; `taken` then has it too."""
-    name, number = wanted, 1
-    while name in taken:
-        number += 1
-        name = f"{wanted}_{number}"
-    taken.add(name)
-    return name
-
-
 def depends_on_inputs(graph: ir.Graph, *, by_content: bool = False) -> set[ir.Value]:
     """Return the values that are computed from a graph input; with `by_content`, not from its shape alone."""
     found = set(graph.inputs)
@@ -59,12 +43,51 @@ def depends_on_inputs(graph: ir.Graph, *, by_content: bool = False) -> set[ir.Va
     return found
 
 
-def add_constant(graph: ir.Graph, name: str, tensor: ir.TensorProtocol | NDArray[np.generic]) -> ir.Value:
-    """Register a new initialiser; `name` must be unused."""
-    data = ir.tensor(tensor, name=name) if isinstance(tensor, np.ndarray) else tensor
-    value = ir.Value(name=name, shape=ir.Shape(data.shape.numpy()), type=ir.TensorType(data.dtype), const_value=data)
-    graph.register_initializer(value)
-    return value
+class Additions:
+    """New constants and nodes of a graph, each under the wanted name or that with the first number that is free."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self.nodes: list[ir.Node] = []
+        """What `insert_before` will put into the graph."""
+        values = [*graph.inputs, *graph.initializers.values(), *(out for node in graph for out in node.outputs)]
+        self._taken = {value.name for value in values}
+
+    def name(self, wanted: str) -> str:
+        """Return a name that no value has, and keep it from being given again."""
+        name, number = wanted, 1
+        while name in self._taken:
+            number += 1
+            name = f"{wanted}_{number}"
+        self._taken.add(name)
+        return name
+
+    def constant(self, name: str, array: NDArray[np.generic] | np.generic) -> ir.Value:
+        """Register a new initialiser."""
+        data = ir.tensor(np.asarray(array), name=self.name(name))
+        shape = ir.Shape(data.shape.numpy())
+        value = ir.Value(name=data.name, shape=shape, type=ir.TensorType(data.dtype), const_value=data)
+        self.graph.register_initializer(value)
+        return value
+
+    def node(
+        self,
+        operator: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        dtype: ir.DataType | None = ir.DataType.FLOAT,
+        shape: ir.Shape | Sequence[int] | None = None,
+        **attributes: int,
+    ) -> ir.Value:
+        """Return the output of a new node."""
+        output = ir.val(self.name(name), dtype, shape)
+        self.nodes.append(ir.node(operator, inputs, attributes, outputs=[output], name=output.name))
+        return output
+
+    def insert_before(self, node: ir.Node) -> None:
+        """Put the new nodes into the graph."""
+        self.graph.insert_before(node, self.nodes)
+        self.nodes = []
 
 
 def attribute_int(node: ir.Node, name: str, default: int) -> int:
@@ -77,6 +100,14 @@ def produced(value: ir.Value | None, operator: str) -> ir.Node | None:
     """Return the node that makes a value, if it is this standard operator."""
     node = None if value is None else value.producer()
     return node if node is not None and node.op_type == operator and not node.domain else None
+
+
+def either_order(node: ir.Node | None) -> Iterator[tuple[ir.Value | None, ir.Value | None]]:
+    """Yield the two inputs of a commutative node, as they are and exchanged; nothing for None."""
+    if node is not None:
+        first, second = node.inputs
+        yield first, second
+        yield second, first
 
 
 def rms_eps(reciprocal: ir.Node | None, source: ir.Value) -> ir.Node | None:

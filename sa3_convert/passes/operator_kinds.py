@@ -4,19 +4,13 @@ Found with ONNX's own node tests (tests/passes/test_node_tests.py keeps the resu
 over wide ranges, with inputs as constants, and with dynamic lengths.
 """
 
-from collections.abc import Callable
-from typing import Final
-
-import onnx_ir as ir
-
 from sa3_convert.passes import operator_rules as rules
-from sa3_convert.passes.hazard_rules import Facts, HazardKind
-
-_CPU: Final = "3.6.1, CPU, measured"
+from sa3_convert.passes.hazard_rules import HazardKind, Rule, on
 
 
-def _wrong(name: str, happens: str, fix: str, found: Callable[[ir.Node, Facts], bool]) -> HazardKind:
-    return HazardKind(name, "wrong", _CPU, happens, fix, "not in our graphs; refused by the lint", found)
+def _wrong(name: str, happens: str, fix: str, found: Rule) -> HazardKind:
+    avoided = "not in our graphs; refused by the lint"
+    return HazardKind(name, happens, fix, avoided, found, severity="wrong", mnn="3.6.1, CPU, measured")
 
 
 OPERATOR_KINDS: tuple[HazardKind, ...] = (
@@ -31,20 +25,20 @@ OPERATOR_KINDS: tuple[HazardKind, ...] = (
         "less-of-floats",
         "from the fifth number on, Less gives other answers",
         "Greater with its inputs exchanged",
-        rules.is_less,
+        on("Less", rules.compares_no_integers),
     ),
     _wrong(
         "comparison-broadcast",
         "a comparison of which both sides must be broadcast reads them in the wrong order",
         "Expand one side to the full shape first",
-        rules.compares_two_broadcasts,
+        on("Greater GreaterOrEqual LessOrEqual", rules.compares_two_broadcasts),
     ),
     _wrong(
         "variadic-broadcast",
         "inputs from the third on are read out of bounds when they must be broadcast; the converter dies of a single "
         "one",
         "apply the operator to two inputs at a time (Mean: Sum and Mul)",
-        rules.broadcasts_several,
+        on("Max Mean Min Sum", rules.broadcasts_several),
     ),
     _wrong(
         "reduce-empty-axes",
@@ -59,14 +53,22 @@ OPERATOR_KINDS: tuple[HazardKind, ...] = (
         rules.has("ArgMax ArgMin", "select_last_index", bool),
     ),
     _wrong(
-        "arg-extreme-integers", "the integers' bits are compared as floats", "Cast first", rules.extreme_of_integers
+        "arg-extreme-integers",
+        "the integers' bits are compared as floats",
+        "Cast first",
+        on("ArgMax ArgMin", rules.takes_integers),
     ),
-    _wrong("integer-product", "the result is zeros", "Cast to float first", rules.integer_product),
+    _wrong(
+        "integer-product",
+        "the result is zeros",
+        "Cast to float first",
+        on("Conv ConvTranspose Einsum Gemm MatMul", rules.takes_integers),
+    ),
     _wrong(
         "matmul-vector",
         "the loader dies of a product of two vectors, a matrix times a vector does not run",
         "Unsqueeze the vector to one column, and Squeeze the result",
-        rules.product_with_vector,
+        on("MatMul", rules.product_with_vector),
     ),
     _wrong(
         "gemm-transposed-input",
@@ -92,25 +94,25 @@ OPERATOR_KINDS: tuple[HazardKind, ...] = (
         "the loader dies of a pool without strides or with three dimensions; dilations and positions are ignored, and "
         "ceil_mode counts windows that start in the padding",
         "state strides; nothing but strides and pads",
-        rules.unusual_pool,
+        on("AveragePool MaxPool", rules.unusual_pool),
     ),
     _wrong(
         "einsum-form",
         "a repeated index is not followed, and the process ends when no index or more than two factors are left",
         "MatMul, Mul and ReduceSum",
-        rules.unusual_einsum,
+        on("Einsum", rules.unusual_einsum),
     ),
     _wrong(
         "split-uneven",
         "num_outputs that do not divide the axis cut it into other parts; after an empty part, other memory is read",
         "give the sizes as a constant without 0",
-        rules.uneven_split,
+        on("Split", rules.uneven_split),
     ),
     _wrong(
         "slice-before-begin",
         "a start that lies before the beginning of an axis of any length reads other rows",
         "compute the start from the length, not below 0",
-        rules.starts_before_the_axis,
+        on("Slice", rules.starts_before_the_axis),
     ),
     _wrong(
         "scatter-reduction",
@@ -122,13 +124,13 @@ OPERATOR_KINDS: tuple[HazardKind, ...] = (
         "indices-negative",
         "negative indices read other memory; those that are computed may be such",
         "constant indices from 0, or Gather",
-        rules.indices_may_be_negative,
+        on("GatherElements GatherND ScatterElements ScatterND", rules.indices_may_be_negative),
     ),
     _wrong(
         "cast-narrow",
         "the number stays what it is: a float16 is not rounded, a bool not 0 or 1, 300 is no uint8",
         "Greater or Equal for a bool; stay float32 or int32",
-        rules.casts_to_less,
+        on("Cast CastLike", rules.casts_to_less),
     ),
     _wrong(
         "type-narrow",
@@ -141,37 +143,37 @@ OPERATOR_KINDS: tuple[HazardKind, ...] = (
         "before opset 13 all axes from the given one on are one, which is not done; the converter dies of LogSoftmax "
         "without an axis",
         "opset 13 with an axis",
-        rules.softmax_of_rows,
+        on("LogSoftmax Softmax", rules.softmax_of_rows),
     ),
     _wrong(
         "softplus-range",
         "far from 0 (21 dB over ±30) it is another function",
         "Max(x, 0) + Log(1 + Exp(−Abs(x)))",
-        lambda node, facts: node.op_type == "Softplus",
+        on("Softplus", lambda node, facts: True),
     ),
     _wrong(
         "prelu-later-axis",
         "slopes along another axis than the channels are taken for the channels'",
         "Max(x, 0) + slope · Min(x, 0)",
-        rules.slope_of_later_axis,
+        on("PRelu", rules.slope_of_later_axis),
     ),
     _wrong(
         "resize-form",
         "cubic, antialiased, cropped, corner-aligned and round-up forms come out different",
         "mode nearest with floor, or linear, with half_pixel or asymmetric coordinates",
-        rules.unusual_resize,
+        on("Resize", rules.unusual_resize),
     ),
     _wrong(
         "clip-inverted",
         "gives the lower limit, not the upper",
         "a lower limit below the upper",
-        rules.limits_are_inverted,
+        on("Clip", rules.limits_are_inverted),
     ),
     _wrong(
         "pad-axes",
         "the loader dies of the input that names axes, or the shape is wrong",
         "pads for all axes",
-        rules.pads_some_axes,
+        on("Pad", rules.pads_some_axes),
     ),
     _wrong(
         "norm-without-epsilon",
@@ -183,7 +185,7 @@ OPERATOR_KINDS: tuple[HazardKind, ...] = (
         "batch-norm-computed",
         "the converter dies of scales, biases, means or variances that are no constants",
         "Sub, Mul and Add",
-        rules.batch_norm_of_computed,
+        on("BatchNormalization", rules.batch_norm_of_computed),
     ),
     _wrong(
         "layer-norm-whole",

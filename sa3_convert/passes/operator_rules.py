@@ -10,7 +10,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from sa3_convert.passes import ir_tools
-from sa3_convert.passes.hazard_rules import INTEGER, Facts
+from sa3_convert.passes.hazard_rules import INTEGER, Facts, Rule, on
 
 _RIGHT = """
     Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization Cast CastLike Ceil
@@ -37,8 +37,6 @@ _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE}
 _WIDE = _FLOATS | {ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BOOL}
 _LENGTH = re.compile(r"(?:(\d+) ?\* ?)?[A-Za-z_]\w*(?: ?\+ ?(\d+))?")
 _CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
-_POOLS = frozenset({"AveragePool", "MaxPool"})
-_PRODUCTS = _CONVOLUTIONS | {"Einsum", "Gemm", "MatMul"}
 
 
 def not_shown_right(node: ir.Node, facts: Facts) -> bool:
@@ -50,30 +48,23 @@ def not_shown_right(node: ir.Node, facts: Facts) -> bool:
     )
 
 
-def has(operators: str, attribute: str, wanted: Callable[[object], bool] = lambda _: True) -> "Rule":
+def has(operators: str, attribute: str, wanted: Callable[[object], bool] = lambda _: True) -> Rule:
     """Return a rule that finds operators with an attribute whose value is as wanted."""
-    names = frozenset(operators.split())
 
     def found(node: ir.Node, facts: Facts) -> bool:
         own = node.attributes.get(attribute)
-        return node.op_type in names and own is not None and wanted(own.value)
+        return own is not None and wanted(own.value)
 
-    return found
+    return on(operators, found)
 
 
-def lacks(operators: str, attribute: str) -> "Rule":
+def lacks(operators: str, attribute: str) -> Rule:
     """Return a rule that finds operators without an attribute."""
-    names = frozenset(operators.split())
-    return lambda node, facts: node.op_type in names and attribute not in node.attributes
-
-
-Rule = Callable[[ir.Node, Facts], bool]
+    return on(operators, lambda node, facts: attribute not in node.attributes)
 
 
 def compares_two_broadcasts(node: ir.Node, facts: Facts) -> bool:
     """Whether both sides of a comparison may have to be broadcast."""
-    if node.op_type not in ("Greater", "GreaterOrEqual", "LessOrEqual"):
-        return False
     sides = [None if value is None else value.shape for value in node.inputs]
     if any(side is not None and all(size == 1 for size in side) for side in sides):
         return False
@@ -81,15 +72,13 @@ def compares_two_broadcasts(node: ir.Node, facts: Facts) -> bool:
     return out is None or not any(side is not None and list(side) == list(out) for side in sides)
 
 
-def is_less(node: ir.Node, facts: Facts) -> bool:
+def compares_no_integers(node: ir.Node, facts: Facts) -> bool:
     """Whether numbers that are no integers are compared by Less."""
-    return node.op_type == "Less" and (node.inputs[0] is None or node.inputs[0].dtype not in INTEGER)
+    return node.inputs[0] is None or node.inputs[0].dtype not in INTEGER
 
 
 def broadcasts_several(node: ir.Node, facts: Facts) -> bool:
     """Whether an operator of any number of inputs has one, or several of different shapes."""
-    if node.op_type not in ("Max", "Mean", "Min", "Sum"):
-        return False
     shapes = [None if value is None else value.shape for value in node.inputs]
     if len(shapes) == 2 and node.op_type != "Mean":
         return False
@@ -108,19 +97,14 @@ def reduces_without_axes(node: ir.Node, facts: Facts) -> bool:
     return axes is None or axes.size == 0
 
 
-def extreme_of_integers(node: ir.Node, facts: Facts) -> bool:
-    """Whether the position of an extreme is looked for among integers."""
-    return node.op_type in ("ArgMax", "ArgMin") and _dtype(node) in INTEGER
-
-
-def integer_product(node: ir.Node, facts: Facts) -> bool:
-    """Whether matrices of integers are multiplied."""
-    return node.op_type in _PRODUCTS and _dtype(node) in INTEGER
+def takes_integers(node: ir.Node, facts: Facts) -> bool:
+    """Whether the first input holds integers."""
+    return _dtype(node) in INTEGER
 
 
 def product_with_vector(node: ir.Node, facts: Facts) -> bool:
     """Whether the right factor of a MatMul is a vector."""
-    return node.op_type == "MatMul" and _rank(node, 1) in (1, None)
+    return _rank(node, 1) in (1, None)
 
 
 def pads_below(node: ir.Node, facts: Facts) -> bool:
@@ -142,8 +126,6 @@ def convolution_at_the_end(node: ir.Node, facts: Facts) -> bool:
 
 def unusual_pool(node: ir.Node, facts: Facts) -> bool:
     """Whether a pool has no strides, has dilations, rounds up, tells positions, or has three dimensions."""
-    if node.op_type not in _POOLS:
-        return False
     dilations = node.attributes.get_ints("dilations", [1])
     return (
         "strides" not in node.attributes
@@ -156,8 +138,6 @@ def unusual_pool(node: ir.Node, facts: Facts) -> bool:
 
 def unusual_einsum(node: ir.Node, facts: Facts) -> bool:
     """Whether an equation repeats an index in one term, has not one or two terms, dots, or no index left."""
-    if node.op_type != "Einsum":
-        return False
     equation = str(node.attributes.get_string("equation", "")).replace(" ", "")
     terms, arrow, result = equation.partition("->")
     repeated = any(max(Counter(term).values(), default=0) > 1 for term in terms.split(","))
@@ -166,8 +146,6 @@ def unusual_einsum(node: ir.Node, facts: Facts) -> bool:
 
 def uneven_split(node: ir.Node, facts: Facts) -> bool:
     """Whether an axis may not be divisible by the number of parts, or a part may be empty."""
-    if node.op_type != "Split":
-        return False
     if "num_outputs" in node.attributes:
         shape = None if node.inputs[0] is None else node.inputs[0].shape
         size = None if shape is None else shape[ir_tools.attribute_int(node, "axis", 0)]
@@ -180,7 +158,7 @@ def uneven_split(node: ir.Node, facts: Facts) -> bool:
 
 def starts_before_the_axis(node: ir.Node, facts: Facts) -> bool:
     """Whether a slice of an axis of unknown length counts its start from the end."""
-    if node.op_type != "Slice" or len(node.inputs) < 3:
+    if len(node.inputs) < 3:
         return False
     starts = ir_tools.constant_tensor(node.inputs[1])
     if starts is None or not (starts.numpy() < 0).any():
@@ -207,16 +185,12 @@ def _least(size: object) -> int:
 
 def indices_may_be_negative(node: ir.Node, facts: Facts) -> bool:
     """Whether elements are looked up by indices that are not known to count from the front."""
-    if node.op_type not in ("GatherElements", "GatherND", "ScatterElements", "ScatterND"):
-        return False
     indices = ir_tools.constant_tensor(node.inputs[1])
     return indices is None or bool((indices.numpy() < 0).any())
 
 
 def casts_to_less(node: ir.Node, facts: Facts) -> bool:
     """Whether a cast keeps less than float32 and int32 do."""
-    if node.op_type not in ("Cast", "CastLike"):
-        return False
     if node.op_type == "Cast":
         target: ir.DataType | None = ir.DataType(ir_tools.attribute_int(node, "to", ir.DataType.FLOAT.value))
     else:
@@ -236,8 +210,6 @@ def narrow_type(node: ir.Node, facts: Facts) -> bool:
 
 def softmax_of_rows(node: ir.Node, facts: Facts) -> bool:
     """Whether a Softmax is of an opset that flattens, over another axis than the last, or has no axis to go by."""
-    if node.op_type not in ("LogSoftmax", "Softmax"):
-        return False
     if node.op_type == "LogSoftmax" and "axis" not in node.attributes:
         return True
     rank = _rank(node, 0)
@@ -247,8 +219,6 @@ def softmax_of_rows(node: ir.Node, facts: Facts) -> bool:
 
 def slope_of_later_axis(node: ir.Node, facts: Facts) -> bool:
     """Whether the slopes of a PRelu are not one, or one per channel."""
-    if node.op_type != "PRelu":
-        return False
     rank, slope = _rank(node, 0), node.inputs[1]
     if rank is None or slope is None or slope.shape is None:
         return True
@@ -258,8 +228,6 @@ def slope_of_later_axis(node: ir.Node, facts: Facts) -> bool:
 
 def unusual_resize(node: ir.Node, facts: Facts) -> bool:
     """Whether a Resize is none of the forms that were shown to be right."""
-    if node.op_type != "Resize":
-        return False
     word = node.attributes.get_string
     plain = (
         not ir_tools.attribute_int(node, "antialias", 0)
@@ -275,7 +243,7 @@ def unusual_resize(node: ir.Node, facts: Facts) -> bool:
 
 def limits_are_inverted(node: ir.Node, facts: Facts) -> bool:
     """Whether a Clip's lower limit lies above its upper one."""
-    if node.op_type != "Clip" or len(node.inputs) < 3:
+    if len(node.inputs) < 3:
         return False
     low, high = ir_tools.scalar(node.inputs[1]), ir_tools.scalar(node.inputs[2])
     return low is not None and high is not None and low > high
@@ -283,12 +251,12 @@ def limits_are_inverted(node: ir.Node, facts: Facts) -> bool:
 
 def pads_some_axes(node: ir.Node, facts: Facts) -> bool:
     """Whether a Pad names the axes that it pads."""
-    return node.op_type == "Pad" and len(node.inputs) > 3 and node.inputs[3] is not None
+    return len(node.inputs) > 3 and node.inputs[3] is not None
 
 
 def batch_norm_of_computed(node: ir.Node, facts: Facts) -> bool:
     """Whether scale, bias, mean or variance of a batch norm are no constants."""
-    return node.op_type == "BatchNormalization" and any(ir_tools.constant_tensor(v) is None for v in node.inputs[1:5])
+    return any(ir_tools.constant_tensor(value) is None for value in node.inputs[1:5])
 
 
 def _dtype(node: ir.Node) -> ir.DataType | None:

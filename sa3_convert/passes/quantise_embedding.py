@@ -81,15 +81,7 @@ def quantise_embedding(model: ir.Model, kind: Literal["int8", "int4"], *, half_s
 def quantise_rows(
     table: NDArray[np.generic], bits: Literal[4, 8], *, half_scales: bool = False, curve: float | None = None
 ) -> QuantisedRows:
-    """Quantise each row with the curve and the scale of least squared error.
-
-    Args:
-        table: [rows, width] float; read in blocks, so it may be a memory-mapped file.
-        bits: 4 or 8.
-        half_scales: use only scales that float16 holds exactly.
-        curve: c, for rows of a larger table; None is `best_curve` of these.
-
-    """
+    """Quantise each row of [rows, width], read in blocks, on a curve (`best_curve`), with the scale of least error."""
     if curve is None:
         curve = best_curve(table, bits, half_scales=half_scales)
     codes = np.empty(table.shape, np.int8)
@@ -195,8 +187,7 @@ class _Replacement:
         assert table is not None
         assert ids is not None
         self.table, self.ids = table, ids
-        self.taken = ir_tools.names_in(graph)
-        self.nodes: list[ir.Node] = []
+        self.new = ir_tools.Additions(graph)
 
     def apply(self) -> None:
         numbers = self._packed() if self.rows.bits == 4 else self._stored(self.rows.codes)
@@ -227,26 +218,19 @@ class _Replacement:
     def _finish(self, dequantised: ir.Value) -> None:
         result = self.gather.outputs[0]
         dequantised.shape, dequantised.type = result.shape, result.type
-        self.graph.insert_before(self.gather, self.nodes)
+        self.new.insert_before(self.gather)
         dequantised.name, result.name = result.name, dequantised.name
         result.replace_all_uses_with(dequantised, replace_graph_outputs=True)
         self.graph.remove(self.gather, safe=True)
         ir_tools.remove_unused(self.graph, [self.table])
 
-    def _constant(self, name: str, array: NDArray[np.generic]) -> ir.Value:
-        return ir_tools.add_constant(self.graph, ir_tools.unused_name(f"{self.table.name}.{name}", self.taken), array)
+    def _constant(self, name: str, array: NDArray[np.generic] | np.generic) -> ir.Value:
+        return self.new.constant(f"{self.table.name}.{name}", array)
 
     def _number(self, name: str, number: float) -> ir.Value:
-        return self._constant(name, np.array(number, np.float32))
+        return self._constant(name, np.float32(number))
 
     def _add(
-        self,
-        operator: str,
-        inputs: list[ir.Value],
-        name: str,
-        dtype: ir.DataType = ir.DataType.FLOAT,
-        **attributes: int,
+        self, operator: str, inputs: list[ir.Value], name: str, dtype: ir.DataType = ir.DataType.FLOAT, **numbers: int
     ) -> ir.Value:
-        unique = ir_tools.unused_name(f"{self.table.name}.{name}", self.taken)
-        self.nodes.append(ir.node(operator, inputs, attributes, outputs=[ir.val(unique, dtype)], name=unique))
-        return self.nodes[-1].outputs[0]
+        return self.new.node(operator, inputs, f"{self.table.name}.{name}", dtype, None, **numbers)

@@ -43,20 +43,15 @@ class GatedProduct:
 
 
 def scale_gated_products(model: ir.Model) -> int:
-    """Scale, in place, the MLPs that need it.
-
-    Returns:
-        How many were scaled.
-
-    """
-    taken = ir_tools.names_in(model.graph)
+    """Scale, in place, the MLPs that need it; return how many."""
+    new = ir_tools.Additions(model.graph)
     count = 0
     for found in gated_products(model):
         if not math.isfinite(found.bound) or found.bound <= LARGEST_BOUND:
             continue
         scale = 2.0 ** -math.ceil(math.log2(found.bound / LARGEST_BOUND))
         _scale_weight(found.up, scale)
-        _scale_eps(model.graph, found.eps, scale**2, taken)
+        _scale_eps(new, found.eps, scale**2)
         count += 1
     return count
 
@@ -71,11 +66,9 @@ def gated_products(model: ir.Model) -> list[GatedProduct]:
         product = ir_tools.produced(node.inputs[0], "Mul")
         if eps is None or product is None or not _used_once(product.outputs[0]):
             continue
-        for gated, up in (product.inputs, reversed(product.inputs)):
-            matched = _matched(gated, up, eps)
-            if matched is not None:
-                found.append(matched)
-                break
+        matches = (_matched(gated, up, eps) for gated, up in ir_tools.either_order(product))
+        if match := next(filter(None, matches), None):
+            found.append(match)
     return found
 
 
@@ -98,10 +91,7 @@ def _matched(gated: ir.Value | None, up: ir.Value | None, eps: ir.Node) -> Gated
 
 def _gate(value: ir.Value | None) -> tuple[ir.Node | None, float]:
     """Return the Linear behind g·h(g) and the largest |h|."""
-    product = ir_tools.produced(value, "Mul")
-    if product is None:
-        return None, 0
-    for linear, gate in (product.inputs, reversed(product.inputs)):
+    for linear, gate in ir_tools.either_order(ir_tools.produced(value, "Mul")):
         node, largest = ir_tools.produced(linear, "MatMul"), _largest(gate)
         if node is not None and largest is not None:
             return node, largest
@@ -112,29 +102,21 @@ def _largest(value: ir.Value | None) -> float | None:
     """Return the largest magnitude of Sigmoid(…), or of c·(1 + Tanh(…)) or c·(1 + Erf(…))."""
     if ir_tools.produced(value, "Sigmoid") is not None:
         return 1.0
-    half = ir_tools.produced(value, "Mul")
-    if half is None:
-        return None
-    for constant, shifted in (half.inputs, reversed(half.inputs)):
-        factor, add = ir_tools.scalar(constant), ir_tools.produced(shifted, "Add")
-        if factor is None or add is None:
-            continue
-        for one, bounded in (add.inputs, reversed(add.inputs)):
-            if ir_tools.scalar(one) == 1 and (ir_tools.produced(bounded, "Tanh") or ir_tools.produced(bounded, "Erf")):
+    for constant, shifted in ir_tools.either_order(ir_tools.produced(value, "Mul")):
+        factor = ir_tools.scalar(constant)
+        for one, bounded in ir_tools.either_order(ir_tools.produced(shifted, "Add")):
+            is_bounded = ir_tools.produced(bounded, "Tanh") or ir_tools.produced(bounded, "Erf")
+            if factor is not None and ir_tools.scalar(one) == 1 and is_bounded:
                 return 2 * abs(factor)
     return None
 
 
 def _gamma(value: ir.Value | None) -> NDArray[np.float32] | None:
     """Return the gain of the RMS norm that makes a value."""
-    product = ir_tools.produced(value, "Mul")
-    if product is None:
-        return None
-    for normalised, gain in (product.inputs, reversed(product.inputs)):
-        inner = ir_tools.produced(normalised, "Mul")
-        if ir_tools.constant_tensor(gain) is None or inner is None or gain is None:
+    for normalised, gain in ir_tools.either_order(ir_tools.produced(value, "Mul")):
+        if ir_tools.constant_tensor(gain) is None or gain is None:
             continue
-        for source, reciprocal in (inner.inputs, reversed(inner.inputs)):
+        for source, reciprocal in ir_tools.either_order(ir_tools.produced(normalised, "Mul")):
             if source is not None and ir_tools.rms_eps(ir_tools.produced(reciprocal, "Reciprocal"), source) is not None:
                 array = np.asarray(ir_tools.array(gain), np.float32)
                 return array if array.ndim == 1 else None
@@ -176,9 +158,9 @@ def _scale_weight(value: ir.Value, scale: float) -> None:
     )
 
 
-def _scale_eps(graph: ir.Graph, add: ir.Node, scale: float, taken: set[str]) -> None:
+def _scale_eps(new: ir_tools.Additions, add: ir.Node, scale: float) -> None:
     """Give this norm an ε of its own; the others share theirs."""
     eps = ir_tools.scalar(add.inputs[1])
     assert eps is not None
-    name = ir_tools.unused_name(f"{add.name or add.outputs[0].name}.scaled_eps", taken)
-    add.replace_input_with(1, ir_tools.add_constant(graph, name, np.asarray(eps * scale, np.float32)))
+    name = f"{add.name or add.outputs[0].name}.scaled_eps"
+    add.replace_input_with(1, new.constant(name, np.float32(eps * scale)))

@@ -18,23 +18,19 @@ def lowest_row_maximum(softmax: ir.Node) -> float:
     logits = softmax.inputs[0]
     if logits is None or not _is_last_axis(logits, ir_tools.attribute_int(softmax, "axis", -1)):
         return -math.inf
-    add = ir_tools.produced(logits, "Add")
-    if add is not None:
-        for masked, mask in (add.inputs, reversed(add.inputs)):
-            if mask is not None and _leaves_a_key(mask):
-                logits = masked
-                break
+    for masked, mask in ir_tools.either_order(ir_tools.produced(logits, "Add")):
+        if mask is not None and _leaves_a_key(mask):
+            logits = masked
+            break
     return -_largest_magnitude(logits)
 
 
 def _largest_magnitude(logits: ir.Value | None) -> float:
     """Bound c·tanh(…) or q·kᵀ."""
-    capped = ir_tools.produced(logits, "Mul")
-    if capped is not None:
-        for bounded, factor in (capped.inputs, reversed(capped.inputs)):
-            cap = ir_tools.scalar(factor)
-            if cap is not None and ir_tools.produced(bounded, "Tanh") is not None:
-                return abs(cap)
+    for bounded, factor in ir_tools.either_order(ir_tools.produced(logits, "Mul")):
+        cap = ir_tools.scalar(factor)
+        if cap is not None and ir_tools.produced(bounded, "Tanh") is not None:
+            return abs(cap)
     product = ir_tools.produced(logits, "MatMul")
     transposed = None if product is None else ir_tools.produced(product.inputs[1], "Transpose")
     if product is None or transposed is None or not _swaps_the_last_two(transposed):
@@ -56,7 +52,7 @@ def _longest_row(value: ir.Value | None) -> float:
         case "Mul":
             return _longest_product(value, node)
         case "Add":
-            for moved, constant in (node.inputs, reversed(node.inputs)):
+            for moved, constant in ir_tools.either_order(node):
                 offset = _per_channel(constant, _width(value))
                 if offset is not None:
                     return _longest_row(moved) + float(np.linalg.norm(offset))
@@ -67,7 +63,7 @@ def _longest_row(value: ir.Value | None) -> float:
 
 def _longest_product(value: ir.Value, node: ir.Node) -> float:
     width = _width(value)
-    for scaled, factor in (node.inputs, reversed(node.inputs)):
+    for scaled, factor in ir_tools.either_order(node):
         gains = _per_channel(factor, width)
         if gains is not None:
             return float(np.abs(gains).max()) * _longest_row(scaled)
@@ -139,7 +135,7 @@ def _leaves_a_key(mask: ir.Value) -> bool:
         return False
     return any(
         ir_tools.scalar(factor) is not None and _hides_from_tokens_only(product)
-        for product, factor in (node.inputs, reversed(node.inputs))
+        for product, factor in ir_tools.either_order(node)
     )
 
 
@@ -158,10 +154,7 @@ def _pads_zeros(pad: ir.Node) -> bool:
 
 def _hides_from_tokens_only(value: ir.Value | None) -> bool:
     """Whether a value is m_q·(1 − m_k) of one mask m, over queries and keys."""
-    product = ir_tools.produced(value, "Mul")
-    if product is None:
-        return False
-    for queries, keys in (product.inputs, reversed(product.inputs)):
+    for queries, keys in ir_tools.either_order(ir_tools.produced(value, "Mul")):
         unseen = ir_tools.produced(_without_unsqueezes(keys), "Sub")
         if unseen is None or ir_tools.scalar(unseen.inputs[0]) != 1:
             continue
@@ -233,14 +226,9 @@ def needs_shift(softmax: ir.Node) -> bool:
 
 
 def subtract_row_maximum(model: ir.Model) -> int:
-    """Shift the input of each Softmax that needs it, in place.
-
-    Returns:
-        How many were shifted.
-
-    """
+    """Shift the input of each Softmax that needs it, in place; return how many."""
     graph = model.graph
-    taken = ir_tools.names_in(graph)
+    new = ir_tools.Additions(graph)
     count = 0
     for node in list(graph):
         if node.op_type not in ("Softmax", "LogSoftmax") or node.domain:
@@ -249,12 +237,10 @@ def subtract_row_maximum(model: ir.Model) -> int:
         if logits is None or logits.dtype != ir.DataType.FLOAT or not needs_shift(node):
             continue
         axis = np.array([ir_tools.attribute_int(node, "axis", -1)], np.int64)
-        axes = ir_tools.add_constant(graph, ir_tools.unused_name(f"{logits.name}.axes", taken), axis)
-        maximum = ir.val(ir_tools.unused_name(f"{logits.name}.maximum", taken), ir.DataType.FLOAT)
-        shifted = ir.val(ir_tools.unused_name(f"{logits.name}.shifted", taken), ir.DataType.FLOAT, logits.shape)
-        reduce = ir.node("ReduceMax", [logits, axes], {"keepdims": 1}, outputs=[maximum], name=maximum.name)
-        subtract = ir.node("Sub", [logits, maximum], outputs=[shifted], name=shifted.name)
-        graph.insert_before(node, [reduce, subtract])
+        axes = new.constant(f"{logits.name}.axes", axis)
+        maximum = new.node("ReduceMax", [logits, axes], f"{logits.name}.maximum", keepdims=1)
+        shifted = new.node("Sub", [logits, maximum], f"{logits.name}.shifted", shape=logits.shape)
+        new.insert_before(node)
         node.replace_input_with(0, shifted)
         count += 1
     return count

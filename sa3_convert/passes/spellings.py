@@ -18,30 +18,17 @@ def is_silu(product: ir.Node) -> bool:
 
 
 def spell_silu(model: ir.Model) -> int:
-    """Replace the Sigmoid of each SiLU, in place.
-
-    Returns:
-        How many there were.
-
-    """
+    """Replace the Sigmoid of each SiLU, in place; return how many."""
     graph = model.graph
-    taken = ir_tools.names_in(graph)
+    new = ir_tools.Additions(graph)
     found = [(node, sigmoid) for node in graph if (sigmoid := _sigmoid(node)) is not None]
-    one = (
-        ir_tools.add_constant(graph, ir_tools.unused_name("silu.one", taken), np.array(1, np.float32))
-        if found
-        else None
-    )
+    one = new.constant("silu.one", np.float32(1)) if found else None
     for product, sigmoid in found:
-        x = sigmoid.inputs[0]
-        steps: list[ir.Node] = []
-        value = x
+        value = sigmoid.inputs[0]
         for operator, others in (("Neg", []), ("Exp", []), ("Add", [one]), ("Reciprocal", [])):
-            name = ir_tools.unused_name(f"{product.outputs[0].name}.{operator.lower()}", taken)
-            output = ir.val(name, ir.DataType.FLOAT, sigmoid.outputs[0].shape)
-            steps.append(ir.node(operator, [value, *others], outputs=[output], name=name))
-            value = output
-        graph.insert_before(product, steps)
+            name = f"{product.outputs[0].name}.{operator.lower()}"
+            value = new.node(operator, [value, *others], name, shape=sigmoid.outputs[0].shape)
+        new.insert_before(product)
         for index, used in enumerate(product.inputs):
             if used is sigmoid.outputs[0]:
                 product.replace_input_with(index, value)
@@ -52,7 +39,7 @@ def spell_silu(model: ir.Model) -> int:
 def _sigmoid(product: ir.Node) -> ir.Node | None:
     if product.op_type != "Mul" or product.domain:
         return None
-    for x, gate in (product.inputs, reversed(product.inputs)):
+    for x, gate in ir_tools.either_order(product):
         sigmoid = ir_tools.produced(gate, "Sigmoid")
         if sigmoid is not None and sigmoid.inputs[0] is x:
             return sigmoid
@@ -70,14 +57,9 @@ def has_range(shape: ir.Node) -> bool:
 
 
 def use_whole_shapes(model: ir.Model) -> int:
-    """Replace the ranges of Shape operators, in place.
-
-    Returns:
-        How many had one.
-
-    """
+    """Replace the ranges of Shape operators, in place; return how many had one."""
     graph = model.graph
-    taken = ir_tools.names_in(graph)
+    new = ir_tools.Additions(graph)
     found = [node for node in graph if node.op_type == "Shape" and not node.domain and has_range(node)]
     for node in found:
         bounds = {"start": ir_tools.attribute_int(node, "start", 0), "end": ir_tools.attribute_int(node, "end", _END)}
@@ -86,16 +68,11 @@ def use_whole_shapes(model: ir.Model) -> int:
         if bounds == {"start": 0, "end": _END}:
             continue
         part = node.outputs[0]
-        whole = ir.val(ir_tools.unused_name(f"{part.name}.whole", taken), ir.DataType.INT64)
-        limits = [
-            ir_tools.add_constant(
-                graph, ir_tools.unused_name(f"{part.name}.{name}", taken), np.array([bound], np.int64)
-            )
-            for name, bound in bounds.items()
-        ]
-        shape = ir.node("Shape", list(node.inputs), outputs=[whole], name=whole.name)
+        whole = new.node("Shape", node.inputs, f"{part.name}.whole", ir.DataType.INT64)
+        limits = [new.constant(f"{part.name}.{name}", np.array([bound], np.int64)) for name, bound in bounds.items()]
         cut = ir.val(part.name, part.dtype, part.shape)
-        graph.insert_before(node, [shape, ir.node("Slice", [whole, *limits], outputs=[cut], name=node.name)])
+        new.nodes.append(ir.node("Slice", [whole, *limits], outputs=[cut], name=node.name))
+        new.insert_before(node)
         part.replace_all_uses_with(cut, replace_graph_outputs=True)
         graph.remove(node, safe=True)
     return len(found)

@@ -9,11 +9,10 @@ values, such as rotary tables and masks, are computed again rather than handed o
 that they need.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from sa3_convert.errors import ConversionError
 from sa3_convert.passes import ir_tools
@@ -40,15 +39,15 @@ def split_onnx(source: Path, prepare: Path, step: Path, changing: Collection[str
         ConversionError: nothing costly is decided by unchanging inputs alone, or a part cannot be written.
 
     """
-    values = _handed_over(load_onnx(source).graph, changing)
+    model = load_onnx(source)
+    values = _handed_over(model.graph, changing)
     if not values:
         raise ConversionError(f"{source.name}: everything in it depends on {', '.join(changing)}; it cannot be split.")
     if unknown := [value.name for value in values if value.type is None or value.shape is None]:
         raise ConversionError(f"{source.name} does not say what shape {unknown[0]!r} has; run shape inference on it.")
-    names = tuple(str(value.name) for value in values)
-    save_onnx(_prepare(load_onnx(source), names), prepare)
-    save_onnx(_step(load_onnx(source), names), step)
-    return names
+    save_onnx(_part(model, model.graph.inputs, values), prepare)
+    save_onnx(_part(model, [*model.graph.inputs, *values], model.graph.outputs), step)
+    return tuple(str(value.name) for value in values)
 
 
 def rules_of_part(recipe: ComponentRecipe, part: Path) -> ComponentRecipe:
@@ -56,7 +55,7 @@ def rules_of_part(recipe: ComponentRecipe, part: Path) -> ComponentRecipe:
     scheme = recipe.weights
     if scheme is None or not scheme.layers:
         return recipe
-    names = list(_by_name(load_onnx(part).graph))
+    names = [value.name for node in load_onnx(part).graph for value in node.outputs if value.name]
     rules = tuple(rule for rule in scheme.layers if any(rule.matches(name) for name in names))
     return recipe.model_copy(update={"weights": scheme.model_copy(update={"layers": rules})})
 
@@ -79,31 +78,13 @@ def _handed_over(graph: ir.Graph, changing: Collection[str]) -> list[ir.Value]:
     return found
 
 
-def _prepare(model: ir.Model, names: Collection[str]) -> ir.Model:
-    values = _by_name(model.graph)
-    model.graph.outputs[:] = [values[name] for name in names]
-    return _trimmed(model)
-
-
-def _step(model: ir.Model, names: Collection[str]) -> ir.Model:
-    values = _by_name(model.graph)
-    for name in names:
-        value = values[name]
-        taken = ir.Value(name=name, shape=value.shape, type=value.type)
-        value.name = f"{name}.prepared"
-        value.replace_all_uses_with(taken)
-        model.graph.inputs.append(taken)
-    return _trimmed(model)
-
-
-def _trimmed(model: ir.Model) -> ir.Model:
-    """Take out what no output needs: nodes, weights, inputs."""
-    common.RemoveUnusedNodesPass()(model)
-    unused = [value for value in model.graph.inputs if not value.uses()]
-    for value in unused:
-        model.graph.inputs.remove(value)
-    return model
-
-
-def _by_name(graph: ir.Graph) -> dict[str, ir.Value]:
-    return {value.name: value for node in graph for value in node.outputs if value.name is not None}
+def _part(model: ir.Model, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Model:
+    """Copy what lies between values, weights left where they are; of the inputs those stay that it needs."""
+    graph = ir.convenience.extract(model.graph, inputs, outputs)
+    graph.inputs[:] = [value for value in graph.inputs if value.uses()]
+    # `extract` collects the weights in a set; their order decides the bytes.
+    own = dict(graph.initializers)
+    graph.initializers.clear()
+    graph.initializers.update({name: own[name] for name in model.graph.initializers if name in own})
+    name, version = model.producer_name, model.producer_version
+    return ir.Model(graph, ir_version=model.ir_version, producer_name=name, producer_version=version)

@@ -36,15 +36,9 @@ def is_exact_in_half(array: NDArray[np.float32]) -> bool:
 
 
 def exact_parts(array: NDArray[np.float32]) -> list[tuple[NDArray[np.float32], int]]:
-    """Split an array into parts that half holds exactly.
+    """Split a finite float32 array into (part, exponent) pairs with array = Σ part · 2^exponent, exactly.
 
-    Args:
-        array: finite float32, any shape.
-
-    Returns:
-        (part, exponent) pairs with array = Σ part · 2^exponent, exactly; each part is float32 of the array's shape, its
-        elements zero or normal half numbers. Three pairs do unless magnitudes differ by more than about 2¹⁸.
-
+    The elements of a part are zero or normal half numbers; three do unless magnitudes differ by more than about 2¹⁸.
     """
     if not np.isfinite(array).all():
         raise ValueError("only finite numbers can be split")
@@ -61,18 +55,10 @@ def exact_parts(array: NDArray[np.float32]) -> list[tuple[NDArray[np.float32], i
 
 
 def round_to_half(model: ir.Model, kept: Set[str] = frozenset()) -> int:
-    """Round every float32 initialiser to the nearest half number, still stored as float32, in place.
+    """Round float32 initialisers to the nearest half number, still stored as float32, in place; return how many.
 
     Each is computed when the model is saved, so no two weights need be in memory at once. Magnitudes beyond 65504 keep
-    their value for `fp16_safe` to judge; infinities stay.
-
-    Args:
-        model: rewritten in place.
-        kept: names of initialisers that stay, because they will be integers.
-
-    Returns:
-        How many initialisers will change at most: those of type float32.
-
+    their value for `fp16_safe` to judge; infinities stay, and so does what is in `kept`, which will be integers.
     """
     count = 0
     for name, value in model.graph.initializers.items():
@@ -169,13 +155,8 @@ _MOST: Final = 24
 
 
 def lift_small_weights(model: ir.Model, scheme: WeightScheme) -> int:
-    """Lift, in place, the channels that need it; weights are read here, and multiplied when the model is saved.
-
-    Returns:
-        How many layers have such channels.
-
-    """
-    taken = ir_tools.names_in(model.graph)
+    """Lift, in place, the channels that need it, when the model is saved; return how many layers have such channels."""
+    new = ir_tools.Additions(model.graph)
     lifted: dict[ir.Value, NDArray[np.int64]] = {}
     count = 0
     for layer in quantisable_layers(model):
@@ -189,19 +170,13 @@ def lift_small_weights(model: ir.Model, scheme: WeightScheme) -> int:
             if exponents.any():
                 layer.replace(partial(_times, exponents=exponents))
         if lifted[layer.weight].any():
-            _lower(model.graph, layer, bias, lifted[layer.weight], taken)
+            _lower(new, layer, bias, lifted[layer.weight])
             count += 1
     return count
 
 
 def lacking(weight: Floats, grid: Grid) -> NDArray[np.int64]:
-    """Return by how many powers of two each output channel must be lifted; shape [out].
-
-    Args:
-        weight: [out, in, *kernel].
-        grid: how it will be stored.
-
-    """
+    """Return by how many powers of two each output channel of [out, in, *kernel] must be lifted; shape [out]."""
     rows = weight.reshape(weight.shape[0], -1, grid.group_length(weight.shape))
     largest = np.abs(rows).max(axis=2).astype(np.float64)
     extent = largest if grid.symmetric else rows.max(axis=2).astype(np.float64) - rows.min(axis=2)
@@ -221,16 +196,15 @@ def _times(weight: Floats, exponents: NDArray[np.int64]) -> Floats:
     return np.ldexp(weight, exponents.reshape(-1, *(1,) * (weight.ndim - 1))).astype(np.float32)
 
 
-def _lower(graph: ir.Graph, layer: Layer, bias: ir.Value | None, exponents: NDArray[np.int64], taken: set[str]) -> None:
+def _lower(new: ir_tools.Additions, layer: Layer, bias: ir.Value | None, exponents: NDArray[np.int64]) -> None:
     if bias is not None:
         values = np.ldexp(ir_tools.array(bias).astype(np.float32), exponents)
-        name = ir_tools.unused_name(f"{bias.name}{LIFTED_SUFFIX}", taken)
-        layer.node.replace_input_with(2, ir_tools.add_constant(graph, name, values.astype(np.float32)))
+        layer.node.replace_input_with(2, new.constant(f"{bias.name}{LIFTED_SUFFIX}", values.astype(np.float32)))
     behind = (1,) * (len(layer.shape) - 2)
     factors = np.ldexp(np.float32(1), -exponents).astype(np.float32).reshape(-1, *behind)
     high = layer.node.outputs[0]
     low = ir.val(high.name, high.dtype, high.shape)
-    high.name = ir_tools.unused_name(f"{high.name}{LIFTED_SUFFIX}", taken)
+    high.name = new.name(f"{high.name}{LIFTED_SUFFIX}")
     high.replace_all_uses_with(low, replace_graph_outputs=True)
-    constant = ir_tools.add_constant(graph, ir_tools.unused_name(f"{low.name}.lowering", taken), factors)
-    graph.insert_after(layer.node, ir.node("Mul", [high, constant], outputs=[low], name=f"{low.name}.lowered"))
+    constant = new.constant(f"{low.name}.lowering", factors)
+    new.graph.insert_after(layer.node, ir.node("Mul", [high, constant], outputs=[low], name=f"{low.name}.lowered"))

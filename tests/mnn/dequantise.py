@@ -5,6 +5,7 @@ integer that the minimum stands for; all in float32, in this order (MNN's `Convo
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,13 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sa3_convert.errors import ModelFileError, UsageError
-from sa3_convert.mnn.file.contents import ModelStorage
-from sa3_convert.mnn.file.flatbuffer import ModelBytes, unusable
+from sa3_convert.mnn.file.contents import ModelStorage, OperatorStorage
+from sa3_convert.mnn.file.flatbuffer import ModelBytes, Table, unusable
+from sa3_convert.mnn.file.schema import Convolution, InnerProduct, Kind, Net, Op, Quantised, SubGraph
 from sa3_convert.mnn.file.storage import read_storage
-from sa3_convert.mnn.file.weights import Codebook, Packed, WeightStorage, read_dense, read_sparse
+from sa3_convert.mnn.file.weights import Codebook, Packed, WeightStorage, is_oldest_form, read_dense, read_sparse
 
 _GROUPS: Final = 1 << 17
 """Groups of eight packed indices that are unpacked at a time."""
+_INTEGER_ARITHMETIC: Final = 10
+"""Field of the quantised parameter."""
 _LARGEST_SPARSE: Final = 1 << 26
 """A sparse weight may be larger than its file; this many elements take 256 MiB."""
 _DTYPES: Final[dict[str, np.dtype[Any]]] = {
@@ -53,7 +57,7 @@ def dequantised_weight(path: Path, operator: str, *, storage: ModelStorage | Non
 
     """
     storage = storage or read_storage(path)
-    found = storage.operator(operator)
+    found = next((named for named, _ in storage.weighted() if named.name == operator), None)
     if found is None or found.weight is None:
         names = [named.name for named, _ in storage.weighted()]
         raise UsageError(f"{path} has no layer {operator!r} with a weight; it has: {', '.join(names[:20])}.")
@@ -61,7 +65,7 @@ def dequantised_weight(path: Path, operator: str, *, storage: ModelStorage | Non
     try:
         # Scales of a damaged file may overflow; the numbers are reported as they come.
         with ModelBytes(path) as model, np.errstate(all="ignore"):
-            return _decoded(model, weight).reshape(weight.shape)
+            return _decoded(model, weight, _form(model, storage, found)).reshape(weight.shape)
     except ModelFileError as fault:
         raise unusable(path, fault) from None
 
@@ -86,7 +90,37 @@ def constant_values(path: Path, name: str, *, storage: ModelStorage | None = Non
         return values.reshape(found.shape)
 
 
-def _decoded(model: ModelBytes, weight: WeightStorage) -> NDArray[np.float32]:
+@dataclass(frozen=True)
+class _Form:
+    """What only whoever calculates with integer weights needs of their table."""
+
+    wide_shape: bool = False
+    minimum: int = -128
+    """Integer that an asymmetric row's minimum stands for."""
+    multiplier: float = 1.0
+
+
+def _form(model: ModelBytes, storage: ModelStorage, operator: OperatorStorage) -> _Form:
+    table = _quantised(model, storage.operators.index(operator), operator.parameter_kind)
+    if table is None or operator.weight is None:
+        return _Form()
+    plain = table.flag(_INTEGER_ARITHMETIC) or is_oldest_form(table, operator.weight.stored)
+    multiplier = 1.0 if plain else table.real(Quantised.MULTIPLIER)
+    return _Form(table.flag(Quantised.WIDE_SHAPE), table.integer(Quantised.MINIMUM) or -128, multiplier)
+
+
+def _quantised(model: ModelBytes, index: int, kind: int) -> Table | None:
+    net = model.buffer.root()
+    operators = [*net.tables(Net.OPERATORS)]
+    for graph in net.tables(Net.SUBGRAPHS):
+        operators += graph.tables(SubGraph.OPERATORS)
+    parameter = operators[index].table(Op.PARAMETER)
+    if parameter is None or kind == Kind.CONVOLUTION_3D:
+        return None
+    return parameter.table(InnerProduct.QUANTISED if kind == Kind.INNER_PRODUCT else Convolution.QUANTISED)
+
+
+def _decoded(model: ModelBytes, weight: WeightStorage, form: _Form) -> NDArray[np.float32]:
     if weight.activations_too:
         raise ModelFileError("the layer calculates with integers, so its weights alone are no numbers")
     match weight.stored:
@@ -101,13 +135,13 @@ def _decoded(model: ModelBytes, weight: WeightStorage) -> NDArray[np.float32]:
         case "int8":
             integers = np.frombuffer(model.read(weight.payload), np.int8).astype(np.float32)
         case "codebook":
-            integers = _dense(model, weight)
+            integers = _dense(model, weight, form)
         case "sparse_codebook":
-            integers = _sparse(model, weight, scales)
-    if not weight.symmetric and weight.minimum < 0:
-        scales[:, 0] -= np.float32(weight.minimum) * scales[:, 1]
-    if weight.multiplier != 1.0:
-        scales *= np.float32(weight.multiplier)
+            integers = _sparse(model, weight, scales, form)
+    if not weight.symmetric and form.minimum < 0:
+        scales[:, 0] -= np.float32(form.minimum) * scales[:, 1]
+    if form.multiplier != 1.0:
+        scales *= np.float32(form.multiplier)
     rows = integers.reshape(weight.rows, -1)
     rows *= scales[:, -1:]
     if not weight.symmetric:
@@ -122,9 +156,9 @@ def _scales(model: ModelBytes, weight: WeightStorage) -> NDArray[np.float32]:
     return np.frombuffer(model.read(weight.scales), dtype).astype(np.float32).reshape(weight.rows, -1)
 
 
-def _dense(model: ModelBytes, weight: WeightStorage) -> NDArray[np.float32]:
+def _dense(model: ModelBytes, weight: WeightStorage, form: _Form) -> NDArray[np.float32]:
     book = read_dense(
-        lambda start, size: model.read(weight.payload, start, size), weight.payload.bytes, wide=weight.wide_shape
+        lambda start, size: model.read(weight.payload, start, size), weight.payload.bytes, wide=form.wide_shape
     )
     values = _sorted_values(book)
     out = np.empty(book.elements, np.float32)
@@ -133,9 +167,9 @@ def _dense(model: ModelBytes, weight: WeightStorage) -> NDArray[np.float32]:
     return out
 
 
-def _sparse(model: ModelBytes, weight: WeightStorage, scales: NDArray[np.float32]) -> NDArray[np.float32]:
+def _sparse(model: ModelBytes, weight: WeightStorage, scales: NDArray[np.float32], form: _Form) -> NDArray[np.float32]:
     book = read_sparse(
-        lambda start, size: model.read(weight.payload, start, size), weight.payload.bytes, wide=weight.wide_shape
+        lambda start, size: model.read(weight.payload, start, size), weight.payload.bytes, wide=form.wide_shape
     )
     assert book.steps is not None
     if book.elements > _LARGEST_SPARSE:

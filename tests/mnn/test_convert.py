@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sa3_convert.errors import ConversionError
-from sa3_convert.mnn.converter import Converter, converter_version, mnn_from_mnn_fp16, mnn_from_onnx
+from sa3_convert.mnn.converter import Converter, mnn_from_onnx
 from sa3_convert.mnn.file.storage import read_storage
 from sa3_convert.mnn.session import MnnSession
 from sa3_convert.mnn.worker import SCRATCH
@@ -163,20 +163,11 @@ def test_exact_gelu_stays_exact(tmp_path: Path) -> None:
 
 
 def test_the_second_pass_halves_floats_and_keeps_integers(source: Path, tmp_path: Path) -> None:
-    mnn_from_onnx(source, tmp_path / "int8.mnn", INT8)
-    mnn_from_mnn_fp16(tmp_path / "int8.mnn", tmp_path / "half.mnn")
+    mnn_from_onnx(source, tmp_path / "half.mnn", INT8.model_copy(update={"floats": "fp16"}))
     storage = read_storage(tmp_path / "half.mnn")
     assert {weight.type for _, weight in storage.weighted()} == {"int8"}
     assert {constant.type for constant in storage.constants if constant.is_float} == {"fp16"}
     assert fidelity(source, tmp_path / "half.mnn") > 35
-
-
-def test_the_second_pass_refuses_what_is_no_model(tmp_path: Path) -> None:
-    (tmp_path / "bad.mnn").write_bytes(b"x" * 1000)
-    with pytest.raises(ConversionError, match="does not load"):
-        mnn_from_mnn_fp16(tmp_path / "bad.mnn", tmp_path / "out.mnn")
-    with pytest.raises(ConversionError, match="does not exist"):
-        mnn_from_mnn_fp16(tmp_path / "absent.mnn", tmp_path / "out.mnn")
 
 
 @pytest.mark.parametrize("damage", ["missing", "short"])
@@ -395,9 +386,3 @@ def test_the_scratch_file_still_has_the_name_that_the_worker_watches(tmp_path: P
     import _tools
 
     assert SCRATCH.encode() in Path(_tools.__file__).read_bytes()
-
-
-def test_the_version_is_that_of_the_installed_converter() -> None:
-    import MNN
-
-    assert converter_version() == MNN.version()

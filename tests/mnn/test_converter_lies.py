@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sa3_convert.errors import ConversionError
-from sa3_convert.mnn.converter import mnn_from_mnn_fp16, mnn_from_onnx
+from sa3_convert.mnn.converter import DEFAULT_CONVERTER, _fp16_pass, mnn_from_onnx
 from sa3_convert.mnn.file.storage import read_storage
 from sa3_convert.mnn.session import MnnSession
 from sa3_convert.recipe import ComponentRecipe, WeightScheme
@@ -171,5 +171,5 @@ def test_the_second_pass_refuses_a_model_with_its_weights_beside_it(source: Path
     convert(source, folder / "stub.mnn", folder, "--saveExternalData")
     assert (folder / "stub.mnn.weight").stat().st_size > 0
     with pytest.raises(ConversionError, match="separate file"):
-        mnn_from_mnn_fp16(folder / "stub.mnn", folder / "out.mnn")
+        _fp16_pass(folder / "stub.mnn", folder / "out.mnn", DEFAULT_CONVERTER, folder)
     assert not (folder / "out.mnn").exists()

@@ -292,7 +292,7 @@ def test_two_gigabytes_take_little_memory(converter: Converter, tmp_path: Path) 
 import resource, sys
 from pathlib import Path
 import numpy
-from sa3_convert.mnn.storage import read_storage
+from sa3_convert.mnn.file.storage import read_storage
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 weight = read_storage(Path(sys.argv[1])).totals()["fp32"]
 print(weight.elements, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import numpy as np
+import onnx_graphsurgeon as gs
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
@@ -59,6 +60,18 @@ def test_each_spelling_becomes_one_constant_with_the_same_output(spelling: str) 
     (after,) = run_ort(model, {"x": X})
     assert [node.op_type for node in model.graph] == ["Conv"]
     np.testing.assert_allclose(after, before, rtol=0, atol=2e-6, strict=True)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS.keys())
+def test_another_tool_folds_each_spelling_to_the_same_constant(spelling: str) -> None:
+    model = conv(spelling)
+    theirs = gs.import_onnx(ir.to_proto(model)).fold_constants().cleanup()
+    fuse_weight_norm(model)
+    ours = gs.import_onnx(ir.to_proto(model))
+    assert [node.op for node in ours.nodes] == [node.op for node in theirs.nodes] == ["Conv"]
+    assert [[t.name for t in graph.outputs] for graph in (ours, theirs)] == [["y"], ["y"]]
+    weights = [graph.nodes[0].inputs[1].values for graph in (ours, theirs)]
+    np.testing.assert_allclose(weights[0], weights[1], rtol=0, atol=2e-6, strict=True)
 
 
 def test_v_and_g_leave_the_graph() -> None:

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,6 +57,37 @@ def test_each_part_has_its_own_inputs_and_weights(whole: Path, tmp_path: Path) -
     assert names(tmp_path / "step.onnx") == (["x", "m", "total"], {"A", "C"})
     sizes = [(tmp_path / f"{name}.onnx.data").stat().st_size for name in ("prepare", "step", "whole")]
     assert sizes[0] + sizes[1] == sizes[2]
+
+
+def test_another_tool_cuts_out_the_same_parts(whole: Path, tmp_path: Path) -> None:
+    prepare, step = tmp_path / "prepare.onnx", tmp_path / "step.onnx"
+    handed = split_onnx(whole, prepare, step, ["x"])
+    for ours, inputs, outputs in ((prepare, (), handed), (step, handed, ("y",))):
+        theirs = gs.import_onnx(onnx.load(whole))
+        tensors = theirs.tensors()
+        theirs.inputs += [tensors[name] for name in inputs]
+        theirs.outputs = [tensors[name] for name in outputs]
+        onnx.save(gs.export_onnx(theirs.cleanup(remove_unused_graph_inputs=True)), tmp_path / "theirs.onnx")
+        expected, found = (gs.import_onnx(onnx.load(path)) for path in (tmp_path / "theirs.onnx", ours))
+        assert [(node.op, node.name) for node in found.nodes] == [(node.op, node.name) for node in expected.nodes]
+        for side in ("inputs", "outputs"):
+            assert [t.name for t in getattr(found, side)] == [t.name for t in getattr(expected, side)]
+        arrays = {t.name: np.ones([3 if n == "N" else n for n in t.shape], np.float32) for t in found.inputs}
+        results = [OrtSession(path, threads=1).run(arrays) for path in (ours, tmp_path / "theirs.onnx")]
+        for name in outputs:
+            np.testing.assert_array_equal(results[0][name], results[1][name], strict=True)
+
+
+def test_the_weights_of_a_part_stand_in_the_order_of_the_whole(tmp_path: Path) -> None:
+    many = {f"W{number}": WEIGHTS["A"] for number in range(12)}
+    steps = [f"h{n + 1} = MatMul(h{n}, W{n})" for n in range(12)]
+    text = "(float[1, 64] x, float[1, 64] c) => (float[1, 64] y) {{ h0 = Neg(c) {} y = Add(x, h12) }}"
+    model = graph(text.format(" ".join(steps)), **many)
+    common.ShapeInferencePass()(model)
+    save_onnx(model, tmp_path / "whole.onnx")
+    split_onnx(tmp_path / "whole.onnx", tmp_path / "prepare.onnx", tmp_path / "step.onnx", ["x"])
+    found = onnx.load(tmp_path / "prepare.onnx", load_external_data=False).graph
+    assert [tensor.name for tensor in found.initializer] == list(many)
 
 
 @given(length=st.integers(1, 9), seed=st.integers(0, 99))

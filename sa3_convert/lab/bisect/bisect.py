@@ -14,9 +14,9 @@ from sa3_convert.check.inputs import sample_inputs
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.components import Component, Length, contract
 from sa3_convert.errors import InputError, VerificationError
-from sa3_convert.lab.bisect.against import Against, Runtime, bisect_against
 from sa3_convert.lab.bisect.graphs import ReferenceGraph, TargetGraph
 from sa3_convert.lab.bisect.result import BisectResult, OperatorError, limit_db
+from sa3_convert.lab.bisect.runtimes import Runtime, RuntimeComparison, bisect_against
 from sa3_convert.lab.bisect.walk import TargetRuns, Walk, matched, signal_to_noise
 from sa3_convert.mnn.file.storage import read_storage
 from sa3_convert.mnn.session import Backend, require_backend
@@ -182,7 +182,7 @@ def bisect_bundle_against(
     seed: int = 0,
     latents: int | None = None,
     feeds: Arrays | None = None,
-) -> Against:
+) -> RuntimeComparison:
     """Compare the tensors of a bundle's model between two ways to run it; see `bisect_bundle` and `bisect_against`."""
     file = bundle.checked(component, "mnn")
     found = bisect_against(file.path, feeds or _sampled(bundle, component, seed, latents), target, reference)
@@ -199,12 +199,7 @@ _LARGEST = 2 << 30
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """Read a `.npz` file.
-
-    Raises:
-        InputError: it is missing, damaged or too large.
-
-    """
+    """Read a `.npz` file; one that is damaged or too large is an InputError."""
     try:
         with open_regular(path) as stream, ZipFile(stream) as members:
             if sum(member.file_size for member in members.infolist()) > _LARGEST:
@@ -219,12 +214,7 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def read_feeds(path: Path, component: Component, layout: CheckpointLayout) -> dict[str, NDArray[Any]]:
-    """Read a component's inputs from a `.npz` file and hold them to the contract.
-
-    Raises:
-        InputError: the file is missing or damaged, an input is missing or unknown, or is of another dtype or shape.
-
-    """
+    """Read a component's inputs from a `.npz` file and hold them to the contract."""
     feeds = read_arrays(path)
     ports = contract(component, layout).inputs
     wanted = {port.name for port in ports}

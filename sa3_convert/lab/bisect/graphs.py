@@ -1,5 +1,6 @@
 """The two graphs of a bisection: the reference, run in pieces, and what a `.mnn` says about a tensor."""
 
+import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import onnxruntime as ort
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from sa3_convert.arrays import Arrays
 from sa3_convert.errors import ModelFileError
@@ -33,17 +35,7 @@ class Tensor:
 
 
 class ReferenceGraph:
-    """Topology of an ONNX file; its weights stay on disk until a piece that uses them is run.
-
-    Args:
-        path: the `.onnx` file, its external data beside it.
-        feeds: the inputs that will be used; only their shapes matter here.
-        threads: of ONNX Runtime.
-
-    Raises:
-        ModelFileError: the file is missing or damaged.
-
-    """
+    """Topology of an ONNX file; its weights stay on disk until a piece that uses them is run."""
 
     def __init__(self, path: Path, feeds: Arrays, threads: int | None = None) -> None:
         self._folder = path.parent
@@ -52,13 +44,20 @@ class ReferenceGraph:
             model = onnx.load(path, load_external_data=False)
         except (OSError, DecodeError) as error:
             raise ModelFileError(f"{path} cannot be read as ONNX: {error}") from None
+        # What is declared at a symbolic length would contradict the concrete one.
+        del model.graph.value_info[:]
         self._model = model
-        self._constants = {tensor.name: tensor for tensor in model.graph.initializer}
-        self._inputs = {value.name: value for value in model.graph.input if value.name not in self._constants}
-        self.nodes = list(model.graph.node)
+        """Its structure: of the attributes, onnx-graphsurgeon cannot carry empty lists; `nodes` have them."""
+        constants = {tensor.name for tensor in model.graph.initializer}
+        self._inputs = [value.name for value in model.graph.input if value.name not in constants]
+        self.nodes = copy.deepcopy(list(model.graph.node))
         self._producer = {name: i for i, node in enumerate(self.nodes) for name in node.output if name}
         self.outputs = tuple(value.name for value in model.graph.output)
         self.tensors = self._float_tensors(feeds)
+        for node in model.graph.node:
+            inner = [attribute for attribute in node.attribute if _holds_graphs(attribute)]
+            del node.attribute[:]
+            node.attribute.extend(inner)
 
     def _float_tensors(self, feeds: Arrays) -> dict[str, Tensor]:
         known = _shapes(self._model, feeds)
@@ -103,30 +102,22 @@ class ReferenceGraph:
 
         Every operator runs as it stands: graph optimisation is off.
         """
-        operators = sorted({index for name in outputs for index in self.segment(name, given)[0]})
-        nodes = [self._rewired(self.nodes[index], given) for index in operators]
-        read = {name for node in nodes for name in node.input}
-        used = [name for name in self._inputs if name in read]
-        supplied = {name: value for name, value in given.items() if name + _GIVEN in read}
-        graph = helper.make_graph(
-            nodes,
-            "piece",
-            [self._inputs[name] for name in used]
-            + [helper.make_tensor_value_info(name + _GIVEN, TensorProto.FLOAT, None) for name in supplied],
-            [helper.make_empty_tensor_value_info(name) for name in outputs],
-            [tensor for name, tensor in self._constants.items() if name in read],
-        )
-        model = helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
-        arrays = {name: feeds[name] for name in used} | {name + _GIVEN: value for name, value in supplied.items()}
-        results = self._session(model).run(list(outputs), {k: np.ascontiguousarray(v) for k, v in arrays.items()})
+        piece = gs.import_onnx(self._model)
+        tensors = piece.tensors()
+        for name in given:
+            piece.inputs.append(gs.Variable(name + _GIVEN, np.float32))
+            for node in list(tensors[name].outputs):
+                node.inputs[node.inputs.index(tensors[name])] = piece.inputs[-1]
+        piece.outputs = [tensors[name] for name in outputs]
+        piece.cleanup(remove_unused_graph_inputs=True)
+        values = {**feeds, **{name + _GIVEN: value for name, value in given.items()}}
+        used = {tensor.name: np.ascontiguousarray(values[tensor.name]) for tensor in piece.inputs}
+        model = gs.export_onnx(piece, do_type_check=False)
+        for node in model.graph.node:
+            whole = self.nodes[self._producer[next(filter(None, node.output))]]
+            node.attribute.extend(attribute for attribute in whole.attribute if not _holds_graphs(attribute))
+        results = self._session(model).run(list(outputs), used)
         return dict(zip(outputs, results, strict=True))
-
-    def _rewired(self, node: onnx.NodeProto, given: Collection[str]) -> onnx.NodeProto:
-        rewired = onnx.NodeProto()
-        rewired.CopyFrom(node)
-        del rewired.input[:]
-        rewired.input.extend(name + _GIVEN if name in given else name for name in node.input)
-        return rewired
 
     def _session(self, model: onnx.ModelProto) -> ort.InferenceSession:
         options = ort.SessionOptions()
@@ -139,6 +130,10 @@ class ReferenceGraph:
         return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
+def _holds_graphs(attribute: onnx.AttributeProto) -> bool:
+    return attribute.HasField("g") or len(attribute.graphs) > 0
+
+
 def _shapes(model: onnx.ModelProto, feeds: Arrays) -> dict[str, tuple[int, int | None]]:
     """Return element type and count of every tensor that shape inference knows, at the feeds' shapes."""
     concrete = onnx.ModelProto()
@@ -148,8 +143,6 @@ def _shapes(model: onnx.ModelProto, feeds: Arrays) -> dict[str, tuple[int, int |
             dimensions = value.type.tensor_type.shape.dim
             for dimension, size in zip(dimensions, feeds[value.name].shape, strict=True):
                 dimension.dim_value = size
-    # What was declared at a symbolic length would contradict the concrete one.
-    del concrete.graph.value_info[:]
     for value in concrete.graph.output:
         value.type.tensor_type.ClearField("shape")
     inferred = onnx.shape_inference.infer_shapes(concrete, data_prop=True)

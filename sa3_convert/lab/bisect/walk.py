@@ -60,16 +60,7 @@ class TargetRuns:
 
 
 class Walk:
-    """One pass over the graph, group by group.
-
-    Args:
-        graph: the reference.
-        stored: the target's structure.
-        feeds: the inputs.
-        runs: runs of the target.
-        comparable: names of the tensors that are taken to mean the same on both sides, in the graph's order.
-
-    """
+    """One pass over the graph, group by group, with `comparable` tensors taken to mean the same on both sides."""
 
     def __init__(
         self, graph: ReferenceGraph, stored: TargetGraph, feeds: Arrays, runs: TargetRuns, comparable: Sequence[str]

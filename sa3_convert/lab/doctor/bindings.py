@@ -1,9 +1,11 @@
-"""What MNN's Python bindings do with what they are asked. Each check runs in a process of its own, started by `apart`.
+"""What MNN's Python bindings do with what they are asked: checks, each in a process of its own.
 
 Each gets a model with 8-bit weights, its graph `probe.onnx` beside it, and returns what is wrong, or None.
 """
 
 import importlib
+import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sa3_convert.mnn.jobs import start
 from sa3_convert.mnn.session import BACKENDS, forward_type_name, has_backend, load_mnn
 from sa3_convert.mnn.worker import SCRATCH
 from sa3_convert.system.log import capture_stdout
+from sa3_convert.system.supervisor import die_with_parent
 
 _INFO_BACKEND = 2
+_PROGRAM = (sys.executable, "-P", "-s", "-m", "sa3_convert.lab.doctor.bindings")
+
+
+def check_apart(name: str, model: Path, folder: Path) -> str | None:
+    """Run a check in a process of its own, which MNN may end."""
+    report = folder / f"{name}.json"
+    start([name, str(model), str(report)], folder, command=_PROGRAM)
+    found = json.loads(report.read_text(encoding="utf-8"))
+    return None if found is None else str(found)
 
 
 def scratch(model: Path) -> str | None:
@@ -68,3 +81,12 @@ def _output(model: Path, settings: Mapping[str, Any]) -> NDArray[Any]:
         filled = mnn.Tensor(result.shape, mnn.Halide_Type_Float, result, mnn.Tensor_DimensionType_Caffe)
         output.copyToHostTensor(filled)
         return np.array(filled.getNumpyData())
+
+
+def _main(name: str, model: str, report: str) -> None:
+    die_with_parent()
+    Path(report).write_text(json.dumps(CHECKS[name](Path(model))), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

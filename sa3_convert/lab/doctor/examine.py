@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from sa3_convert.check.metrics import MAX_DB, compare
 from sa3_convert.errors import ConversionError, ModelFileError
-from sa3_convert.lab.doctor.apart import converted, run_jobs
-from sa3_convert.lab.doctor.probe import GraphProbe, Probe, Setting, ToolProbe
+from sa3_convert.lab.doctor.probe import GraphProbe, Probe, Setting, ToolProbe, converted
 from sa3_convert.lab.doctor.probes import PROBES
 from sa3_convert.lab.doctor.results import Answer, Diagnosis, ProbeResult, this_machine
-from sa3_convert.lab.doctor.worker import Job, Ran
+from sa3_convert.mnn.jobs import run_jobs
 from sa3_convert.mnn.session import Backend, require_backend
+from sa3_convert.mnn.worker import Job, JobOutcome
 from sa3_convert.passes.hazard_kinds import HAZARD_KINDS
 from sa3_convert.system.files import partial_folder
 from sa3_convert.system.machine import surroundings, version_of
@@ -30,24 +30,14 @@ _FELL_BACK = ("support type", "back to cpu", "fallback to cpu", "fall back")
 CONVERTER = "converter"
 """How the one answer is named that no setting of the runtime changes."""
 
-Report = Callable[[int, int], None]
+Progress = Callable[[int, int], None]
 Arrays = Mapping[str, NDArray[Any]]
 
 
 def examine(
-    backend: Backend, probes: Sequence[Probe] = PROBES, report: Report = lambda done, total: None
+    backend: Backend, probes: Sequence[Probe] = PROBES, report: Progress = lambda done, total: None
 ) -> list[ProbeResult]:
-    """Run probes.
-
-    Args:
-        backend: where to run.
-        probes: what to try.
-        report: called with how many are done, and of how many.
-
-    Raises:
-        BackendError: MNN or the backend is not there.
-
-    """
+    """Run probes on a backend; `report` is called with how many are done, and of how many."""
     require_backend(backend)
     hazards = {kind.id: kind.avoided for kind in HAZARD_KINDS}
     with partial_folder(Path(tempfile.gettempdir()) / "sa3-doctor") as root:
@@ -120,7 +110,7 @@ def _run(prepared: Sequence[_Prepared], root: Path, backend: Backend) -> list[di
     ]
 
 
-def _answers(entry: _Prepared, ran: Sequence[Ran], root: Path, backend: Backend) -> dict[str, Answer]:
+def _answers(entry: _Prepared, ran: Sequence[JobOutcome], root: Path, backend: Backend) -> dict[str, Answer]:
     probe = entry.probe
     assert isinstance(probe, GraphProbe)
     reference = _reference(probe)
@@ -136,7 +126,7 @@ def _answers(entry: _Prepared, ran: Sequence[Ran], root: Path, backend: Backend)
 
 
 def judged(
-    probe: GraphProbe, setting: Setting, backend: Backend, reference: Sequence[Arrays], job: Job, ran: Ran
+    probe: GraphProbe, setting: Setting, backend: Backend, reference: Sequence[Arrays], job: Job, ran: JobOutcome
 ) -> Answer:
     """Compare what a job left with the reference."""
     if ran.error is not None:
@@ -192,13 +182,8 @@ def _first_line(error: object) -> str:
     return str(error).strip().splitlines()[0][:200]
 
 
-def diagnose(backend: Backend, report: Report = lambda done, total: None) -> Diagnosis:
-    """Run every probe on a backend.
-
-    Raises:
-        BackendError: MNN or the backend is not there.
-
-    """
+def diagnose(backend: Backend, report: Progress = lambda done, total: None) -> Diagnosis:
+    """Run every probe on a backend."""
     start = time.perf_counter()
     results = tuple(examine(backend, report=report))
     return Diagnosis(

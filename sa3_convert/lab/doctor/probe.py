@@ -1,6 +1,7 @@
 """A probe: a small graph or a call of the converter, and what a sound MNN would make of it."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,10 @@ from numpy.typing import NDArray
 from onnx import numpy_helper, parser
 
 from sa3_convert.components import Component
+from sa3_convert.errors import ConversionError
 from sa3_convert.lab.doctor.results import setting_name
+from sa3_convert.mnn.jobs import JOB_SECONDS
+from sa3_convert.system.isolated import run_worker
 
 Level = Literal["normal", "high", "low"]
 Feeds = Mapping[str, NDArray[Any]]
@@ -99,3 +103,30 @@ class ToolProbe:
 
 
 Probe = GraphProbe | ToolProbe
+
+_AS_CONVERTED_HERE = {"--optimizeLevel": "1", "--useGeluApproximation": "0"}
+
+
+def converted(probe: GraphProbe, folder: Path, flags: Sequence[str] = (), *, plain: bool = False) -> Path:
+    """Convert a probe's graph into an empty folder; `plain` is without the flags that every conversion has."""
+    target = folder / "probe.mnn"
+    given = [] if plain else [word for f in _AS_CONVERTED_HERE.items() if f[0] not in flags for word in f]
+    output = converter_output(probe, target, folder, [*flags, *given])
+    if not target.is_file() or not target.stat().st_size:
+        raise ConversionError(f"no file: {_complaint(output)}")
+    return target
+
+
+def converter_output(probe: GraphProbe, target: Path, folder: Path, flags: Sequence[str]) -> str:
+    """Ask the converter for `target`, with no pass and no judge of ours between, and return what it said."""
+    source = folder / "probe.onnx"
+    probe.write(source)
+    arguments = ["-f", "ONNX", "--modelFile", str(source), "--MNNModel", str(target), "--bizCode", "sa3", *flags]
+    return run_worker(["convert", *arguments], folder, timeout=JOB_SECONDS)
+
+
+def _complaint(output: str) -> str:
+    """Return the line in which the converter says why, or its last one."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    telling = [line for line in lines if "not support" in line.lower() or "error" in line.lower()]
+    return re.sub(r"^\[[\d:]+\] \S*: ", "", (telling or lines or ["it printed nothing"])[-1])

@@ -92,12 +92,7 @@ class Diagnosis:
 
     @staticmethod
     def from_data(data: Any) -> "Diagnosis":
-        """Read what `to_data` gave.
-
-        Raises:
-            ValueError: it is not that, or of another schema.
-
-        """
+        """Read what `to_data` gave."""
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             raise ValueError("not a diagnosis of this schema")
         return _reader().validate_python(data)
@@ -149,16 +144,7 @@ CONVERSION_SETTING = setting_name("high", "normal")
 
 
 def check_conversion(components: Collection[Component]) -> str | None:
-    """Refuse to convert what the installed MNN is known to compute wrong here.
-
-    Returns:
-        A note for the user when nothing is known.
-
-    Raises:
-        ConversionError: a spelling that a component needs was probed and is not right on the CPU, where every
-            converted model is verified.
-
-    """
+    """Refuse to convert what needs a spelling that MNN is known to get wrong here; return a note if none is known."""
     diagnosis = saved("cpu")
     if diagnosis is None:
         return (

@@ -21,9 +21,9 @@ class Option:
     """None is fp16."""
     block_size: int | None
     size: int
-    """Bytes."""
+    """Bytes of codes, scales and offsets."""
     error: float
-    """Energy of the error that it causes at the component's output."""
+    """Predicted energy of the error that it causes at the component's output, as a share of the output's own energy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +41,7 @@ _SLACK: Final = 1e-12
 
 
 def allocate(options: Mapping[str, Sequence[Option]], budget: int) -> Allocation:
-    """Choose one option per layer so that the total error is least within `budget` bytes.
-
-    Raises:
-        UsageError: even the smallest options do not fit; the message says how many bytes they need.
-
-    """
+    """Choose one option per layer so that the total error is least within `budget` bytes."""
     hulls = {layer: _hull(choices) for layer, choices in options.items()}
     level = dict.fromkeys(hulls, 0)
     size = sum(hull[0].size for hull in hulls.values())
@@ -79,12 +74,7 @@ def allocate(options: Mapping[str, Sequence[Option]], budget: int) -> Allocation
 
 
 def smallest_for_error(options: Mapping[str, Sequence[Option]], target: float) -> Allocation:
-    """Choose options so that the total error is at most `target`, in as few bytes as the bisection finds.
-
-    Raises:
-        UsageError: even the best options are worse than that.
-
-    """
+    """Choose options so that the total error is at most `target`, in as few bytes as the bisection finds."""
     best = sum(min(option.error for option in choices) for choices in options.values())
     if best > target:
         raise UsageError("No plan is that close: even the finest options cause more error. Ask for less.")

@@ -102,17 +102,7 @@ def passes_to_run(component: Component) -> int:
 def measure(
     checkpoint: "Checkpoint", component: Component, scales: ScaleType, cache: Path, tick: Tick, threads: int | None
 ) -> Sensitivity:
-    """Return the sensitivities of a component, measured now or kept from before; an interrupted measurement resumes.
-
-    Args:
-        checkpoint: the checkpoint.
-        component: which component.
-        scales: type of scales and minima.
-        cache: folder of measurements.
-        tick: told about progress.
-        threads: for torch.
-
-    """
+    """Return the sensitivities of a component, measured now or kept from before; an interrupted measurement resumes."""
     keys = stage_keys(checkpoint, component, ComponentRecipe(floor_db=1))
     code = code_digest(sample_inputs, layers_to_measure, measure_curvature, _priced)
     key = fingerprint(export=keys["export"], cases=_CASES[component], code=code)
@@ -148,12 +138,7 @@ def plan_component(
     target: Target,
     by: By = "layer",
 ) -> Plan:
-    """Return the best plan for a size, or the smallest for a fidelity.
-
-    Raises:
-        UsageError: no plan reaches the target.
-
-    """
+    """Return the best plan for a size, or the smallest for a fidelity."""
     fixed = _bytes_beside(checkpoint, component, base)
     groups = layers_by_pattern(sensitivity.layers, by)
     options = {

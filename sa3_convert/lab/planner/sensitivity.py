@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -39,12 +39,7 @@ class Curvature:
     """Over all rows."""
 
     def error(self, difference: Floats) -> float:
-        """Return the error that a change of the sampled rows stands for, if all rows are changed the same way.
-
-        Args:
-            difference: ΔW of the sampled rows, [sampled rows, in, *kernel].
-
-        """
+        """Return the error that a change of the sampled rows, [rows, in, *kernel], stands for."""
         known = float(self.rows.sum(dtype=np.float64))
         if known == 0:
             return 0.0
@@ -68,19 +63,7 @@ def measure_curvature(
     kept: Path,
     tick: Callable[[int, int], None],
 ) -> Curvatures:
-    """Run one backward pass per sample, and keep what is known after each so that none is run twice.
-
-    Args:
-        network: the component's, fp32.
-        weights: parameter name by layer name.
-        samples: what the component meets in use.
-        kept: file of intermediate results; it belongs to exactly these arguments.
-        tick: told (passes done, of how many).
-
-    Returns:
-        The mean over the samples.
-
-    """
+    """Return the mean over samples of one backward pass each; what is in the file `kept` is not run twice."""
     sums, done = _read(kept, weights)
     for index, sample in enumerate(samples):
         tick(index, len(samples))
@@ -153,20 +136,6 @@ BLOCKS: Final = (None, 128, 64, 32)
 BITS: Final = (2, 3, 4, 5, 6, 7, 8)
 
 
-class Candidate(BaseModel):
-    """One precision of one layer."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    bits: int | None
-    """None is fp16."""
-    block_size: int | None
-    size: int
-    """Bytes of codes, scales and offsets."""
-    error: float
-    """Predicted energy at the component's output, as a share of the output's own energy."""
-
-
 class LayerSensitivity(BaseModel):
     """Everything that was measured of one layer."""
 
@@ -175,17 +144,12 @@ class LayerSensitivity(BaseModel):
     shape: tuple[int, ...]
     curvature: float
     """Energy at the component's output, as a share of its own, per squared change of each weight."""
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[Option, ...]
 
     def options(self, floats: FloatType) -> list[Option]:
         """Return what `allocation.allocate` chooses from, if what stays in floating point is stored as `floats`."""
         exact = floats == "fp32"
-        return [
-            Option(None, None, 2 * c.size, 0.0)
-            if c.bits is None and exact
-            else Option(c.bits, c.block_size, c.size, c.error)
-            for c in self.candidates
-        ]
+        return [replace(c, size=2 * c.size, error=0.0) if c.bits is None and exact else c for c in self.candidates]
 
 
 class Sensitivity(BaseModel):
@@ -207,23 +171,16 @@ def stored_bytes(shape: tuple[int, ...], grid: Grid) -> int:
 
 
 def priced(weight: Floats, curvature: Curvature, grids: Iterable[Grid]) -> LayerSensitivity:
-    """Return every precision of a layer with its size and predicted error.
-
-    Args:
-        weight: [out, in, *kernel].
-        curvature: the layer's.
-        grids: the integer precisions to price.
-
-    """
+    """Return every precision of a layer [out, in, *kernel] with its size and predicted error."""
     rows = sampled_rows(weight)
     half = rows.astype(np.float16).astype(np.float32)
-    found = [Candidate(bits=None, block_size=None, size=2 * weight.size, error=curvature.error(half - rows))]
+    found = [Option(bits=None, block_size=None, size=2 * weight.size, error=curvature.error(half - rows))]
     for grid in grids:
         # A block that is the whole channel, or that the converter does not honour, is no candidate of its own.
         if grid.block_size is None or grid.group_length(weight.shape) < math.prod(weight.shape[1:]):
             error = curvature.error(round_least_squares(rows, grid) - rows)
             size = stored_bytes(weight.shape, grid)
-            found.append(Candidate(bits=grid.bits, block_size=grid.block_size, size=size, error=error))
+            found.append(Option(bits=grid.bits, block_size=grid.block_size, size=size, error=error))
     return LayerSensitivity(shape=tuple(weight.shape), curvature=curvature.total, candidates=tuple(found))
 
 

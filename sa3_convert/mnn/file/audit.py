@@ -57,16 +57,7 @@ class AuditSummary:
 
 
 def audit(storage: ModelStorage, recipe: ComponentRecipe) -> AuditSummary:
-    """Check a converted model against its recipe.
-
-    Args:
-        storage: what the file holds.
-        recipe: what was asked for.
-
-    Raises:
-        ConversionError: something is stored in another way than asked; every such layer or constant is named.
-
-    """
+    """Raise if something is stored in another way than the recipe asks; every such layer or constant is named."""
     flow = _Flow(storage)
     scheme = recipe.weights
     layers = [(layer_name(operator.name), weight) for operator, weight in storage.weighted()]

@@ -125,11 +125,6 @@ class ModelStorage:
         """Bytes of the `.mnn` that are structure and names."""
         return self.bytes - self.payload_bytes
 
-    def operator(self, name: str) -> OperatorStorage | None:
-        """Return the operator with weights of a name, else any of that name."""
-        named = [operator for operator in self.operators if operator.name == name]
-        return next((operator for operator in named if operator.weight), named[0] if named else None)
-
     def weighted(self) -> Iterator[tuple[OperatorStorage, WeightStorage]]:
         """Yield every weight with its operator."""
         for operator in self.operators:

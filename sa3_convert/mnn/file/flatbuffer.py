@@ -5,7 +5,6 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, Final, Self
 
 from sa3_convert.errors import ModelFileError
@@ -44,12 +43,7 @@ class Buffer:
         self._left = DECODED_LIMIT
 
     def root(self) -> "Table":
-        """Return the root table.
-
-        Raises:
-            ModelFileError: there is none inside the buffer.
-
-        """
+        """Return the root table."""
         return self.table_at(self.pointer(0))
 
     def spend(self, cost: int) -> None:
@@ -234,21 +228,14 @@ class ModelBytes:
         self.buffer = Buffer(self._map)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._map is not None:
             self._map.close()
         if self._external is not None:
             self._external.close()
 
     def sections(self, numbers: Sequence[int]) -> tuple[Extent, ...]:
-        """Return the consecutive parts of the `.weight` file that [offset, bytes, bytes, …] names.
-
-        Raises:
-            ModelFileError: the file is missing or too short.
-
-        """
+        """Return the consecutive parts of the `.weight` file that [offset, bytes, bytes, …] names."""
         if not numbers:
             return ()
         self._open_external()
@@ -265,12 +252,7 @@ class ModelBytes:
         return tuple(found)
 
     def read(self, extent: Extent, start: int = 0, size: int | None = None) -> bytes:
-        """Return a copy of (part of) an extent.
-
-        Raises:
-            ModelFileError: it ends earlier.
-
-        """
+        """Return a copy of (part of) an extent."""
         size = extent.bytes - start if size is None else size
         if start < 0 or size < 0 or start + size > extent.bytes:
             raise ModelFileError("a weight ends before its own description does")
@@ -293,12 +275,7 @@ class ModelBytes:
 
 
 def open_model(path: Path) -> BinaryIO:
-    """Open a file for reading; a directory, a pipe or a device is refused before it can block.
-
-    Raises:
-        ModelFileError: there is no such file, or it is none.
-
-    """
+    """Open a file for reading; a directory, a pipe or a device is refused before it can block."""
     try:
         return open_regular(path)
     except FileNotFoundError:

@@ -101,7 +101,6 @@ class Common(IntEnum):
 
     KERNEL_X = 2
     KERNEL_Y = 3
-    GROUPS = 9
     OUTPUTS = 10
 
 
@@ -135,7 +134,6 @@ class Quantised(IntEnum):
     """Integer that the stored minimum of an asymmetric row stands for; 0 means −128."""
     ASYMMETRIC = 9
     """Number of rows when each has a minimum and a scale, 0 when it has a scale alone."""
-    INTEGER_ARITHMETIC = 10
     WIDE_SHAPE = 11
     SPARSE_ELEMENTS = 12
     SPARSE_INDEX = 13
@@ -146,7 +144,6 @@ class Quantised(IntEnum):
 class Encoding(IntEnum):
     """Values of `Quantised.ENCODING`."""
 
-    SPARSE_FLOAT = 0
     CODEBOOK = 1
     SPARSE_CODEBOOK = 2
     HALF = 3

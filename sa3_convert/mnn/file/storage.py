@@ -62,10 +62,6 @@ def content_digest(path: Path) -> str:
 
     MNN writes a random UUID into every file, so two conversions of the same graph differ in those 36 bytes; this
     digest is equal.
-
-    Raises:
-        ModelFileError: the file is missing, damaged or not such a file.
-
     """
     storage = read_storage(path)
     digest = hashlib.sha256()

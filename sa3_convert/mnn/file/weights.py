@@ -53,12 +53,7 @@ class Codebook:
 
 
 def read_dense(read: Read, size: int, *, wide: bool) -> Codebook:
-    """Parse the head of a dense buffer of `size` bytes.
-
-    Raises:
-        ModelFileError: the head and the size of the buffer do not fit together.
-
-    """
+    """Parse the head of a dense buffer, which must fit its `size` in bytes."""
     elements, position = _shape(read, wide=wide)
     values, position = _values(read, position)
     book = Codebook(elements, values, Packed(position, elements, _index_bits(values)))
@@ -66,12 +61,7 @@ def read_dense(read: Read, size: int, *, wide: bool) -> Codebook:
 
 
 def read_sparse(read: Read, size: int, *, wide: bool) -> Codebook:
-    """Parse the head of a sparse buffer of `size` bytes.
-
-    Raises:
-        ModelFileError: the head and the size of the buffer do not fit together.
-
-    """
+    """Parse the head of a sparse buffer, which must fit its `size` in bytes."""
     elements, position = _shape(read, wide=wide)
     entries = int.from_bytes(read(position, 4), "little")
     step_bits = read(position + 4, 1)[0]
@@ -135,10 +125,6 @@ class WeightStorage:
     """Input channels that share a scale; None: one scale per output channel (or, with one row, for all)."""
     indices: Extent | None = None
     """Positions of a sparse weight's elements."""
-    wide_shape: bool = False
-    minimum: int = 0
-    """Integer that an asymmetric row's minimum stands for."""
-    multiplier: float = 1.0
     activations_too: bool = False
     """Whether the layer calculates with integers: then its scales hold more than the weights'."""
 
@@ -189,18 +175,7 @@ class LayerWeights:
 
 
 def layer_weights(model: ModelBytes, kind: int, table: Table, *, integer_layer: bool) -> LayerWeights:
-    """Return the weight and bias of a parameter table.
-
-    Args:
-        model: the file.
-        kind: which table it is.
-        table: the parameter.
-        integer_layer: whether the operator calculates with integer activations.
-
-    Raises:
-        ModelFileError: sizes contradict each other.
-
-    """
+    """Return the weight and bias of a parameter table of this kind; `integer_layer` has integer activations."""
     match kind:
         case Kind.CONVOLUTION_2D:
             return _convolution(model, table, integer_layer=integer_layer)
@@ -336,9 +311,6 @@ def _integers(
         rows=rows,
         symmetric=not asymmetric,
         block_size=shape[1] // blocks if blocks > 1 else None,
-        wide_shape=table is not None and table.flag(Quantised.WIDE_SHAPE),
-        minimum=(table.integer(Quantised.MINIMUM) if table is not None else 0) or -128,
-        multiplier=_multiplier(table, stored),
         activations_too=int8 is not None,
     )
 
@@ -352,22 +324,16 @@ def _scales(
         if own is not None or table is None:
             return own, "fp32", False
     assert table is not None
-    asymmetric = table.integer(Quantised.ASYMMETRIC) != 0 or _oldest(table, stored)
+    asymmetric = table.integer(Quantised.ASYMMETRIC) != 0 or is_oldest_form(table, stored)
     if table.integer(Quantised.SCALE_TYPE, "b"):
         return _first(table.extent(Quantised.HALF_SCALES, 2), sections, 1), "fp16", asymmetric
     return _first(table.extent(Quantised.SCALES, 4), sections, 1), "fp32", asymmetric
 
 
-def _oldest(table: Table, stored: Stored) -> bool:
+def is_oldest_form(table: Table, stored: Stored) -> bool:
     """Whether this is the first form of plain INT8, always asymmetric and without a multiplier."""
     return (
         stored == "int8"
         and table.integer(Quantised.MINIMUM) == 0
         and abs(table.real(Quantised.MULTIPLIER)) < _OLDEST_ASYMMETRIC
     )
-
-
-def _multiplier(table: Table | None, stored: Stored) -> float:
-    if table is None or table.flag(Quantised.INTEGER_ARITHMETIC) or _oldest(table, stored):
-        return 1.0
-    return table.real(Quantised.MULTIPLIER)

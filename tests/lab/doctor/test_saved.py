@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sa3_convert.components import Component
 from sa3_convert.errors import ConversionError
 from sa3_convert.lab.doctor import results as store
-from sa3_convert.lab.doctor.known import RECORDS, changes
+from sa3_convert.lab.doctor.records import RECORDS, changes
 from sa3_convert.lab.doctor.results import Answer, Diagnosis, ProbeResult, check_conversion, setting_name
 from sa3_convert.system.machine import version_of
 from sa3_convert.system.sealed import write_sealed

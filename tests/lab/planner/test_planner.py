@@ -104,7 +104,7 @@ def test_a_fidelity_is_reached_by_prediction(checkpoint: Checkpoint, sensitivity
 def test_the_written_recipe_is_one_that_convert_takes(
     checkpoint: Checkpoint, sensitivity: Sensitivity, tmp_path: Path
 ) -> None:
-    int8 = load_recipe(Path(__file__).parents[2] / "configs" / "int8.yaml")
+    int8 = load_recipe(Path(__file__).parents[3] / "configs" / "int8.yaml")
     plan = plan_component(checkpoint, Component.TEXT_ENCODER, BASE, sensitivity, Target(size=220_000))
     changed = int8.model_copy(update={"components": dict(int8.components) | {Component.TEXT_ENCODER: plan.recipe}})
     (tmp_path / "planned.yaml").write_text(changed.to_yaml())

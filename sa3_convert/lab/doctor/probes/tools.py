@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from sa3_convert.lab.doctor.apart import call, converted, converter_output
-from sa3_convert.lab.doctor.probe import GraphProbe, ToolProbe
+from sa3_convert.lab.doctor.bindings import check_apart
+from sa3_convert.lab.doctor.probe import GraphProbe, ToolProbe, converted, converter_output
 from sa3_convert.mnn.file.contents import ModelStorage
 from sa3_convert.mnn.file.storage import read_storage
 
@@ -82,11 +82,11 @@ def _exact_gelu(folder: Path) -> str | None:
 
 
 def _calls(name: str) -> Callable[[Path], str | None]:
-    """Return a check that `call` makes in a process of its own."""
+    """Return a check of the bindings."""
 
     def check(folder: Path) -> str | None:
         model = converted(_LINEAR, folder, ("--weightQuantBits", "8"))
-        return call(name, model, folder)
+        return check_apart(name, model, folder)
 
     return check
 

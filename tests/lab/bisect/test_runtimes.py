@@ -9,8 +9,8 @@ import sa3_convert.cli.app as cli
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.components import Component
 from sa3_convert.errors import BackendError, UsageError
-from sa3_convert.lab.bisect.against import Difference, Runtime
 from sa3_convert.lab.bisect.bisect import bisect_bundle_against
+from sa3_convert.lab.bisect.runtimes import Difference, Runtime
 from sa3_convert.mnn.session import has_backend
 
 TEXT = Component.TEXT_ENCODER

@@ -4,66 +4,29 @@ A record lists the probes that do not just work; every other probe worked. It is
 once somebody has looked at the change.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from sa3_convert.lab.doctor.results import Diagnosis, Outcome
+from sa3_convert.mnn.compatibility import version_numbers
 
-_UNSUPPORTED: Final[tuple[str, ...]] = (
-    "isnan-operator",
-    "isinf-operator",
-    "mish-operator",
-    "groupnormalization-operator",
-    "rmsnormalization-operator",
-    "attention-operator",
-    "rotaryembedding-operator",
-    "local-function",
-)
-_WRONG: Final = (
-    "where-broadcast-row",
-    "where-broadcast-column",
-    "reducel1-axes",
-    "reducel2-axes",
-    "reducelogsum-axes",
-    "reducelogsumexp-axes",
-    "reducesumsquare-axes",
-    "resize-linear",
-    "round-half",
-    "modulo-truncated",
-    "int64-constant",
-    "dequantize-after-gather",
-    "dequantize-rows",
-    "half-external-data",
-    "gather-negative-level-2",
-    "nan-tanh",
-    "nan-sigmoid",
-    "nan-exp",
-    "nan-relu",
-    "nan-clip",
-    "nan-max",
-    "fourier-features-half",
-    "rotary-half",
-    "fp16-and-bits",
-    "block-of-24",
-    "symmetric-by-default",
-    "asymmetric-flag",
-    "bits-of-3d-matmul",
-    "bits-of-table",
-    "bits-of-shared-weight",
-    "gelu-exact",
-    "missing-folder",
-    "bits-99",
-    "scratch-file",
-    "memory-as-word",
-    "absent-backend",
-)
+_UNSUPPORTED: Final = """
+    isnan-operator isinf-operator mish-operator groupnormalization-operator rmsnormalization-operator
+    attention-operator rotaryembedding-operator local-function
+"""
+_WRONG: Final = """
+    where-broadcast-row where-broadcast-column reducel1-axes reducel2-axes reducelogsum-axes reducelogsumexp-axes
+    reducesumsquare-axes resize-linear round-half modulo-truncated int64-constant dequantize-after-gather
+    dequantize-rows half-external-data gather-negative-level-2 nan-tanh nan-sigmoid nan-exp nan-relu nan-clip nan-max
+    fourier-features-half rotary-half fp16-and-bits block-of-24 symmetric-by-default asymmetric-flag bits-of-3d-matmul
+    bits-of-table bits-of-shared-weight gelu-exact missing-folder bits-99 scratch-file memory-as-word absent-backend
+"""
 
 
-def _record(wrong: Iterable[str], unsupported: Iterable[str]) -> Mapping[str, Outcome]:
-    record: dict[str, Outcome] = dict.fromkeys(wrong, "wrong")
-    record.update(dict.fromkeys(unsupported, "unsupported"))
-    return record
+def _record(wrong: str, unsupported: str) -> Mapping[str, Outcome]:
+    outcomes: tuple[tuple[Outcome, str], ...] = (("wrong", wrong), ("unsupported", unsupported))
+    return {probe: outcome for outcome, probes in outcomes for probe in probes.split()}
 
 
 RECORDS: Mapping[tuple[str, str], Mapping[str, Outcome]] = {
@@ -99,7 +62,7 @@ class Changes:
 
 def changes(diagnosis: Diagnosis) -> Changes | None:
     """Compare with the record of this version, else with the newest of this backend; None without a record."""
-    versions = sorted((v for v, backend in RECORDS if backend == diagnosis.backend), key=_numbers)
+    versions = sorted((v for v, backend in RECORDS if backend == diagnosis.backend), key=version_numbers)
     if not versions:
         return None
     version = diagnosis.mnn if diagnosis.mnn in versions else versions[-1]
@@ -111,7 +74,3 @@ def changes(diagnosis: Diagnosis) -> Changes | None:
         {probe: outcome for probe, outcome in found.items() if record.get(probe) != outcome},
         tuple(probe for probe in record if probe in tried and probe not in found),
     )
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(part) for part in version.split(".") if part.isdigit()]

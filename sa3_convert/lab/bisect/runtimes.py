@@ -43,12 +43,7 @@ class Runtime:
 
     @classmethod
     def parse(cls, text: str) -> "Runtime":
-        """Read BACKEND[,precision=LEVEL][,memory=LEVEL][,threads=N].
-
-        Raises:
-            UsageError: it is not that.
-
-        """
+        """Read BACKEND[,precision=LEVEL][,memory=LEVEL][,threads=N]."""
         backend, *settings = text.split(",")
         found: dict[str, Any] = {"backend": backend}
         levels = ("normal", "high", "low")
@@ -93,7 +88,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Against:
+class RuntimeComparison:
     """All compared tensors in the file's order."""
 
     target: Runtime
@@ -132,22 +127,8 @@ class Against:
         }
 
 
-def bisect_against(path: Path, feeds: Arrays, target: Runtime, reference: Runtime) -> Against:
-    """Compare every float tensor of a file between two ways to run it.
-
-    Args:
-        path: the `.mnn`.
-        feeds: the inputs.
-        target: what is looked at.
-        reference: what it is held against.
-
-    Raises:
-        UsageError: both are the same.
-        BackendError: MNN or a backend is not there.
-        ModelFileError: the file cannot be loaded or run.
-        VerificationError: there is nothing to compare.
-
-    """
+def bisect_against(path: Path, feeds: Arrays, target: Runtime, reference: Runtime) -> RuntimeComparison:
+    """Compare every float tensor of a file between two ways to run it."""
     if target == reference:
         raise UsageError(f"Both sides are {target}: there is nothing to compare.")
     for runtime in (target, reference):
@@ -164,7 +145,7 @@ def bisect_against(path: Path, feeds: Arrays, target: Runtime, reference: Runtim
     found = tuple(_differences(storage, *sides))
     if not found:
         raise VerificationError(f"MNN hands out no float tensor of {named(path)}: nothing can be compared.")
-    return Against(target, reference, found)
+    return RuntimeComparison(target, reference, found)
 
 
 def _differences(storage: ModelStorage, target: TargetRuns, reference: TargetRuns) -> Iterator[Difference]:
