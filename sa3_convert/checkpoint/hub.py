@@ -18,8 +18,8 @@ from pathlib import Path
 from sa3_convert.checkpoint.config import TEXT_ENCODER_FOLDER
 from sa3_convert.checkpoint.hub_client import HubClient, Note, UnreachableError
 from sa3_convert.checkpoint.hub_files import COMMIT, CachedSnapshot, HubFile, Listing, download_folder, tidy
+from sa3_convert.checkpoint.json_file import read_json
 from sa3_convert.checkpoint.reader import CONFIG, TOKENIZER, Checkpoint
-from sa3_convert.checkpoint.section import read_json
 from sa3_convert.checkpoint.tensor_file import INDEX, WEIGHTS, shard_names
 from sa3_convert.checkpoint.variants import VARIANTS
 from sa3_convert.errors import CheckpointError, UsageError

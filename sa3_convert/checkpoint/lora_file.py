@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sa3_convert.checkpoint.section import shown
+from sa3_convert.checkpoint.json_file import listed, shown
 from sa3_convert.checkpoint.tensor_file import TensorFile, refuse_pointer
 from sa3_convert.checkpoint.tensors import DIT_PREFIX, SECONDS_PREFIX, Shape
 from sa3_convert.errors import LoraError, UsageError
@@ -44,7 +44,6 @@ _UNLIKE_THE_REFERENCE: Final[Mapping[str, tuple[Any, ...]]] = {
 }
 """Settings of PEFT that change what an adapter does → the values that do not. What else a file notes is no setting."""
 _SYNONYMS: Final[Mapping[str, tuple[str, ...]]] = {"rank": ("r", "lora_rank"), "alpha": ("lora_alpha",)}
-_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,10 +324,8 @@ def bind(lora: LoraFile, weights: TensorFile, checkpoint: str) -> dict[str, str]
         else:
             problems += _misfits(lora, layer, entry.shape)
     if problems:
-        rest = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise LoraError(
-            f"{lora.path} does not fit {checkpoint}: {'; '.join(problems[:_SHOWN])}{rest}. "
-            "Was it trained on another variant?"
+            f"{lora.path} does not fit {checkpoint}: {listed(problems)}. Was it trained on another variant?"
         )
     return bound
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from sa3_convert.checkpoint.section import Section, read_json, shown
+from sa3_convert.checkpoint.json_file import listed, read_json, shown
 from sa3_convert.checkpoint.tensors import Shape, StoredType, TensorSpec, is_leftover
 from sa3_convert.errors import CheckpointError
 from sa3_convert.system import untrusted
@@ -65,8 +65,8 @@ def read_index(index: Path) -> dict[str, str]:
         CheckpointError: it is no index, or names what cannot be a file beside it; the message says what.
 
     """
-    where = Section(read_json(index), str(index))
-    placed = where.raw("weight_map")
+    content = read_json(index)
+    placed = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(placed, dict) or not placed:
         raise CheckpointError(f"{index}: weight_map is {shown(placed)}, expected an object, tensor → file.")
     for name in placed.values():
@@ -170,9 +170,8 @@ class TensorFile:
             elif wanted != shape:
                 problems.append(f"{name} has shape {list(shape)}, expected {list(wanted)}")
         if problems:
-            rest = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
             raise CheckpointError(
-                f"{self.path} does not fit its configuration: {'; '.join(problems[:_SHOWN])}{rest}. "
+                f"{self.path} does not fit its configuration: {listed(problems)}. "
                 f"{self._advice(expected, missing, unknown)}"
             )
 
@@ -334,9 +333,8 @@ def _sharded(index: Path) -> dict[str, StoredTensor]:
             break
     problems = problems or [f"{shown(name)} is not in {placed[name]}" for name in placed if name not in entries]
     if problems:
-        rest = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise CheckpointError(
-            f"{index} and its files contradict one another: {'; '.join(problems[:_SHOWN])}{rest}. "
+            f"{index} and its files contradict one another: {listed(problems)}. "
             "Are they of one checkpoint, and complete? Download them again."
         )
     return entries
