@@ -148,13 +148,7 @@ class LoraFile:
 
 
 def read_lora(path: Path) -> LoraFile:
-    """Open an adapter file and check what does not depend on a checkpoint.
-
-    Raises:
-        CheckpointError: it is missing, truncated, no safetensors file, or holds a value that is not finite.
-        LoraError: it is pickled, not an adapter for Stable Audio 3, or of an unknown type.
-
-    """
+    """Open an adapter file and check what does not depend on a checkpoint."""
     _refuse_pickle(path)
     tensors = TensorFile(path)
     layers = _layers(tensors)
@@ -276,12 +270,7 @@ def _filter(path: Path, config: Mapping[str, Any], key: str) -> tuple[str, ...] 
 
 
 def expanded(pattern: str) -> list[str]:
-    """Return the texts that a filter stands for: `layers.[0-2]` is layers.0, layers.1, layers.2; ranges may fall.
-
-    Raises:
-        ValueError: they are too many.
-
-    """
+    """Return the texts that a filter stands for: `layers.[0-2]` is layers.0, layers.1, layers.2; ranges may fall."""
     literals = _RANGE.split(pattern)[::3]
     bounds = [(int(first), int(last)) for first, last in _RANGE.findall(pattern)]
     if math.prod(abs(last - first) + 1 for first, last in bounds) > _LONGEST_FILTER:
@@ -299,17 +288,7 @@ def contains_any(layer: str, texts: Sequence[str]) -> bool:
 
 
 def bind(lora: LoraFile, weights: TensorFile, checkpoint: str) -> dict[str, str]:
-    """Return layer by name of the checkpoint's tensor, for every layer that the adapter changes.
-
-    Args:
-        lora: an open adapter.
-        weights: the checkpoint's `model.safetensors`.
-        checkpoint: how messages call it.
-
-    Raises:
-        LoraError: the adapter does not fit, or changes nothing.
-
-    """
+    """Return layer by name of the checkpoint's tensor, for every layer that the adapter changes."""
     bound = {_tensor_name(layer): layer for layer in lora.layers if lora.admits(layer)}
     if not bound:
         raise LoraError(

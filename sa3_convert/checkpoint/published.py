@@ -7,7 +7,6 @@ from sa3_convert.checkpoint.variants import (
     DIMENSIONS,
     LATENT_SAMPLES,
     SAMPLE_RATE,
-    AutoencoderSize,
     Dimensions,
     Size,
     Variant,
@@ -23,13 +22,13 @@ def model_config(variant: Variant, size: Size) -> dict[str, Any]:
     """Return the contents of `model_config.json`."""
     dimensions = DIMENSIONS[variant.family, size]
     sliding = variant.family == "medium"
-    model = autoencoder = _autoencoder(dimensions.autoencoder, sliding=sliding)
+    model = autoencoder = _autoencoder(dimensions, sliding=sliding)
     if not variant.is_autoencoder:
         model = {
             "pretransform": {"type": "autoencoder", "iterate_batch": False, "chunked": True, "config": autoencoder},
             "conditioning": _conditioning(variant, dimensions),
             "diffusion": _diffusion(variant, dimensions),
-            "io_channels": dimensions.autoencoder.latent_dim,
+            "io_channels": dimensions.autoencoder["latent_dim"],
         }
     config = spelled_config(
         {
@@ -47,13 +46,11 @@ def model_config(variant: Variant, size: Size) -> dict[str, Any]:
     return config
 
 
-def _autoencoder(size: AutoencoderSize, *, sliding: bool) -> dict[str, Any]:
+def _autoencoder(dimensions: Dimensions, *, sliding: bool) -> dict[str, Any]:
+    latent_dim = dimensions.autoencoder["latent_dim"]
     half: dict[str, Any] = {
-        "channels": size.channels,
-        "c_mults": [size.multiplier],
+        **dimensions.autoencoder,
         "strides": [LATENT_SAMPLES // _PATCH],
-        "latent_dim": size.latent_dim,
-        "transformer_depths": [size.depth],
         "dim_heads": _HEAD,
         "differential": True,
         "variable_stride": True,
@@ -70,8 +67,8 @@ def _autoencoder(size: AutoencoderSize, *, sliding: bool) -> dict[str, Any]:
         encoder = {"mask_noise": 0.0, "conv_mapping": False}
         decoder = {"mask_noise": 0.01, "conv_mapping": True, "freeze_backbone": False}
     encoder |= {"in_channels": _PATCH * _CHANNELS, **half}
-    decoder |= {"out_channels": _PATCH * _CHANNELS, "sinusoidal_blocks": [size.sinusoidal_blocks], **half}
-    bottleneck = {"dim": size.latent_dim, "noise_augment_dim": 0}
+    decoder |= {"out_channels": _PATCH * _CHANNELS, "sinusoidal_blocks": [dimensions.sinusoidal_blocks], **half}
+    bottleneck = {"dim": latent_dim, "noise_augment_dim": 0}
     return {
         "encoder": {"type": "taae_v2", "requires_grad": False, "config": encoder},
         "decoder": {"type": "taae_v2", "requires_grad": False, "config": decoder},
@@ -80,7 +77,7 @@ def _autoencoder(size: AutoencoderSize, *, sliding: bool) -> dict[str, Any]:
             "config": bottleneck | dict.fromkeys(("noise_regularize", "auto_scale", "freeze"), True),
         },
         "pretransform": {"type": "patched", "config": {"patch_size": _PATCH, "channels": _CHANNELS}},
-        "latent_dim": size.latent_dim,
+        "latent_dim": latent_dim,
         "downsampling_ratio": LATENT_SAMPLES,
         "io_channels": _CHANNELS,
     }
@@ -88,7 +85,7 @@ def _autoencoder(size: AutoencoderSize, *, sliding: bool) -> dict[str, Any]:
 
 def _conditioning(variant: Variant, dimensions: Dimensions) -> dict[str, Any]:
     prompt = {
-        "max_length": dimensions.text_encoder.max_length,
+        "max_length": dimensions.max_length,
         "padding_mode": "learned",
         # Base forms name the post-trained repository as their text encoder's.
         "repo_id": variant.hub_id.removesuffix("-base"),
@@ -96,7 +93,7 @@ def _conditioning(variant: Variant, dimensions: Dimensions) -> dict[str, Any]:
     }
     seconds = {"min_val": 0, "max_val": 384, "fourier_features_type": "expo"}
     return {
-        "cond_dim": dimensions.text_encoder.width,
+        "cond_dim": dimensions.text_encoder["hidden_size"],
         "configs": [
             {"id": "prompt", "type": "t5gemma", "config": prompt},
             {"id": "seconds_total", "type": "number", "config": seconds},
@@ -105,24 +102,20 @@ def _conditioning(variant: Variant, dimensions: Dimensions) -> dict[str, Any]:
 
 
 def _diffusion(variant: Variant, dimensions: Dimensions) -> dict[str, Any]:
-    dit, latent_dim = dimensions.dit, dimensions.autoencoder.latent_dim
-    cond_dim = dimensions.text_encoder.width
+    latent_dim = dimensions.autoencoder["latent_dim"]
+    cond_dim = dimensions.text_encoder["hidden_size"]
     config: dict[str, Any] = {
         "io_channels": latent_dim,
-        "embed_dim": dit.width,
-        "depth": dit.depth,
-        "num_heads": dit.heads,
+        **dimensions.dit,
         "cond_token_dim": cond_dim,
         "global_cond_dim": cond_dim,
         "local_add_cond_dim": latent_dim + 1,
         "global_cond_type": "adaLN",
         "timestep_features_type": "expo",
         "timestep_features_logsnr": False,
-        "num_memory_tokens": dit.memory_tokens,
         "attn_kwargs": {"qk_norm": "rms", "differential": variant.family == "medium"},
         "norm_type": "rms_norm",
         "norm_kwargs": {"force_fp32": True},
-        "ff_kwargs": {"mult": dit.ff_mult},
     }
     return {
         "type": "dit",
@@ -140,24 +133,21 @@ def _diffusion(variant: Variant, dimensions: Dimensions) -> dict[str, Any]:
 def text_encoder_config(variant: Variant, size: Size) -> dict[str, Any]:
     """Return the contents of the T5Gemma folder's `config.json`."""
     text = DIMENSIONS[variant.family, size].text_encoder
-    tokens = {"vocab_size": text.vocab_size, "pad_token_id": 0, "eos_token_id": 1}
+    depth = text["num_hidden_layers"]
+    tokens = {"vocab_size": text["vocab_size"], "pad_token_id": 0, "eos_token_id": 1}
     encoder = {
+        **text,
         **tokens,
         "model_type": "t5_gemma_module",
-        "hidden_size": text.width,
-        "intermediate_size": text.inner,
-        "num_hidden_layers": text.depth,
-        "num_attention_heads": text.heads,
-        "num_key_value_heads": text.heads,
-        "head_dim": text.head_dim,
-        "query_pre_attn_scalar": text.query_pre_attn_scalar,
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
         "attention_dropout": 0.0,
         "is_decoder": False,
-        "layer_types": ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(text.depth)],
+        "layer_types": [
+            "sliding_attention" if i % 2 == 0 else "full_attention" for i in range(text["num_hidden_layers"])
+        ],
         "sliding_window": 4096,
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-6,
@@ -179,5 +169,5 @@ def text_encoder_config(variant: Variant, size: Size) -> dict[str, Any]:
     )
     return {
         **config,
-        "decoder": {**config["encoder"], "is_decoder": True, "cross_attention_hidden_size": text.width},
+        "decoder": {**config["encoder"], "is_decoder": True, "cross_attention_hidden_size": text["hidden_size"]},
     }

@@ -25,12 +25,7 @@ _WRITTEN_AT_ONCE: Final = 1 << 22
 
 
 class Scratch:
-    """Room for float32 tensors that stand in no file as they are used.
-
-    Args:
-        folder: where there is space for them; the system's own for temporary files when not given.
-
-    """
+    """Room in a folder, or where the system has its temporary files, for float32 tensors that stand in no file so."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it lives as long as its tensors
@@ -59,12 +54,7 @@ _MOST: Final = 1000
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Return the name of the file that holds a tensor, by tensor.
-
-    Raises:
-        CheckpointError: it is no index, or names what cannot be a file beside it; the message says what.
-
-    """
+    """Return the name of the file that holds a tensor, by tensor."""
     content = read_json(index)
     placed = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(placed, dict) or not placed:
@@ -80,12 +70,7 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def shard_names(index: Path) -> tuple[str, ...]:
-    """Return the files beside an index that it needs, sorted; `checkpoint fetch` asks for these.
-
-    Raises:
-        CheckpointError: see `read_index`.
-
-    """
+    """Return the files beside an index that it needs, sorted; `checkpoint fetch` asks for these."""
     return tuple(sorted(set(read_index(index).values())))
 
 
@@ -112,12 +97,7 @@ class StoredTensor:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Refuse a git-lfs pointer, which stands where a file's content was not downloaded.
-
-    Raises:
-        CheckpointError: `path` is missing, not a file, unreadable or such a pointer.
-
-    """
+    """Refuse a git-lfs pointer, which stands where a file's content was not downloaded."""
     if not path.is_file():
         raise CheckpointError(f"{path} is {'not a file' if path.exists() else 'missing'}.")
     try:
@@ -136,28 +116,13 @@ class TensorFile:
     """An open safetensors file whose header is sound; `entries` has every tensor by name, of whatever type."""
 
     def __init__(self, path: Path) -> None:
-        """Open a file.
-
-        Raises:
-            CheckpointError: it is missing, a git-lfs pointer, truncated, or not such a file.
-
-        """
+        """Open a file; one that is missing, a git-lfs pointer, truncated or something else is refused."""
         refuse_pointer(path)
         self.path = path
         self.entries, self.metadata = _read_header(path)
 
     def require(self, expected: Mapping[str, TensorSpec], *, within: str = "") -> None:
-        """Hold the file to the tensors of `expected`; what training leaves behind may stand beside them.
-
-        Args:
-            expected: name → shape; any floating type that is supported will do.
-            within: names that do not start with this are nobody's business.
-
-        Raises:
-            CheckpointError: tensors are missing, not known, of another shape or no weights; the message names the
-                first few.
-
-        """
+        """Hold the tensors whose names start with `within` to `expected`; what training leaves behind may be there."""
         found = {name: entry for name, entry in self.entries.items() if name.startswith(within)}
         missing = sorted(expected.keys() - found.keys())
         unknown = [name for name in sorted(found.keys() - expected.keys()) if not is_leftover(name, found[name].stored)]
@@ -193,13 +158,7 @@ class TensorFile:
         return "Are the files of one checkpoint, and complete?"
 
     def tensors(self, names: Mapping[str, str], scratch: Scratch | None = None) -> "dict[str, Tensor]":
-        """Return tensors as float32; those that are stored so are views of the mapped file.
-
-        Args:
-            names: name in the file → name in the result.
-            scratch: where those of half precision are widened; in memory when not given.
-
-        """
+        """Return tensors as float32, under the values of `names`: views of the file, or widened in `scratch`."""
         import torch
 
         found = {}
@@ -233,12 +192,7 @@ class TensorFile:
         return digest.hexdigest()
 
     def require_finite(self, name: str) -> None:
-        """Check a tensor's values.
-
-        Raises:
-            CheckpointError: it is no weight, or one is infinite or not a number; the message gives its index.
-
-        """
+        """Refuse a tensor that is no weight or holds an infinity or a NaN, whose index the message gives."""
         entry = self.entries[name]
         if entry.stored not in _STORED_BYTES:
             raise CheckpointError(f"{entry.file}: {name} is stored as {entry.stored}; only {_SUPPORTED} are supported.")
@@ -260,24 +214,14 @@ class ShardedTensors(TensorFile):
     """All files that an index names, read as one: what they hold must be what it says."""
 
     def __init__(self, index: Path) -> None:
-        """Open an index and the files beside it.
-
-        Raises:
-            CheckpointError: one is missing, damaged, or not such a file, or they contradict one another.
-
-        """
+        """Open an index and the files beside it."""
         refuse_pointer(index)
         self.path, self.metadata = index, {}
         self.entries = _sharded(index)
 
 
 def open_weights(folder: Path) -> TensorFile:
-    """Open a folder's weights: `model.safetensors`, or shards with their index where it is not there.
-
-    Raises:
-        CheckpointError: they are missing or damaged.
-
-    """
+    """Open a folder's weights: `model.safetensors`, or shards with their index where it is not there."""
     whole, index = folder / WEIGHTS, folder / INDEX
     if not whole.exists() and index.exists():
         return ShardedTensors(index)
