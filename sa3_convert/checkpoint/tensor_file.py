@@ -21,6 +21,21 @@ from sa3_convert.system import untrusted
 if TYPE_CHECKING:
     from torch import Tensor
 
+WEIGHTS: Final = "model.safetensors"
+INDEX: Final = f"{WEIGHTS}.index.json"
+
+_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,200}\.safetensors")
+_MOST: Final = 1000
+"""Shards; the largest published models have some hundred."""
+_PIECE = 1 << 23
+_SHOWN = 5
+_SUPPORTED = ", ".join(get_args(StoredType))
+_LONGEST_HEADER = 16 << 20
+"""Bytes; that of the largest published file has a hundredth of it."""
+_LFS_POINTER = b"version https://git-lfs"
+_STORED_BYTES: Mapping[str, int] = {"F32": 4, "F16": 2, "BF16": 2}
+# All exponent bits set: an infinity or a NaN, whatever the mantissa.
+_EXPONENT: Mapping[str, int] = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 _WRITTEN_AT_ONCE: Final = 1 << 22
 
 
@@ -45,14 +60,6 @@ class Scratch:
         return torch.from_numpy(mapped)
 
 
-WEIGHTS: Final = "model.safetensors"
-INDEX: Final = f"{WEIGHTS}.index.json"
-
-_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,200}\.safetensors")
-_MOST: Final = 1000
-"""Shards; the largest published models have some hundred."""
-
-
 def read_index(index: Path) -> dict[str, str]:
     """Return the name of the file that holds a tensor, by tensor."""
     content = read_json(index)
@@ -72,17 +79,6 @@ def read_index(index: Path) -> dict[str, str]:
 def shard_names(index: Path) -> tuple[str, ...]:
     """Return the files beside an index that it needs, sorted; `checkpoint fetch` asks for these."""
     return tuple(sorted(set(read_index(index).values())))
-
-
-_PIECE = 1 << 23
-_SHOWN = 5
-_SUPPORTED = ", ".join(get_args(StoredType))
-_LONGEST_HEADER = 16 << 20
-"""Bytes; that of the largest published file has a hundredth of it."""
-_LFS_POINTER = b"version https://git-lfs"
-_STORED_BYTES: Mapping[str, int] = {"F32": 4, "F16": 2, "BF16": 2}
-# All exponent bits set: an infinity or a NaN, whatever the mantissa.
-_EXPONENT: Mapping[str, int] = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +109,16 @@ def refuse_pointer(path: Path) -> None:
 
 
 class TensorFile:
-    """An open safetensors file whose header is sound; `entries` has every tensor by name, of whatever type."""
+    """An open safetensors file whose header is sound, or all that an index names, read as one.
+
+    `entries` has every tensor by name, of whatever type.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open a file; one that is missing, a git-lfs pointer, truncated or something else is refused."""
         refuse_pointer(path)
         self.path = path
-        self.entries, self.metadata = _read_header(path)
+        self.entries, self.metadata = (_sharded(path), {}) if path.name == INDEX else _read_header(path)
 
     def require(self, expected: Mapping[str, TensorSpec], *, within: str = "") -> None:
         """Hold the tensors whose names start with `within` to `expected`; what training leaves behind may be there."""
@@ -210,21 +209,11 @@ class TensorFile:
             start += bits.size
 
 
-class ShardedTensors(TensorFile):
-    """All files that an index names, read as one: what they hold must be what it says."""
-
-    def __init__(self, index: Path) -> None:
-        """Open an index and the files beside it."""
-        refuse_pointer(index)
-        self.path, self.metadata = index, {}
-        self.entries = _sharded(index)
-
-
 def open_weights(folder: Path) -> TensorFile:
     """Open a folder's weights: `model.safetensors`, or shards with their index where it is not there."""
     whole, index = folder / WEIGHTS, folder / INDEX
     if not whole.exists() and index.exists():
-        return ShardedTensors(index)
+        return TensorFile(index)
     if not whole.exists() and any(folder.glob("model-*-of-*.safetensors")):
         raise CheckpointError(f"{folder} holds shards of {WEIGHTS}, but their index {INDEX} is missing. Download it.")
     return TensorFile(whole)
