@@ -145,9 +145,7 @@ def text_encoder_config(variant: Variant, size: Size) -> dict[str, Any]:
         "attention_bias": False,
         "attention_dropout": 0.0,
         "is_decoder": False,
-        "layer_types": [
-            "sliding_attention" if i % 2 == 0 else "full_attention" for i in range(text["num_hidden_layers"])
-        ],
+        "layer_types": (["sliding_attention", "full_attention"] * depth)[:depth],
         "sliding_window": 4096,
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-6,
