@@ -42,6 +42,8 @@ from sa3_convert.errors import CheckpointError
 CONFIG: Final = "model_config.json"
 TEXT_ENCODER_FOLDER: Final = "t5gemma-b-b-ul2"
 _FOURIER_FEATURES: Final = 256
+_LARGEST: Final = 1 << 20
+"""Bytes of a file; the published ones have a hundredth of it. All that is wrong with one is gathered in memory."""
 
 
 class _Pretransform(Whole):
@@ -113,9 +115,9 @@ class _Conditioning(Whole):
 class _Diffusion(Picked):
     type: Literal["dit"]
     diffusion_objective: Annotated[Objective, absent_is("v")]
-    cross_attention_cond_ids: Annotated[list[str], only(["prompt", "seconds_total"])]
-    global_cond_ids: Annotated[list[str], only(["seconds_total"])]
-    local_add_cond_ids: Annotated[list[str], only(["inpaint_mask", "inpaint_masked_input"])]
+    cross_attention_cond_ids: Annotated[list[Any], only(["prompt", "seconds_total"])]
+    global_cond_ids: Annotated[list[Any], only(["seconds_total"])]
+    local_add_cond_ids: Annotated[list[Any], only(["inpaint_mask", "inpaint_masked_input"])]
     mask_padding_attention: Annotated[Yes, absent_is(False)]
     use_effective_length_for_schedule: Unread = None
     distribution_shift_options: Unread = None
@@ -168,7 +170,7 @@ def read_layout(folder: Path) -> CheckpointLayout:
         CheckpointError: a file is missing or holds a setting that is not supported; the message names it.
 
     """
-    config = _config(read_json(folder / CONFIG))
+    config = _config(read_json(folder / CONFIG, _LARGEST))
     try:
         if isinstance(config, _AutoencoderFile):
             return CheckpointLayout(config.sample_rate, config.sample_size, config.model.layout())
@@ -188,7 +190,7 @@ def _diffusion(folder: Path, config: _DiffusionFile) -> CheckpointLayout:
             f"{path.parent} is missing: the text encoder belongs to the checkpoint. "
             f"Download the folder {TEXT_ENCODER_FOLDER} beside model.safetensors."
         )
-    text = held(TextEncoderFile, read_json(path), f"{TEXT_ENCODER_FOLDER}/config.json")
+    text = held(TextEncoderFile, read_json(path, _LARGEST), f"{TEXT_ENCODER_FOLDER}/config.json")
     if text.encoder.sliding_window < prompt.max_length:
         raise ValueError(
             f"the text encoder's sliding_window {text.encoder.sliding_window} is shorter than the prompt's max_length "

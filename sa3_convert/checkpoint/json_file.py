@@ -36,10 +36,10 @@ def listed(problems: Sequence[str]) -> str:
     return "; ".join(problems[:_SHOWN]) + rest
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, limit: int = untrusted.SMALL) -> Any:
     """Read a JSON file; one that is missing, unreadable, too large or not strict JSON is a `CheckpointError`."""
     try:
-        return untrusted.read_json(path)
+        return untrusted.read_json(path, limit)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing.") from None
     except (OSError, ValueError) as error:

@@ -114,11 +114,11 @@ class TensorFile:
     `entries` has every tensor by name, of whatever type.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_index: bool = False) -> None:
         """Open a file; one that is missing, a git-lfs pointer, truncated or something else is refused."""
         refuse_pointer(path)
         self.path = path
-        self.entries, self.metadata = (_sharded(path), {}) if path.name == INDEX else _read_header(path)
+        self.entries, self.metadata = (_sharded(path), {}) if is_index else _read_header(path)
 
     def require(self, expected: Mapping[str, TensorSpec], *, within: str = "") -> None:
         """Hold the tensors whose names start with `within` to `expected`; what training leaves behind may be there."""
@@ -213,7 +213,7 @@ def open_weights(folder: Path) -> TensorFile:
     """Open a folder's weights: `model.safetensors`, or shards with their index where it is not there."""
     whole, index = folder / WEIGHTS, folder / INDEX
     if not whole.exists() and index.exists():
-        return TensorFile(index)
+        return TensorFile(index, is_index=True)
     if not whole.exists() and any(folder.glob("model-*-of-*.safetensors")):
         raise CheckpointError(f"{folder} holds shards of {WEIGHTS}, but their index {INDEX} is missing. Download it.")
     return TensorFile(whole)

@@ -300,6 +300,20 @@ def test_json_too_deep_to_parse_is_refused(tmp_path: Path) -> None:
         read_layout(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["model_config.json", "t5gemma-b-b-ul2/config.json"])
+def test_a_configuration_of_megabytes_is_refused_before_it_is_parsed(copy: Path, name: str) -> None:
+    edit_json(copy / name, lambda c: c.update({f"a{index}": 0 for index in range(100_000)}))
+    with pytest.raises(CheckpointError, match="has more than 1048576 bytes"):
+        read_layout(copy)
+
+
+def test_of_thousands_of_faults_the_first_are_told(copy: Path) -> None:
+    edit_json(copy / "model_config.json", lambda c: dit(c).update({"k" * 1000 + str(index): 0 for index in range(900)}))
+    with pytest.raises(CheckpointError, match="; and 895 more") as caught:
+        read_layout(copy)
+    assert len(str(caught.value)) < 3000
+
+
 TOO_MUCH: dict[str, tuple[Callable[[Config], object], str]] = {
     "no rate": (lambda c: c.update(sample_rate=1), "sample_rate is 1, expected at least 1000"),
     "no latent": (lambda c: c.update(sample_size=1), "sample_size 1 makes 0 latents"),
