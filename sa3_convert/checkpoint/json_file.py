@@ -13,7 +13,7 @@ from pydantic import (
     ValidatorFunctionWrapHandler,
     WrapValidator,
 )
-from pydantic_core import ErrorDetails
+from pydantic_core import ArgsKwargs, ErrorDetails
 
 from sa3_convert.errors import CheckpointError
 from sa3_convert.system import untrusted
@@ -93,15 +93,15 @@ Nothing = Annotated[list[Any], Field(default=[], max_length=0)]
 Unity = Annotated[float, Field(ge=1, le=1)]
 
 
-def faults(error: ValidationError, name: str) -> str:
-    """Return what is wrong with `name`, a file or an object, each time with the key and what was expected."""
+def faults(error: ValidationError, name: str = "") -> str:
+    """Return what is wrong, each time with the key below `name`, what it is and what was expected."""
     return listed([_fault(one, name) for one in error.errors(include_url=False)])
 
 
 def _fault(error: ErrorDetails, name: str) -> str:
     kind, context, value = error["type"], error.get("ctx", {}), error["input"]
     spelled = [f"[{part}]" if isinstance(part, int) else f".{part[:_LONGEST]}" for part in error["loc"]]
-    where, parent = name + "".join(spelled), name + "".join(spelled[:-1])
+    where, parent = ((name + "".join(parts)).removeprefix(".") or "it" for parts in (spelled, spelled[:-1]))
     match kind:
         case "missing":
             return f"{parent} has no {error['loc'][-1]!r}"
@@ -112,7 +112,7 @@ def _fault(error: ErrorDetails, name: str) -> str:
             return f"{where}.{tag} is {shown(context['tag'])}; only {context['expected_tags']} are supported"
         case "union_tag_not_found":
             return f"{where} has no {context['discriminator']}"
-        case "value_error" if isinstance(value, dict):
+        case "value_error" if isinstance(value, dict | ArgsKwargs):
             return f"{where}: {context['error']}"
         case "model_type" | "dict_type" | "model_attributes_type":
             return f"{where} is {type(value).__name__}, expected an object"
