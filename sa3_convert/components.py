@@ -7,10 +7,12 @@ of the product's contract. T, the number of latents, is the only dynamic length.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
-from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.errors import UsageError
+
+if TYPE_CHECKING:
+    from sa3_convert.checkpoint.dimensions import CheckpointLayout
 
 
 class Component(StrEnum):
@@ -76,7 +78,7 @@ class Contract:
 T = Length()
 
 
-def _text_encoder(layout: CheckpointLayout) -> Contract:
+def _text_encoder(layout: "CheckpointLayout") -> Contract:
     assert layout.text_encoder is not None
     n, width = layout.text_encoder.max_length, layout.text_encoder.hidden_size
     return Contract(
@@ -85,7 +87,7 @@ def _text_encoder(layout: CheckpointLayout) -> Contract:
     )
 
 
-def _number_conditioner(layout: CheckpointLayout) -> Contract:
+def _number_conditioner(layout: "CheckpointLayout") -> Contract:
     assert layout.number_conditioner is not None
     return Contract(
         inputs=(Port("seconds", "float32", (1,)),),
@@ -93,7 +95,7 @@ def _number_conditioner(layout: CheckpointLayout) -> Contract:
     )
 
 
-def _dit(layout: CheckpointLayout) -> Contract:
+def _dit(layout: "CheckpointLayout") -> Contract:
     assert layout.dit is not None
     assert layout.text_encoder is not None
     dit = layout.dit
@@ -112,7 +114,7 @@ def _dit(layout: CheckpointLayout) -> Contract:
     )
 
 
-def _decoder(layout: CheckpointLayout) -> Contract:
+def _decoder(layout: "CheckpointLayout") -> Contract:
     auto = layout.autoencoder
     return Contract(
         inputs=(Port("latents", "float32", (1, auto.latent_dim, T)),),
@@ -120,7 +122,7 @@ def _decoder(layout: CheckpointLayout) -> Contract:
     )
 
 
-def _encoder(layout: CheckpointLayout) -> Contract:
+def _encoder(layout: "CheckpointLayout") -> Contract:
     auto = layout.autoencoder
     return Contract(
         inputs=(Port("patched_audio", "float32", (1, auto.encoder.io_channels, Length(auto.encoder.stride))),),
@@ -132,7 +134,7 @@ def _encoder(layout: CheckpointLayout) -> Contract:
 class ComponentSpec:
     """What the toolchain knows of a component apart from its weights."""
 
-    contract: Callable[[CheckpointLayout], Contract]
+    contract: "Callable[[CheckpointLayout], Contract]"
     weights: tuple[str, ...]
     """Prefixes of its tensors in model.safetensors (the text encoder's own file is read whole)."""
     of_autoencoder: bool
@@ -156,12 +158,12 @@ SPECS: Mapping[Component, ComponentSpec] = {
 }
 
 
-def components_of(layout: CheckpointLayout) -> tuple[Component, ...]:
+def components_of(layout: "CheckpointLayout") -> tuple[Component, ...]:
     """Return the components that a checkpoint of this layout has, in pipeline order."""
     return tuple(c for c in Component if layout.dit is not None or SPECS[c].of_autoencoder)
 
 
-def contract(component: Component, layout: CheckpointLayout) -> Contract:
+def contract(component: Component, layout: "CheckpointLayout") -> Contract:
     """Return the I/O contract of a component.
 
     Raises:

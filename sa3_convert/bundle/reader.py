@@ -15,6 +15,7 @@ from sa3_convert.bundle.manifest import (
     Manifest,
 )
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
+from sa3_convert.checkpoint.json_file import faults
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError, Sa3Error
 from sa3_convert.system.checked_files import CheckedFile, FileState, HeldFolder, inside, named
@@ -60,9 +61,7 @@ class Bundle:
         except OSError as error:
             raise BundleError(f"{file} cannot be read: {error.strerror}") from None
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "manifest"
-            raise BundleError(f"{file} is damaged: {where[:200]}: {first['msg'][:500]}. Convert again.") from None
+            raise BundleError(f"{file} is damaged: {faults(error)}. Convert again.") from None
         except ValueError as error:
             raise BundleError(f"{file} is damaged: {str(error)[:500]}. Convert again.") from None
 

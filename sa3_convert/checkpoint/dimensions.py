@@ -1,76 +1,58 @@
-"""Every dimension of a checkpoint, as frozen data: what `layout` reads and everything else is built by.
+"""Every dimension of a checkpoint, as frozen data: what a configuration says and everything else is built by.
 
 A checkpoint's configuration and a bundle's manifest both end here, so both are held to the same bounds. They leave room
 for models several times the published ones, and none for numbers that would make a reader take all memory.
 """
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Final, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 
 Objective = Literal["rf_denoiser", "rectified_flow"]
 
-
-@dataclass(frozen=True, slots=True)
-class Within:
-    """Bounds of a number, both included."""
-
-    low: float
-    high: float
-
-
-_DEEPEST = 1000
+_DEEPEST: Final = 1000
 """The deepest published network has 24 layers."""
-
-Width = Annotated[int, Within(1, 1 << 15)]
-Inner = Annotated[int, Within(1, 1 << 20)]
-Depth = Annotated[int, Within(1, _DEEPEST)]
-Patch = Annotated[int, Within(1, 1 << 16)]
-Positive = Annotated[float, Within(1e-12, 1e12)]
-_LONGEST_RUN = 1 << 24
+_LONGEST_RUN: Final = 1 << 24
 """Samples that a decoder in chunks works on at once, at least."""
-_MOST_LATENTS = 1 << 16
+_MOST_LATENTS: Final = 1 << 16
 """Of the longest piece; published are 4096."""
-_LONGEST_NAME = 200
+_LONGEST_NAME: Final = 200
+
+Width = Annotated[int, Field(ge=1, le=1 << 15)]
+Inner = Annotated[int, Field(ge=1, le=1 << 20)]
+Depth = Annotated[int, Field(ge=1, le=_DEEPEST)]
+Patch = Annotated[int, Field(ge=1, le=1 << 16)]
+Side = Annotated[int, Field(ge=1, lt=_DEEPEST)]
+"""Groups (latents) that a token of a sliding window sees to one side."""
+ChunkSize = Annotated[int, Field(ge=1, le=_LONGEST_RUN)]
+Vocabulary = Annotated[int, Field(ge=2, le=1 << 24)]
+Tokens = Annotated[int, Field(ge=1, le=1 << 13)]
+MemoryTokens = Annotated[int, Field(ge=0, le=1 << 15)]
+SampleRate = Annotated[int, Field(ge=1000, le=768_000)]
+SampleSize = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Positive = Annotated[float, Field(ge=1e-12, le=1e12)]
+Epsilon = Annotated[float, Field(ge=1e-12, le=1)]
+Multiple = Annotated[float, Field(ge=1e-3, le=1e3)]
+Seconds = Annotated[float, Field(ge=-1e9, le=1e9)]
+
+# Whole numbers are of no other type; keys that a later version adds to a manifest are left out.
+_FROZEN: Final = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
 class _Checked:
-    """Numbers are of their type and within their bounds, and the parts of a whole fit one another."""
+    """Parts of a whole that fit one another."""
 
     __slots__ = ()
 
     def __post_init__(self) -> None:
-        checked: Any = type(self)
-        name = checked.__name__
-        for key, (kind, bounds) in _bounded(checked).items():
-            value = getattr(self, key)
-            of_kind = type(value) is int or (kind is float and type(value) is float and math.isfinite(value))
-            if not of_kind or not bounds.low <= value <= bounds.high:
-                what = "a whole number" if kind is int else "a number"
-                raise ValueError(
-                    f"{name}.{key} is {str(value)[:40]}, expected {what} from {bounds.low:g} to {bounds.high:g}"
-                )
         for problem in self._problems():
-            raise ValueError(f"{name} contradicts itself: {problem}")
+            raise ValueError(f"it contradicts itself: {problem}")
 
     def _problems(self) -> Iterator[str]:
         """Yield what its numbers say that cannot be."""
         return iter(())
-
-
-@cache
-def _bounded(checked: type[Any]) -> dict[str, tuple[type, Within]]:
-    """Return type and bounds of each number of a class."""
-    hints: dict[str, Any] = get_type_hints(checked, include_extras=True)
-    return {
-        key: (get_args(hint)[0], bounds)
-        for key, hint in hints.items()
-        if get_origin(hint) is Annotated
-        for bounds in get_args(hint)[1:]
-        if isinstance(bounds, Within)
-    }
 
 
 def _unequal(first: str, left: object, second: str, right: object) -> Iterator[str]:
@@ -83,11 +65,11 @@ def _no_multiple(first: str, left: int, second: str, right: int) -> Iterator[str
         yield f"{first} {left} is no multiple of {second} {right}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=_FROZEN)
 class TextEncoderLayout(_Checked):
     """T5Gemma encoder (Gemma-2 blocks) and the learned padding behind it."""
 
-    vocab_size: Annotated[int, Within(2, 1 << 24)]
+    vocab_size: Vocabulary
     hidden_size: Width
     intermediate_size: Inner
     num_layers: Depth
@@ -96,20 +78,20 @@ class TextEncoderLayout(_Checked):
     head_dim: Width
     query_pre_attn_scalar: Positive
     attn_logit_softcap: Positive
-    rms_norm_eps: Annotated[float, Within(1e-12, 1.0)]
+    rms_norm_eps: Epsilon
     rope_theta: Positive
-    max_length: Annotated[int, Within(1, 1 << 13)]
+    max_length: Tokens
 
     def _problems(self) -> Iterator[str]:
         yield from _no_multiple("num_heads", self.num_heads, "num_kv_heads", self.num_kv_heads)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=_FROZEN)
 class NumberConditionerLayout(_Checked):
     """`seconds_total`: clamp, normalise, Fourier features, one linear."""
 
-    min_value: Annotated[float, Within(-1e9, 1e9)]
-    max_value: Annotated[float, Within(-1e9, 1e9)]
+    min_value: Seconds
+    max_value: Seconds
     features: Width
     output_dim: Width
 
@@ -118,7 +100,7 @@ class NumberConditionerLayout(_Checked):
             yield f"min_value {self.min_value:g} is not below max_value {self.max_value:g}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=_FROZEN)
 class DitLayout(_Checked):
     """Diffusion transformer."""
 
@@ -129,9 +111,9 @@ class DitLayout(_Checked):
     cond_token_dim: Width
     global_cond_dim: Width
     local_add_cond_dim: Width
-    num_memory_tokens: Annotated[int, Within(0, 1 << 15)]
+    num_memory_tokens: MemoryTokens
     differential: bool
-    ff_mult: Annotated[float, Within(1e-3, 1e3)]
+    ff_mult: Multiple
     timestep_features: Width
 
     @property
@@ -148,7 +130,7 @@ class DitLayout(_Checked):
         yield from _no_multiple("embed_dim", self.embed_dim, "num_heads", self.num_heads)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=_FROZEN)
 class SameLayout(_Checked):
     """One half (encoder or decoder) of a SAME autoencoder."""
 
@@ -158,13 +140,13 @@ class SameLayout(_Checked):
     stride: Patch
     depth: Depth
     head_dim: Width
-    chunk_size: int | None
+    chunk_size: ChunkSize | None
     """Samples (patches) per attention window, SAME-S; None with a sliding window, SAME-L."""
-    sliding_window: tuple[int, int] | None
+    sliding_window: tuple[Side, Side] | None
     """Groups (latents) to the left and right that a token sees, SAME-L."""
-    mapping_kernel: Annotated[int, Within(1, 3)]
-    ff_mult: Annotated[float, Within(1e-3, 1e3)]
-    sinusoidal_from: Annotated[int, Within(0, _DEEPEST)]
+    mapping_kernel: Annotated[int, Field(ge=1, le=3)]
+    ff_mult: Multiple
+    sinusoidal_from: Annotated[int, Field(ge=0, le=_DEEPEST)]
     """Index of the first layer whose gate is sin(π·x); equal to `depth` when there is none."""
 
     @property
@@ -182,18 +164,12 @@ class SameLayout(_Checked):
         if (self.chunk_size is None) == (self.sliding_window is None):
             yield "attention is either in chunks (chunk_size) or in a sliding window"
         if self.chunk_size is not None:
-            if type(self.chunk_size) is not int or not 0 < self.chunk_size <= _LONGEST_RUN:
-                yield f"chunk_size is {str(self.chunk_size)[:40]}"
-            else:
-                yield from _no_multiple("chunk_size", self.chunk_size, "twice the stride", 2 * self.stride)
-        for side in self.sliding_window or ():
-            if type(side) is not int or not 0 < side < _DEEPEST:
-                yield f"sliding_window holds {str(side)[:40]}, expected two whole numbers from 1 to {_DEEPEST - 1}"
+            yield from _no_multiple("chunk_size", self.chunk_size, "twice the stride", 2 * self.stride)
         if self.sinusoidal_from > self.depth:
             yield f"sinusoidal_from is {self.sinusoidal_from}, depth {self.depth}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=_FROZEN)
 class AutoencoderLayout(_Checked):
     """SAME autoencoder with its patched audio front and softnorm bottleneck."""
 
@@ -201,8 +177,8 @@ class AutoencoderLayout(_Checked):
     decoder: SameLayout
     latent_dim: Width
     patch_size: Patch
-    audio_channels: Annotated[int, Within(2, 2)]
-    downsampling_ratio: Annotated[int, Within(1, 1 << 20)]
+    audio_channels: Annotated[int, Field(ge=2, le=2)]
+    downsampling_ratio: Inner
 
     def _problems(self) -> Iterator[str]:
         for name, half in (("encoder", self.encoder), ("decoder", self.decoder)):
@@ -215,18 +191,18 @@ class AutoencoderLayout(_Checked):
                 yield f"{name}.chunk_size · patch_size is {half.chunk_size * self.patch_size} samples"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=_FROZEN)
 class CheckpointLayout(_Checked):
     """Everything that is known of a checkpoint before its weights are read."""
 
-    sample_rate: Annotated[int, Within(1000, 768_000)]
-    sample_size: Annotated[int, Within(1, 2**31 - 1)]
+    sample_rate: SampleRate
+    sample_size: SampleSize
     autoencoder: AutoencoderLayout
-    dit: DitLayout | None
-    text_encoder: TextEncoderLayout | None
-    number_conditioner: NumberConditionerLayout | None
-    objective: Objective | None
-    source_id: str | None
+    dit: DitLayout | None = None
+    text_encoder: TextEncoderLayout | None = None
+    number_conditioner: NumberConditionerLayout | None = None
+    objective: Objective | None = None
+    source_id: str | None = None
     """The hub id that the checkpoint names as its own (where its text encoder comes from), if it does."""
 
     def _problems(self) -> Iterator[str]:

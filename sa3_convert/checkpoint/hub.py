@@ -15,21 +15,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sa3_convert.checkpoint.config import TEXT_ENCODER_FOLDER
+from sa3_convert.checkpoint.config import CONFIG, TEXT_ENCODER_FOLDER
 from sa3_convert.checkpoint.hub_client import HubClient, Note, UnreachableError
-from sa3_convert.checkpoint.hub_files import COMMIT, CachedSnapshot, HubFile, Listing, download_folder, tidy
-from sa3_convert.checkpoint.reader import CONFIG, TOKENIZER, Checkpoint
-from sa3_convert.checkpoint.section import read_json
+from sa3_convert.checkpoint.hub_files import COMMIT, HUB_ID, CachedSnapshot, HubFile, Listing, download_folder, tidy
+from sa3_convert.checkpoint.json_file import read_json
+from sa3_convert.checkpoint.reader import TOKENIZER, Checkpoint
 from sa3_convert.checkpoint.tensor_file import INDEX, WEIGHTS, shard_names
-from sa3_convert.checkpoint.variants import VARIANTS
+from sa3_convert.checkpoint.variants import PINNED
 from sa3_convert.errors import CheckpointError, UsageError
-from sa3_convert.system.files import copy_file, sha256_file, write_text
+from sa3_convert.system.files import check_new_folder, copy_file, sha256_file, write_text
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are there and the bytes in all."""
 
 SOURCE = "source.json"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _OURS = re.compile(
     rf"{TEXT_ENCODER_FOLDER}/|({TEXT_ENCODER_FOLDER}/)?[\w.-]+\.(json|safetensors)|[0-9a-f]+\.partial", re.ASCII
 )
@@ -75,26 +74,21 @@ def fetch(
             or not a sound checkpoint.
 
     """
-    if _HUB_ID.fullmatch(hub_id) is None:
+    if HUB_ID.fullmatch(hub_id) is None:
         raise UsageError(f"{hub_id!r} is no hub id; give org/name, for example stabilityai/stable-audio-3-small-music.")
     client = HubClient(hub_id, endpoint, note)
     with _explained(hub_id):
         target = Path(os.path.realpath(folder))
-        _require_free(target)
+        check_new_folder(target)
         source = _source(client, hub_id, revision)
         with download_folder(target) as staging:
-            _require_free(target)
+            check_new_folder(target)
             download = _Download(client, source, staging, note)
             download.bring_all(progress)
             download.record()
             Checkpoint.open(staging)
             staging.rename(target)
     return Fetched(hub_id, source.commit, sum(file.size for file in download.files))
-
-
-def _require_free(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} exists and is not empty. Give another folder, or remove it first.")
 
 
 @contextlib.contextmanager
@@ -113,7 +107,7 @@ def _explained(hub_id: str) -> Iterator[None]:
 def _source(client: HubClient, hub_id: str, revision: str | None) -> Listing | CachedSnapshot:
     """Return what says which files there are: the hub; where it cannot be reached, a commit that is in the cache."""
     if revision is None:
-        revision = next((v.revision for v in VARIANTS.values() if v.hub_id == hub_id), "main")
+        revision = PINNED.get(hub_id, "main")
     is_commit = COMMIT.fullmatch(revision) is not None
     try:
         listing = client.listing(revision)

@@ -72,26 +72,14 @@ class HubClient:
         self._schemes = {"https", address.scheme}
 
     def listing(self, revision: str) -> Listing:
-        """Return the files of a commit, a branch or a tag, with the hub's hashes.
-
-        Raises:
-            UnreachableError: no answer came.
-            CheckpointError: the hub refuses, or answers something else.
-
-        """
+        """Return the files of a commit, a branch or a tag, with the hub's hashes."""
         answer = io.BytesIO()
         where = f"{quote(self._hub_id)}/revision/{quote(revision, safe='', errors='replace')}"
         self._bring(f"{self._endpoint}/api/models/{where}?blobs=true", answer, None)
         return Listing.parse(self._hub_id, answer.getvalue())
 
     def download(self, file: HubFile, commit: str, into: BinaryIO, grown: Callable[[int], None]) -> None:
-        """Append what is missing of a file, at most as many bytes as it has; whether they are right is not checked.
-
-        Raises:
-            UnreachableError: no answer came, or none that is whole.
-            CheckpointError: the hub refuses, or answers something else.
-
-        """
+        """Append what is missing of a file, at most as many bytes as it has; whether they are right is not checked."""
         self._bring(
             f"{self._endpoint}/{quote(self._hub_id)}/resolve/{commit}/{quote(file.name)}", into, file.size, grown
         )
@@ -245,10 +233,6 @@ def _watched(source: "Callable[[], Iterator[Response | bytes]]") -> "Iterator[Re
     """Yield what another thread takes from `source`, and give up when too little comes for too long.
 
     Timeouts of a socket begin anew with every byte, also within a head that never ends; looking up a name has none.
-
-    Raises:
-        TimeoutError: the first item took longer than `PATIENCE`, or the bytes after it came slower than `SLOWEST`.
-
     """
     queue: Queue[Response | bytes | BaseException | None] = Queue(4)
     abandoned = threading.Event()

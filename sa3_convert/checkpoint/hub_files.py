@@ -18,6 +18,7 @@ from sa3_convert.checkpoint.config import TEXT_ENCODER_FOLDER
 from sa3_convert.errors import CheckpointError, UsageError
 from sa3_convert.system.untrusted import open_regular, parse_json, read_text
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _REFERENCE = 1 << 10
@@ -107,12 +108,7 @@ class Listing:
         return name in self._entries
 
     def file(self, name: str) -> HubFile:
-        """Return what a file must be.
-
-        Raises:
-            CheckpointError: there is no such file, or the hub does not say what it must be.
-
-        """
+        """Return what a file must be."""
         if name not in self._entries:
             raise CheckpointError(f"{self.hub_id} is no Stable Audio 3 checkpoint, a file is missing: {name}.")
         try:
@@ -136,12 +132,7 @@ class CachedSnapshot:
         return (self.folder / name).is_file()
 
     def file(self, name: str) -> HubFile:
-        """Return what a file must be by its blob's name, which is the hash that the hub gave when it was cached.
-
-        Raises:
-            CheckpointError: it is not there, or its blob is not named by a hash.
-
-        """
+        """Return what a file must be by its blob's name, which is the hash that the hub gave when it was cached."""
         if name not in self:
             raise CheckpointError(f"{name} of {self.hub_id} is not in the local cache, and the hub cannot be reached.")
         blob = Path(os.path.realpath(self.folder / name))
@@ -184,10 +175,6 @@ def download_folder(target: Path) -> Iterator[Path]:
     """Yield the folder for a download to `target`, what an interrupted one left included; held locked meanwhile.
 
     It is removed when nothing is in it after the block, and stays when it was renamed.
-
-    Raises:
-        UsageError: another process downloads to the same target.
-
     """
     folder = target.with_name(f".{target.name}.download")
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
@@ -220,13 +207,7 @@ def _is_open_at(folder: Path, descriptor: int) -> bool:
 
 
 def tidy(folder: Path, keep: Callable[[str], bool]) -> None:
-    """Remove all but the files to keep, and those too that are links or have a second name elsewhere.
-
-    Args:
-        folder: what `download_folder` gave.
-        keep: told each name relative to `folder`, with at most one slash.
-
-    """
+    """Remove all but what `keep` tells of each name below `folder`, and links and files with a second name too."""
     for entry in list(folder.iterdir()):
         if _is_folder(entry) and keep(f"{entry.name}/"):
             for below in list(entry.iterdir()):

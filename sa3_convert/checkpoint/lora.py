@@ -38,17 +38,7 @@ class Lora:
         return self.strength != 0 and name in self.layers
 
     def applied(self, name: str, weight: "Tensor", unadapted: "Tensor") -> "Tensor":
-        """Return a weight with the adapter in it.
-
-        Args:
-            name: of the checkpoint's tensor.
-            weight: its value after the adapters before this one, float32.
-            unadapted: its value in the checkpoint, float32.
-
-        Returns:
-            A tensor of the weight's shape, float32.
-
-        """
+        """Return the weight after the adapters before this one with this one in it; all float32, of one shape."""
         kind, layer = self.file.type, self.file.layers[self.layers[name]]
         factors = self.file.tensors.tensors({stored: factor for factor, stored in layer.items()})
         result = weight.flatten(1) + self._scale() * self._step(factors, unadapted)
@@ -91,18 +81,7 @@ def singular_bases(weight: "Tensor", rank: int) -> "tuple[Tensor, Tensor]":
 
 
 def open_loras(requests: Sequence[LoraRequest], weights: TensorFile, checkpoint: str) -> tuple[Lora, ...]:
-    """Open adapters and hold them to a checkpoint.
-
-    Args:
-        requests: in the order in which they are applied.
-        weights: the checkpoint's `model.safetensors`.
-        checkpoint: how messages call it.
-
-    Raises:
-        LoraError: a file is not usable for this checkpoint; the message says why.
-        UsageError: a file is given twice.
-
-    """
+    """Open adapters, in the order in which they are applied, and hold them to a checkpoint's `model.safetensors`."""
     loras: list[Lora] = []
     for request in requests:
         file = read_lora(request.path)
@@ -115,12 +94,7 @@ def open_loras(requests: Sequence[LoraRequest], weights: TensorFile, checkpoint:
 
 
 def merged(name: str, weight: "Tensor", loras: Sequence[Lora]) -> "Tensor":
-    """Return `weight` after those adapters that change it.
-
-    Raises:
-        LoraError: the result is not finite.
-
-    """
+    """Return `weight` after those adapters that change it."""
     import torch
 
     result = weight

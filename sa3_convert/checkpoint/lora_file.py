@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sa3_convert.checkpoint.section import shown
+from sa3_convert.checkpoint.json_file import listed, shown
 from sa3_convert.checkpoint.tensor_file import TensorFile, refuse_pointer
 from sa3_convert.checkpoint.tensors import DIT_PREFIX, SECONDS_PREFIX, Shape
 from sa3_convert.errors import LoraError, UsageError
@@ -44,7 +44,6 @@ _UNLIKE_THE_REFERENCE: Final[Mapping[str, tuple[Any, ...]]] = {
 }
 """Settings of PEFT that change what an adapter does → the values that do not. What else a file notes is no setting."""
 _SYNONYMS: Final[Mapping[str, tuple[str, ...]]] = {"rank": ("r", "lora_rank"), "alpha": ("lora_alpha",)}
-_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +148,7 @@ class LoraFile:
 
 
 def read_lora(path: Path) -> LoraFile:
-    """Open an adapter file and check what does not depend on a checkpoint.
-
-    Raises:
-        CheckpointError: it is missing, truncated, no safetensors file, or holds a value that is not finite.
-        LoraError: it is pickled, not an adapter for Stable Audio 3, or of an unknown type.
-
-    """
+    """Open an adapter file and check what does not depend on a checkpoint."""
     _refuse_pickle(path)
     tensors = TensorFile(path)
     layers = _layers(tensors)
@@ -277,12 +270,7 @@ def _filter(path: Path, config: Mapping[str, Any], key: str) -> tuple[str, ...] 
 
 
 def expanded(pattern: str) -> list[str]:
-    """Return the texts that a filter stands for: `layers.[0-2]` is layers.0, layers.1, layers.2; ranges may fall.
-
-    Raises:
-        ValueError: they are too many.
-
-    """
+    """Return the texts that a filter stands for: `layers.[0-2]` is layers.0, layers.1, layers.2; ranges may fall."""
     literals = _RANGE.split(pattern)[::3]
     bounds = [(int(first), int(last)) for first, last in _RANGE.findall(pattern)]
     if math.prod(abs(last - first) + 1 for first, last in bounds) > _LONGEST_FILTER:
@@ -300,17 +288,7 @@ def contains_any(layer: str, texts: Sequence[str]) -> bool:
 
 
 def bind(lora: LoraFile, weights: TensorFile, checkpoint: str) -> dict[str, str]:
-    """Return layer by name of the checkpoint's tensor, for every layer that the adapter changes.
-
-    Args:
-        lora: an open adapter.
-        weights: the checkpoint's `model.safetensors`.
-        checkpoint: how messages call it.
-
-    Raises:
-        LoraError: the adapter does not fit, or changes nothing.
-
-    """
+    """Return layer by name of the checkpoint's tensor, for every layer that the adapter changes."""
     bound = {_tensor_name(layer): layer for layer in lora.layers if lora.admits(layer)}
     if not bound:
         raise LoraError(
@@ -325,10 +303,8 @@ def bind(lora: LoraFile, weights: TensorFile, checkpoint: str) -> dict[str, str]
         else:
             problems += _misfits(lora, layer, entry.shape)
     if problems:
-        rest = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise LoraError(
-            f"{lora.path} does not fit {checkpoint}: {'; '.join(problems[:_SHOWN])}{rest}. "
-            "Was it trained on another variant?"
+            f"{lora.path} does not fit {checkpoint}: {listed(problems)}. Was it trained on another variant?"
         )
     return bound
 

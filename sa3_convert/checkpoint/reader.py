@@ -2,17 +2,18 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sa3_convert.checkpoint.config import TEXT_ENCODER_FOLDER, read_layout
+from sa3_convert.checkpoint.config import CONFIG, TEXT_ENCODER_FOLDER, read_layout
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
+from sa3_convert.checkpoint.hub_files import HUB_ID, CachedSnapshot, cached_commit
 from sa3_convert.checkpoint.lora import Lora, merged, open_loras
 from sa3_convert.checkpoint.lora_file import LoraRequest
-from sa3_convert.checkpoint.resolve import resolve_checkpoint
 from sa3_convert.checkpoint.tensor_file import WEIGHTS, Scratch, StoredTensor, TensorFile, open_weights, refuse_pointer
 from sa3_convert.checkpoint.tensors import (
     AUTOENCODER_PREFIX,
@@ -24,7 +25,7 @@ from sa3_convert.checkpoint.tensors import (
     expected_text_encoder_tensors,
     is_leftover,
 )
-from sa3_convert.checkpoint.variants import Variant, name_of, recognise
+from sa3_convert.checkpoint.variants import PINNED, VARIANTS, Variant, name_of, recognise
 from sa3_convert.components import Component, components_of
 from sa3_convert.errors import CheckpointError, UsageError
 from sa3_convert.system.sealed import fingerprint
@@ -32,12 +33,10 @@ from sa3_convert.system.sealed import fingerprint
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["WEIGHTS", "Checkpoint", "resolve_checkpoint"]
-
-CONFIG = "model_config.json"
 TOKENIZER = "tokenizer.json"
 _LARGEST_TOKENIZER = 128 << 20
 """Bytes; the published one has a quarter of it."""
+_REFERENCE = re.compile(rf"(?P<id>{HUB_ID.pattern})(@(?P<revision>[\w./-]+))?")
 _THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -216,3 +215,59 @@ class Checkpoint:
         for part in self._parts(component):
             for name in part.names():
                 part.file.require_finite(name)
+
+
+def resolve_checkpoint(text: str) -> Path:
+    """Return the folder of a checkpoint.
+
+    Args:
+        text: an existing path, or `org/name[@revision]` as fetched into the Hugging Face cache before. Without a
+            revision the pinned one of a published variant is taken if it is there, else what `main` was when fetched.
+
+    Raises:
+        CheckpointError: there is no such path and no such cached checkpoint; the message says how to get it. Or a file
+            in the cache is not what its blob's name says.
+
+    """
+    path = Path(text).expanduser()
+    if text and path.exists():
+        return path
+    match = _REFERENCE.fullmatch(text)
+    if match is None:
+        raise CheckpointError(f"Checkpoint {text!r} does not exist.{_hint(text)}")
+    hub_id, revision = match["id"], match["revision"]
+    for candidate in [revision] if revision else [PINNED.get(hub_id, "main"), "main"]:
+        folder = _cached(hub_id, candidate)
+        if folder is not None:
+            return folder
+    where = f" at revision {revision}" if revision else ""
+    raise CheckpointError(
+        f"{text} is neither a folder nor a checkpoint in the local Hugging Face cache{where}. "
+        f"Download it: sa3-convert checkpoint fetch {hub_id} DIR{f' --revision {revision}' if revision else ''}"
+    )
+
+
+def _hint(text: str) -> str:
+    variant = VARIANTS.get(text)
+    if variant is None:
+        return " Give the folder that holds model_config.json and model.safetensors, or a hub id (org/name)."
+    return (
+        f" To try that variant with random weights: sa3-convert checkpoint synthesize DIR --variant {text}. "
+        f"To download it: sa3-convert checkpoint fetch {variant.hub_id} DIR"
+    )
+
+
+def _cached(hub_id: str, revision: str) -> Path | None:
+    """Return a snapshot of the cache, whose files are what their blobs' names say."""
+    commit = cached_commit(hub_id, revision)
+    if commit is None:
+        return None
+    snapshot = CachedSnapshot(hub_id, commit)
+    if "model_config.json" not in snapshot:
+        return None
+    for damaged in snapshot.damaged():
+        raise CheckpointError(
+            f"{damaged} is damaged: its content is not what its name in the cache says. Remove it, and download it "
+            f"again: sa3-convert checkpoint fetch {hub_id} DIR --revision {commit}"
+        )
+    return snapshot.folder

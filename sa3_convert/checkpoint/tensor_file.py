@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from sa3_convert.checkpoint.section import Section, read_json, shown
+from sa3_convert.checkpoint.json_file import listed, read_json, shown
 from sa3_convert.checkpoint.tensors import Shape, StoredType, TensorSpec, is_leftover
 from sa3_convert.errors import CheckpointError
 from sa3_convert.system import untrusted
@@ -21,16 +21,26 @@ from sa3_convert.system import untrusted
 if TYPE_CHECKING:
     from torch import Tensor
 
+WEIGHTS: Final = "model.safetensors"
+INDEX: Final = f"{WEIGHTS}.index.json"
+
+_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,200}\.safetensors")
+_MOST: Final = 1000
+"""Shards; the largest published models have some hundred."""
+_PIECE = 1 << 23
+_SHOWN = 5
+_SUPPORTED = ", ".join(get_args(StoredType))
+_LONGEST_HEADER = 16 << 20
+"""Bytes; that of the largest published file has a hundredth of it."""
+_LFS_POINTER = b"version https://git-lfs"
+_STORED_BYTES: Mapping[str, int] = {"F32": 4, "F16": 2, "BF16": 2}
+# All exponent bits set: an infinity or a NaN, whatever the mantissa.
+_EXPONENT: Mapping[str, int] = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 _WRITTEN_AT_ONCE: Final = 1 << 22
 
 
 class Scratch:
-    """Room for float32 tensors that stand in no file as they are used.
-
-    Args:
-        folder: where there is space for them; the system's own for temporary files when not given.
-
-    """
+    """Room in a folder, or where the system has its temporary files, for float32 tensors that stand in no file so."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it lives as long as its tensors
@@ -50,23 +60,10 @@ class Scratch:
         return torch.from_numpy(mapped)
 
 
-WEIGHTS: Final = "model.safetensors"
-INDEX: Final = f"{WEIGHTS}.index.json"
-
-_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,200}\.safetensors")
-_MOST: Final = 1000
-"""Shards; the largest published models have some hundred."""
-
-
 def read_index(index: Path) -> dict[str, str]:
-    """Return the name of the file that holds a tensor, by tensor.
-
-    Raises:
-        CheckpointError: it is no index, or names what cannot be a file beside it; the message says what.
-
-    """
-    where = Section(read_json(index), str(index))
-    placed = where.raw("weight_map")
+    """Return the name of the file that holds a tensor, by tensor."""
+    content = read_json(index)
+    placed = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(placed, dict) or not placed:
         raise CheckpointError(f"{index}: weight_map is {shown(placed)}, expected an object, tensor → file.")
     for name in placed.values():
@@ -80,24 +77,8 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def shard_names(index: Path) -> tuple[str, ...]:
-    """Return the files beside an index that it needs, sorted; `checkpoint fetch` asks for these.
-
-    Raises:
-        CheckpointError: see `read_index`.
-
-    """
+    """Return the files beside an index that it needs, sorted; `checkpoint fetch` asks for these."""
     return tuple(sorted(set(read_index(index).values())))
-
-
-_PIECE = 1 << 23
-_SHOWN = 5
-_SUPPORTED = ", ".join(get_args(StoredType))
-_LONGEST_HEADER = 16 << 20
-"""Bytes; that of the largest published file has a hundredth of it."""
-_LFS_POINTER = b"version https://git-lfs"
-_STORED_BYTES: Mapping[str, int] = {"F32": 4, "F16": 2, "BF16": 2}
-# All exponent bits set: an infinity or a NaN, whatever the mantissa.
-_EXPONENT: Mapping[str, int] = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +93,7 @@ class StoredTensor:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Refuse a git-lfs pointer, which stands where a file's content was not downloaded.
-
-    Raises:
-        CheckpointError: `path` is missing, not a file, unreadable or such a pointer.
-
-    """
+    """Refuse a git-lfs pointer, which stands where a file's content was not downloaded."""
     if not path.is_file():
         raise CheckpointError(f"{path} is {'not a file' if path.exists() else 'missing'}.")
     try:
@@ -133,31 +109,19 @@ def refuse_pointer(path: Path) -> None:
 
 
 class TensorFile:
-    """An open safetensors file whose header is sound; `entries` has every tensor by name, of whatever type."""
+    """An open safetensors file whose header is sound, or all that an index names, read as one.
 
-    def __init__(self, path: Path) -> None:
-        """Open a file.
+    `entries` has every tensor by name, of whatever type.
+    """
 
-        Raises:
-            CheckpointError: it is missing, a git-lfs pointer, truncated, or not such a file.
-
-        """
+    def __init__(self, path: Path, *, is_index: bool = False) -> None:
+        """Open a file; one that is missing, a git-lfs pointer, truncated or something else is refused."""
         refuse_pointer(path)
         self.path = path
-        self.entries, self.metadata = _read_header(path)
+        self.entries, self.metadata = (_sharded(path), {}) if is_index else _read_header(path)
 
     def require(self, expected: Mapping[str, TensorSpec], *, within: str = "") -> None:
-        """Hold the file to the tensors of `expected`; what training leaves behind may stand beside them.
-
-        Args:
-            expected: name → shape; any floating type that is supported will do.
-            within: names that do not start with this are nobody's business.
-
-        Raises:
-            CheckpointError: tensors are missing, not known, of another shape or no weights; the message names the
-                first few.
-
-        """
+        """Hold the tensors whose names start with `within` to `expected`; what training leaves behind may be there."""
         found = {name: entry for name, entry in self.entries.items() if name.startswith(within)}
         missing = sorted(expected.keys() - found.keys())
         unknown = [name for name in sorted(found.keys() - expected.keys()) if not is_leftover(name, found[name].stored)]
@@ -170,9 +134,8 @@ class TensorFile:
             elif wanted != shape:
                 problems.append(f"{name} has shape {list(shape)}, expected {list(wanted)}")
         if problems:
-            rest = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
             raise CheckpointError(
-                f"{self.path} does not fit its configuration: {'; '.join(problems[:_SHOWN])}{rest}. "
+                f"{self.path} does not fit its configuration: {listed(problems)}. "
                 f"{self._advice(expected, missing, unknown)}"
             )
 
@@ -194,13 +157,7 @@ class TensorFile:
         return "Are the files of one checkpoint, and complete?"
 
     def tensors(self, names: Mapping[str, str], scratch: Scratch | None = None) -> "dict[str, Tensor]":
-        """Return tensors as float32; those that are stored so are views of the mapped file.
-
-        Args:
-            names: name in the file → name in the result.
-            scratch: where those of half precision are widened; in memory when not given.
-
-        """
+        """Return tensors as float32, under the values of `names`: views of the file, or widened in `scratch`."""
         import torch
 
         found = {}
@@ -234,12 +191,7 @@ class TensorFile:
         return digest.hexdigest()
 
     def require_finite(self, name: str) -> None:
-        """Check a tensor's values.
-
-        Raises:
-            CheckpointError: it is no weight, or one is infinite or not a number; the message gives its index.
-
-        """
+        """Refuse a tensor that is no weight or holds an infinity or a NaN, whose index the message gives."""
         entry = self.entries[name]
         if entry.stored not in _STORED_BYTES:
             raise CheckpointError(f"{entry.file}: {name} is stored as {entry.stored}; only {_SUPPORTED} are supported.")
@@ -257,31 +209,11 @@ class TensorFile:
             start += bits.size
 
 
-class ShardedTensors(TensorFile):
-    """All files that an index names, read as one: what they hold must be what it says."""
-
-    def __init__(self, index: Path) -> None:
-        """Open an index and the files beside it.
-
-        Raises:
-            CheckpointError: one is missing, damaged, or not such a file, or they contradict one another.
-
-        """
-        refuse_pointer(index)
-        self.path, self.metadata = index, {}
-        self.entries = _sharded(index)
-
-
 def open_weights(folder: Path) -> TensorFile:
-    """Open a folder's weights: `model.safetensors`, or shards with their index where it is not there.
-
-    Raises:
-        CheckpointError: they are missing or damaged.
-
-    """
+    """Open a folder's weights: `model.safetensors`, or shards with their index where it is not there."""
     whole, index = folder / WEIGHTS, folder / INDEX
     if not whole.exists() and index.exists():
-        return ShardedTensors(index)
+        return TensorFile(index, is_index=True)
     if not whole.exists() and any(folder.glob("model-*-of-*.safetensors")):
         raise CheckpointError(f"{folder} holds shards of {WEIGHTS}, but their index {INDEX} is missing. Download it.")
     return TensorFile(whole)
@@ -334,9 +266,8 @@ def _sharded(index: Path) -> dict[str, StoredTensor]:
             break
     problems = problems or [f"{shown(name)} is not in {placed[name]}" for name in placed if name not in entries]
     if problems:
-        rest = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise CheckpointError(
-            f"{index} and its files contradict one another: {'; '.join(problems[:_SHOWN])}{rest}. "
+            f"{index} and its files contradict one another: {listed(problems)}. "
             "Are they of one checkpoint, and complete? Download them again."
         )
     return entries

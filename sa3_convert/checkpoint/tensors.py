@@ -141,13 +141,7 @@ def expected_tensors(layout: CheckpointLayout) -> dict[str, TensorSpec]:
 
 
 def expected_text_encoder_tensors(text_encoder: TextEncoderLayout, *, decoder: bool = False) -> dict[str, TensorSpec]:
-    """Return the tensors of the T5Gemma file, sorted by name, as bfloat16.
-
-    Args:
-        text_encoder: its dimensions.
-        decoder: also those of the T5Gemma decoder, which published files hold and nothing here uses.
-
-    """
+    """Return the tensors of the T5Gemma file, sorted, as bfloat16; those of its decoder are published, and not used."""
     named = list(_gemma_half("model.encoder", text_encoder, cross=False))
     if decoder:
         named += _gemma_half("model.decoder", text_encoder, cross=True)

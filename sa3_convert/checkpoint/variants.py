@@ -5,7 +5,7 @@ Sources: the published model configs and the reference implementation's document
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from sa3_convert.checkpoint.dimensions import CheckpointLayout, Objective
 from sa3_convert.errors import UsageError
@@ -18,49 +18,20 @@ SAMPLE_RATE = 44100
 LATENT_SAMPLES = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class AutoencoderSize:
-    """Widths and depths of a SAME autoencoder; both halves share them."""
-
-    channels: int
-    multiplier: int
-    depth: int
-    latent_dim: int
-    sinusoidal_blocks: int
-
-
-@dataclass(frozen=True, slots=True)
-class DitSize:
-    """Width and depth of the diffusion transformer."""
-
-    width: int
-    depth: int
-    heads: int
-    memory_tokens: int
-    ff_mult: float
-
-
-@dataclass(frozen=True, slots=True)
-class TextEncoderSize:
-    """Width and depth of the T5Gemma encoder."""
-
-    vocab_size: int
-    width: int
-    inner: int
-    depth: int
-    heads: int
-    head_dim: int
-    query_pre_attn_scalar: int
-    max_length: int
+Spelled = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Dimensions:
-    """Everything that differs between a toy and the published checkpoint of one family."""
+    """What differs between a toy and the published checkpoint of one family, as the configuration files spell it."""
 
-    autoencoder: AutoencoderSize
-    dit: DitSize
-    text_encoder: TextEncoderSize
+    autoencoder: Spelled
+    """Of both halves."""
+    sinusoidal_blocks: int
+    dit: Spelled
+    text_encoder: Spelled
+    max_length: int
+    """Of a prompt, in tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +71,6 @@ class Variant:
         return self.objective is None
 
     @property
-    def is_base(self) -> bool:
-        """Whether it is the form before post-training."""
-        return self.objective == "rectified_flow"
-
-    @property
     def content(self) -> str:
         """Name without `-base`: what the checkpoint was trained on (`small-music`, `small-sfx`, `medium`)."""
         return self.name.removesuffix("-base")
@@ -123,6 +89,11 @@ def _base(content: str, family: Family, sample_size: int, seconds: int, revision
     return Variant(name, _HUB + name, revision, family, "rectified_flow", False, sample_size, seconds)
 
 
+def _autoencoder(letter: str, family: Family, sample_size: int, seconds: int, revision: str) -> Variant:
+    name = f"same-{letter.lower()}"
+    return Variant(name, f"stabilityai/SAME-{letter}", revision, family, None, False, sample_size, seconds)
+
+
 _ALL = (
     _post_trained("small-music", "small", _SMALL, 120, "0fef1392cd842149a2b6d445e181c97608faac06"),
     _post_trained("small-sfx", "small", _SMALL, 120, "ae12755283df9d62ca39a9b050a39a0b607b8c20"),
@@ -130,73 +101,60 @@ _ALL = (
     _base("small-music", "small", _SMALL_BASE, 120, "eab5ceee5ad9c1ed38800aff30a8e49d1161c539"),
     _base("small-sfx", "small", _SMALL_BASE, 120, "cc5ddb990e30daa68336ac61c140c37c7033ab7c"),
     _base("medium", "medium", _MEDIUM, 380, "b32993f73c3bdc3864043a72d8032606bba737c8"),
-    Variant(
-        "same-s",
-        "stabilityai/SAME-S",
-        "fbeb3dcf53a326e5682f38e22e7f740202d44232",
-        "small",
-        None,
-        False,
-        _SMALL,
-        120,
-    ),
-    Variant(
-        "same-l",
-        "stabilityai/SAME-L",
-        "41acf79dd242877d6499a1108ca5dba5d5eecfc5",
-        "medium",
-        None,
-        False,
-        _MEDIUM,
-        380,
-    ),
+    _autoencoder("S", "small", _SMALL, 120, "fbeb3dcf53a326e5682f38e22e7f740202d44232"),
+    _autoencoder("L", "medium", _MEDIUM, 380, "41acf79dd242877d6499a1108ca5dba5d5eecfc5"),
 )
 
 VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _ALL}
-
-_T5GEMMA_B = TextEncoderSize(
-    vocab_size=256000,
-    width=768,
-    inner=2048,
-    depth=12,
-    heads=12,
-    head_dim=64,
-    query_pre_attn_scalar=64,
-    max_length=256,
-)
-_TOY_T5GEMMA = TextEncoderSize(
-    vocab_size=384, width=64, inner=160, depth=3, heads=2, head_dim=32, query_pre_attn_scalar=24, max_length=16
-)
-_TOY_DIT = DitSize(width=128, depth=2, heads=2, memory_tokens=4, ff_mult=2.0)
+PINNED: dict[str, str] = {variant.hub_id: variant.revision for variant in _ALL}
+"""Commit by hub id."""
 
 
-def _toy_autoencoder(sinusoidal_blocks: int) -> AutoencoderSize:
-    return AutoencoderSize(channels=32, multiplier=4, depth=2, latent_dim=32, sinusoidal_blocks=sinusoidal_blocks)
+def _same(channels: int, multiplier: int, depth: int, latent_dim: int) -> Spelled:
+    return {
+        "channels": channels,
+        "c_mults": [multiplier],
+        "transformer_depths": [depth],
+        "latent_dim": latent_dim,
+    }
 
+
+def _dit(width: int, depth: int, heads: int, memory_tokens: int, ff_mult: float) -> Spelled:
+    return {
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": heads,
+        "num_memory_tokens": memory_tokens,
+        "ff_kwargs": {"mult": ff_mult},
+    }
+
+
+def _t5gemma(vocabulary: int, width: int, inner: int, depth: int, heads: int, head_dim: int, scalar: int) -> Spelled:
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": head_dim,
+        "query_pre_attn_scalar": scalar,
+    }
+
+
+_T5GEMMA_B = _t5gemma(256000, 768, 2048, 12, 12, 64, 64)
+_TOY = (_dit(128, 2, 2, 4, 2.0), _t5gemma(384, 64, 160, 3, 2, 32, 24), 16)
 
 DIMENSIONS: dict[tuple[Family, Size], Dimensions] = {
-    ("small", "full"): Dimensions(
-        autoencoder=AutoencoderSize(channels=128, multiplier=6, depth=6, latent_dim=256, sinusoidal_blocks=0),
-        dit=DitSize(width=1024, depth=20, heads=16, memory_tokens=64, ff_mult=4),
-        text_encoder=_T5GEMMA_B,
-    ),
-    ("medium", "full"): Dimensions(
-        autoencoder=AutoencoderSize(channels=256, multiplier=6, depth=12, latent_dim=256, sinusoidal_blocks=8),
-        dit=DitSize(width=1536, depth=24, heads=24, memory_tokens=64, ff_mult=4),
-        text_encoder=_T5GEMMA_B,
-    ),
-    ("small", "toy"): Dimensions(_toy_autoencoder(0), _TOY_DIT, _TOY_T5GEMMA),
-    ("medium", "toy"): Dimensions(_toy_autoencoder(2), _TOY_DIT, _TOY_T5GEMMA),
+    ("small", "full"): Dimensions(_same(128, 6, 6, 256), 0, _dit(1024, 20, 16, 64, 4), _T5GEMMA_B, 256),
+    ("medium", "full"): Dimensions(_same(256, 6, 12, 256), 8, _dit(1536, 24, 24, 64, 4), _T5GEMMA_B, 256),
+    ("small", "toy"): Dimensions(_same(32, 4, 2, 32), 0, *_TOY),
+    ("medium", "toy"): Dimensions(_same(32, 4, 2, 32), 2, *_TOY),
 }
 
 
 def variant_named(name: str) -> Variant:
-    """Return a published variant.
-
-    Raises:
-        UsageError: there is none of this name; the message lists them.
-
-    """
+    """Return a published variant."""
     try:
         return VARIANTS[name]
     except KeyError:
@@ -272,22 +230,16 @@ def size_of(layout: CheckpointLayout) -> Literal["toy", "full", "custom"]:
     auto, dit = layout.autoencoder, layout.dit
     for (family, size), known in DIMENSIONS.items():
         same = known.autoencoder
-        width = same.channels * same.multiplier
-        found = (auto.latent_dim, auto.decoder.width, auto.decoder.depth)
-        if family != family_of(layout) or found != (same.latent_dim, width, same.depth):
+        wanted = (same["latent_dim"], same["channels"] * same["c_mults"][0], *same["transformer_depths"])
+        if family != family_of(layout) or (auto.latent_dim, auto.decoder.width, auto.decoder.depth) != wanted:
             continue
-        if dit is None or (dit.embed_dim, dit.depth) == (known.dit.width, known.dit.depth):
+        if dit is None or (dit.embed_dim, dit.depth) == (known.dit["embed_dim"], known.dit["depth"]):
             return size
     return "custom"
 
 
 def defaults_of(layout: CheckpointLayout) -> Defaults:
-    """Return how a checkpoint is sampled by default, from its objective.
-
-    Raises:
-        UsageError: it is an autoencoder alone, which samples nothing.
-
-    """
+    """Return how a checkpoint is sampled by default, from its objective."""
     if layout.objective is None:
         raise UsageError("This checkpoint holds an autoencoder alone; it cannot generate.")
     return DEFAULTS[layout.objective]

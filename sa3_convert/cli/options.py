@@ -71,8 +71,7 @@ def open_checkpoint(checkpoint: str, loras: list[str] | None) -> "Checkpoint":
 
     """
     from sa3_convert.checkpoint.lora_file import LoraRequest
-    from sa3_convert.checkpoint.reader import Checkpoint
-    from sa3_convert.checkpoint.resolve import resolve_checkpoint
+    from sa3_convert.checkpoint.reader import Checkpoint, resolve_checkpoint
 
     requests = [LoraRequest.parse(text) for text in loras or ()]
     opened = Checkpoint.open(resolve_checkpoint(checkpoint)).with_loras(requests)

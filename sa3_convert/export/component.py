@@ -78,12 +78,7 @@ def _write(model: ir.Model, contract: Contract, path: Path) -> None:
 
 
 def check_onnx(path: Path, contract: Contract) -> None:
-    """Check an exported file: the standard's checker, shape inference, and inputs and outputs as the contract says.
-
-    Raises:
-        ConversionError: one of them fails.
-
-    """
+    """Check an exported file: the standard's checker, shape inference, and inputs and outputs as the contract says."""
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -119,14 +114,7 @@ class _Embedded(nn.Module):
 
 
 def export_embedded_text_encoder(checkpoint: "Checkpoint", path: Path) -> None:
-    """Export the text encoder without its table to `path` (and `<path>.data`).
-
-    Raises:
-        UsageError: the checkpoint has no text encoder.
-        CheckpointError: its weights are missing, damaged, or do not fit its configuration.
-        ConversionError: the export failed or failed its checks; nothing is left under the final name.
-
-    """
+    """Export the text encoder without its table to `path` (and `<path>.data`); raises what `export_component` does."""
     (output,) = contract(Component.TEXT_ENCODER, checkpoint.layout).outputs
     _, tokens, width = output.shape
     ports = Contract(

@@ -36,18 +36,8 @@ _LONGEST = 1 << 24
 def traced(module: nn.Module, contract: Contract, multiple: int = 1) -> ir.Model:
     """Trace `module` and return the graph that torch writes, inputs and outputs as the contract declares them.
 
-    Args:
-        module: its `forward` takes the contract's inputs in order and returns the contract's one output.
-        contract: names, dtypes and shapes.
-        multiple: what T is a multiple of.
-
-    Returns:
-        A model whose initialisers are the module's own parameters, not copies; dimensions that follow the length are
-        expressions in T.
-
-    Raises:
-        ConversionError: torch cannot trace the module, or what it traced holds for some lengths only.
-
+    Its initialisers are the module's own parameters, not copies; dimensions that follow the length are expressions in
+    T, a multiple of `multiple`. What torch cannot trace, or what holds for some lengths only, is a `ConversionError`.
     """
     with _quiet(), _taking_units(module, contract, multiple):
         try:

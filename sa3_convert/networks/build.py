@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
+from sa3_convert.checkpoint.json_file import listed
 from sa3_convert.components import Component
 from sa3_convert.errors import CheckpointError, UsageError
 from sa3_convert.networks.autoencoder import Decoder, Encoder
@@ -15,7 +16,6 @@ from sa3_convert.networks.dit import Dit, Padding
 from sa3_convert.networks.layers import Derived
 
 _Layout = TypeVar("_Layout")
-_SHOWN = 5
 
 
 def build_network(
@@ -78,10 +78,8 @@ def _load(network: nn.Module, state: Mapping[str, Tensor], component: Component)
         elif found.dtype != torch.float32:
             problems.append(f"{name} is {found.dtype}, expected torch.float32")
     if problems:
-        problems.sort()
-        rest = f", and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise CheckpointError(
             f"The weights do not fit the {component.value} that model_config.json describes: "
-            f"{'; '.join(problems[:_SHOWN])}{rest}. Is model_config.json of another checkpoint?"
+            f"{listed(sorted(problems))}. Is model_config.json of another checkpoint?"
         )
     network.load_state_dict(dict(state), strict=True, assign=True)

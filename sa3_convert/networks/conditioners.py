@@ -117,13 +117,7 @@ class TextEncoder(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the last hidden state [B, N, width] float32.
-
-        Args:
-            input_ids: [B, N] int32, N = the layout's max_length.
-            attention_mask: [B, N] int32, 1 = token, 0 = padding.
-
-        """
+        """Return the last hidden state [B, N, width] float32; both inputs [B, N] int32, the mask 1 for a token."""
         return self.encode(self.embed_tokens(input_ids), attention_mask.to(torch.float32))
 
     def encode(self, embeddings: Tensor, mask: Tensor) -> Tensor:

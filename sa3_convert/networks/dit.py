@@ -54,14 +54,9 @@ class SelfAttention(_Attention):
         self.to_qkv = nn.Linear(layout.embed_dim, self.parts * layout.embed_dim, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        """Return [B, N, width].
+        """Return [B, N, width] for x of that shape, rotary cos and sin [N, F].
 
-        Args:
-            x: [B, N, width].
-            cos: [N, F], of the rotary angles.
-            sin: [N, F].
-            mask: key mask: logit bias [B, 1, 1, N]; value zeroing: factor [B, 1, N, 1].
-
+        `mask` is a logit bias [B, 1, 1, N] with a key mask, a factor [B, 1, N, 1] with value zeroing.
         """
         q, k, v, *differential = self._heads(self.to_qkv(x), self.parts)
         bias = None
@@ -119,16 +114,10 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor, modulation: Tensor, local: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor
     ) -> Tensor:
-        """Return [B, N, width].
+        """Return [B, N, width] for x of that shape, memory tokens first, and context [B, M, width].
 
-        Args:
-            x: [B, N, width], memory tokens first.
-            context: [B, M, width].
-            modulation: [B, 1, 6·width], what all blocks share of scale, shift and gate.
-            local: [B, T, local_add_cond_dim].
-            rope: cos and sin, [N, F] each.
-            mask: see `SelfAttention`.
-
+        `modulation` [B, 1, 6·width] is what all blocks share of scale, shift and gate; local is
+        [B, T, local_add_cond_dim], cos and sin [N, F] each, and the mask that of `SelfAttention`.
         """
         scale, shift, gate, ff_scale, ff_shift, ff_gate = (modulation + self.to_scale_shift_gate).chunk(6, dim=-1)
         attended = self.self_attn(self.pre_norm(x) * (scale + 1) + shift, *rope, mask)
@@ -176,15 +165,9 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(layout, padding) for _ in range(layout.depth))
 
     def forward(self, x: Tensor, context: Tensor, cond: Tensor, local: Tensor, padding_mask: Tensor) -> Tensor:
-        """Return [B, T, io_channels].
+        """Return [B, T, io_channels] for x of that shape, context [B, M, width] and local [B, T, local_add_cond_dim].
 
-        Args:
-            x: [B, T, io_channels].
-            context: [B, M, width].
-            cond: [B, width], global conditioning with the time in it.
-            local: [B, T, local_add_cond_dim].
-            padding_mask: [B, T], 1 = valid.
-
+        `cond` [B, width] is the global conditioning with the time in it; the padding mask [B, T] is 1 where valid.
         """
         rope = self.rotary_pos_emb(x.shape[1])
         mask = self._mask(padding_mask)

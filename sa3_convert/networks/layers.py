@@ -132,18 +132,9 @@ def rotary_tables(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, cap: float | None = None) -> Tensor:
-    """Softmax attention.
+    """Return softmax attention [B, H, N, D] of scaled queries [B, H, N, D], keys and values [B, H, M, D].
 
-    Args:
-        q: [B, H, N, D], already scaled.
-        k: [B, H, M, D].
-        v: [B, H, M, D].
-        bias: added to the logits, broadcast to [B, H, N, M].
-        cap: bound of the logits before the bias: cap·tanh(logits / cap).
-
-    Returns:
-        [B, H, N, D].
-
+    Logits are capped to cap·tanh(logits / cap) before the bias, broadcast to [B, H, N, M], is added to them.
     """
     logits = q @ k.transpose(-1, -2)
     if cap is not None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sa3_convert.checkpoint.config import read_layout
+from sa3_convert.checkpoint.config import read_layout, spelled_config, spelled_text_config
 from sa3_convert.checkpoint.published import model_config, text_encoder_config
 from sa3_convert.checkpoint.variants import VARIANTS
 from sa3_convert.errors import CheckpointError
@@ -71,6 +71,16 @@ def test_golden_checkpoints_are_read(family: str) -> None:
     layout = read_layout(GOLDEN / family / "checkpoint")
     assert layout.objective == "rf_denoiser"
     assert layout.source_id == f"example/{family}"
+
+
+@pytest.mark.parametrize("family", ["small", "medium"])
+def test_what_is_read_is_written_back_as_it_was_spelled(family: str) -> None:
+    folder = GOLDEN / family / "checkpoint"
+    config = json.loads((folder / "model_config.json").read_text())
+    text = json.loads((folder / "t5gemma-b-b-ul2" / "config.json").read_text())
+    assert json.dumps(spelled_config(config), sort_keys=True) == json.dumps(config, sort_keys=True)
+    written = spelled_text_config(text)["encoder"]
+    assert json.dumps(written) == json.dumps({key: text["encoder"][key] for key in written})
 
 
 @pytest.mark.parametrize("name", ["same-s", "same-l"])
@@ -144,8 +154,9 @@ def test_ways_to_say_that_positions_are_not_scaled_are_taken(copy: Path, setting
         ({"rope_parameters": {"rope_theta": 500}}, r"rope_theta contradicts itself: \[10000.0, 500.0\]"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"rope_theta": None}, "rope_theta is None"),
-        ({"layer_types": ["chunked_attention"] * 3}, "layer_types are .*chunked_attention"),
-        ({"layer_types": 3}, "layer_types are 3"),
+        ({"rope_parameters": {"rope_theta": None}}, "rope_parameters.rope_theta is None"),
+        ({"layer_types": ["chunked_attention"] * 3}, r"layer_types\[0\] is 'chunked_attention'; only"),
+        ({"layer_types": 3}, "layer_types is 3, expected a list"),
     ],
 )
 def test_other_ways_to_place_or_see_tokens_are_refused(copy: Path, settings: dict[str, object], message: str) -> None:
@@ -168,11 +179,11 @@ def test_both_spellings_of_theta_are_written(copy: Path) -> None:
 
 
 UNSUPPORTED: dict[str, tuple[Callable[[Config], object], str]] = {
-    "kind": (lambda c: c.update(model_type="lm"), "model_type is 'lm'"),
+    "kind": (lambda c: c.update(model_type="lm"), r"model_config.json.model_type is 'lm'; only .*'autoencoder'"),
     "objective": (lambda c: c["model"]["diffusion"].update(diffusion_objective="v"), "diffusion_objective is 'v'"),
     "conditioner": (
         lambda c: c["model"]["conditioning"]["configs"].append({"id": "bpm", "type": "number", "config": {}}),
-        "'bpm' is not supported",
+        "id is 'bpm'; only 'prompt', 'seconds_total'",
     ),
     "conditioner absent": (lambda c: c["model"]["conditioning"]["configs"].pop(), "no conditioner 'seconds_total'"),
     "padding": (
@@ -197,7 +208,7 @@ UNSUPPORTED: dict[str, tuple[Callable[[Config], object], str]] = {
     "text for a flag": (lambda c: dit(c)["attn_kwargs"].update(differential="no"), "expected true or false"),
     "snake": (lambda c: decoder(c).update(use_snake=True), "use_snake is True"),
     "same key": (lambda c: decoder(c).update(new_trick=1), "new_trick"),
-    "strides": (lambda c: decoder(c).update(strides=[4, 4]), "strides is .*one integer"),
+    "strides": (lambda c: decoder(c).update(strides=[4, 4]), r"strides is \[4, 4\], expected a length of at most 1"),
     "chunk": (lambda c: decoder(c).update(chunk_size=40), "chunk_size 40"),
     "window": (lambda c: decoder(c).update(sliding_window=[1]), "sliding_window is"),
     "bottleneck": (
@@ -206,6 +217,14 @@ UNSUPPORTED: dict[str, tuple[Callable[[Config], object], str]] = {
     ),
     "scaled latents": (lambda c: c["model"]["pretransform"].update(scale=0.5), "pretransform.scale is 0.5"),
     "channels": (lambda c: c["model"]["pretransform"]["config"].update(io_channels=1), "io_channels is 1; only 2"),
+    "number for a flag": (lambda c: decoder(c).update(differential=1), "differential is 1, expected true or false"),
+    "in a list": (lambda c: decoder(c).update(strides=["4"]), r"strides\[0\] is '4', expected a whole number"),
+    "window of nulls": (lambda c: decoder(c).update(sliding_window=[1, None]), r"sliding_window\[1\] is None"),
+    "the other half's": (
+        lambda c: decoder(c).update(in_channels=512),
+        r"decoder\.config\.in_channels is not supported",
+    ),
+    "field's own name": (lambda c: decoder(c).update(io_channels=512), "decoder.config.io_channels is not supported"),
     "list for an object": (lambda c: c.update(model=[]), "expected an object"),
     "missing": (lambda c: c.pop("sample_rate"), "no 'sample_rate'"),
 }
@@ -225,7 +244,7 @@ UNSUPPORTED_TEXT: dict[str, tuple[Callable[[Config], object], str]] = {
     "width": (lambda c: c["encoder"].update(hidden_size=32), "contradicts itself"),
     "rope": (lambda c: c["encoder"]["rope_parameters"].update(rope_type="yarn"), "rope_type is 'yarn'"),
     "infinity": (lambda c: c["encoder"].update(query_pre_attn_scalar=float("inf")), "Infinity is no number"),
-    "zero": (lambda c: c["encoder"].update(query_pre_attn_scalar=0), "expected a positive number"),
+    "zero": (lambda c: c["encoder"].update(query_pre_attn_scalar=0), "query_pre_attn_scalar is 0, expected at least"),
     "quantised": (lambda c: c.update(quantization_config={"bits": 4}), "quantization_config is"),
     "no encoder": (lambda c: c.pop("encoder"), "no 'encoder'"),
 }
@@ -281,8 +300,22 @@ def test_json_too_deep_to_parse_is_refused(tmp_path: Path) -> None:
         read_layout(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["model_config.json", "t5gemma-b-b-ul2/config.json"])
+def test_a_configuration_of_megabytes_is_refused_before_it_is_parsed(copy: Path, name: str) -> None:
+    edit_json(copy / name, lambda c: c.update({f"a{index}": 0 for index in range(100_000)}))
+    with pytest.raises(CheckpointError, match="has more than 1048576 bytes"):
+        read_layout(copy)
+
+
+def test_of_thousands_of_faults_the_first_are_told(copy: Path) -> None:
+    edit_json(copy / "model_config.json", lambda c: dit(c).update({"k" * 1000 + str(index): 0 for index in range(900)}))
+    with pytest.raises(CheckpointError, match="; and 895 more") as caught:
+        read_layout(copy)
+    assert len(str(caught.value)) < 3000
+
+
 TOO_MUCH: dict[str, tuple[Callable[[Config], object], str]] = {
-    "no rate": (lambda c: c.update(sample_rate=1), "sample_rate is 1, expected a whole number from 1000"),
+    "no rate": (lambda c: c.update(sample_rate=1), "sample_rate is 1, expected at least 1000"),
     "no latent": (lambda c: c.update(sample_size=1), "sample_size 1 makes 0 latents"),
     "mono": (lambda c: c.update(audio_channels=1), "audio_channels is 1"),
     "wide": (lambda c: dit(c).update(embed_dim=2**31 - 1), "embed_dim is 2147483647"),

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from sa3_convert.checkpoint.resolve import resolve_checkpoint
+from sa3_convert.checkpoint.reader import resolve_checkpoint
 from sa3_convert.checkpoint.variants import VARIANTS
 from sa3_convert.errors import CheckpointError
 from tests.checkpoint.hub_server import COMMIT

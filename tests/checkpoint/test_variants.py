@@ -90,7 +90,7 @@ def test_the_longest_output_fits_and_is_whole_latents(name: str) -> None:
     assert variant.sample_size % 4096 == 0
     assert variant.max_seconds * 44100 <= variant.sample_size
     assert len(variant.revision) == 40
-    assert variant.is_base == name.endswith("-base")
+    assert (variant.objective == "rectified_flow") == name.endswith("-base")
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_loras_are_named_after_files(tmp_path: Path, name: str) -> None:
     assert Bundle.open(tmp_path).manifest.loras[0].name == lora["name"]
     data["loras"][0]["name"] = name
     (tmp_path / MANIFEST).write_text(json.dumps(data))
-    with pytest.raises(BundleError, match=r"loras\.0\.name"):
+    with pytest.raises(BundleError, match=r"loras\[0\]\.name"):
         Bundle.open(tmp_path)
 
 
