@@ -8,14 +8,22 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sa3_convert.check.results import BundleFidelity, ComponentFidelity, Measurement, Verdict
+from sa3_convert.check.results import BundleFidelity, Verdict
 from sa3_convert.lab.bisect.against import Against
 from sa3_convert.lab.bisect.result import BisectResult, limit_db
 from sa3_convert.lab.drift.baseline import BundleBaseline, Figure
 from sa3_convert.lab.drift.compare import Drift, Row, limit
 from sa3_convert.lab.generations.audio_metrics import WINDOWS
-from sa3_convert.lab.generations.distribution import FREE_RUNNING, Distribution, GenerationFidelity, component_of
+from sa3_convert.lab.generations.distribution import (
+    FREE_RUNNING,
+    Distribution,
+    GenerationFidelity,
+    component_of,
+    ratios_by_step,
+)
 from sa3_convert.lab.generations.end_to_end import STEPS, Divergence, EndToEnd
+from sa3_convert.lab.generations.full import place
+from sa3_convert.lab.report.formatting import fixed
 from sa3_convert.runtime.engines import EngineName
 
 
@@ -32,33 +40,15 @@ def render_fidelity(result: BundleFidelity) -> Table:
     return table
 
 
-def render_cases(fidelity: ComponentFidelity) -> Table:
-    """Return one row per case and output of a component."""
-    table = Table(title=fidelity.component.value)
-    for name in ("case", "output"):
-        table.add_column(name)
-    for name in ("dB", "cosine", "max error", "mean error"):
-        table.add_column(name, justify="right")
-    for measurement in fidelity.measurements:
-        table.add_row(measurement.case, measurement.output, *_figures(measurement))
-    return table
-
-
-def _figures(measurement: Measurement) -> tuple[str, ...]:
-    f = measurement.fidelity
-    return f"{f.signal_to_noise_db:.1f}", f"{f.cosine:.6f}", f"{f.max_abs_error:.2e}", f"{f.mean_abs_error:.2e}"
-
-
 def _row(verdict: Verdict) -> tuple[str | Text, ...]:
-    fidelity = verdict.fidelity
-    worst = fidelity.worst
+    worst = verdict.worst
     return (
-        fidelity.component.value,
+        verdict.component.value,
         verdict.precision if verdict.engine == "mnn" else f"{verdict.precision} ORT",
-        f"{worst.signal_to_noise_db:.1f}",
-        f"{fidelity.mean.signal_to_noise_db:.1f}",
+        fixed(worst.signal_to_noise_db, 1),
+        fixed(verdict.mean.signal_to_noise_db, 1),
         f"{verdict.floor_db:g}",
-        f"{worst.cosine:.6f}",
+        fixed(worst.cosine, 6),
         f"{worst.max_abs_error:.2e}",
         Text("ok", "green") if verdict.passed else Text("failed", "red"),
     )
@@ -79,8 +69,8 @@ def render_against(result: Against, reach: int = 4) -> Table:
             difference.operator,
             difference.stored,
             "×".join(str(size) for size in difference.shape),
-            f"{difference.in_db:.1f}",
-            f"{difference.out_db:.1f}",
+            fixed(difference.in_db, 1),
+            fixed(difference.out_db, 1),
             style="bold red" if difference is result.suspect else None,
         )
     return table
@@ -102,10 +92,10 @@ def render_bisect(result: BisectResult, reach: int = 4) -> Table:
             operator.mnn_operator,
             operator.stored,
             "×".join(str(size) for size in operator.shape),
-            f"{operator.error_in_db:.1f}",
-            f"{operator.error_out_db:.1f}",
-            f"{operator.own_error_db:.1f}",
-            f"{limit_db(operator.stored):.0f}",
+            fixed(operator.error_in_db, 1),
+            fixed(operator.error_out_db, 1),
+            fixed(operator.own_error_db, 1),
+            fixed(limit_db(operator.stored), 0),
             style="bold red" if operator is result.suspect else None,
         )
     return table
@@ -122,11 +112,10 @@ def render_generations(
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("worst case", no_wrap=True)
     for distribution in result.distributions:
-        found = distribution.summary
-        figures = (f"{value:.1f}" for value in (found.mean, found.percentile_5, found.worst))
-        table.add_row(distribution.name, str(found.count), *figures, _case(distribution))
+        figures = (fixed(ratio, 1) for ratio in (distribution.mean, distribution.percentile_5, distribution.worst))
+        table.add_row(distribution.name, str(distribution.count), *figures, place(distribution))
     parts: list[RenderableType] = [table]
-    stepped = [d for d in result.distributions if d.by_step()]
+    stepped = [d for d in result.distributions if d.by_step]
     if stepped:
         parts.append(_steps(stepped))
     parts.append(Text("The worst cases again:"))
@@ -136,11 +125,6 @@ def render_generations(
     return Group(*parts)
 
 
-def _case(distribution: Distribution) -> str:
-    found = distribution.summary
-    return found.worst_case + ("" if found.worst_step is None else f" step={found.worst_step}")
-
-
 def _steps(distributions: list[Distribution]) -> Table:
     """Return the mean and the worst of each denoising step."""
     table = Table(title="By denoising step, dB", title_justify="left")
@@ -148,12 +132,10 @@ def _steps(distributions: list[Distribution]) -> Table:
     for distribution in distributions:
         for name in ("mean", "worst"):
             table.add_column(f"{distribution.name}, {name}", justify="right")
-    for step in distributions[0].by_step():
-        figures = []
-        for distribution in distributions:
-            worst = min(o.fidelity.signal_to_noise_db for o in distribution.observations if o.step == step)
-            figures += [f"{distribution.by_step()[step]:.1f}", f"{worst:.1f}"]
-        table.add_row(str(step), *figures)
+    worst = [{s: min(r) for s, r in ratios_by_step(d.observations).items()} for d in distributions]
+    for step in distributions[0].by_step:
+        pairs = ((d.by_step[step], low[step]) for d, low in zip(distributions, worst, strict=True))
+        table.add_row(str(step), *(fixed(ratio, 1) for pair in pairs for ratio in pair))
     return table
 
 
@@ -178,8 +160,8 @@ def replay(
         references: where reference outputs were kept, if that was asked for.
 
     """
-    found = distribution.summary
-    words = ["--component", component_of(distribution.name).value, "--case", found.worst_case]
+    step = distribution.worst_step
+    words = ["--component", component_of(distribution.name).value, "--case", distribution.worst_case]
     if steps != STEPS:
         words += ["--steps", str(steps)]
     if references is not None:
@@ -187,7 +169,7 @@ def replay(
     if distribution.name == FREE_RUNNING or engine != "mnn":
         words += ["--full", "--quick", *(["--engine", engine] if engine != "mnn" else [])]
         return shlex.join(["sa3-convert", "verify", str(bundle), *words])
-    words += [] if found.worst_step is None else ["--step", str(found.worst_step)]
+    words += [] if step is None else ["--step", str(step)]
     return shlex.join(["sa3-convert", "bisect", str(bundle), *words])
 
 
@@ -205,7 +187,7 @@ def render_end_to_end(result: EndToEnd) -> RenderableType:
         table.add_section()
         table.add_row("mean size", "target", *_distribution_figures([case.target for case in result.cases]))
         table.add_row("", "chaos", *_distribution_figures([case.chaos for case in result.cases]), style="dim")
-    return Group(table, Text(result.judgement()))
+    return Group(table, Text(result.judgement))
 
 
 def _distribution_figures(divergences: list[Divergence]) -> list[str]:
@@ -220,11 +202,11 @@ def _distribution_figures(divergences: list[Divergence]) -> list[str]:
     loudness = audio[0].loudness_db if count == 1 else mean([abs(a.loudness_db) for a in audio])
     width = audio[0].width if count == 1 else mean([abs(a.width) for a in audio])
     return [
-        f"{mean([d.latent_cosine for d in divergences]):.5f}",
-        *(f"{mean([a.spectral_distance_db[i] for a in audio]):.2f}" for i in range(len(WINDOWS))),
-        f"{mean([a.envelope_correlation for a in audio]):.4f}",
-        f"{loudness:{sign}.2f}",
-        f"{width:{sign}.3f}",
+        fixed(mean([d.latent_cosine for d in divergences]), 5),
+        *(fixed(mean([a.spectral_distance_db[i] for a in audio]), 2) for i in range(len(WINDOWS))),
+        fixed(mean([a.envelope_correlation for a in audio]), 4),
+        fixed(loudness, 2, sign),
+        fixed(width, 3, sign),
     ]
 
 
@@ -282,7 +264,7 @@ def shown(figure: Figure, value: float | str) -> str:
     if isinstance(value, str):
         return value
     if figure.kind == "size":
-        return f"{value / 2**20:.3f} MiB"
+        return f"{fixed(value / 2**20, 3)} MiB"
     if figure.kind == "speed":
-        return f"{value:.2f} ×"
-    return f"{value:.2f} dB"
+        return f"{fixed(value, 2)} ×"
+    return f"{fixed(value, 2)} dB"

@@ -12,7 +12,7 @@ from sa3_convert.arrays import Arrays, Session
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.check.bundle import bundle_recipe, verify_bundle
 from sa3_convert.check.inputs import sample_inputs
-from sa3_convert.check.progress import Report
+from sa3_convert.check.progress import Progress
 from sa3_convert.check.reference_store import ReferenceStore
 from sa3_convert.checkpoint.variants import size_of
 from sa3_convert.components import Component
@@ -32,7 +32,7 @@ from sa3_convert.lab.drift.compare import Drift, compare_figures, speed_may_grow
 from sa3_convert.lab.drift.figures import generation_figures, sampled_figures, storage_figures
 from sa3_convert.lab.generations.distribution import measure
 from sa3_convert.lab.generations.end_to_end import STEPS, both_sides
-from sa3_convert.lab.generations.full import Findings
+from sa3_convert.lab.generations.full import Verification
 from sa3_convert.lab.generations.trajectory import GenerationCase, all_cases
 from sa3_convert.runtime.engines import Models
 from sa3_convert.runtime.opening import bundle_engine
@@ -45,7 +45,7 @@ _SHORTEST: Final = 0.05
 """Seconds of work between two looks at the clock, whose steps can be of milliseconds."""
 
 
-def speed_figures(bundle: Bundle, report: Report) -> Iterator[Figure]:
+def speed_figures(bundle: Bundle, report: Progress) -> Iterator[Figure]:
     """Yield one ratio per component; both of its models are in memory together.
 
     Args:
@@ -120,10 +120,10 @@ class Measured:
 
     figures: tuple[Figure, ...]
     origin: Origin
-    findings: Findings
+    found: Verification
 
 
-def measure_bundle(bundle: Bundle, plan: Plan, report: Report = no_report) -> Measured:
+def measure_bundle(bundle: Bundle, plan: Plan, report: Progress = no_report) -> Measured:
     """Verify a bundle and take its figures.
 
     Raises:
@@ -140,7 +140,7 @@ def measure_bundle(bundle: Bundle, plan: Plan, report: Report = no_report) -> Me
     figures += generation_figures(generations)
     if plan.speed:
         figures += speed_figures(bundle, report)
-    return Measured(tuple(figures), origin_of(bundle), Findings(verified, generations=generations))
+    return Measured(tuple(figures), origin_of(bundle), Verification.of(verified, generations=generations))
 
 
 def origin_of(bundle: Bundle) -> Origin:
@@ -189,7 +189,7 @@ def plan_of(baseline: BundleBaseline, plan: Plan) -> Plan:
     return replace(plan, cases=cases, steps=baseline.steps, speed=plan.speed and has_speed)
 
 
-def check_drift(bundle: Bundle, baseline: BundleBaseline, plan: Plan, report: Report = no_report) -> Drift:
+def check_drift(bundle: Bundle, baseline: BundleBaseline, plan: Plan, report: Progress = no_report) -> Drift:
     """Measure what a baseline measured, in the same cases, and compare.
 
     Args:
@@ -208,7 +208,7 @@ def check_drift(bundle: Bundle, baseline: BundleBaseline, plan: Plan, report: Re
 
 
 def update_baseline(
-    path: Path, bundle: Bundle, reason: str, plan: Plan, report: Report = no_report
+    path: Path, bundle: Bundle, reason: str, plan: Plan, report: Progress = no_report
 ) -> tuple[BundleBaseline, Drift | None]:
     """Measure a bundle and make it the baseline, others in the same file untouched.
 
@@ -224,7 +224,7 @@ def update_baseline(
     known = read_baseline(path)
     before = known.find(key_of(bundle)) if known else None
     measured = measure_bundle(bundle, plan, report)
-    measured.findings.check()
+    measured.found.check()
     variant, recipe, size = key_of(bundle)
     made = BundleBaseline(
         variant=variant,

@@ -6,7 +6,7 @@ from statistics import fmean
 import numpy as np
 
 from sa3_convert.bundle.reader import Bundle
-from sa3_convert.check.results import BundleFidelity, ComponentFidelity
+from sa3_convert.check.results import BundleFidelity, Verdict
 from sa3_convert.components import Component
 from sa3_convert.lab.drift.baseline import Figure, Kind
 from sa3_convert.lab.drift.compare import Statistic, counted, may_fall_by, scatter, size_may_grow_by
@@ -15,7 +15,6 @@ from sa3_convert.lab.generations.trajectory import GenerationCase
 from sa3_convert.mnn.file.audit import audit
 from sa3_convert.mnn.file.storage import read_storage
 from sa3_convert.recipe import ComponentRecipe, Recipe
-from sa3_convert.runtime.engines import EngineName
 
 _DIGITS = 4
 
@@ -55,23 +54,20 @@ def _stored(bundle: Bundle, component: Component, recipe: ComponentRecipe) -> st
 def sampled_figures(result: BundleFidelity) -> Iterator[Figure]:
     """Yield mean and worst ratio of each model over the sampled inputs that every conversion runs."""
     for verdict in result.verdicts:
-        yield from _sampled(verdict.fidelity, verdict.engine)
+        yield from _sampled(verdict)
 
 
-def _sampled(fidelity: ComponentFidelity, engine: EngineName) -> Iterator[Figure]:
-    # Each case by its worst output, as a constant one would flatter it.
-    by_case: dict[str, list[float]] = {}
-    for measurement in fidelity.measurements:
-        by_case.setdefault(measurement.case, []).append(measurement.fidelity.signal_to_noise_db)
-    ratios = counted(min(group) for group in by_case.values())
+def _sampled(verdict: Verdict) -> Iterator[Figure]:
+    by_case = {case: figures.signal_to_noise_db for case, figures in verdict.by_case.items()}
+    ratios = counted(by_case.values())
     # Only MNN's models can be bisected.
-    name, case = f"sampled inputs, {engine}", None
-    if engine == "mnn":
+    name, case = f"sampled inputs, {verdict.engine}", None
+    if verdict.engine == "mnn":
         name, case = "sampled inputs", list(by_case)[ratios.index(min(ratios))]
     deviation = scatter([ratios])
     values: tuple[tuple[Statistic, float], ...] = (("mean", fmean(ratios)), ("worst", min(ratios)))
     for statistic, value in values:
-        figure = _ratio(fidelity.component, "fidelity", name, statistic, value, len(ratios), deviation)
+        figure = _ratio(verdict.component, "fidelity", name, statistic, value, len(ratios), deviation)
         yield figure.model_copy(update={"case": case})
 
 
@@ -79,12 +75,12 @@ def generation_figures(result: GenerationFidelity) -> Iterator[Figure]:
     """Yield mean, 5 % and worst of each distribution, and the DiT's means per step."""
     for distribution in result.distributions:
         yield from _distribution(distribution)
-        for step in distribution.by_step():
+        for step in distribution.by_step:
             yield _step(distribution, step)
 
 
 def _distribution(distribution: Distribution) -> Iterator[Figure]:
-    ratios = counted(o.fidelity.signal_to_noise_db for o in distribution.observations)
+    ratios = counted(o.signal_to_noise_db for o in distribution.observations)
     deviation = _deviation(distribution.observations)
     worst = distribution.observations[ratios.index(min(ratios))]
     values: tuple[tuple[Statistic, float], ...] = (
@@ -100,7 +96,7 @@ def _distribution(distribution: Distribution) -> Iterator[Figure]:
 
 def _step(distribution: Distribution, step: int) -> Figure:
     observations = [o for o in distribution.observations if o.step == step]
-    ratios = counted(o.fidelity.signal_to_noise_db for o in observations)
+    ratios = counted(o.signal_to_noise_db for o in observations)
     deviation = _deviation(observations)
     component, name = _of(distribution)
     figure = _ratio(component, "step", f"{name}, step {step}", "mean", fmean(ratios), len(ratios), deviation)
@@ -131,9 +127,7 @@ def _deviation(observations: Iterable[Observation]) -> float:
     groups: dict[tuple[object, ...], list[float]] = {}
     for observation in observations:
         case = GenerationCase.parse(observation.case)
-        groups.setdefault((case.prompt, case.seconds, observation.step), []).append(
-            observation.fidelity.signal_to_noise_db
-        )
+        groups.setdefault((case.prompt, case.seconds, observation.step), []).append(observation.signal_to_noise_db)
     by_seed = [counted(group) for group in groups.values()]
     if all(len(group) == 1 for group in by_seed):
         by_seed = [[ratio for group in by_seed for ratio in group]]

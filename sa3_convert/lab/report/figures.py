@@ -11,14 +11,18 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from sa3_convert.arrays import Floats
-from sa3_convert.lab.report.schema import Bisection, ComponentReport, Distribution, EndToEnd
-from sa3_convert.lab.report.summary import shown_name, shown_size
+from sa3_convert.lab.generations.end_to_end import EndToEnd
+from sa3_convert.lab.report.formatting import shown_prompt, shown_size
+from sa3_convert.lab.report.schema import Bisection, ReportedDistribution, ReportedModel
 from sa3_convert.lab.report.theme import WIDTH, Ink, new_figure, styled, svg_of
 
 MOST_DB = 140.0
 """Equal arrays have no ratio, and nearly equal ones differ by rounding alone: their dots stand here."""
 _ROW = 34
 _AXIS = 44
+_TALL_ROW = 44
+_LABEL = 48
+"""Columns of a prompt above a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +32,6 @@ class Strip:
     label: str
     ratios: Sequence[float]
     floor_db: float | None = None
-
-
-def strips_of(components: Sequence[ComponentReport]) -> list[Strip]:
-    """Return a strip per model: its outputs on sampled inputs."""
-    return [Strip(shown_name(c), [case.signal_to_noise_db for case in c.cases], c.floor_db) for c in components]
 
 
 def strips_figure(strips: Sequence[Strip], name: str, label: str) -> str:
@@ -48,20 +47,21 @@ def strips_figure(strips: Sequence[Strip], name: str, label: str) -> str:
             axes.plot(worst, row, "o", color=ink, ms=7, mew=0)
             if strip.floor_db is not None:
                 axes.plot([strip.floor_db] * 2, [row - 0.34, row + 0.34], color=Ink.BAD, lw=2.5)
-        axes.set_yticks(range(len(strips)), [strip.label for strip in strips])
-        axes.set_ylim(len(strips) - 0.4, -0.6)
-        _decibel_axis(axes)
+        _horizontal(axes, [strip.label for strip in strips], "signal-to-noise ratio in dB, more is better")
     return svg_of(figure, name, label)
 
 
-def _decibel_axis(axes: Axes) -> None:
-    axes.set_xlabel("signal-to-noise ratio in dB, more is better")
+def _horizontal(axes: Axes, labels: Sequence[str], title: str) -> None:
+    """Make each label a row, from the top down."""
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.set_xlabel(title)
     axes.grid(axis="x")
     axes.tick_params(length=0)
     axes.spines["left"].set_visible(False)
 
 
-def steps_figure(distributions: Sequence[Distribution], name: str, label: str) -> str:
+def steps_figure(distributions: Sequence[ReportedDistribution], name: str, label: str) -> str:
     """Return mean, spread and worst of each denoising step, a line per quantity."""
     figure = new_figure(240)
     with styled():
@@ -89,23 +89,25 @@ def steps_figure(distributions: Sequence[Distribution], name: str, label: str) -
 
 def end_to_end_figure(found: EndToEnd, name: str, label: str) -> str:
     """Return one row per generation: the target's spectral distance beside that of the nudged reference."""
-    figure = new_figure(_AXIS + 24 + _ROW * len(found.cases))
+    figure = new_figure(_AXIS + 24 + _TALL_ROW * len(found.cases))
     with styled():
         axes = figure.add_subplot()
-        rows = range(len(found.cases))
-        target = [case.target.audio.mean_spectral_distance_db for case in found.cases]
-        chaos = [case.chaos.audio.mean_spectral_distance_db for case in found.cases]
-        for row in rows:
+        target, chaos = (
+            [getattr(case, side).audio.mean_spectral_distance_db for case in found.cases]
+            for side in ("target", "chaos")
+        )
+        for row, case in enumerate(found.cases):
             axes.plot([target[row], chaos[row]], [row, row], color=Ink.GRID, lw=3, zorder=1)
-        axes.plot(target, rows, "o", color=Ink.FIRST, ms=8, mew=0, label="this bundle")
-        axes.plot(chaos, rows, "D", mfc=Ink.SURFACE, mec=Ink.SECOND, mew=2, ms=7, label="reference, nudged")
-        axes.set_yticks(rows, [case.case.replace("prompt=", "prompt ").split(" seed")[0] for case in found.cases])
-        axes.set_ylim(len(found.cases) - 0.4, -0.6)
+            # Above its row and not beside it, where a long one would leave no room for the figure.
+            prompt, place = shown_prompt(case.prompt, _LABEL), axes.get_yaxis_transform()
+            axes.text(0.01, row - 0.3, prompt, transform=place, fontsize=10, va="bottom").set_in_layout(False)
+        axes.plot(target, range(len(target)), "o", color=Ink.FIRST, ms=8, mew=0, label="this bundle")
+        axes.plot(
+            chaos, range(len(chaos)), "D", mfc=Ink.SURFACE, mec=Ink.SECOND, mew=2, ms=7, label="reference, nudged"
+        )
+        _horizontal(axes, [""] * len(found.cases), "spectral distance in dB, less is better")
+        axes.set_ylim(len(found.cases) - 0.4, -0.9)
         axes.set_xlim(left=0)
-        axes.set_xlabel("spectral distance in dB, less is better")
-        axes.grid(axis="x")
-        axes.tick_params(length=0)
-        axes.spines["left"].set_visible(False)
         figure.legend(loc="outside upper left", ncols=2)
     return svg_of(figure, name, label)
 
@@ -249,7 +251,7 @@ def ink_of(stored: str) -> Ink:
     return _INKS.get(stored, Ink.INTEGER)
 
 
-def storage_figure(components: Sequence[ComponentReport], name: str, label: str) -> str:
+def storage_figure(components: Sequence[ReportedModel], name: str, label: str) -> str:
     """Return a treemap: models by size, each divided by stored type."""
     figure = new_figure(_HEIGHT, layout=None)
     with styled():
@@ -268,12 +270,12 @@ Box = tuple[float, float, float, float]
 """x, y, width, height."""
 
 
-def _draw(axes: Axes, component: ComponentReport, box: Box) -> None:
+def _draw(axes: Axes, component: ReportedModel, box: Box) -> None:
     x, y, width, height = box
     stored = [(s.type, s.bytes) for s in component.stored] or [(component.precision, component.bytes)]
-    title = f"{shown_name(component)} {shown_size(component.bytes)}"
+    title = f"{component.name} {shown_size(component.bytes)}"
     if not _fits(title, width):
-        title = shown_name(component)
+        title = component.name
     titled = _fits(title, width) and height >= 2 * _LINE
     for (kind, size), inner in zip(stored, _squares([size for _, size in stored], box), strict=True):
         axes.add_patch(Rectangle(inner[:2], inner[2], inner[3], fc=ink_of(kind), ec=Ink.SURFACE, lw=0.8))

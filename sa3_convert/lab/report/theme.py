@@ -6,6 +6,7 @@ figure gives the same bytes: no dates, and identifiers that depend on the figure
 
 import io
 import re
+import warnings
 from contextlib import AbstractContextManager
 from enum import StrEnum
 from html import escape
@@ -96,7 +97,9 @@ def svg_of(figure: Figure, name: str, label: str) -> str:
 
     """
     buffer = io.StringIO()
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):
+    with mpl.rc_context(_STYLE | {"svg.hashsalt": name}), warnings.catch_warnings():
+        # Text stays text: the reader's browser has the letters that the font for measuring lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()
     text = re.sub(r"<!--.*?-->\n?", "", text[text.index("<svg") :], flags=re.DOTALL)

@@ -1,0 +1,49 @@
+"""How figures and cases are written, in the terminal, on the page and in the summary."""
+
+from rich.cells import cell_len, set_cell_size
+
+from sa3_convert.check.metrics import MAX_DB
+from sa3_convert.errors import UsageError
+from sa3_convert.lab.generations.trajectory import GenerationCase
+
+_LONGEST = 60
+"""Columns, of which a letter of an East Asian script takes two."""
+
+
+def fixed(value: float, digits: int, sign: str = "") -> str:
+    """Return a number with so many digits after its point, and never the sign of what is rounded away."""
+    return f"{value:{sign}z.{digits}f}"
+
+
+def shown_db(ratio: float) -> str:
+    """Return a ratio; of equal arrays it is infinite."""
+    return "∞" if ratio >= MAX_DB else fixed(ratio, 1)
+
+
+def shown_floor(floor_db: float | None) -> str:
+    """Return a floor, or a dash for what has none."""
+    return "–" if floor_db is None else f"{floor_db:g}"
+
+
+def shown_size(size: int) -> str:
+    """Return a size in bytes."""
+    if size == 0:
+        return "–"
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
+
+
+def shown_prompt(text: str, longest: int = _LONGEST) -> str:
+    """Return a prompt in quotes, its end left out where it takes more columns."""
+    if cell_len(text) > longest:
+        text = f"{set_cell_size(text, longest - 1).rstrip()}…"
+    return f"“{text}”" if text else "no prompt"
+
+
+def shown_case(name: str, step: int | None = None) -> str:
+    """Return a case by its prompt's text; a sampled input, which has none, by its name."""
+    try:
+        case = GenerationCase.parse(name)
+    except UsageError:
+        return name
+    parts = (shown_prompt(case.text), f"seed {case.seed}", f"{case.seconds:g} s")
+    return ", ".join(parts if step is None else (*parts, f"step {step}"))
