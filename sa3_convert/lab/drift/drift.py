@@ -46,13 +46,7 @@ _SHORTEST: Final = 0.05
 
 
 def speed_figures(bundle: Bundle, report: Progress) -> Iterator[Figure]:
-    """Yield one ratio per component; both of its models are in memory together.
-
-    Args:
-        bundle: its files were checked.
-        report: called as work goes on.
-
-    """
+    """Yield one ratio per component; both of its models are in memory together."""
     engines = [bundle_engine(bundle, name, {"threads": 1}) for name in ("onnxruntime", "mnn")]
     for done, component in enumerate(bundle.components):
         report("speed", done, len(bundle.components))
@@ -95,7 +89,8 @@ def _seconds(session: Session, feeds: Arrays, runs: int) -> float:
 
 DEFAULT_CASES: tuple[GenerationCase, ...] = all_cases((0, 2, 4, 7), (0, 1), (2.0, 5.0))
 """What a new baseline measures unless told otherwise: two seeds of each prompt and duration, for the scatter."""
-ROOMS = ("checkpoint", "networks", "export", "passes", "quantise", "mnn", "runtime", "verify")
+ROOMS = ("checkpoint", "networks", "export", "passes", "rounding", "mnn", "convert", "runtime", "check")
+"""Folders of our code that figures depend on."""
 
 
 def no_report(what: str, done: int, total: int) -> None:
@@ -114,16 +109,7 @@ class Plan:
     """Where reference outputs are kept for the next time; None computes them anew."""
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """A bundle's figures, and what they depend on."""
-
-    figures: tuple[Figure, ...]
-    origin: Origin
-    found: Verification
-
-
-def measure_bundle(bundle: Bundle, plan: Plan, report: Progress = no_report) -> Measured:
+def measure_bundle(bundle: Bundle, plan: Plan, report: Progress = no_report) -> tuple[list[Figure], Verification]:
     """Verify a bundle and take its figures.
 
     Raises:
@@ -133,14 +119,13 @@ def measure_bundle(bundle: Bundle, plan: Plan, report: Progress = no_report) -> 
     """
     verified = verify_bundle(bundle, quick=True, threads=plan.threads, store=plan.store, progress=report)
     verified.check()
-    recipe = bundle_recipe(bundle)
-    figures = [*storage_figures(bundle, recipe), *sampled_figures(verified)]
+    figures = [*storage_figures(bundle, bundle_recipe(bundle)), *sampled_figures(verified)]
     with both_sides(bundle, store=plan.store, steps=plan.steps, threads=plan.threads) as (references, target):
         generations = measure(references, target, plan.cases, report)
     figures += generation_figures(generations)
     if plan.speed:
         figures += speed_figures(bundle, report)
-    return Measured(tuple(figures), origin_of(bundle), Verification.of(verified, generations=generations))
+    return figures, Verification.of(verified, generations=generations)
 
 
 def origin_of(bundle: Bundle) -> Origin:
@@ -190,21 +175,9 @@ def plan_of(baseline: BundleBaseline, plan: Plan) -> Plan:
 
 
 def check_drift(bundle: Bundle, baseline: BundleBaseline, plan: Plan, report: Progress = no_report) -> Drift:
-    """Measure what a baseline measured, in the same cases, and compare.
-
-    Args:
-        bundle: the bundle.
-        baseline: of such a bundle.
-        plan: how to measure; what the baseline decides (`plan_of`) is taken from it.
-        report: called as work goes on.
-
-    Raises:
-        BundleError: as `measure_bundle`.
-        VerificationError: as `measure_bundle`.
-
-    """
-    measured = measure_bundle(bundle, plan_of(baseline, plan), report)
-    return compare_figures(baseline, measured.figures, measured.origin)
+    """Measure what a baseline measured, in the same cases and steps, and compare; raises as `measure_bundle`."""
+    figures, _ = measure_bundle(bundle, plan_of(baseline, plan), report)
+    return compare_figures(baseline, figures, origin_of(bundle))
 
 
 def update_baseline(
@@ -223,8 +196,8 @@ def update_baseline(
     """
     known = read_baseline(path)
     before = known.find(key_of(bundle)) if known else None
-    measured = measure_bundle(bundle, plan, report)
-    measured.found.check()
+    figures, found = measure_bundle(bundle, plan, report)
+    found.check()
     variant, recipe, size = key_of(bundle)
     made = BundleBaseline(
         variant=variant,
@@ -232,8 +205,8 @@ def update_baseline(
         size=size,
         cases=tuple(case.name for case in plan.cases),
         steps=plan.steps,
-        figures=measured.figures,
-        origin=measured.origin,
+        figures=tuple(figures),
+        origin=origin_of(bundle),
         history=(*(before.history if before else ()), Update(date=now(), reason=reason, tools=tool_versions())),
     )
     write_baseline(path, known.replacing(made) if known else Baseline(schema_version=1, bundles=(made,)))

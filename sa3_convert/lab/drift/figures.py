@@ -1,6 +1,6 @@
 """A bundle's figures for drift: sizes, what is stored, ratios as distributions and per step."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 
 import numpy as np
@@ -17,6 +17,11 @@ from sa3_convert.mnn.file.storage import read_storage
 from sa3_convert.recipe import ComponentRecipe, Recipe
 
 _DIGITS = 4
+_STATISTICS: Mapping[Statistic, Callable[[Sequence[float]], float]] = {
+    "mean": fmean,
+    "5 %": lambda ratios: float(np.percentile(ratios, 5)),
+    "worst": min,
+}
 
 
 def storage_figures(bundle: Bundle, recipe: Recipe) -> Iterator[Figure]:
@@ -64,55 +69,51 @@ def _sampled(verdict: Verdict) -> Iterator[Figure]:
     name, case = f"sampled inputs, {verdict.engine}", None
     if verdict.engine == "mnn":
         name, case = "sampled inputs", list(by_case)[ratios.index(min(ratios))]
-    deviation = scatter([ratios])
-    values: tuple[tuple[Statistic, float], ...] = (("mean", fmean(ratios)), ("worst", min(ratios)))
-    for statistic, value in values:
-        figure = _ratio(verdict.component, "fidelity", name, statistic, value, len(ratios), deviation)
-        yield figure.model_copy(update={"case": case})
+    statistics: tuple[Statistic, ...] = ("mean", "worst")
+    for statistic in statistics:
+        yield _ratio(verdict.component, "fidelity", name, statistic, ratios, scatter([ratios]), case)
 
 
 def generation_figures(result: GenerationFidelity) -> Iterator[Figure]:
     """Yield mean, 5 % and worst of each distribution, and the DiT's means per step."""
     for distribution in result.distributions:
-        yield from _distribution(distribution)
+        component, name = _of(distribution)
+        observations = distribution.observations
+        yield from _observed(component, "fidelity", name, _STATISTICS, observations)
         for step in distribution.by_step:
-            yield _step(distribution, step)
+            at_step = [o for o in observations if o.step == step]
+            yield from _observed(component, "step", f"{name}, step {step}", ("mean",), at_step)
 
 
-def _distribution(distribution: Distribution) -> Iterator[Figure]:
-    ratios = counted(o.signal_to_noise_db for o in distribution.observations)
-    deviation = _deviation(distribution.observations)
-    worst = distribution.observations[ratios.index(min(ratios))]
-    values: tuple[tuple[Statistic, float], ...] = (
-        ("mean", fmean(ratios)),
-        ("5 %", float(np.percentile(ratios, 5))),
-        ("worst", min(ratios)),
-    )
-    component, name = _of(distribution)
-    for statistic, value in values:
-        figure = _ratio(component, "fidelity", name, statistic, value, len(ratios), deviation)
-        yield figure.model_copy(update={"case": worst.case, "step": worst.step})
-
-
-def _step(distribution: Distribution, step: int) -> Figure:
-    observations = [o for o in distribution.observations if o.step == step]
+def _observed(
+    component: Component, kind: Kind, name: str, statistics: Iterable[Statistic], observations: Sequence[Observation]
+) -> Iterator[Figure]:
     ratios = counted(o.signal_to_noise_db for o in observations)
-    deviation = _deviation(observations)
-    component, name = _of(distribution)
-    figure = _ratio(component, "step", f"{name}, step {step}", "mean", fmean(ratios), len(ratios), deviation)
-    return figure.model_copy(update={"case": observations[ratios.index(min(ratios))].case, "step": step})
+    worst, deviation = observations[ratios.index(min(ratios))], _deviation(observations)
+    for statistic in statistics:
+        yield _ratio(component, kind, name, statistic, ratios, deviation, worst.case, worst.step)
 
 
 def _ratio(
-    component: Component, kind: Kind, name: str, statistic: Statistic, value: float, count: int, deviation: float
+    component: Component,
+    kind: Kind,
+    name: str,
+    statistic: Statistic,
+    ratios: Sequence[float],
+    deviation: float,
+    case: str | None,
+    step: int | None = None,
 ) -> Figure:
+    value = _STATISTICS[statistic](ratios)
     return Figure(
         component=component,
         kind=kind,
         name=f"{name}: {statistic}",
         value=round(value, _DIGITS),
         rule="may not fall",
-        tolerance=round(may_fall_by(statistic, value, count, deviation), _DIGITS),
+        tolerance=round(may_fall_by(statistic, value, len(ratios), deviation), _DIGITS),
+        case=case,
+        step=step,
     )
 
 

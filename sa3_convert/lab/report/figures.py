@@ -92,10 +92,8 @@ def end_to_end_figure(found: EndToEnd, name: str, label: str) -> str:
     figure = new_figure(_AXIS + 24 + _TALL_ROW * len(found.cases))
     with styled():
         axes = figure.add_subplot()
-        target, chaos = (
-            [getattr(case, side).audio.mean_spectral_distance_db for case in found.cases]
-            for side in ("target", "chaos")
-        )
+        target = [case.target.audio.mean_spectral_distance_db for case in found.cases]
+        chaos = [case.chaos.audio.mean_spectral_distance_db for case in found.cases]
         for row, case in enumerate(found.cases):
             axes.plot([target[row], chaos[row]], [row, row], color=Ink.GRID, lw=3, zorder=1)
             # Above its row and not beside it, where a long one would leave no room for the figure.
