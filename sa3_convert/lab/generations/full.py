@@ -128,16 +128,7 @@ def workload(
     components: Collection[Component] = (),
     quick: bool = False,
 ) -> dict[str, float]:
-    """Return the cost of each stage that `verify_fully` reports, references included; kept ones cost nothing after all.
-
-    Args:
-        bundle: the bundle.
-        cases: what is generated.
-        steps: of the denoising loop.
-        components: which models are looked at; empty is all.
-        quick: fewer and shorter sampled inputs.
-
-    """
+    """Return the cost of each stage of `verify_fully`, references included; kept ones cost nothing after all."""
     wanted = [c for c in bundle.components if not components or c in components]
     found: dict[str, float] = {}
     for component in wanted:
@@ -227,22 +218,9 @@ def with_bisections(
     threads: int | None = None,
     report: Progress = lambda what, done, total: None,
 ) -> Verification:
-    """Bisect every MNN model that fell short at its worst case, sampled or in a generation.
+    """Return the verification with a bisection of every MNN model that fell short, sampled or in a generation.
 
-    Args:
-        bundle: the bundle.
-        findings: what was found in it.
-        references: of the bundle, if there are generations among the findings.
-        threads: of either engine; None leaves it to them.
-        report: called as work goes on.
-
-    Returns:
-        The findings, with what was found.
-
-    Raises:
-        ModelFileError: a file cannot be run.
-        VerificationError: reference and target have no tensor in common.
-
+    Each is bisected at its worst case; for one in a generation the bundle's references are needed.
     """
     sampled = {v.component: v for v in findings.verdicts if v.engine == "mnn" and not v.passed}
     generated = findings.short if findings.engine == "mnn" else {}

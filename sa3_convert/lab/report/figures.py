@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import squarify
@@ -69,14 +70,8 @@ def steps_figure(distributions: Sequence[ReportedDistribution], name: str, label
         for found, color, marker in zip(distributions, (Ink.FIRST, Ink.SECOND), ("o", "s"), strict=False):
             steps = [step.step for step in found.by_step]
             title = found.name.removeprefix("dit, ")
-            axes.fill_between(
-                steps,
-                [step.worst for step in found.by_step],
-                [step.best for step in found.by_step],
-                color=color,
-                alpha=0.18,
-                lw=0,
-            )
+            low, high = [step.worst for step in found.by_step], [step.best for step in found.by_step]
+            axes.fill_between(steps, low, high, color=color, alpha=0.18, lw=0)
             axes.plot(steps, [step.mean for step in found.by_step], marker, ls="-", color=color, ms=4.5, label=title)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
         axes.set_xlabel("denoising step, counted from 0")
@@ -122,12 +117,11 @@ def layers_figure(found: Bisection, name: str, label: str) -> str:
         axes = figure.add_subplot()
         bottom = min(_LEAST_DB, max((o.own_error_db for o in operators if o.own_error_db < _LEAST_DB), default=60.0))
         bottom = max(bottom, 60.0) + 5
-        for wanted, color in ((False, Ink.FIRST), (True, Ink.BAD)):
+        for wanted, color, thinnest in ((False, Ink.FIRST, 250), (True, Ink.BAD, 150)):
             bars = [i for i, o in enumerate(operators) if o.is_faulty is wanted and o.own_error_db < bottom]
-            tops = [operators[i].own_error_db for i in bars]
-            width = max(1.0, len(operators) / (150 if wanted else 250))
             # From the bottom up: the axis is turned round.
-            axes.bar(bars, [top - bottom for top in tops], bottom=bottom, width=width, color=color, lw=0)
+            heights = [operators[i].own_error_db - bottom for i in bars]
+            axes.bar(bars, heights, bottom=bottom, width=max(1.0, len(operators) / thinnest), color=color, lw=0)
         gathered = [min(bottom, operator.error_out_db) for operator in operators]
         axes.plot(range(len(operators)), gathered, color=Ink.SECOND, lw=1.1)
         top = min([*gathered, *(o.own_error_db for o in operators)])
@@ -148,17 +142,12 @@ _COLUMNS = 140
 _BANDS = 72
 _LOWEST_HZ = 40.0
 _RANGE_DB = 80.0
+_PIXELS: Mapping[str, Any] = {"origin": "lower", "aspect": "auto", "interpolation": "none"}
 _SCALES_DB = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0)
 
 
 def levels(audio: Floats, sample_rate: int) -> NDArray[np.float64]:
-    """Return levels in dB, [bands, columns]; bands rise by equal ratios from 40 Hz to half the sample rate.
-
-    Args:
-        audio: [channels, samples].
-        sample_rate: in Hz.
-
-    """
+    """Return levels in dB of [channels, samples] as [bands, columns]; bands rise by equal ratios from 40 Hz up."""
     padded = np.pad(audio.astype(np.float64), ((0, 0), (_WINDOW // 2, _WINDOW)))
     starts = np.linspace(0, max(audio.shape[1] - 1, 0), _COLUMNS).astype(int)
     frames = padded[:, starts[:, None] + np.arange(_WINDOW)] * np.hanning(_WINDOW)
@@ -184,44 +173,29 @@ def spectrogram_figure(sides: Sides, sample_rate: int, name: str, label: str) ->
     peak = float(shown["reference"].max())
     floored = {side: np.maximum(values, peak - _RANGE_DB) for side, values in shown.items()}
     changes = [floored[side] - floored["reference"] for side in ("target", "chaos")]
-    panels = [
-        [("reference", floored["reference"] - peak), ("this bundle", floored["target"] - peak)],
-        [("change: this bundle", changes[0]), ("change: nudged", changes[1])],
-    ]
     # One scale for both changes: they are there to be compared.
     most = float(np.percentile(np.abs(changes), 99.5))
     scale = next((step for step in _SCALES_DB if step >= most), _SCALES_DB[-1])
-    seconds = sides["reference"].shape[1] / sample_rate
+    sounds = [("reference", floored["reference"] - peak), ("this bundle", floored["target"] - peak)]
+    differences = [("change: this bundle", changes[0]), ("change: nudged", changes[1])]
+    rows = [("magma", -_RANGE_DB, 0.0, "level in dB", sounds), ("berlin", -scale, scale, "change in dB", differences)]
+    extent = (0, sides["reference"].shape[1] / sample_rate, 0, _BANDS)
     figure = new_figure(300)
     with styled():
         grid = figure.subplots(2, 2, sharex=True, sharey=True)
-        for row, (maps, bounds, unit) in enumerate(
-            (("magma", (-_RANGE_DB, 0.0), "level in dB"), ("berlin", (-scale, scale), "change in dB"))
-        ):
-            for column, (title, values) in enumerate(panels[row]):
-                axes = grid[row, column]
-                image = axes.imshow(
-                    values,
-                    origin="lower",
-                    aspect="auto",
-                    cmap=maps,
-                    vmin=bounds[0],
-                    vmax=bounds[1],
-                    extent=(0, seconds, 0, _BANDS),
-                    interpolation="none",
-                )
+        for line, (colours, low, high, unit, panels) in zip(grid, rows, strict=True):
+            for axes, (title, values) in zip(line, panels, strict=True):
+                image = axes.imshow(values, colours, vmin=low, vmax=high, extent=extent, **_PIXELS)
                 axes.set_title(title)
                 axes.set_yticks([_row_of(hertz, sample_rate) for hertz in (100, 1000, 10000)], ["100", "1k", "10k"])
                 axes.tick_params(length=0)
-                for spine in axes.spines.values():
-                    spine.set_visible(False)
-                if row == 1:
-                    axes.set_xlabel("seconds")
-                if column == 0:
-                    axes.set_ylabel("Hz")
-            bar = figure.colorbar(image, ax=grid[row, :], aspect=12, pad=0.02, label=unit)
+                axes.spines[:].set_visible(False)
+            line[0].set_ylabel("Hz")
+            bar = figure.colorbar(image, ax=line, aspect=12, pad=0.02, label=unit)
             bar.outline.set_visible(False)
             bar.ax.tick_params(length=0)
+        for axes in grid[-1]:
+            axes.set_xlabel("seconds")
     return svg_of(figure, name, label)
 
 
@@ -233,20 +207,13 @@ _HEIGHT = 260.0
 _CHARACTER = 6.2
 _LINE = 13.0
 _MARGIN = 6.0
-_INKS: Mapping[str, Ink] = {
-    "fp32": Ink.FLOAT,
-    "fp16": Ink.HALF,
-    "bf16": Ink.HALF,
-    "scales": Ink.SCALES,
-    "structure": Ink.OTHER,
-}
+_OTHERS = {"structure", "int32", "int64", "uint8", "bool"}
+_INKS = {"fp32": Ink.FLOAT, "fp16": Ink.HALF, "bf16": Ink.HALF, "scales": Ink.SCALES}
 
 
 def ink_of(stored: str) -> Ink:
     """Return the colour of a stored type; weights as integers, of any width, share one."""
-    if stored in ("int32", "int64", "uint8", "bool"):
-        return Ink.OTHER
-    return _INKS.get(stored, Ink.INTEGER)
+    return Ink.OTHER if stored in _OTHERS else _INKS.get(stored, Ink.INTEGER)
 
 
 def storage_figure(components: Sequence[ReportedModel], name: str, label: str) -> str:

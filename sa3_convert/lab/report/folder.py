@@ -1,4 +1,4 @@
-"""`verify --report`: findings in, a folder out, whole or not there."""
+"""`verify --report`: what was found in, a folder out, whole or not there."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -13,7 +13,6 @@ from markupsafe import Markup
 
 from sa3_convert.arrays import Floats
 from sa3_convert.lab.generations.end_to_end import EndToEndCase
-from sa3_convert.lab.report import formatting
 from sa3_convert.lab.report.figures import (
     MOST_DB,
     Sides,
@@ -26,7 +25,7 @@ from sa3_convert.lab.report.figures import (
     storage_figure,
     strips_figure,
 )
-from sa3_convert.lab.report.formatting import fixed, shown_case, shown_db, shown_prompt
+from sa3_convert.lab.report.formatting import fixed, shown_case, shown_db, shown_floor, shown_prompt, shown_size
 from sa3_convert.lab.report.schema import Bisection, Generations, Operator, Report, ReportedModel
 from sa3_convert.lab.report.theme import Ink
 from sa3_convert.runtime.audio import Quantiser
@@ -160,11 +159,12 @@ def render_page(report: Report, heard: Heard, sample_rate: int) -> str:
 
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {name: getattr(formatting, name) for name in ("fixed", "shown_case")}
     environment.filters |= {
+        "fixed": fixed,
+        "shown_case": shown_case,
         "db": shown_db,
-        "floor": formatting.shown_floor,
-        "size": formatting.shown_size,
+        "floor": shown_floor,
+        "size": shown_size,
         "versions": _versions,
         "shown_operators": shown_operators,
         "operators_label": _operators_label,

@@ -90,11 +90,7 @@ def styled() -> AbstractContextManager[None]:
 def svg_of(figure: Figure, name: str, label: str) -> str:
     """Return a figure as an `<svg>` element to stand in a page.
 
-    Args:
-        figure: made by `new_figure`.
-        name: unique in the page; identifiers within the SVG begin with it.
-        label: what the figure shows, for those who do not see it.
-
+    Its identifiers begin with `name`, unique in the page; `label` says what it shows to those who do not see it.
     """
     buffer = io.StringIO()
     with mpl.rc_context(_STYLE | {"svg.hashsalt": name}), warnings.catch_warnings():

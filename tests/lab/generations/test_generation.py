@@ -217,7 +217,7 @@ def test_teacher_forced_errors_are_the_steps_own_and_free_running_ones_are_not(t
     forced, free = result.of(TEACHER_FORCED), result.of(FREE_RUNNING)
     assert forced.mean == pytest.approx(40, abs=1e-3)
     assert forced.worst == pytest.approx(40, abs=1e-3)
-    assert len({round(ratio, 1) for ratio in free.by_step().values()}) > 1
+    assert len({round(ratio, 1) for ratio in free.by_step.values()}) > 1
     assert result.of("decoder").worst == MAX_DB
 
 
