@@ -1,7 +1,6 @@
 """Comparisons as tables for the terminal: sampled inputs, whole generations, bisections, drift."""
 
-import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -12,28 +11,28 @@ from sa3_convert.check.results import BundleFidelity, Verdict
 from sa3_convert.lab.bisect.against import Against
 from sa3_convert.lab.bisect.result import BisectResult, limit_db
 from sa3_convert.lab.drift.baseline import BundleBaseline, Figure
-from sa3_convert.lab.drift.compare import Drift, Row, limit
+from sa3_convert.lab.drift.compare import Drift, limit
 from sa3_convert.lab.generations.audio_metrics import WINDOWS
-from sa3_convert.lab.generations.distribution import (
-    FREE_RUNNING,
-    Distribution,
-    GenerationFidelity,
-    component_of,
-    ratios_by_step,
-)
-from sa3_convert.lab.generations.end_to_end import STEPS, Divergence, EndToEnd
-from sa3_convert.lab.generations.full import place
-from sa3_convert.lab.report.formatting import fixed
+from sa3_convert.lab.generations.distribution import Distribution, GenerationFidelity, ratios_by_step
+from sa3_convert.lab.generations.end_to_end import Divergence, EndToEnd
+from sa3_convert.lab.report.formatting import fixed, replay
 from sa3_convert.runtime.engines import EngineName
+
+
+def _table(title: str, words: Iterable[str], figures: Iterable[str], *, no_wrap: bool = False) -> Table:
+    """Return an empty table: columns of words, of which the first keeps its lines, and then of figures."""
+    table = Table(title=title, title_justify="left")
+    for number, name in enumerate(words):
+        table.add_column(name, no_wrap=no_wrap or (number == 0 and name in ("component", "case")))
+    for name in figures:
+        table.add_column(name, justify="right", no_wrap=no_wrap)
+    return table
 
 
 def render_fidelity(result: BundleFidelity) -> Table:
     """Return one row per model: its worst figures, its floor, and whether it passed; about 80 columns wide."""
-    table = Table(title=f"{result.bundle} ({result.recipe}) against ONNX Runtime, fp32")
-    table.add_column("component", no_wrap=True)
-    table.add_column("as", no_wrap=True)
-    for name in ("dB", "mean", "floor", "cosine", "max error"):
-        table.add_column(name, justify="right", no_wrap=True)
+    title = f"{result.bundle} ({result.recipe}) against ONNX Runtime, fp32"
+    table = _table(title, ("component", "as"), ("dB", "mean", "floor", "cosine", "max error"), no_wrap=True)
     table.add_column("", no_wrap=True)
     for verdict in result.verdicts:
         table.add_row(*_row(verdict))
@@ -58,11 +57,8 @@ def render_against(result: Against, reach: int = 4) -> Table:
     """Return the operators around the first that differs between two ways to run a file, or around the worst."""
     centre = result.suspect or result.worst
     at = result.differences.index(centre)
-    table = Table(title=result.verdict(), caption=f"{len(result.differences)} tensors were compared")
-    for name in ("name", "MNN operator", "stored", "shape"):
-        table.add_column(name)
-    for name in ("dB in", "dB out"):
-        table.add_column(name, justify="right")
+    table = _table(result.verdict(), ("name", "MNN operator", "stored", "shape"), ("dB in", "dB out"))
+    table.caption = f"{len(result.differences)} tensors were compared"
     for difference in result.differences[max(0, at - reach) : at + reach + 1]:
         table.add_row(
             f"▶ {difference.name}" if difference is centre else f"  {difference.name}",
@@ -79,12 +75,9 @@ def render_against(result: Against, reach: int = 4) -> Table:
 def render_bisect(result: BisectResult, reach: int = 4) -> Table:
     """Return the operators around the one to blame, or around the one with the most error of its own."""
     centre = result.suspect or result.worst
-    lost = len(result.incomparable)
-    table = Table(title=result.verdict(), caption=f"{lost} tensors are not comparable: fused, or their names were lost")
-    for name in ("ONNX name", "ONNX operators", "MNN operator", "stored", "shape"):
-        table.add_column(name)
-    for name in ("dB in", "dB out", "own dB", "allowed"):
-        table.add_column(name, justify="right")
+    names = ("ONNX name", "ONNX operators", "MNN operator", "stored", "shape")
+    table = _table(result.verdict(), names, ("dB in", "dB out", "own dB", "allowed"))
+    table.caption = f"{len(result.incomparable)} tensors are not comparable: fused, or their names were lost"
     for operator in result.around(centre, reach):
         table.add_row(
             f"▶ {operator.name}" if operator is centre else f"  {operator.name}",
@@ -106,14 +99,12 @@ def render_generations(
 ) -> RenderableType:
     """Return a row per distribution, the DiT step by step, and the commands of `replay` for the worst cases."""
     on = "" if engine == "mnn" else f" on {engine}"
-    table = Table(title=f"Over whole generations of {result.steps} steps{on}, dB", title_justify="left")
-    table.add_column("", no_wrap=True)
-    for name in ("runs", "mean", "5 %", "worst"):
-        table.add_column(name, justify="right", no_wrap=True)
+    title = f"Over whole generations of {result.steps} steps{on}, dB"
+    table = _table(title, ("",), ("runs", "mean", "5 %", "worst"), no_wrap=True)
     table.add_column("worst case", no_wrap=True)
     for distribution in result.distributions:
         figures = (fixed(ratio, 1) for ratio in (distribution.mean, distribution.percentile_5, distribution.worst))
-        table.add_row(distribution.name, str(distribution.count), *figures, place(distribution))
+        table.add_row(distribution.name, str(distribution.count), *figures, distribution.place)
     parts: list[RenderableType] = [table]
     stepped = [d for d in result.distributions if d.by_step]
     if stepped:
@@ -127,11 +118,8 @@ def render_generations(
 
 def _steps(distributions: list[Distribution]) -> Table:
     """Return the mean and the worst of each denoising step."""
-    table = Table(title="By denoising step, dB", title_justify="left")
-    table.add_column("step", justify="right")
-    for distribution in distributions:
-        for name in ("mean", "worst"):
-            table.add_column(f"{distribution.name}, {name}", justify="right")
+    names = (f"{distribution.name}, {name}" for distribution in distributions for name in ("mean", "worst"))
+    table = _table("By denoising step, dB", (), ("step", *names))
     worst = [{s: min(r) for s, r in ratios_by_step(d.observations).items()} for d in distributions]
     for step in distributions[0].by_step:
         pairs = ((d.by_step[step], low[step]) for d, low in zip(distributions, worst, strict=True))
@@ -139,47 +127,10 @@ def _steps(distributions: list[Distribution]) -> Table:
     return table
 
 
-def replay(
-    distribution: Distribution,
-    bundle: Path,
-    *,
-    steps: int = STEPS,
-    engine: EngineName = "mnn",
-    references: Path | None = None,
-) -> str:
-    """Return the command that has the worst case again.
-
-    It bisects the model at the inputs of that case. Where a free-running generation stands has no such inputs, and the
-    integer forms for ONNX Runtime cannot be bisected: their command measures that one case again.
-
-    Args:
-        distribution: what was measured.
-        bundle: of which bundle.
-        steps: of the denoising loop.
-        engine: what ran it.
-        references: where reference outputs were kept, if that was asked for.
-
-    """
-    step = distribution.worst_step
-    words = ["--component", component_of(distribution.name).value, "--case", distribution.worst_case]
-    if steps != STEPS:
-        words += ["--steps", str(steps)]
-    if references is not None:
-        words += ["--references", str(references)]
-    if distribution.name == FREE_RUNNING or engine != "mnn":
-        words += ["--full", "--quick", *(["--engine", engine] if engine != "mnn" else [])]
-        return shlex.join(["sa3-convert", "verify", str(bundle), *words])
-    words += [] if step is None else ["--step", str(step)]
-    return shlex.join(["sa3-convert", "bisect", str(bundle), *words])
-
-
 def render_end_to_end(result: EndToEnd) -> RenderableType:
     """Return each generation's figures beside those of the nudged reference, their means, and what they amount to."""
-    table = Table(title="From prompt to audio, against the reference", title_justify="left")
-    table.add_column("case", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for name in ("latent cosine", *(f"spectra {window}" for window in WINDOWS), "envelope", "LU", "width"):
-        table.add_column(name, justify="right")
+    names = ("latent cosine", *(f"spectra {window}" for window in WINDOWS), "envelope", "LU", "width")
+    table = _table("From prompt to audio, against the reference", ("case", ""), names)
     for case in result.cases:
         table.add_row(case.case, "target", *_distribution_figures([case.target]))
         table.add_row("", "chaos", *_distribution_figures([case.chaos]), style="dim")
@@ -219,21 +170,9 @@ def render_drift(drift: Drift) -> Table:
     speed = [row for row in drift.rows if row.figure.kind == "speed" and row not in moved]
     rows = moved or [row for row in drift.rows if _is_main(row.figure)]
     what = "what moved" if not drift.passed else "what got better" if moved else "sizes and means; nothing moved"
-    return _table(f"{' '.join(drift.baseline.key)}: {what}", [*rows, *speed])
-
-
-def _is_main(figure: Figure) -> bool:
-    return figure.kind == "size" or (figure.kind == "fidelity" and figure.name.endswith(": mean"))
-
-
-def _table(title: str, rows: Sequence[Row]) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("component", no_wrap=True)
-    table.add_column("figure")
-    for name in ("before", "now", "allowed"):
-        table.add_column(name, justify="right")
+    table = _table(f"{' '.join(drift.baseline.key)}: {what}", ("component", "figure"), ("before", "now", "allowed"))
     table.add_column("", no_wrap=True)
-    for row in rows:
+    for row in (*rows, *speed):
         table.add_row(
             row.figure.component.value,
             row.figure.name,
@@ -246,13 +185,13 @@ def _table(title: str, rows: Sequence[Row]) -> Table:
     return table
 
 
+def _is_main(figure: Figure) -> bool:
+    return figure.kind == "size" or (figure.kind == "fidelity" and figure.name.endswith(": mean"))
+
+
 def render_baseline(baseline: BundleBaseline) -> Table:
     """Return the main figures of a new baseline with what each may become."""
-    table = Table(title=f"{' '.join(baseline.key)}: baseline", title_justify="left")
-    table.add_column("component", no_wrap=True)
-    table.add_column("figure")
-    for name in ("now", "allowed"):
-        table.add_column(name, justify="right")
+    table = _table(f"{' '.join(baseline.key)}: baseline", ("component", "figure"), ("now", "allowed"))
     for figure in filter(_is_main, baseline.figures):
         values = (shown(figure, figure.value), shown(figure, limit(figure)))
         table.add_row(figure.component.value, figure.name, *values)

@@ -55,6 +55,11 @@ class Distribution(Spread):
             **Spread.of([o.signal_to_noise_db for o in observations]).model_dump(),
         )
 
+    @property
+    def place(self) -> str:
+        """The worst case, with its step."""
+        return self.worst_case + ("" if self.worst_step is None else f" step={self.worst_step}")
+
 
 def ratios_by_step(observations: Sequence[Observation]) -> dict[int, list[float]]:
     """Return the ratios of each denoising step, in order."""

@@ -93,7 +93,7 @@ class Verification(BundleFidelity):
         for component, distribution in self.short.items():
             floor, ratio = self.floors[component], distribution.worst
             found.append(
-                f"{component.value}: generation {place(distribution)} has {ratio:z.2f} dB, the floor is {floor:g} dB."
+                f"{component.value}: generation {distribution.place} has {ratio:z.2f} dB, the floor is {floor:g} dB."
                 f"{advice(ratio, floor)}"
             )
         return tuple(found)
@@ -102,12 +102,6 @@ class Verification(BundleFidelity):
         """Return JSON-ready data."""
         data: dict[str, Any] = TypeAdapter(Verification).dump_python(self, mode="json", by_alias=True)
         return data
-
-
-def place(distribution: Distribution) -> str:
-    """Return the worst case of a distribution, with its step."""
-    step = distribution.worst_step
-    return distribution.worst_case + ("" if step is None else f" step={step}")
 
 
 _COSTS: Mapping[Component, tuple[float, float]] = {

@@ -6,13 +6,12 @@ from collections.abc import Iterator, Mapping
 from sa3_convert.bundle.manifest import Artifact
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.check.results import Spread, Verdict
-from sa3_convert.cli.comparison_tables import replay
 from sa3_convert.components import Component
 from sa3_convert.lab.bisect.result import BisectResult, OperatorError, limit_db
 from sa3_convert.lab.generations.distribution import FREE_RUNNING, Distribution, component_of, ratios_by_step
 from sa3_convert.lab.generations.full import Verification
 from sa3_convert.lab.report.changes import changes_since_conversion, changes_since_report
-from sa3_convert.lab.report.formatting import fixed
+from sa3_convert.lab.report.formatting import bisect_command, fixed, replay
 from sa3_convert.lab.report.schema import (
     Bisection,
     Generations,
@@ -109,7 +108,7 @@ def _model(bundle: Bundle, found: Verification, verdict: Verdict) -> ReportedMod
         spread=Spread.of([figures.signal_to_noise_db for figures in verdict.by_case.values()]),
         worst=verdict.worst,
         worst_case=worst,
-        replay=_bisect_command(bundle, verdict.component, worst),
+        replay=bisect_command(bundle.path, verdict.component, worst),
         cases=verdict.measurements,
         bytes=sum(entry.bytes for entry in artifact.files),
         files=tuple(ModelFile(path=entry.path, bytes=entry.bytes, sha256=entry.sha256) for entry in artifact.files),
@@ -127,15 +126,6 @@ def _stored(artifact: Artifact) -> tuple[StoredType, ...]:
     sizes["structure"] = sum(entry.bytes for entry in artifact.files) - sum(sizes.values())
     ranked = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
     return tuple(StoredType(type=name, bytes=size) for name, size in ranked if size > 0)
-
-
-def _bisect_command(bundle: Bundle, component: Component, case: str | None = None) -> str:
-    """Return the command that bisects a model; `case` is the name of a sample, as 'seed=3 T=108'."""
-    options = dict(part.split("=", 1) for part in (case or "").split())
-    words = ["sa3-convert", "bisect", str(bundle.path), "--component", component.value]
-    for key, option in (("seed", "--seed"), ("T", "--latents")):
-        words += [option, options[key]] if key in options else []
-    return shlex.join(words)
 
 
 def _distribution(bundle: Bundle, found: Verification, distribution: Distribution) -> ReportedDistribution:
@@ -162,7 +152,7 @@ def _bisection(bundle: Bundle, component: Component, found: BisectResult, fell_s
         suspect=None if found.suspect is None else found.suspect.name,
         operators=tuple(_operator(operator) for operator in found.operators),
         incomparable=len(found.incomparable),
-        replay=_bisect_command(bundle, component),
+        replay=bisect_command(bundle.path, component),
     )
 
 

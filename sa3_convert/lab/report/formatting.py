@@ -1,10 +1,17 @@
-"""How figures and cases are written, in the terminal, on the page and in the summary."""
+"""How figures, cases and the commands that replay them are written: in the terminal, on the page, in the summary."""
+
+import shlex
+from pathlib import Path
 
 from rich.cells import cell_len, set_cell_size
 
 from sa3_convert.check.metrics import MAX_DB
+from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
+from sa3_convert.lab.generations.distribution import FREE_RUNNING, Distribution, component_of
+from sa3_convert.lab.generations.end_to_end import STEPS
 from sa3_convert.lab.generations.trajectory import GenerationCase
+from sa3_convert.runtime.engines import EngineName
 
 _LONGEST = 60
 """Columns, of which a letter of an East Asian script takes two."""
@@ -47,3 +54,33 @@ def shown_case(name: str, step: int | None = None) -> str:
         return name
     parts = (shown_prompt(case.text), f"seed {case.seed}", f"{case.seconds:g} s")
     return ", ".join(parts if step is None else (*parts, f"step {step}"))
+
+
+def replay(
+    distribution: Distribution,
+    bundle: Path,
+    *,
+    steps: int = STEPS,
+    engine: EngineName = "mnn",
+    references: Path | None = None,
+) -> str:
+    """Return the command that has the worst case again, of so many steps, run by `engine`.
+
+    It bisects the model at the inputs of that case. Where a free-running generation stands has no such inputs, and the
+    integer forms for ONNX Runtime cannot be bisected: their command measures that one case again.
+    """
+    words = ["--component", component_of(distribution.name).value, "--case", distribution.worst_case]
+    words += ["--steps", str(steps)] if steps != STEPS else []
+    words += [] if references is None else ["--references", str(references)]
+    if distribution.name == FREE_RUNNING or engine != "mnn":
+        words += ["--full", "--quick", *(["--engine", engine] if engine != "mnn" else [])]
+        return shlex.join(["sa3-convert", "verify", str(bundle), *words])
+    words += [] if distribution.worst_step is None else ["--step", str(distribution.worst_step)]
+    return shlex.join(["sa3-convert", "bisect", str(bundle), *words])
+
+
+def bisect_command(bundle: Path, component: Component, sample: str = "") -> str:
+    """Return the command that bisects a model, on a sampled input by its name, as 'seed=3 T=108'."""
+    options = {"seed": "--seed", "T": "--latents"}
+    words = [word for pair in sample.split() for word in (options[pair.split("=")[0]], pair.split("=")[1])]
+    return shlex.join(["sa3-convert", "bisect", str(bundle), "--component", component.value, *words])

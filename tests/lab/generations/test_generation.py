@@ -21,7 +21,7 @@ from sa3_convert.bundle.manifest import Artifact, CheckpointOrigin, FileEntry, M
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.check.metrics import MAX_DB, Fidelity
 from sa3_convert.check.reference_store import ReferenceStore
-from sa3_convert.cli.comparison_tables import render_end_to_end, render_generations, replay
+from sa3_convert.cli.comparison_tables import render_end_to_end, render_generations
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError, VerificationError
 from sa3_convert.lab.generations.cases import case_feeds
@@ -44,6 +44,7 @@ from sa3_convert.lab.generations.trajectory import (
     denoised,
     replayed,
 )
+from sa3_convert.lab.report.formatting import replay
 from sa3_convert.runtime.engines import EngineName
 from tests.conftest import GOLDEN
 from tests.lab.bisect.sessions import LAYOUT, StandIn
