@@ -1,5 +1,6 @@
 """How figures, cases and the commands that replay them are written: in the terminal, on the page, in the summary."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -7,12 +8,12 @@ from rich.cells import cell_len, set_cell_size
 
 from sa3_convert.check.metrics import MAX_DB
 from sa3_convert.components import Component
-from sa3_convert.errors import UsageError
 from sa3_convert.lab.generations.distribution import FREE_RUNNING, Distribution, component_of
 from sa3_convert.lab.generations.end_to_end import STEPS
 from sa3_convert.lab.generations.trajectory import GenerationCase
 from sa3_convert.runtime.engines import EngineName
 
+_GENERATION = re.compile(r"(prompt=\d+ seed=\d+ seconds=\d+(?:\.\d+)?)(?: step=(\d+))?", re.ASCII)
 _LONGEST = 60
 """Columns, of which a letter of an East Asian script takes two."""
 
@@ -46,14 +47,14 @@ def shown_prompt(text: str, longest: int = _LONGEST) -> str:
     return f"“{text}”" if text else "no prompt"
 
 
-def shown_case(name: str, step: int | None = None) -> str:
-    """Return a case by its prompt's text; a sampled input, which has none, by its name."""
-    try:
-        case = GenerationCase.parse(name)
-    except UsageError:
-        return name
+def with_prompts(text: str) -> str:
+    """Return text in which whole generations are called by their prompts, and sampled inputs stay as they are."""
+    return _GENERATION.sub(lambda found: _shown_case(GenerationCase.parse(found[1]), found[2]), text)
+
+
+def _shown_case(case: GenerationCase, step: str | None) -> str:
     parts = (shown_prompt(case.text), f"seed {case.seed}", f"{case.seconds:g} s")
-    return ", ".join(parts if step is None else (*parts, f"step {step}"))
+    return ", ".join((*parts, f"step {step}") if step else parts)
 
 
 def replay(

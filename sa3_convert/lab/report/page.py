@@ -25,7 +25,7 @@ from sa3_convert.lab.report.figures import (
     storage_figure,
     strips_figure,
 )
-from sa3_convert.lab.report.formatting import fixed, shown_case, shown_db, shown_floor, shown_prompt, shown_size
+from sa3_convert.lab.report.formatting import fixed, shown_db, shown_floor, shown_prompt, shown_size, with_prompts
 from sa3_convert.lab.report.schema import Bisection, Generations, Operator, Report, ReportedModel
 from sa3_convert.lab.report.theme import Ink
 from sa3_convert.runtime.audio import Quantiser
@@ -110,7 +110,7 @@ def _heard(report: Report, heard: Heard, sample_rate: int) -> list[HeardCase]:
     kept.sort(key=lambda case: -case.target.audio.mean_spectral_distance_db)
     return [
         HeardCase(
-            shown_case(case.case),
+            with_prompts(case.case),
             _spectrogram(case, heard[case.case], sample_rate, number),
             tuple(
                 player(name, heard[case.case][side], sample_rate)
@@ -125,7 +125,7 @@ def _heard(report: Report, heard: Heard, sample_rate: int) -> list[HeardCase]:
 def _spectrogram(case: EndToEndCase, sides: Sides, sample_rate: int, number: int) -> Drawn:
     far, chance = (fixed(side.audio.mean_spectral_distance_db, 2) for side in (case.target, case.chaos))
     said = f"the bundle is {far} dB from the reference, the nudged reference {chance} dB."
-    label = f"Spectrograms of {shown_case(case.case)}: {said}"
+    label = f"Spectrograms of {with_prompts(case.case)}: {said}"
     caption = f"{shown_prompt(case.prompt, 1000)}: {said}"
     return _drawn(spectrogram_figure(sides, sample_rate, f"heard-{number}", label), caption)
 
@@ -161,7 +161,7 @@ def render_page(report: Report, heard: Heard, sample_rate: int) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "fixed": fixed,
-        "shown_case": shown_case,
+        "with_prompts": with_prompts,
         "db": shown_db,
         "floor": shown_floor,
         "size": shown_size,

@@ -91,6 +91,11 @@ class ReportedDistribution(Data):
     """Empty for what has no steps."""
     observations: tuple[Observation, ...]
 
+    @property
+    def place(self) -> str:
+        """The worst case, with its step."""
+        return self.worst_case + ("" if self.worst_step is None else f" step={self.worst_step}")
+
 
 class Generations(Data):
     """Each model over whole generations."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from sa3_convert.bundle.table import markdown_text
-from sa3_convert.lab.report.formatting import shown_db, shown_floor, shown_size
+from sa3_convert.lab.report.formatting import shown_db, shown_floor, shown_size, with_prompts
 from sa3_convert.lab.report.schema import Change, Report
 from sa3_convert.system.untrusted import printable
 
@@ -20,7 +20,7 @@ def _lines(report: Report) -> Iterator[str]:
     yield ""
     yield f"**{markdown_text(report.verdict)}**"
     yield ""
-    problems = [problem.what for problem in report.problems]
+    problems = [with_prompts(problem.what) for problem in report.problems]
     problems += [found.verdict for found in report.bisections if found.fell_short]
     if problems:
         yield from (f"- {markdown_text(problem)}" for problem in problems)

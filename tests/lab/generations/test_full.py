@@ -134,7 +134,7 @@ def test_a_generation_below_the_floor_is_a_failure_that_names_a_floor_that_passe
 ) -> None:
     generations = verified[0].generations
     assert generations is not None
-    worst = generations.of("decoder").summary
+    worst = generations.of("decoder")
     findings = with_floor(verified[0], Component.DECODER, worst.worst + 0.5)
     assert not findings.passed
     with pytest.raises(VerificationError, match=f"decoder: generation {worst.worst_case} has .*floor_db: "):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sa3_convert.lab.report.formatting import fixed, shown_case, shown_db, shown_prompt
+from sa3_convert.lab.report.formatting import fixed, shown_db, shown_prompt, with_prompts
 
 
 @pytest.mark.parametrize(
@@ -32,14 +32,14 @@ def test_a_ratio_of_equal_arrays_is_infinite() -> None:
         ("prompt=0 seed=1 seconds=2.5", "“warm analog synth pad”, seed 1, 2.5 s"),
         ("prompt=4 seed=0 seconds=5", "no prompt, seed 0, 5 s"),
         ("seed=3 T=8", "seed=3 T=8"),
+        (
+            "dit: generation prompt=3 seed=0 seconds=2 step=7 has 1 dB.",
+            "dit: generation “dog bark”, seed 0, 2 s, step 7 has 1 dB.",
+        ),
     ],
 )
 def test_a_case_is_called_by_its_prompt_and_a_sampled_input_by_its_name(name: str, shown: str) -> None:
-    assert shown_case(name) == shown
-
-
-def test_a_step_stands_behind_its_case() -> None:
-    assert shown_case("prompt=3 seed=0 seconds=2", 7) == "“dog bark”, seed 0, 2 s, step 7"
+    assert with_prompts(name) == shown
 
 
 def test_a_long_prompt_loses_its_end() -> None:

@@ -121,7 +121,10 @@ def test_every_figure_has_a_caption_and_a_label_and_every_table_a_caption(page: 
 
 def test_a_failure_names_the_model_the_operator_and_the_command() -> None:
     short = samples.component(passed=False)
-    problem = Problem(what="dit: 20 dB, the floor is 30 dB.", command="sa3-convert bisect b --component dit --seed 3")
+    problem = Problem(
+        what="dit: generation prompt=3 seed=0 seconds=2 has 20 dB, the floor is 30 dB.",
+        command="sa3-convert bisect b --component dit --seed 3",
+    )
     page = page_of(
         samples.report(
             passed=False, problems=(problem,), components=(short,), bisections=(samples.bisection(own=20.0),)
@@ -129,7 +132,7 @@ def test_a_failure_names_the_model_the_operator_and_the_command() -> None:
     )
     head = page[: page.index("<section")]
     assert "<title>Failed" in page
-    assert "dit: 20 dB, the floor is 30 dB." in head
+    assert "dit: generation “dog bark”, seed 0, 2 s has 20 dB, the floor is 30 dB." in head
     assert "is the worst." in head
     assert "--component dit --seed 3" in head
     assert "dit, which fell short" in page
