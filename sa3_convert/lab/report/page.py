@@ -9,7 +9,6 @@ from importlib.resources import files
 import numpy as np
 import soundfile
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from sa3_convert.arrays import Floats
 from sa3_convert.lab.generations.end_to_end import EndToEndCase
@@ -43,7 +42,7 @@ _PLAYED_SECONDS = 5
 class Drawn:
     """A figure and its caption."""
 
-    svg: Markup
+    svg: str
     caption: str
 
 
@@ -76,13 +75,9 @@ def player(name: str, audio: Floats, sample_rate: int) -> Player:
     return Player(name, "data:audio/flac;base64," + base64.b64encode(data).decode("ascii"), len(data))
 
 
-def _drawn(svg: str, caption: str) -> Drawn:
-    return Drawn(Markup(svg), caption)
-
-
 def _components(report: Report) -> Drawn:
     strips = [Strip(c.name, [case.signal_to_noise_db for case in c.cases], c.floor_db) for c in report.components]
-    return _drawn(
+    return Drawn(
         strips_figure(strips, "components", f"{report.verdict} A row of dots for each model."),
         "A dot for each output on each input; the solid one is the worst. The bar is the floor. "
         f"What has more than {MOST_DB:g} dB stands there.",
@@ -97,11 +92,11 @@ def _generations(found: Generations) -> Iterator[Drawn]:
             for d in stepped
         )
         caption = "The DiT step by step: the mean over all generations, and from the worst to the best."
-        yield _drawn(steps_figure(stepped, "steps", said), caption)
+        yield Drawn(steps_figure(stepped, "steps", said), caption)
     strips = [Strip(d.name, [o.signal_to_noise_db for o in d.observations], d.floor_db) for d in found.distributions]
     said = "; ".join(f"{s.label}: {shown_db(min(s.ratios))} to {shown_db(max(s.ratios))} dB" for s in strips)
     caption = "A dot for each comparison; the solid one is the worst. The bar is the floor."
-    yield _drawn(strips_figure(strips, "generations", said), caption)
+    yield Drawn(strips_figure(strips, "generations", said), caption)
 
 
 def _heard(report: Report, heard: Heard, sample_rate: int) -> list[HeardCase]:
@@ -127,20 +122,20 @@ def _spectrogram(case: EndToEndCase, sides: Sides, sample_rate: int, number: int
     said = f"the bundle is {far} dB from the reference, the nudged reference {chance} dB."
     label = f"Spectrograms of {with_prompts(case.case)}: {said}"
     caption = f"{shown_prompt(case.prompt, 1000)}: {said}"
-    return _drawn(spectrogram_figure(sides, sample_rate, f"heard-{number}", label), caption)
+    return Drawn(spectrogram_figure(sides, sample_rate, f"heard-{number}", label), caption)
 
 
 def _layers(found: Bisection) -> Drawn:
     name = found.component.value
     caption = f"{len(found.operators)} operators of {name}; {found.incomparable} more tensors are not comparable."
-    return _drawn(layers_figure(found, f"layers-{name}", f"{name}: {found.verdict}"), caption)
+    return Drawn(layers_figure(found, f"layers-{name}", f"{name}: {found.verdict}"), caption)
 
 
 def _storage(report: Report) -> Drawn:
     largest = max(report.components, key=lambda c: c.bytes)
     said = f"Sizes of {len(report.components)} models; the largest is {largest.name}. The table has all figures."
     caption = "Area is bytes: models, each divided by how its data are stored. What is too small to be named is below."
-    return _drawn(storage_figure(report.components, "sizes-map", said), caption)
+    return Drawn(storage_figure(report.components, "sizes-map", said), caption)
 
 
 _HERE = files("sa3_convert.lab.report")
@@ -177,10 +172,10 @@ def render_page(report: Report, heard: Heard, sample_rate: int) -> str:
     template = environment.from_string(_HERE.joinpath("page.html").read_text(encoding="utf-8"))
     page = template.render(
         report=report,
-        style=Markup(_HERE.joinpath("style.css").read_text(encoding="utf-8")),
+        style=_HERE.joinpath("style.css").read_text(encoding="utf-8"),
         components=_components(report),
         generations=list(_generations(report.generations)) if report.generations else [],
-        end_to_end=_drawn(end_to_end_figure(found, "end-to-end", found.judgement), caption) if found else None,
+        end_to_end=Drawn(end_to_end_figure(found, "end-to-end", found.judgement), caption) if found else None,
         heard=listened,
         played=sum(player.bytes for case in listened for player in case.players),
         layers=[_layers(found) for found in report.bisections],
