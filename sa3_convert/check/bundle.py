@@ -10,7 +10,7 @@ from sa3_convert.bundle.manifest import Artifact
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.check.compare import Outputs, compare_runs, run_samples
 from sa3_convert.check.inputs import Sample, samples_for
-from sa3_convert.check.progress import Report, sampled_stage
+from sa3_convert.check.progress import Progress, sampled_stage
 from sa3_convert.check.reference_store import ReferenceStore, digest_of
 from sa3_convert.check.results import BundleFidelity, Verdict
 from sa3_convert.components import Component
@@ -119,7 +119,7 @@ def verify_bundle(
     quick: bool = False,
     threads: int | None = None,
     store: ReferenceStore | None = None,
-    progress: Report = lambda what, done, total: None,
+    progress: Progress = lambda what, done, total: None,
     report: Callable[[Verdict], None] = lambda _: None,
     settings: Mapping[str, Any] | None = None,
 ) -> BundleFidelity:
@@ -175,7 +175,7 @@ def _expected(
     samples: list[Sample],
     threads: int | None,
     store: ReferenceStore | None,
-    progress: Report,
+    progress: Progress,
 ) -> list[Outputs]:
     """Return the reference's outputs, from the store where it has them; the model is loaded when one is missing."""
     engine = bundle_engine(bundle, _REFERENCE, {"threads": threads})
@@ -202,7 +202,7 @@ def _verdict(
     samples: list[Sample],
     expected: list[Outputs],
     threads: int | None,
-    progress: Report,
+    progress: Progress,
     settings: Mapping[str, Any],
 ) -> Verdict:
     component = model.component
@@ -216,7 +216,8 @@ def _verdict(
     claim = None if settings else model.artifact.fidelity
     again = fidelity.over({sample.name for sample in samples_for(component, bundle.layout, quick=True)})
     return Verdict(
-        fidelity,
+        component,
+        fidelity.measurements,
         model.floor_db,
         model.artifact.precision or "",
         claimed_db=None if claim is None else claim.signal_to_noise_db,

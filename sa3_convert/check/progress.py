@@ -5,7 +5,7 @@ from collections.abc import Callable
 from sa3_convert.components import Component
 from sa3_convert.runtime.engines import EngineName
 
-Report = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int], None]
 """(what is being done, how much of it is done, how much there is of it)"""
 
 

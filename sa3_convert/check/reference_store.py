@@ -35,12 +35,8 @@ def digest_of(arrays: Mapping[str, NDArray[Any]]) -> str:
 class ReferenceStore:
     """Arrays by a fingerprint of everything that they were computed from.
 
-    An entry is sealed, and holds numbers only: it is believed whole or computed again.
-
-    Args:
-        folder: where they are kept; made when needed.
-        limit: bytes; the entries that were not used for longest are dropped first.
-
+    An entry is sealed, and holds numbers only: it is believed whole or computed again. Beyond `limit` bytes those that
+    were not used for longest are dropped.
     """
 
     def __init__(self, folder: Path, limit: int = DEFAULT_LIMIT) -> None:
@@ -52,10 +48,7 @@ class ReferenceStore:
     def get(self, compute: Callable[[], Mapping[str, NDArray[Any]]], **parts: Any) -> Arrays:
         """Return the arrays that belong to `parts`, computing them if they are not there or are damaged.
 
-        Args:
-            compute: returns the arrays.
-            **parts: JSON-ready; everything that the arrays depend on (the runtime's version is added).
-
+        Parts are JSON-ready, and are everything that the arrays depend on; the runtime's version is added.
         """
         from safetensors.numpy import save
 

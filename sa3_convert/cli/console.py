@@ -68,8 +68,7 @@ def show_stage(event: StageEvent) -> None:
 
 def show_verdict(verdict: Verdict) -> None:
     """Print one line per verified model."""
-    fidelity = verdict.fidelity
-    stderr.print(f"{fidelity.component.value:<18} {verdict.engine:<16} {fidelity.worst.signal_to_noise_db:.1f} dB")
+    stderr.print(f"{verdict.component.value:<18} {verdict.engine:<16} {verdict.worst.signal_to_noise_db:z.1f} dB")
 
 
 def lora_table(lora: "Lora") -> Table:

@@ -90,7 +90,7 @@ def _check(bundle: "Bundle", file: Path, plan: "Plan", json_file: Path | None) -
         _save(json_file, found)
     stdout.print(render_drift(found))
     echo(FORMULA)
-    for line in found.changes.lines():
+    for line in found.changes:
         echo(f"changed: {line}")
     if not found.passed:
         raise DriftError(_complaint(bundle, file, found))

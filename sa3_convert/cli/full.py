@@ -5,38 +5,27 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 from sa3_convert.arrays import Floats
 from sa3_convert.bundle.reader import Bundle
-from sa3_convert.check.progress import Report
-from sa3_convert.cli.comparison_tables import render_bisect, render_end_to_end, render_generations
-from sa3_convert.cli.comparison_tables import render_fidelity as render
+from sa3_convert.check.progress import Progress
+from sa3_convert.cli.comparison_tables import render_bisect, render_end_to_end, render_fidelity, render_generations
 from sa3_convert.cli.console import stderr, stdout
-from sa3_convert.lab.generations.full import Findings
+from sa3_convert.lab.generations.full import Verification
 from sa3_convert.lab.generations.trajectory import GenerationCase
-from sa3_convert.lab.report.build import read_report
+from sa3_convert.lab.report.changes import read_report
 from sa3_convert.lab.report.folder import OPERATORS, PAGE, SUMMARY, bisected_models, check_folder, write_report
-from sa3_convert.lab.report.summary import shown_size
+from sa3_convert.lab.report.formatting import shown_size
 
 
-class Reporting:
-    """One report.
-
-    Args:
-        folder: where to write it.
-        since: `report.json` of an earlier one.
+class ReportWriter:
+    """Writes the report of one verification to a folder, compared with an earlier `report.json` if there is one.
 
     Raises:
         UsageError: the folder holds something else.
-        InputError: `since` is no report.
+        InputError: the earlier one is no report.
 
     """
 
@@ -50,33 +39,33 @@ class Reporting:
         """Keep what was generated."""
         self._heard.setdefault(case.name, {})[side] = audio
 
-    def write(self, bundle: Bundle, findings: Findings, *, bisecting: bool, threads: int | None) -> None:
+    def write(self, bundle: Bundle, found: Verification, *, bisecting: bool, threads: int | None) -> None:
         """Look at every model operator by operator, if that is wanted, write the folder, and say where it stands."""
         layers = {}
         if bisecting:
             with shown_progress({OPERATORS: 1.0}) as progress:
-                layers = bisected_models(bundle, findings, threads=threads, progress=progress)
-        write_report(self._folder, bundle, findings, layers=layers, heard=self._heard, since=self._since)
+                layers = bisected_models(bundle, found, threads=threads, progress=progress)
+        write_report(self._folder, bundle, found, layers=layers, heard=self._heard, since=self._since)
         page = self._folder / PAGE
         size = shown_size(page.stat().st_size)
         stderr.print(f"Report: {page} ({size}); for a pull request: {self._folder / SUMMARY}")
 
 
-def show_findings(findings: Findings, bundle: Path, references: Path | None = None) -> None:
+def show_verification(found: Verification, bundle: Path, references: Path | None = None) -> None:
     """Print everything that was found; where references were kept is part of the commands that replay a case."""
-    stdout.print(render(findings.bundle))
-    if findings.generations is not None:
-        generations = render_generations(findings.generations, bundle, engine=findings.engine, references=references)
+    stdout.print(render_fidelity(found))
+    if found.generations is not None:
+        generations = render_generations(found.generations, bundle, engine=found.engine, references=references)
         stdout.print(generations, soft_wrap=True)
-    if findings.end_to_end is not None:
-        stdout.print(render_end_to_end(findings.end_to_end))
-    for component, result in findings.bisections.items():
+    if found.end_to_end is not None:
+        stdout.print(render_end_to_end(found.end_to_end))
+    for component, result in found.bisections.items():
         stdout.print(f"\n{component.value}, bisected at its worst case:")
         stdout.print(render_bisect(result))
 
 
 @contextlib.contextmanager
-def shown_progress(work: Mapping[str, float]) -> Iterator[Report]:
+def shown_progress(work: Mapping[str, float]) -> Iterator[Progress]:
     """Yield what shows work: on a terminal a bar over all of it with the time left, elsewhere a line per stage.
 
     Args:
@@ -91,33 +80,28 @@ def shown_progress(work: Mapping[str, float]) -> Iterator[Report]:
         TextColumn("left:"),
         TimeRemainingColumn(),
     )
-    with Progress(
-        *columns,
-        console=stderr,
-        transient=True,
-        disable=not stderr.is_terminal,
-    ) as progress:
-        stages = _Stages(progress, work)
+    with Bar(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        stages = _Stages(bar, work)
         try:
-            yield stages.report
+            yield stages.show
         finally:
             stages.end()
 
 
 class _Stages:
-    def __init__(self, progress: Progress, work: Mapping[str, float]) -> None:
-        self._progress, self._work = progress, work
-        self._task = progress.add_task("checking files", total=sum(work.values()))
+    def __init__(self, bar: Bar, work: Mapping[str, float]) -> None:
+        self._bar, self._work = bar, work
+        self._task = bar.add_task("checking files", total=sum(work.values()))
         self._finished = 0.0
         self._what = ""
         self._began = 0.0
 
-    def report(self, what: str, done: int, total: int) -> None:
+    def show(self, what: str, done: int, total: int) -> None:
         if what != self._what:
             self.end()
             self._what, self._began = what, time.monotonic()
         completed = self._finished + self._work.get(what, 0) * done / total
-        self._progress.update(self._task, description=f"{what} {done}/{total}", completed=completed)
+        self._bar.update(self._task, description=f"{what} {done}/{total}", completed=completed)
 
     def end(self) -> None:
         self._finished += self._work.get(self._what, 0)

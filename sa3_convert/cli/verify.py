@@ -46,17 +46,17 @@ def verify(
     from sa3_convert.check.bundle import verify_bundle
     from sa3_convert.check.reference_store import ReferenceStore
     from sa3_convert.cli.console import show_verdict
-    from sa3_convert.cli.full import show_findings, shown_progress
+    from sa3_convert.cli.full import show_verification, shown_progress
     from sa3_convert.lab.generations.end_to_end import default_references
-    from sa3_convert.lab.generations.full import Findings, verify_fully, with_bisections, workload
+    from sa3_convert.lab.generations.full import Verification, verify_fully, with_bisections, workload
     from sa3_convert.system.files import write_text
 
     opened, components = Bundle.open(bundle), tuple(component or ())
     reporting = None
     if report_folder is not None:
-        from sa3_convert.cli.full import Reporting
+        from sa3_convert.cli.full import ReportWriter
 
-        reporting = Reporting(report_folder, since)
+        reporting = ReportWriter(report_folder, since)
     if full:
         store = ReferenceStore(references or default_references(opened), references_mib << 20)
         work = workload(opened, cases, steps=steps, components=components, quick=quick)
@@ -75,7 +75,7 @@ def verify(
                 heard=reporting.hear if reporting is not None else lambda case, side, audio: None,
             )
     else:
-        findings = Findings(
+        findings = Verification.of(
             verify_bundle(
                 opened,
                 components=components,
@@ -89,7 +89,7 @@ def verify(
             findings = with_bisections(opened, findings, threads=threads)
     if json_file is not None:
         write_text(json_file, json.dumps(findings.to_data(), indent=2) + "\n")
-    show_findings(findings, bundle, references)
+    show_verification(findings, bundle, references)
     if reporting is not None:
         reporting.write(opened, findings, bisecting=bisecting is not False, threads=threads)
     findings.check()

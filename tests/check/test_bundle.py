@@ -40,9 +40,9 @@ def test_a_bundle_as_converted_passes_and_reports_each_component(bundle: Bundle)
     seen: list[Verdict] = []
     result = verify_bundle(bundle, quick=True, threads=2, report=seen.append)
     result.check()
-    assert [v.fidelity.component for v in result.verdicts] == list(COMPONENTS)
+    assert [v.component for v in result.verdicts] == list(COMPONENTS)
     assert seen == list(result.verdicts)
-    assert all(30 < v.fidelity.worst.signal_to_noise_db < 60 for v in result.verdicts)
+    assert all(30 < v.worst.signal_to_noise_db < 60 for v in result.verdicts)
 
 
 def test_the_figures_of_the_conversion_are_reproduced(bundle: Bundle) -> None:
@@ -55,13 +55,13 @@ def test_the_full_set_contains_the_quick_one(bundle: Bundle) -> None:
     part = (Component.NUMBER_CONDITIONER,)
     quick = verify_bundle(bundle, components=part, quick=True, threads=2).verdicts[0]
     full = verify_bundle(bundle, components=part, threads=2).verdicts[0]
-    assert set(quick.fidelity.measurements) < set(full.fidelity.measurements)
+    assert set(quick.measurements) < set(full.measurements)
     assert quick.measured_db == full.measured_db
 
 
 def test_only_the_components_that_were_asked_for_are_verified(bundle: Bundle) -> None:
     result = verify_bundle(bundle, components=(Component.DIT,), quick=True, threads=2)
-    assert [v.fidelity.component for v in result.verdicts] == [Component.DIT]
+    assert [v.component for v in result.verdicts] == [Component.DIT]
 
 
 def test_below_the_recipes_floor_is_a_failure_that_names_a_floor_that_passes(copy_of: Callable[[], Path]) -> None:

@@ -93,7 +93,7 @@ def test_wrong_padding_rows_of_a_text_encoding_are_not_hidden_by_the_prompt() ->
     result = verify(Component.TEXT_ENCODER, spoil_the_last, seeds=(0,))
     assert result.worst_case.output == "last_hidden_state (padding)"
     prompt = next(m for m in result.measurements if m.output == "last_hidden_state")
-    assert prompt.fidelity.signal_to_noise_db == MAX_DB
+    assert prompt.signal_to_noise_db == MAX_DB
 
 
 @pytest.mark.parametrize(

@@ -47,10 +47,10 @@ def replaced(folder: Path, change: Callable[[Path], None]) -> Bundle:
 def test_each_component_has_a_verdict_for_each_engine(whole: Path) -> None:
     result = verify_bundle(Bundle.open(whole), quick=True, threads=2)
     result.check()
-    assert [(v.fidelity.component, v.engine) for v in result.verdicts] == [
+    assert [(v.component, v.engine) for v in result.verdicts] == [
         (component, engine) for component in Component for engine in ("mnn", "onnxruntime-int8")
     ]
-    integer = {v.fidelity.component: v for v in result.verdicts if v.engine == "onnxruntime-int8"}
+    integer = {v.component: v for v in result.verdicts if v.engine == "onnxruntime-int8"}
     assert {c: v.floor_db for c, v in integer.items()} == FLOORS_DB
     assert integer[Component.DIT].precision == "int8"
     assert integer[Component.DIT].measured_db == pytest.approx(integer[Component.DIT].claimed_db, abs=0.05)

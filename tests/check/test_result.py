@@ -1,7 +1,6 @@
 """Figures summed up, and the floor that decides."""
 
 import io
-import json
 from typing import Any
 
 import numpy as np
@@ -10,10 +9,10 @@ from rich.console import Console
 
 from sa3_convert.check.metrics import sums_of
 from sa3_convert.check.results import BundleFidelity, ComponentFidelity, Measurement, Verdict, advice
-from sa3_convert.cli.comparison_tables import render_cases
 from sa3_convert.cli.comparison_tables import render_fidelity as render
 from sa3_convert.components import Component
 from sa3_convert.errors import VerificationError
+from sa3_convert.lab.generations.full import Verification
 
 
 def measured(case: str, error: float, *, value: float = 1.0) -> Measurement:
@@ -75,7 +74,9 @@ def test_no_measurements_are_no_result() -> None:
 
 
 def bundle(*floors: float) -> BundleFidelity:
-    return BundleFidelity("small-music", "int8", tuple(Verdict(RESULT, floor, "int8") for floor in floors))
+    return BundleFidelity(
+        "small-music", "int8", tuple(Verdict(RESULT.component, RESULT.measurements, floor, "int8") for floor in floors)
+    )
 
 
 def test_a_bundle_passes_only_if_every_model_does() -> None:
@@ -90,11 +91,11 @@ def test_every_model_that_falls_short_is_named() -> None:
 
 
 def test_the_json_holds_verdict_floor_and_every_case() -> None:
-    data: dict[str, Any] = json.loads(json.dumps(bundle(1, 41).to_data(), allow_nan=False))
+    data: dict[str, Any] = Verification.of(bundle(1, 41)).to_data()
     assert data["passed"] is False
     assert [c["passed"] for c in data["components"]] == [True, False]
     first = data["components"][0]
-    assert first["worst_case"] == {"case": "seed=0 T=8", "output": "audio"}
+    assert first["worst_case"].items() >= {"case": "seed=0 T=8", "output": "audio"}.items()
     assert [c["case"] for c in first["cases"]] == ["seed=0 T=8", "seed=1 T=64"]
     assert {"signal_to_noise_db", "cosine", "max_abs_error", "mean_abs_error"} <= first["cases"][0].keys()
 
@@ -109,8 +110,3 @@ def text(renderable: object) -> str:
 def test_the_table_shows_figure_floor_case_and_verdict() -> None:
     shown = text(render(bundle(1, 41)))
     assert all(part in shown for part in ("decoder", "int8", "6.0", "41", "ok", "failed"))
-
-
-def test_the_table_of_cases_shows_each() -> None:
-    shown = text(render_cases(RESULT))
-    assert all(part in shown for part in ("seed=0 T=8", "seed=1 T=64", "12.0"))

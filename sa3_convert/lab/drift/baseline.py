@@ -152,15 +152,11 @@ def read_baseline(path: Path) -> Baseline | None:
         parse_json(text)
         return Baseline.model_validate_json(text)
     except ValueError as error:
-        raise InputError(f"Baseline {path} is damaged: {_first(error)}. Take it from version control again.") from None
-
-
-def _first(error: ValueError) -> str:
-    if not isinstance(error, ValidationError):
-        return str(error)
-    problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"])
-    return f"{where}: {problem['msg']}" if where else str(problem["msg"])
+        problem = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            problem = f"{'.'.join(str(part) for part in first['loc']) or 'the whole'}: {first['msg']}"
+        raise InputError(f"Baseline {path} is damaged: {problem}. Take it from version control again.") from None
 
 
 def write_baseline(path: Path, baseline: Baseline) -> None:

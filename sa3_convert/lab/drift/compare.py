@@ -48,15 +48,7 @@ def scatter(groups: Iterable[Sequence[float]]) -> float:
 
 
 def may_fall_by(statistic: Statistic, value: float, count: int, deviation: float) -> float:
-    """Return how much a ratio may fall, in dB; see the module.
-
-    Args:
-        statistic: which figure of a distribution.
-        value: the figure, in dB.
-        count: how many observations it is made of.
-        deviation: between seeds, in dB.
-
-    """
+    """Return how much a figure of so many ratios may fall, all in dB; `deviation` is that between seeds."""
     factor = {"mean": 1 / math.sqrt(count), "5 %": _QUANTILE_ERROR / math.sqrt(count), "worst": 1.0}[statistic]
     least, most = _BOUNDS[statistic]
     arithmetic = 10 * math.log10(1 + 10 ** ((value - ARITHMETIC_DB) / 10))
@@ -69,7 +61,7 @@ def size_may_grow_by(size: int) -> float:
 
 
 def speed_may_grow_by(ratio: float, ratios: Sequence[float]) -> float:
-    """Return how much a ratio of times may grow, from the repeats that it is the median of; see the module."""
+    """Return how much a ratio of times may grow, from the repeats that it is the median of."""
     deviation = _NORMAL_MAD * statistics.median(abs(r - ratio) for r in ratios)
     return min(max(_SPEED_SHARE * ratio, _SIGMAS * deviation), _SPEED_MOST * ratio)
 
@@ -124,36 +116,13 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Changes:
-    """What figures depend on and is not what it was, a line each."""
-
-    tools: tuple[str, ...]
-    recipe: tuple[str, ...]
-    checkpoint: tuple[str, ...]
-    code: tuple[str, ...]
-    files: tuple[str, ...]
-    machine: tuple[str, ...]
-
-    def lines(self) -> tuple[str, ...]:
-        """Return all of them, each with what it is about in front."""
-        groups = (
-            ("tool", self.tools),
-            ("recipe", self.recipe),
-            ("checkpoint", self.checkpoint),
-            ("our code", self.code),
-            ("file", self.files),
-            ("machine", self.machine),
-        )
-        return tuple(f"{what}: {line}" for what, lines in groups for line in lines)
-
-
-@dataclass(frozen=True, slots=True)
 class Drift:
     """A bundle held to its baseline."""
 
     baseline: BundleBaseline
     rows: tuple[Row, ...]
-    changes: Changes
+    changes: tuple[str, ...]
+    """What figures depend on and is not what it was, a line each."""
 
     @property
     def failures(self) -> tuple[Row, ...]:
@@ -174,30 +143,26 @@ class Drift:
             "size": size,
             "passed": self.passed,
             "baseline": self.baseline.history[-1].model_dump(mode="json"),
-            "changes": list(self.changes.lines()),
+            "changes": list(self.changes),
             "rows": [row.to_data() for row in self.rows],
         }
 
 
 def compare_figures(baseline: BundleBaseline, figures: Sequence[Figure], origin: Origin) -> Drift:
     """Return every figure of either side with its verdict, in the baseline's order, new ones last."""
-    now = {figure.key: figure for figure in figures}
-    known = {figure.key for figure in baseline.figures}
+    before, now = ({figure.key: figure for figure in side} for side in (baseline.figures, figures))
     same_machine = origin.processor == baseline.origin.processor
-    rows = [Row(figure, now.get(figure.key), "held") for figure in baseline.figures]
-    rows += [Row(None, figure, "held") for figure in figures if figure.key not in known]
-    judged = tuple(Row(row.before, row.now, _status(row, same_machine)) for row in rows)
-    return Drift(baseline, judged, changes(baseline.origin, origin))
+    pairs = [(before.get(key), now.get(key)) for key in before | now]
+    rows = tuple(Row(*pair, _status(*pair, same_machine)) for pair in pairs)
+    return Drift(baseline, rows, tuple(changes(baseline.origin, origin)))
 
 
-def _status(row: Row, same_machine: bool) -> Status:
-    if row.figure.kind == "speed" and (row.before is None or row.now is None or not same_machine):
+def _status(before: Figure | None, now: Figure | None, same_machine: bool) -> Status:
+    if any(f and f.kind == "speed" for f in (before, now)) and not (before and now and same_machine):
         return "not judged"
-    if row.before is None:
+    if before is None:
         return "new"
-    if row.now is None:
-        return "gone"
-    return _moved(row.before, row.now)
+    return "gone" if now is None else _moved(before, now)
 
 
 def _moved(before: Figure, now: Figure) -> Status:
@@ -216,25 +181,23 @@ def limit(figure: Figure) -> float | str:
     return figure.value - figure.tolerance if figure.rule == "may not fall" else figure.value + figure.tolerance
 
 
-def changes(before: Origin, now: Origin) -> Changes:
-    """Return what differs between two origins."""
-    tools = [*_differences(before.converted_with, now.converted_with, "converted with ")]
-    tools += _differences(before.measured_with, now.measured_with, "measured with ")
-    return Changes(
-        tools=tuple(tools),
-        recipe=tuple(_differences(_flat(before.recipe), _flat(now.recipe))),
-        checkpoint=tuple(f"other weights of {name}" for name in _changed(before.checkpoint, now.checkpoint)),
-        code=tuple(f"{room} changed" for room in _changed(before.code, now.code)),
-        files=tuple(f"{path} has other bytes" for path in _changed(before.files, now.files)),
-        machine=() if before.processor == now.processor else (f"{before.processor} → {now.processor}",),
-    )
+def changes(before: Origin, now: Origin) -> Iterator[str]:
+    """Yield what differs between two origins, each line with what it is about in front."""
+    yield from _differences(before.converted_with, now.converted_with, "tool: converted with ")
+    yield from _differences(before.measured_with, now.measured_with, "tool: measured with ")
+    yield from _differences(_flat(before.recipe), _flat(now.recipe), "recipe: ")
+    yield from (f"checkpoint: other weights of {name}" for name in _changed(before.checkpoint, now.checkpoint))
+    yield from (f"our code: {room} changed" for room in _changed(before.code, now.code))
+    yield from (f"file: {path} has other bytes" for path in _changed(before.files, now.files))
+    if before.processor != now.processor:
+        yield f"machine: {before.processor} → {now.processor}"
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [key for key in {**before, **now} if before.get(key) != now.get(key)]
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str) -> Iterator[str]:
     for key in _changed(before, now):
         yield f"{prefix}{key} {before.get(key, 'absent')} → {now.get(key, 'absent')}"
 

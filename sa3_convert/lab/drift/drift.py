@@ -12,7 +12,7 @@ from sa3_convert.arrays import Arrays, Session
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.check.bundle import bundle_recipe, verify_bundle
 from sa3_convert.check.inputs import sample_inputs
-from sa3_convert.check.progress import Report
+from sa3_convert.check.progress import Progress
 from sa3_convert.check.reference_store import ReferenceStore
 from sa3_convert.checkpoint.variants import size_of
 from sa3_convert.components import Component
@@ -32,7 +32,7 @@ from sa3_convert.lab.drift.compare import Drift, compare_figures, speed_may_grow
 from sa3_convert.lab.drift.figures import generation_figures, sampled_figures, storage_figures
 from sa3_convert.lab.generations.distribution import measure
 from sa3_convert.lab.generations.end_to_end import STEPS, both_sides
-from sa3_convert.lab.generations.full import Findings
+from sa3_convert.lab.generations.full import Verification
 from sa3_convert.lab.generations.trajectory import GenerationCase, all_cases
 from sa3_convert.runtime.engines import Models
 from sa3_convert.runtime.opening import bundle_engine
@@ -45,14 +45,8 @@ _SHORTEST: Final = 0.05
 """Seconds of work between two looks at the clock, whose steps can be of milliseconds."""
 
 
-def speed_figures(bundle: Bundle, report: Report) -> Iterator[Figure]:
-    """Yield one ratio per component; both of its models are in memory together.
-
-    Args:
-        bundle: its files were checked.
-        report: called as work goes on.
-
-    """
+def speed_figures(bundle: Bundle, report: Progress) -> Iterator[Figure]:
+    """Yield one ratio per component; both of its models are in memory together."""
     engines = [bundle_engine(bundle, name, {"threads": 1}) for name in ("onnxruntime", "mnn")]
     for done, component in enumerate(bundle.components):
         report("speed", done, len(bundle.components))
@@ -95,7 +89,8 @@ def _seconds(session: Session, feeds: Arrays, runs: int) -> float:
 
 DEFAULT_CASES: tuple[GenerationCase, ...] = all_cases((0, 2, 4, 7), (0, 1), (2.0, 5.0))
 """What a new baseline measures unless told otherwise: two seeds of each prompt and duration, for the scatter."""
-ROOMS = ("checkpoint", "networks", "export", "passes", "quantise", "mnn", "runtime", "verify")
+ROOMS = ("checkpoint", "networks", "export", "passes", "rounding", "mnn", "convert", "runtime", "check")
+"""Folders of our code that figures depend on."""
 
 
 def no_report(what: str, done: int, total: int) -> None:
@@ -114,16 +109,7 @@ class Plan:
     """Where reference outputs are kept for the next time; None computes them anew."""
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """A bundle's figures, and what they depend on."""
-
-    figures: tuple[Figure, ...]
-    origin: Origin
-    findings: Findings
-
-
-def measure_bundle(bundle: Bundle, plan: Plan, report: Report = no_report) -> Measured:
+def measure_bundle(bundle: Bundle, plan: Plan, report: Progress = no_report) -> tuple[list[Figure], Verification]:
     """Verify a bundle and take its figures.
 
     Raises:
@@ -133,14 +119,13 @@ def measure_bundle(bundle: Bundle, plan: Plan, report: Report = no_report) -> Me
     """
     verified = verify_bundle(bundle, quick=True, threads=plan.threads, store=plan.store, progress=report)
     verified.check()
-    recipe = bundle_recipe(bundle)
-    figures = [*storage_figures(bundle, recipe), *sampled_figures(verified)]
+    figures = [*storage_figures(bundle, bundle_recipe(bundle)), *sampled_figures(verified)]
     with both_sides(bundle, store=plan.store, steps=plan.steps, threads=plan.threads) as (references, target):
         generations = measure(references, target, plan.cases, report)
     figures += generation_figures(generations)
     if plan.speed:
         figures += speed_figures(bundle, report)
-    return Measured(tuple(figures), origin_of(bundle), Findings(verified, generations=generations))
+    return figures, Verification.of(verified, generations=generations)
 
 
 def origin_of(bundle: Bundle) -> Origin:
@@ -189,26 +174,14 @@ def plan_of(baseline: BundleBaseline, plan: Plan) -> Plan:
     return replace(plan, cases=cases, steps=baseline.steps, speed=plan.speed and has_speed)
 
 
-def check_drift(bundle: Bundle, baseline: BundleBaseline, plan: Plan, report: Report = no_report) -> Drift:
-    """Measure what a baseline measured, in the same cases, and compare.
-
-    Args:
-        bundle: the bundle.
-        baseline: of such a bundle.
-        plan: how to measure; what the baseline decides (`plan_of`) is taken from it.
-        report: called as work goes on.
-
-    Raises:
-        BundleError: as `measure_bundle`.
-        VerificationError: as `measure_bundle`.
-
-    """
-    measured = measure_bundle(bundle, plan_of(baseline, plan), report)
-    return compare_figures(baseline, measured.figures, measured.origin)
+def check_drift(bundle: Bundle, baseline: BundleBaseline, plan: Plan, report: Progress = no_report) -> Drift:
+    """Measure what a baseline measured, in the same cases and steps, and compare; raises as `measure_bundle`."""
+    figures, _ = measure_bundle(bundle, plan_of(baseline, plan), report)
+    return compare_figures(baseline, figures, origin_of(bundle))
 
 
 def update_baseline(
-    path: Path, bundle: Bundle, reason: str, plan: Plan, report: Report = no_report
+    path: Path, bundle: Bundle, reason: str, plan: Plan, report: Progress = no_report
 ) -> tuple[BundleBaseline, Drift | None]:
     """Measure a bundle and make it the baseline, others in the same file untouched.
 
@@ -223,8 +196,8 @@ def update_baseline(
     """
     known = read_baseline(path)
     before = known.find(key_of(bundle)) if known else None
-    measured = measure_bundle(bundle, plan, report)
-    measured.findings.check()
+    figures, found = measure_bundle(bundle, plan, report)
+    found.check()
     variant, recipe, size = key_of(bundle)
     made = BundleBaseline(
         variant=variant,
@@ -232,8 +205,8 @@ def update_baseline(
         size=size,
         cases=tuple(case.name for case in plan.cases),
         steps=plan.steps,
-        figures=measured.figures,
-        origin=measured.origin,
+        figures=tuple(figures),
+        origin=origin_of(bundle),
         history=(*(before.history if before else ()), Update(date=now(), reason=reason, tools=tool_versions())),
     )
     write_baseline(path, known.replacing(made) if known else Baseline(schema_version=1, bundles=(made,)))

@@ -1,12 +1,12 @@
 """A bundle's figures for drift: sizes, what is stored, ratios as distributions and per step."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 
 import numpy as np
 
 from sa3_convert.bundle.reader import Bundle
-from sa3_convert.check.results import BundleFidelity, ComponentFidelity
+from sa3_convert.check.results import BundleFidelity, Verdict
 from sa3_convert.components import Component
 from sa3_convert.lab.drift.baseline import Figure, Kind
 from sa3_convert.lab.drift.compare import Statistic, counted, may_fall_by, scatter, size_may_grow_by
@@ -15,9 +15,13 @@ from sa3_convert.lab.generations.trajectory import GenerationCase
 from sa3_convert.mnn.file.audit import audit
 from sa3_convert.mnn.file.storage import read_storage
 from sa3_convert.recipe import ComponentRecipe, Recipe
-from sa3_convert.runtime.engines import EngineName
 
 _DIGITS = 4
+_STATISTICS: Mapping[Statistic, Callable[[Sequence[float]], float]] = {
+    "mean": fmean,
+    "5 %": lambda ratios: float(np.percentile(ratios, 5)),
+    "worst": min,
+}
 
 
 def storage_figures(bundle: Bundle, recipe: Recipe) -> Iterator[Figure]:
@@ -55,68 +59,61 @@ def _stored(bundle: Bundle, component: Component, recipe: ComponentRecipe) -> st
 def sampled_figures(result: BundleFidelity) -> Iterator[Figure]:
     """Yield mean and worst ratio of each model over the sampled inputs that every conversion runs."""
     for verdict in result.verdicts:
-        yield from _sampled(verdict.fidelity, verdict.engine)
+        yield from _sampled(verdict)
 
 
-def _sampled(fidelity: ComponentFidelity, engine: EngineName) -> Iterator[Figure]:
-    # Each case by its worst output, as a constant one would flatter it.
-    by_case: dict[str, list[float]] = {}
-    for measurement in fidelity.measurements:
-        by_case.setdefault(measurement.case, []).append(measurement.fidelity.signal_to_noise_db)
-    ratios = counted(min(group) for group in by_case.values())
+def _sampled(verdict: Verdict) -> Iterator[Figure]:
+    by_case = {case: figures.signal_to_noise_db for case, figures in verdict.by_case.items()}
+    ratios = counted(by_case.values())
     # Only MNN's models can be bisected.
-    name, case = f"sampled inputs, {engine}", None
-    if engine == "mnn":
+    name, case = f"sampled inputs, {verdict.engine}", None
+    if verdict.engine == "mnn":
         name, case = "sampled inputs", list(by_case)[ratios.index(min(ratios))]
-    deviation = scatter([ratios])
-    values: tuple[tuple[Statistic, float], ...] = (("mean", fmean(ratios)), ("worst", min(ratios)))
-    for statistic, value in values:
-        figure = _ratio(fidelity.component, "fidelity", name, statistic, value, len(ratios), deviation)
-        yield figure.model_copy(update={"case": case})
+    statistics: tuple[Statistic, ...] = ("mean", "worst")
+    for statistic in statistics:
+        yield _ratio(verdict.component, "fidelity", name, statistic, ratios, scatter([ratios]), case)
 
 
 def generation_figures(result: GenerationFidelity) -> Iterator[Figure]:
     """Yield mean, 5 % and worst of each distribution, and the DiT's means per step."""
     for distribution in result.distributions:
-        yield from _distribution(distribution)
-        for step in distribution.by_step():
-            yield _step(distribution, step)
+        component, name = _of(distribution)
+        observations = distribution.observations
+        yield from _observed(component, "fidelity", name, _STATISTICS, observations)
+        for step in distribution.by_step:
+            at_step = [o for o in observations if o.step == step]
+            yield from _observed(component, "step", f"{name}, step {step}", ("mean",), at_step)
 
 
-def _distribution(distribution: Distribution) -> Iterator[Figure]:
-    ratios = counted(o.fidelity.signal_to_noise_db for o in distribution.observations)
-    deviation = _deviation(distribution.observations)
-    worst = distribution.observations[ratios.index(min(ratios))]
-    values: tuple[tuple[Statistic, float], ...] = (
-        ("mean", fmean(ratios)),
-        ("5 %", float(np.percentile(ratios, 5))),
-        ("worst", min(ratios)),
-    )
-    component, name = _of(distribution)
-    for statistic, value in values:
-        figure = _ratio(component, "fidelity", name, statistic, value, len(ratios), deviation)
-        yield figure.model_copy(update={"case": worst.case, "step": worst.step})
-
-
-def _step(distribution: Distribution, step: int) -> Figure:
-    observations = [o for o in distribution.observations if o.step == step]
-    ratios = counted(o.fidelity.signal_to_noise_db for o in observations)
-    deviation = _deviation(observations)
-    component, name = _of(distribution)
-    figure = _ratio(component, "step", f"{name}, step {step}", "mean", fmean(ratios), len(ratios), deviation)
-    return figure.model_copy(update={"case": observations[ratios.index(min(ratios))].case, "step": step})
+def _observed(
+    component: Component, kind: Kind, name: str, statistics: Iterable[Statistic], observations: Sequence[Observation]
+) -> Iterator[Figure]:
+    ratios = counted(o.signal_to_noise_db for o in observations)
+    worst, deviation = observations[ratios.index(min(ratios))], _deviation(observations)
+    for statistic in statistics:
+        yield _ratio(component, kind, name, statistic, ratios, deviation, worst.case, worst.step)
 
 
 def _ratio(
-    component: Component, kind: Kind, name: str, statistic: Statistic, value: float, count: int, deviation: float
+    component: Component,
+    kind: Kind,
+    name: str,
+    statistic: Statistic,
+    ratios: Sequence[float],
+    deviation: float,
+    case: str | None,
+    step: int | None = None,
 ) -> Figure:
+    value = _STATISTICS[statistic](ratios)
     return Figure(
         component=component,
         kind=kind,
         name=f"{name}: {statistic}",
         value=round(value, _DIGITS),
         rule="may not fall",
-        tolerance=round(may_fall_by(statistic, value, count, deviation), _DIGITS),
+        tolerance=round(may_fall_by(statistic, value, len(ratios), deviation), _DIGITS),
+        case=case,
+        step=step,
     )
 
 
@@ -131,9 +128,7 @@ def _deviation(observations: Iterable[Observation]) -> float:
     groups: dict[tuple[object, ...], list[float]] = {}
     for observation in observations:
         case = GenerationCase.parse(observation.case)
-        groups.setdefault((case.prompt, case.seconds, observation.step), []).append(
-            observation.fidelity.signal_to_noise_db
-        )
+        groups.setdefault((case.prompt, case.seconds, observation.step), []).append(observation.signal_to_noise_db)
     by_seed = [counted(group) for group in groups.values()]
     if all(len(group) == 1 for group in by_seed):
         by_seed = [[ratio for group in by_seed for ratio in group]]

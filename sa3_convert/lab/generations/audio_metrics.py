@@ -1,13 +1,14 @@
 """How alike two pieces of audio sound: spectra, envelopes, loudness (ITU-R BS.1770-4), width."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import pyloudnorm
 from numpy.typing import NDArray
+from pydantic.dataclasses import dataclass
 
 from sa3_convert.arrays import Floats
+from sa3_convert.check.results import FINITE, derived
 from sa3_convert.errors import VerificationError
 
 SILENCE_LUFS = -70.0
@@ -43,7 +44,7 @@ _ENVELOPE = 2048
 _FRAMES_AT_ONCE = 256
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, config=FINITE)
 class AudioFidelity:
     """Figures of a target's audio against the reference's."""
 
@@ -57,7 +58,7 @@ class AudioFidelity:
     width: float
     """Share of the side signal in the energy, target less reference; between -1 and 1."""
 
-    @property
+    @derived
     def mean_spectral_distance_db(self) -> float:
         """Mean over the window sizes."""
         return sum(self.spectral_distance_db) / len(self.spectral_distance_db)

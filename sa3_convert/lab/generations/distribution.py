@@ -1,110 +1,94 @@
 """Each component over real generations: prompts × seeds × durations, each step, the worst case by name."""
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel
+from pydantic.dataclasses import dataclass
 
 from sa3_convert.check.inputs import Region, text_regions
 from sa3_convert.check.metrics import Fidelity, compare
-from sa3_convert.check.progress import Report, reference_stage
+from sa3_convert.check.progress import Progress, reference_stage
+from sa3_convert.check.results import FINITE, Decibels, Figures, Spread
 from sa3_convert.components import Component
 from sa3_convert.errors import VerificationError
 from sa3_convert.lab.generations.trajectory import GenerationCase, References, Target, Trajectory, velocity_of
 
 
-@dataclass(frozen=True, slots=True)
-class Observation:
-    """One comparison."""
+class Observation(Figures):
+    """One comparison within a generation."""
 
     case: str
-    fidelity: Fidelity
     step: int | None = None
     """Of the denoising loop, counted from 0."""
 
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """Signal-to-noise ratios in dB, over all observations."""
-
-    count: int
-    mean: float
-    percentile_5: float
-    worst: float
-    worst_case: str
-    worst_step: int | None
+    def __init__(self, case: str, fidelity: Fidelity | None = None, step: int | None = None, **figures: float) -> None:
+        if fidelity is not None:
+            figures |= asdict(fidelity)
+        BaseModel.__init__(self, case=case, step=step, **figures)
 
 
-@dataclass(frozen=True, slots=True)
-class Distribution:
+class Distribution(Spread):
     """All observations of one quantity; there is at least one."""
 
     name: str
+    worst_case: str
+    worst_step: int | None
+    by_step: Mapping[int, Decibels]
+    """The mean ratio of each denoising step; empty for what has no steps."""
     observations: tuple[Observation, ...]
 
-    def __post_init__(self) -> None:
-        if not self.observations:
-            raise VerificationError(f"{self.name}: nothing was compared.")
-
-    @property
-    def summary(self) -> Summary:
-        """Mean, 5 % and worst."""
-        ratios = np.array([o.fidelity.signal_to_noise_db for o in self.observations])
-        worst = self.observations[int(ratios.argmin())]
-        return Summary(
-            count=ratios.size,
-            mean=float(ratios.mean()),
-            percentile_5=float(np.percentile(ratios, 5)),
-            worst=float(ratios.min()),
+    def __init__(self, name: str, observations: Sequence[Observation]) -> None:
+        if not observations:
+            raise VerificationError(f"{name}: nothing was compared.")
+        worst = min(observations, key=lambda o: o.signal_to_noise_db)
+        BaseModel.__init__(
+            self,
+            name=name,
             worst_case=worst.case,
             worst_step=worst.step,
+            by_step={step: float(np.mean(ratios)) for step, ratios in ratios_by_step(observations).items()},
+            observations=tuple(observations),
+            **Spread.of([o.signal_to_noise_db for o in observations]).model_dump(),
         )
 
-    def by_step(self) -> Mapping[int, float]:
-        """Return the mean ratio of each denoising step; empty for what has no steps."""
-        steps = sorted({o.step for o in self.observations if o.step is not None})
-        return {
-            step: float(np.mean([o.fidelity.signal_to_noise_db for o in self.observations if o.step == step]))
-            for step in steps
-        }
+    @property
+    def place(self) -> str:
+        """The worst case, with its step."""
+        return self.worst_case + ("" if self.worst_step is None else f" step={self.worst_step}")
 
-    def to_data(self) -> dict[str, Any]:
-        """Return JSON-ready data: summary, per-step means, and every observation."""
-        return {
-            "name": self.name,
-            **asdict(self.summary),
-            "by_step": {str(step): ratio for step, ratio in self.by_step().items()},
-            "observations": [{"case": o.case, "step": o.step, **asdict(o.fidelity)} for o in self.observations],
-        }
+
+def ratios_by_step(observations: Sequence[Observation]) -> dict[int, list[float]]:
+    """Return the ratios of each denoising step, in order."""
+    steps = sorted({o.step for o in observations if o.step is not None})
+    return {step: [o.signal_to_noise_db for o in observations if o.step == step] for step in steps}
 
 
 TEACHER_FORCED = "dit, teacher-forced"
 FREE_RUNNING = "dit, free-running"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, config=FINITE)
 class GenerationFidelity:
     """The distributions of all components."""
 
     steps: int
+    """Of the denoising loop."""
     distributions: tuple[Distribution, ...]
 
     def of(self, name: str) -> Distribution:
         """Return a distribution by name."""
         return next(d for d in self.distributions if d.name == name)
 
-    def to_data(self) -> dict[str, Any]:
-        """Return JSON-ready data."""
-        return {"steps": self.steps, "distributions": [d.to_data() for d in self.distributions]}
-
 
 def measure(
     references: References,
     target: Target,
     cases: Sequence[GenerationCase],
-    report: Report = lambda what, done, total: None,
+    report: Progress = lambda what, done, total: None,
     *,
     components: Collection[Component] = tuple(Component),
 ) -> GenerationFidelity:
@@ -144,7 +128,7 @@ def measure(
 
 
 def _prepare(
-    references: References, wanted: Collection[Component], cases: Sequence[GenerationCase], report: Report
+    references: References, wanted: Collection[Component], cases: Sequence[GenerationCase], report: Progress
 ) -> None:
     """Have the references computed, model by model: each stage builds on those before."""
     stages: list[tuple[Component, Callable[[GenerationCase], object]]] = [
@@ -197,7 +181,7 @@ def _encoder(references: References, target: Target, case: GenerationCase) -> It
     yield _observed(case, Region(), references.encoded(case), actual)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Stage:
     """How one distribution is measured."""
 

@@ -4,19 +4,20 @@ import contextlib
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic.dataclasses import dataclass
 
 from sa3_convert.arrays import Floats
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.check.metrics import compare
-from sa3_convert.check.progress import Report
+from sa3_convert.check.progress import Progress
 from sa3_convert.check.reference_store import ReferenceStore
+from sa3_convert.check.results import FINITE, derived
 from sa3_convert.components import Component
 from sa3_convert.convert.cache import cache_beside
 from sa3_convert.errors import BundleError, VerificationError
-from sa3_convert.lab.generations.audio_metrics import AudioFidelity, compare_audio
+from sa3_convert.lab.generations.audio_metrics import WINDOWS, AudioFidelity, compare_audio
 from sa3_convert.lab.generations.trajectory import PROMPTS, GenerationCase, References, Side, Target, all_cases
 from sa3_convert.runtime.engines import EngineName
 from sa3_convert.runtime.opening import bundle_engine
@@ -101,7 +102,7 @@ NUDGE = 1e-3
 """Standard deviation of what is added to each draw of noise, whose own is 1."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, config=FINITE)
 class Divergence:
     """How far one generation went from the reference's."""
 
@@ -109,48 +110,50 @@ class Divergence:
     audio: AudioFidelity
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, config=FINITE)
 class EndToEndCase:
-    """One generation."""
+    """One generation from prompt to audio."""
 
     case: str
     target: Divergence
     chaos: Divergence
+    """The reference itself, its noise nudged."""
+
+    @derived
+    def prompt(self) -> str:
+        """The prompt's text."""
+        return GenerationCase.parse(self.case).text
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, config=FINITE)
 class EndToEnd:
-    """All generations; there is at least one."""
+    """From prompt to audio, beside the chaos floor; there is at least one generation."""
 
     cases: tuple[EndToEndCase, ...]
+    nudge: float = NUDGE
+    """Standard deviation of what is added to each draw of noise, whose own is 1."""
+    windows: tuple[int, ...] = WINDOWS
+    """Samples per frame of the spectra."""
 
-    @property
+    @derived
     def chaos_ratio(self) -> float:
         """Mean spectral distance of the target over that of the nudged reference."""
         return _spectra([c.target for c in self.cases]) / max(_spectra([c.chaos for c in self.cases]), 1e-9)
 
+    @derived
     def judgement(self) -> str:
-        """Say in words what the figures amount to."""
+        """What the figures amount to, in words."""
         ratio = self.chaos_ratio
         over = "In the one generation" if len(self.cases) == 1 else f"Over {len(self.cases)} generations"
-        target, chaos = ([getattr(case, side) for case in self.cases] for side in ("target", "chaos"))
+        target, chaos = [case.target for case in self.cases], [case.chaos for case in self.cases]
         figures = (
             f"{over} the target's spectra are {_spectra(target):.2f} dB from the reference's (cosine of the latents "
-            f"{_cosine(target):.5f}); the reference itself, its noise nudged by {NUDGE:g}, {_spectra(chaos):.2f} dB "
-            f"({_cosine(chaos):.5f})."
+            f"{_cosine(target):z.5f}); the reference itself, its noise nudged by {self.nudge:g}, {_spectra(chaos):.2f} "
+            f"dB ({_cosine(chaos):z.5f})."
         )
         if ratio <= 1:
             return f"{figures} The conversion changes less than such a nudge does: chance alone does as much."
         return f"{figures} The conversion changes {ratio:.1f} times as much as such a nudge does."
-
-    def to_data(self) -> dict[str, Any]:
-        """Return JSON-ready data: judgement, ratio to chance, every case."""
-        return {
-            "nudge": NUDGE,
-            "chaos_ratio": self.chaos_ratio,
-            "judgement": self.judgement(),
-            "cases": [asdict(case) for case in self.cases],
-        }
 
 
 def _spectra(divergences: Sequence[Divergence]) -> float:
@@ -165,7 +168,7 @@ def generate_both(
     references: References,
     target: Target,
     cases: Sequence[GenerationCase],
-    report: Report = lambda what, done, total: None,
+    report: Progress = lambda what, done, total: None,
     heard: Heard = lambda case, side, audio: None,
 ) -> EndToEnd:
     """Generate every case on the reference, on the nudged reference and on the target.

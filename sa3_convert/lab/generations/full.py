@@ -1,17 +1,20 @@
 """`verify --full`: everything that can be found out about a bundle, and how much work that is."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import field, replace
+from functools import cached_property
+from typing import Annotated, Any, Self
+
+from pydantic import PlainSerializer, SkipValidation, TypeAdapter
+from pydantic.dataclasses import dataclass
 
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.check.bundle import verify_bundle
 from sa3_convert.check.inputs import lengths_of, samples_for
-from sa3_convert.check.progress import Report, reference_stage, sampled_stage
+from sa3_convert.check.progress import Progress, reference_stage, sampled_stage
 from sa3_convert.check.reference_store import ReferenceStore
-from sa3_convert.check.results import BundleFidelity, advice
+from sa3_convert.check.results import FINITE, BundleFidelity, advice, derived
 from sa3_convert.components import Component
-from sa3_convert.errors import VerificationError
 from sa3_convert.lab.bisect.bisect import bisect_bundle
 from sa3_convert.lab.bisect.result import BisectResult
 from sa3_convert.lab.generations.cases import case_feeds
@@ -41,22 +44,31 @@ from sa3_convert.runtime.engines import EngineName
 from sa3_convert.runtime.opening import KINDS
 
 
-@dataclass(frozen=True, slots=True)
-class Findings:
-    """A verification's results; a part that was not asked for is None or empty."""
+def _bisections(found: Mapping[Component, BisectResult]) -> dict[str, dict[str, Any]]:
+    return {component.value: result.to_data() for component, result in found.items()}
 
-    bundle: BundleFidelity
-    """Each model on sampled inputs, against its floor."""
+
+@dataclass(frozen=True, config=FINITE)
+class Verification(BundleFidelity):
+    """All that a verification found, and what `verify --json` writes; what was not asked for is None or empty."""
+
     engine: EngineName = "mnn"
     """What the whole generations ran on: MNN, or ONNX Runtime with 8-bit integers."""
     generations: GenerationFidelity | None = None
     """Each component over whole generations, the DiT per step."""
     end_to_end: EndToEnd | None = None
     """From prompt to audio, beside the chaos floor."""
-    bisections: Mapping[Component, BisectResult] = field(default_factory=dict)
-    """Of components that fell short."""
+    bisections: Annotated[Mapping[Component, SkipValidation[BisectResult]], PlainSerializer(_bisections)] = field(
+        default_factory=dict
+    )
+    """Of components that fell short, each as `bisect --json` writes it."""
 
-    @property
+    @classmethod
+    def of(cls, found: BundleFidelity, **parts: Any) -> Self:
+        """Return the verdicts on a bundle's models with further parts."""
+        return cls(found.bundle, found.recipe, found.verdicts, **parts)
+
+    @cached_property
     def short(self) -> Mapping[Component, Distribution]:
         """Components whose own error is below the floor in a generation, with the distribution that shows it.
 
@@ -66,48 +78,30 @@ class Findings:
         return {
             component_of(d.name): d
             for d in own
-            if d.name != FREE_RUNNING and d.summary.worst < self._floors[component_of(d.name)]
+            if d.name != FREE_RUNNING and d.worst < self.floors[component_of(d.name)]
         }
 
-    @property
-    def _floors(self) -> Mapping[Component, float]:
-        return {v.fidelity.component: v.floor_db for v in self.bundle.verdicts if v.engine == self.engine}
+    @cached_property
+    def floors(self) -> Mapping[Component, float]:
+        """Of the models that the generations ran on."""
+        return {v.component: v.floor_db for v in self.verdicts if v.engine == self.engine}
 
-    @property
+    @derived
     def problems(self) -> tuple[str, ...]:
-        """What is wrong, a sentence each."""
-        sampled = [problem for verdict in self.bundle.verdicts for problem in verdict.problems]
+        """What is wrong on sampled inputs and in generations, a sentence each."""
+        found = list(super().problems)
         for component, distribution in self.short.items():
-            found = distribution.summary
-            step = "" if found.worst_step is None else f" step={found.worst_step}"
-            floor = self._floors[component]
-            sampled.append(
-                f"{component.value}: generation {found.worst_case}{step} has {found.worst:.2f} dB, the floor is "
-                f"{floor:g} dB.{advice(found.worst, floor)}"
+            floor, ratio = self.floors[component], distribution.worst
+            found.append(
+                f"{component.value}: generation {distribution.place} has {ratio:z.2f} dB, the floor is {floor:g} dB."
+                f"{advice(ratio, floor)}"
             )
-        return tuple(sampled)
-
-    @property
-    def passed(self) -> bool:
-        """Whether every model reached its floor, on sampled inputs and in every generation."""
-        return not self.problems
-
-    def check(self) -> None:
-        """Raise VerificationError naming every model that falls short."""
-        if problems := self.problems:
-            raise VerificationError("\n".join(problems))
+        return tuple(found)
 
     def to_data(self) -> dict[str, Any]:
-        """Return JSON-ready data: that of the bundle, and each further part under its own name."""
-        parts: dict[str, Any] = {
-            "engine": self.engine,
-            "passed": self.passed,
-            "problems": list(self.problems),
-            "generations": None if self.generations is None else self.generations.to_data(),
-            "end_to_end": None if self.end_to_end is None else self.end_to_end.to_data(),
-            "bisections": {component.value: found.to_data() for component, found in self.bisections.items()},
-        }
-        return self.bundle.to_data() | parts
+        """Return JSON-ready data."""
+        data: dict[str, Any] = TypeAdapter(Verification).dump_python(self, mode="json", by_alias=True)
+        return data
 
 
 _COSTS: Mapping[Component, tuple[float, float]] = {
@@ -128,16 +122,7 @@ def workload(
     components: Collection[Component] = (),
     quick: bool = False,
 ) -> dict[str, float]:
-    """Return the cost of each stage that `verify_fully` reports, references included; kept ones cost nothing after all.
-
-    Args:
-        bundle: the bundle.
-        cases: what is generated.
-        steps: of the denoising loop.
-        components: which models are looked at; empty is all.
-        quick: fewer and shorter sampled inputs.
-
-    """
+    """Return the cost of each stage of `verify_fully`, references included; kept ones cost nothing after all."""
     wanted = [c for c in bundle.components if not components or c in components]
     found: dict[str, float] = {}
     for component in wanted:
@@ -178,9 +163,9 @@ def verify_fully(
     store: ReferenceStore | None = None,
     threads: int | None = None,
     bisecting: bool = True,
-    report: Report = lambda what, done, total: None,
+    report: Progress = lambda what, done, total: None,
     heard: Heard = lambda case, side, audio: None,
-) -> Findings:
+) -> Verification:
     """Compare each model with its reference on sampled inputs and over whole generations, and generations end to end.
 
     Models that fall short are bisected at their worst case. One model is in memory at a time.
@@ -201,7 +186,7 @@ def verify_fully(
     Raises:
         BundleError: a file is missing or is not what the manifest says, or the bundle cannot generate.
         VerificationError: manifest, recipe and file disagree, or an output cannot be compared. A model that falls short
-            raises nothing: see `Findings.check`.
+            raises nothing: see `Verification.check`.
         ModelFileError: a file cannot be loaded or run.
         UsageError: a duration is beyond the model's limit.
 
@@ -209,9 +194,8 @@ def verify_fully(
     wanted = tuple(c for c in bundle.components if not components or c in components)
     with both_sides(bundle, engine=engine, store=store, steps=steps, threads=threads) as (references, target):
         fidelity = verify_bundle(bundle, components=wanted, quick=quick, threads=threads, store=store, progress=report)
-        findings = Findings(
-            fidelity, engine=engine, generations=measure(references, target, cases, report, components=wanted)
-        )
+        generations = measure(references, target, cases, report, components=wanted)
+        findings = Verification.of(fidelity, engine=engine, generations=generations)
         if set(wanted) >= _AUDIBLE:
             heard_cases = end_to_end_cases(cases)
             findings = replace(findings, end_to_end=generate_both(references, target, heard_cases, report, heard))
@@ -222,30 +206,17 @@ def verify_fully(
 
 def with_bisections(
     bundle: Bundle,
-    findings: Findings,
+    findings: Verification,
     references: References | None = None,
     *,
     threads: int | None = None,
-    report: Report = lambda what, done, total: None,
-) -> Findings:
-    """Bisect every MNN model that fell short at its worst case, sampled or in a generation.
+    report: Progress = lambda what, done, total: None,
+) -> Verification:
+    """Return the verification with a bisection of every MNN model that fell short, sampled or in a generation.
 
-    Args:
-        bundle: the bundle.
-        findings: what was found in it.
-        references: of the bundle, if there are generations among the findings.
-        threads: of either engine; None leaves it to them.
-        report: called as work goes on.
-
-    Returns:
-        The findings, with what was found.
-
-    Raises:
-        ModelFileError: a file cannot be run.
-        VerificationError: reference and target have no tensor in common.
-
+    Each is bisected at its worst case; for one in a generation the bundle's references are needed.
     """
-    sampled = {v.fidelity.component: v for v in findings.bundle.verdicts if v.engine == "mnn" and not v.passed}
+    sampled = {v.component: v for v in findings.verdicts if v.engine == "mnn" and not v.passed}
     generated = findings.short if findings.engine == "mnn" else {}
     failed = [component for component in bundle.components if component in {*sampled, *generated}]
     found: dict[Component, BisectResult] = {}
@@ -253,10 +224,10 @@ def with_bisections(
         report(f"{component.value}, bisecting", done, len(failed))
         if component in sampled:
             samples = {s.name: s.feeds for s in samples_for(component, bundle.layout, quick=False)}
-            feeds = samples[sampled[component].fidelity.worst_case.case]
+            feeds = samples[sampled[component].worst_case.case]
         else:
             assert references is not None
-            worst = generated[component].summary
+            worst = generated[component]
             feeds = case_feeds(references, component, GenerationCase.parse(worst.worst_case), worst.worst_step)
         found[component] = bisect_bundle(bundle, component, feeds=feeds, threads=threads)
     return replace(findings, bisections=found)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import squarify
@@ -11,14 +12,18 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from sa3_convert.arrays import Floats
-from sa3_convert.lab.report.schema import Bisection, ComponentReport, Distribution, EndToEnd
-from sa3_convert.lab.report.summary import shown_name, shown_size
+from sa3_convert.lab.generations.end_to_end import EndToEnd
+from sa3_convert.lab.report.formatting import shown_prompt, shown_size
+from sa3_convert.lab.report.schema import Bisection, ReportedDistribution, ReportedModel
 from sa3_convert.lab.report.theme import WIDTH, Ink, new_figure, styled, svg_of
 
 MOST_DB = 140.0
 """Equal arrays have no ratio, and nearly equal ones differ by rounding alone: their dots stand here."""
 _ROW = 34
 _AXIS = 44
+_TALL_ROW = 44
+_LABEL = 48
+"""Columns of a prompt above a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +33,6 @@ class Strip:
     label: str
     ratios: Sequence[float]
     floor_db: float | None = None
-
-
-def strips_of(components: Sequence[ComponentReport]) -> list[Strip]:
-    """Return a strip per model: its outputs on sampled inputs."""
-    return [Strip(shown_name(c), [case.signal_to_noise_db for case in c.cases], c.floor_db) for c in components]
 
 
 def strips_figure(strips: Sequence[Strip], name: str, label: str) -> str:
@@ -48,20 +48,21 @@ def strips_figure(strips: Sequence[Strip], name: str, label: str) -> str:
             axes.plot(worst, row, "o", color=ink, ms=7, mew=0)
             if strip.floor_db is not None:
                 axes.plot([strip.floor_db] * 2, [row - 0.34, row + 0.34], color=Ink.BAD, lw=2.5)
-        axes.set_yticks(range(len(strips)), [strip.label for strip in strips])
-        axes.set_ylim(len(strips) - 0.4, -0.6)
-        _decibel_axis(axes)
+        _horizontal(axes, [strip.label for strip in strips], "signal-to-noise ratio in dB, more is better")
     return svg_of(figure, name, label)
 
 
-def _decibel_axis(axes: Axes) -> None:
-    axes.set_xlabel("signal-to-noise ratio in dB, more is better")
+def _horizontal(axes: Axes, labels: Sequence[str], title: str) -> None:
+    """Make each label a row, from the top down."""
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.set_xlabel(title)
     axes.grid(axis="x")
     axes.tick_params(length=0)
     axes.spines["left"].set_visible(False)
 
 
-def steps_figure(distributions: Sequence[Distribution], name: str, label: str) -> str:
+def steps_figure(distributions: Sequence[ReportedDistribution], name: str, label: str) -> str:
     """Return mean, spread and worst of each denoising step, a line per quantity."""
     figure = new_figure(240)
     with styled():
@@ -69,14 +70,8 @@ def steps_figure(distributions: Sequence[Distribution], name: str, label: str) -
         for found, color, marker in zip(distributions, (Ink.FIRST, Ink.SECOND), ("o", "s"), strict=False):
             steps = [step.step for step in found.by_step]
             title = found.name.removeprefix("dit, ")
-            axes.fill_between(
-                steps,
-                [step.worst for step in found.by_step],
-                [step.best for step in found.by_step],
-                color=color,
-                alpha=0.18,
-                lw=0,
-            )
+            low, high = [step.worst for step in found.by_step], [step.best for step in found.by_step]
+            axes.fill_between(steps, low, high, color=color, alpha=0.18, lw=0)
             axes.plot(steps, [step.mean for step in found.by_step], marker, ls="-", color=color, ms=4.5, label=title)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
         axes.set_xlabel("denoising step, counted from 0")
@@ -89,23 +84,23 @@ def steps_figure(distributions: Sequence[Distribution], name: str, label: str) -
 
 def end_to_end_figure(found: EndToEnd, name: str, label: str) -> str:
     """Return one row per generation: the target's spectral distance beside that of the nudged reference."""
-    figure = new_figure(_AXIS + 24 + _ROW * len(found.cases))
+    figure = new_figure(_AXIS + 24 + _TALL_ROW * len(found.cases))
     with styled():
         axes = figure.add_subplot()
-        rows = range(len(found.cases))
         target = [case.target.audio.mean_spectral_distance_db for case in found.cases]
         chaos = [case.chaos.audio.mean_spectral_distance_db for case in found.cases]
-        for row in rows:
+        for row, case in enumerate(found.cases):
             axes.plot([target[row], chaos[row]], [row, row], color=Ink.GRID, lw=3, zorder=1)
-        axes.plot(target, rows, "o", color=Ink.FIRST, ms=8, mew=0, label="this bundle")
-        axes.plot(chaos, rows, "D", mfc=Ink.SURFACE, mec=Ink.SECOND, mew=2, ms=7, label="reference, nudged")
-        axes.set_yticks(rows, [case.case.replace("prompt=", "prompt ").split(" seed")[0] for case in found.cases])
-        axes.set_ylim(len(found.cases) - 0.4, -0.6)
+            # Above its row and not beside it, where a long one would leave no room for the figure.
+            prompt, place = shown_prompt(case.prompt, _LABEL), axes.get_yaxis_transform()
+            axes.text(0.01, row - 0.3, prompt, transform=place, fontsize=10, va="bottom").set_in_layout(False)
+        axes.plot(target, range(len(target)), "o", color=Ink.FIRST, ms=8, mew=0, label="this bundle")
+        axes.plot(
+            chaos, range(len(chaos)), "D", mfc=Ink.SURFACE, mec=Ink.SECOND, mew=2, ms=7, label="reference, nudged"
+        )
+        _horizontal(axes, [""] * len(found.cases), "spectral distance in dB, less is better")
+        axes.set_ylim(len(found.cases) - 0.4, -0.9)
         axes.set_xlim(left=0)
-        axes.set_xlabel("spectral distance in dB, less is better")
-        axes.grid(axis="x")
-        axes.tick_params(length=0)
-        axes.spines["left"].set_visible(False)
         figure.legend(loc="outside upper left", ncols=2)
     return svg_of(figure, name, label)
 
@@ -122,12 +117,11 @@ def layers_figure(found: Bisection, name: str, label: str) -> str:
         axes = figure.add_subplot()
         bottom = min(_LEAST_DB, max((o.own_error_db for o in operators if o.own_error_db < _LEAST_DB), default=60.0))
         bottom = max(bottom, 60.0) + 5
-        for wanted, color in ((False, Ink.FIRST), (True, Ink.BAD)):
+        for wanted, color, thinnest in ((False, Ink.FIRST, 250), (True, Ink.BAD, 150)):
             bars = [i for i, o in enumerate(operators) if o.is_faulty is wanted and o.own_error_db < bottom]
-            tops = [operators[i].own_error_db for i in bars]
-            width = max(1.0, len(operators) / (150 if wanted else 250))
             # From the bottom up: the axis is turned round.
-            axes.bar(bars, [top - bottom for top in tops], bottom=bottom, width=width, color=color, lw=0)
+            heights = [operators[i].own_error_db - bottom for i in bars]
+            axes.bar(bars, heights, bottom=bottom, width=max(1.0, len(operators) / thinnest), color=color, lw=0)
         gathered = [min(bottom, operator.error_out_db) for operator in operators]
         axes.plot(range(len(operators)), gathered, color=Ink.SECOND, lw=1.1)
         top = min([*gathered, *(o.own_error_db for o in operators)])
@@ -148,17 +142,12 @@ _COLUMNS = 140
 _BANDS = 72
 _LOWEST_HZ = 40.0
 _RANGE_DB = 80.0
+_PIXELS: Mapping[str, Any] = {"origin": "lower", "aspect": "auto", "interpolation": "none"}
 _SCALES_DB = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0)
 
 
 def levels(audio: Floats, sample_rate: int) -> NDArray[np.float64]:
-    """Return levels in dB, [bands, columns]; bands rise by equal ratios from 40 Hz to half the sample rate.
-
-    Args:
-        audio: [channels, samples].
-        sample_rate: in Hz.
-
-    """
+    """Return levels in dB of [channels, samples] as [bands, columns]; bands rise by equal ratios from 40 Hz up."""
     padded = np.pad(audio.astype(np.float64), ((0, 0), (_WINDOW // 2, _WINDOW)))
     starts = np.linspace(0, max(audio.shape[1] - 1, 0), _COLUMNS).astype(int)
     frames = padded[:, starts[:, None] + np.arange(_WINDOW)] * np.hanning(_WINDOW)
@@ -184,44 +173,29 @@ def spectrogram_figure(sides: Sides, sample_rate: int, name: str, label: str) ->
     peak = float(shown["reference"].max())
     floored = {side: np.maximum(values, peak - _RANGE_DB) for side, values in shown.items()}
     changes = [floored[side] - floored["reference"] for side in ("target", "chaos")]
-    panels = [
-        [("reference", floored["reference"] - peak), ("this bundle", floored["target"] - peak)],
-        [("change: this bundle", changes[0]), ("change: nudged", changes[1])],
-    ]
     # One scale for both changes: they are there to be compared.
     most = float(np.percentile(np.abs(changes), 99.5))
     scale = next((step for step in _SCALES_DB if step >= most), _SCALES_DB[-1])
-    seconds = sides["reference"].shape[1] / sample_rate
+    sounds = [("reference", floored["reference"] - peak), ("this bundle", floored["target"] - peak)]
+    differences = [("change: this bundle", changes[0]), ("change: nudged", changes[1])]
+    rows = [("magma", -_RANGE_DB, 0.0, "level in dB", sounds), ("berlin", -scale, scale, "change in dB", differences)]
+    extent = (0, sides["reference"].shape[1] / sample_rate, 0, _BANDS)
     figure = new_figure(300)
     with styled():
         grid = figure.subplots(2, 2, sharex=True, sharey=True)
-        for row, (maps, bounds, unit) in enumerate(
-            (("magma", (-_RANGE_DB, 0.0), "level in dB"), ("berlin", (-scale, scale), "change in dB"))
-        ):
-            for column, (title, values) in enumerate(panels[row]):
-                axes = grid[row, column]
-                image = axes.imshow(
-                    values,
-                    origin="lower",
-                    aspect="auto",
-                    cmap=maps,
-                    vmin=bounds[0],
-                    vmax=bounds[1],
-                    extent=(0, seconds, 0, _BANDS),
-                    interpolation="none",
-                )
+        for line, (colours, low, high, unit, panels) in zip(grid, rows, strict=True):
+            for axes, (title, values) in zip(line, panels, strict=True):
+                image = axes.imshow(values, colours, vmin=low, vmax=high, extent=extent, **_PIXELS)
                 axes.set_title(title)
                 axes.set_yticks([_row_of(hertz, sample_rate) for hertz in (100, 1000, 10000)], ["100", "1k", "10k"])
                 axes.tick_params(length=0)
-                for spine in axes.spines.values():
-                    spine.set_visible(False)
-                if row == 1:
-                    axes.set_xlabel("seconds")
-                if column == 0:
-                    axes.set_ylabel("Hz")
-            bar = figure.colorbar(image, ax=grid[row, :], aspect=12, pad=0.02, label=unit)
+                axes.spines[:].set_visible(False)
+            line[0].set_ylabel("Hz")
+            bar = figure.colorbar(image, ax=line, aspect=12, pad=0.02, label=unit)
             bar.outline.set_visible(False)
             bar.ax.tick_params(length=0)
+        for axes in grid[-1]:
+            axes.set_xlabel("seconds")
     return svg_of(figure, name, label)
 
 
@@ -233,23 +207,16 @@ _HEIGHT = 260.0
 _CHARACTER = 6.2
 _LINE = 13.0
 _MARGIN = 6.0
-_INKS: Mapping[str, Ink] = {
-    "fp32": Ink.FLOAT,
-    "fp16": Ink.HALF,
-    "bf16": Ink.HALF,
-    "scales": Ink.SCALES,
-    "structure": Ink.OTHER,
-}
+_OTHERS = {"structure", "int32", "int64", "uint8", "bool"}
+_INKS = {"fp32": Ink.FLOAT, "fp16": Ink.HALF, "bf16": Ink.HALF, "scales": Ink.SCALES}
 
 
 def ink_of(stored: str) -> Ink:
     """Return the colour of a stored type; weights as integers, of any width, share one."""
-    if stored in ("int32", "int64", "uint8", "bool"):
-        return Ink.OTHER
-    return _INKS.get(stored, Ink.INTEGER)
+    return Ink.OTHER if stored in _OTHERS else _INKS.get(stored, Ink.INTEGER)
 
 
-def storage_figure(components: Sequence[ComponentReport], name: str, label: str) -> str:
+def storage_figure(components: Sequence[ReportedModel], name: str, label: str) -> str:
     """Return a treemap: models by size, each divided by stored type."""
     figure = new_figure(_HEIGHT, layout=None)
     with styled():
@@ -268,12 +235,12 @@ Box = tuple[float, float, float, float]
 """x, y, width, height."""
 
 
-def _draw(axes: Axes, component: ComponentReport, box: Box) -> None:
+def _draw(axes: Axes, component: ReportedModel, box: Box) -> None:
     x, y, width, height = box
     stored = [(s.type, s.bytes) for s in component.stored] or [(component.precision, component.bytes)]
-    title = f"{shown_name(component)} {shown_size(component.bytes)}"
+    title = f"{component.name} {shown_size(component.bytes)}"
     if not _fits(title, width):
-        title = shown_name(component)
+        title = component.name
     titled = _fits(title, width) and height >= 2 * _LINE
     for (kind, size), inner in zip(stored, _squares([size for _, size in stored], box), strict=True):
         axes.add_patch(Rectangle(inner[:2], inner[2], inner[3], fc=ink_of(kind), ec=Ink.SURFACE, lw=0.8))

@@ -1,15 +1,15 @@
-"""`verify --report`: findings in, a folder out, whole or not there."""
+"""`verify --report`: what was found in, a folder out, whole or not there."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 from sa3_convert.bundle.reader import Bundle
-from sa3_convert.check.progress import Report as Progress
+from sa3_convert.check.progress import Progress
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
 from sa3_convert.lab.bisect.bisect import bisect_bundle
 from sa3_convert.lab.bisect.result import BisectResult
-from sa3_convert.lab.generations.full import Findings
+from sa3_convert.lab.generations.full import Verification
 from sa3_convert.lab.report.build import build_report
 from sa3_convert.lab.report.page import Heard, render_page
 from sa3_convert.lab.report.schema import KIND, Report
@@ -55,10 +55,6 @@ def _is_report(file: Path) -> bool:
 def write_folder(folder: Path, contents: Mapping[str, str]) -> None:
     """Write a report's files under a temporary name and rename the folder; an earlier report is replaced.
 
-    Args:
-        folder: where; `check_folder` says whether it may be.
-        contents: text by file name.
-
     Raises:
         UsageError: see `check_folder`; or the folder cannot be written.
 
@@ -92,33 +88,24 @@ OPERATORS = "operators"
 
 def bisected_models(
     bundle: Bundle,
-    findings: Findings,
+    found: Verification,
     *,
     threads: int | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[Component, BisectResult]:
-    """Bisect, on sampled inputs, each MNN model that was verified and that the findings have no bisection of.
-
-    Args:
-        bundle: what was verified.
-        findings: what was found.
-        threads: of either engine; None leaves it to them.
-        progress: called as work goes on.
-
-    """
-    verified = [v.fidelity.component for v in findings.bundle.verdicts if v.engine == "mnn"]
-    missing = [component for component in verified if component not in findings.bisections]
-    found = {}
+    """Bisect, on sampled inputs, each MNN model that was verified and that there is no bisection of."""
+    missing = [v.component for v in found.verdicts if v.engine == "mnn" and v.component not in found.bisections]
+    layers = {}
     for done, component in enumerate(missing):
         progress(OPERATORS, done, len(missing))
-        found[component] = bisect_bundle(bundle, component, threads=threads)
-    return found
+        layers[component] = bisect_bundle(bundle, component, threads=threads)
+    return layers
 
 
 def write_report(
     folder: Path,
     bundle: Bundle,
-    findings: Findings,
+    found: Verification,
     *,
     layers: Mapping[Component, BisectResult],
     heard: Heard,
@@ -129,8 +116,8 @@ def write_report(
     Args:
         folder: new, empty, or an earlier report, which is replaced.
         bundle: what was verified.
-        findings: what was found.
-        layers: models operator by operator; those that fell short are in the findings already.
+        found: what was found.
+        layers: models operator by operator; those that fell short are in what was found already.
         heard: audio of the end-to-end comparison by case and side.
         since: an earlier report, to say what changed.
 
@@ -138,6 +125,6 @@ def write_report(
         UsageError: the folder holds something else.
 
     """
-    report = build_report(bundle, findings, layers, has_audio=bool(heard), since=since)
+    report = build_report(bundle, found, layers, has_audio=bool(heard), since=since)
     page = render_page(report, heard, bundle.layout.sample_rate)
     write_folder(folder, {PAGE: page, DATA: report.to_json(), SUMMARY: render_summary(report)})

@@ -2,16 +2,16 @@
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 
 import numpy as np
 import soundfile
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from sa3_convert.arrays import Floats
+from sa3_convert.lab.generations.end_to_end import EndToEndCase
 from sa3_convert.lab.report.figures import (
     MOST_DB,
     Sides,
@@ -23,51 +23,16 @@ from sa3_convert.lab.report.figures import (
     steps_figure,
     storage_figure,
     strips_figure,
-    strips_of,
 )
-from sa3_convert.lab.report.schema import (
-    Bisection,
-    ComponentReport,
-    EndToEnd,
-    EndToEndCase,
-    Generations,
-    Operator,
-    Report,
-)
-from sa3_convert.lab.report.summary import shown_db, shown_floor, shown_name, shown_size
+from sa3_convert.lab.report.formatting import fixed, shown_db, shown_floor, shown_prompt, shown_size, with_prompts
+from sa3_convert.lab.report.schema import Bisection, Generations, Operator, Report, ReportedModel
 from sa3_convert.lab.report.theme import Ink
 from sa3_convert.runtime.audio import Quantiser
-
-_BITS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Clip:
-    """A piece of audio as a `data:` URI."""
-
-    uri: str
-    bytes: int
-    """Of the encoded audio; in the page it takes a third more."""
-
-
-def clip(audio: Floats, sample_rate: int) -> Clip:
-    """Return 16-bit FLAC; what lies beyond ±1 is clipped, as `run` does.
-
-    Args:
-        audio: [channels, samples].
-        sample_rate: in Hz.
-
-    """
-    buffer = io.BytesIO()
-    samples = Quantiser(_BITS, dither=False)(audio).astype(np.int16).T
-    soundfile.write(buffer, samples, sample_rate, format="FLAC", subtype="PCM_16")
-    data = buffer.getvalue()
-    return Clip("data:audio/flac;base64," + base64.b64encode(data).decode("ascii"), len(data))
-
 
 Heard = Mapping[str, Sides]
 """Audio of the end-to-end comparison: by case and side, [channels, samples]."""
 
+_BITS = 16
 _PLAYED = 2
 """Generations with players: at 5 seconds of stereo they weigh up to 1.2 MB a side."""
 _PLAYED_SECONDS = 5
@@ -77,7 +42,7 @@ _PLAYED_SECONDS = 5
 class Drawn:
     """A figure and its caption."""
 
-    svg: Markup
+    svg: str
     caption: str
 
 
@@ -87,7 +52,9 @@ class Player:
 
     name: str
     uri: str
+    """The audio itself, as `data:`."""
     bytes: int
+    """Of the encoded audio; in the page it takes a third more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,138 +63,79 @@ class HeardCase:
 
     case: str
     drawn: Drawn
-    clips: tuple[Player, ...]
+    players: tuple[Player, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Clips:
-    """All players together."""
-
-    seconds: str
-    bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """Everything that is drawn."""
-
-    components: Drawn
-    steps: Drawn | None
-    generations: Drawn | None
-    end_to_end: Drawn | None
-    heard: tuple[HeardCase, ...]
-    layers: tuple[Drawn, ...]
-    storage: Drawn
-    legend: tuple[tuple[str, str], ...]
-    """Stored types and the CSS variable of each colour."""
-
-    @property
-    def clips(self) -> Clips:
-        """What the players weigh."""
-        return Clips(f"{_PLAYED_SECONDS} seconds", sum(player.bytes for case in self.heard for player in case.clips))
-
-
-def draw(report: Report, heard: Heard, sample_rate: int) -> Figures:
-    """Return all figures of a report; see `render_page`."""
-    generations, end_to_end = report.generations, report.end_to_end
-    stored = sorted({s.type for c in report.components for s in c.stored})
-    return Figures(
-        components=_components(report),
-        steps=None if generations is None else _steps(generations),
-        generations=None if generations is None else _generations(generations),
-        end_to_end=None if end_to_end is None else _end_to_end(end_to_end),
-        heard=() if end_to_end is None else tuple(_heard(end_to_end, heard, sample_rate)),
-        layers=tuple(_layers(found) for found in report.bisections),
-        storage=_storage(report),
-        legend=_legend(stored),
-    )
+def player(name: str, audio: Floats, sample_rate: int) -> Player:
+    """Return the beginning of [channels, samples] as 16-bit FLAC; what lies beyond ±1 is clipped, as `run` does."""
+    buffer = io.BytesIO()
+    samples = Quantiser(_BITS, dither=False)(audio[:, : _PLAYED_SECONDS * sample_rate]).astype(np.int16).T
+    soundfile.write(buffer, samples, sample_rate, format="FLAC", subtype="PCM_16")
+    data = buffer.getvalue()
+    return Player(name, "data:audio/flac;base64," + base64.b64encode(data).decode("ascii"), len(data))
 
 
 def _components(report: Report) -> Drawn:
-    svg = strips_figure(strips_of(report.components), "components", f"{report.verdict} A row of dots for each model.")
+    strips = [Strip(c.name, [case.signal_to_noise_db for case in c.cases], c.floor_db) for c in report.components]
     return Drawn(
-        Markup(svg),
+        strips_figure(strips, "components", f"{report.verdict} A row of dots for each model."),
         "A dot for each output on each input; the solid one is the worst. The bar is the floor. "
         f"What has more than {MOST_DB:g} dB stands there.",
     )
 
 
-def _steps(found: Generations) -> Drawn | None:
-    stepped = [d for d in found.distributions if d.by_step]
-    if not stepped:
-        return None
-    said = "; ".join(
-        f"{d.name}: mean {d.by_step[0].mean:.1f} dB at the first step, {d.by_step[-1].mean:.1f} dB at the last"
-        for d in stepped
-    )
-    caption = "The DiT step by step: the mean over all generations, and from the worst to the best."
-    return Drawn(Markup(steps_figure(stepped, "steps", said)), caption)
-
-
-def _generations(found: Generations) -> Drawn:
+def _generations(found: Generations) -> Iterator[Drawn]:
+    if stepped := [d for d in found.distributions if d.by_step]:
+        said = "; ".join(
+            f"{d.name}: mean {shown_db(d.by_step[0].mean)} dB at the first step, {shown_db(d.by_step[-1].mean)} dB at "
+            "the last"
+            for d in stepped
+        )
+        caption = "The DiT step by step: the mean over all generations, and from the worst to the best."
+        yield Drawn(steps_figure(stepped, "steps", said), caption)
     strips = [Strip(d.name, [o.signal_to_noise_db for o in d.observations], d.floor_db) for d in found.distributions]
-    said = "; ".join(
-        f"{d.name}: {d.spread.worst:.1f} to {max(s.ratios):.1f} dB"
-        for d, s in zip(found.distributions, strips, strict=True)
-    )
-    return Drawn(
-        Markup(strips_figure(strips, "generations", said)),
-        "A dot for each comparison; the solid one is the worst. The bar is the floor.",
-    )
+    said = "; ".join(f"{s.label}: {shown_db(min(s.ratios))} to {shown_db(max(s.ratios))} dB" for s in strips)
+    caption = "A dot for each comparison; the solid one is the worst. The bar is the floor."
+    yield Drawn(strips_figure(strips, "generations", said), caption)
 
 
-def _end_to_end(found: EndToEnd) -> Drawn:
-    caption = "Spectral distance from the reference's audio, mean over the window sizes."
-    return Drawn(Markup(end_to_end_figure(found, "end-to-end", found.judgement)), caption)
-
-
-def _heard(found: EndToEnd, heard: Heard, sample_rate: int) -> Sequence[HeardCase]:
+def _heard(report: Report, heard: Heard, sample_rate: int) -> list[HeardCase]:
     """Return the generations whose audio was kept, the furthest from the reference first."""
-    kept = [case for case in found.cases if case.case in heard]
+    kept = [case for case in report.end_to_end.cases if case.case in heard] if report.end_to_end else []
     kept.sort(key=lambda case: -case.target.audio.mean_spectral_distance_db)
     return [
         HeardCase(
-            case.case,
+            with_prompts(case.case),
             _spectrogram(case, heard[case.case], sample_rate, number),
-            _players(heard[case.case], sample_rate) if number < _PLAYED else (),
+            tuple(
+                player(name, heard[case.case][side], sample_rate)
+                for side, name in (("reference", "reference"), ("target", "this bundle"))
+                if number < _PLAYED
+            ),
         )
         for number, case in enumerate(kept)
     ]
 
 
 def _spectrogram(case: EndToEndCase, sides: Sides, sample_rate: int, number: int) -> Drawn:
-    said = (
-        f"Spectrograms of {case.case}: the bundle is {case.target.audio.mean_spectral_distance_db:.2f} dB from the "
-        f"reference, the nudged reference {case.chaos.audio.mean_spectral_distance_db:.2f} dB."
-    )
-    caption = f"{case.case}: {f'“{case.prompt}”' if case.prompt else 'no prompt'}"
-    return Drawn(Markup(spectrogram_figure(sides, sample_rate, f"heard-{number}", said)), caption)
-
-
-def _players(sides: Sides, sample_rate: int) -> tuple[Player, ...]:
-    names = {"reference": "reference", "target": "this bundle"}
-    made = [(name, clip(sides[side][:, : _PLAYED_SECONDS * sample_rate], sample_rate)) for side, name in names.items()]
-    return tuple(Player(name, encoded.uri, encoded.bytes) for name, encoded in made)
+    far, chance = (fixed(side.audio.mean_spectral_distance_db, 2) for side in (case.target, case.chaos))
+    said = f"the bundle is {far} dB from the reference, the nudged reference {chance} dB."
+    label = f"Spectrograms of {with_prompts(case.case)}: {said}"
+    caption = f"{shown_prompt(case.prompt, 1000)}: {said}"
+    return Drawn(spectrogram_figure(sides, sample_rate, f"heard-{number}", label), caption)
 
 
 def _layers(found: Bisection) -> Drawn:
     name = found.component.value
     caption = f"{len(found.operators)} operators of {name}; {found.incomparable} more tensors are not comparable."
-    return Drawn(Markup(layers_figure(found, f"layers-{name}", f"{name}: {found.verdict}")), caption)
+    return Drawn(layers_figure(found, f"layers-{name}", f"{name}: {found.verdict}"), caption)
 
 
 def _storage(report: Report) -> Drawn:
     largest = max(report.components, key=lambda c: c.bytes)
-    said = f"Sizes of {len(report.components)} models; the largest is {shown_name(largest)}. The table has all figures."
+    said = f"Sizes of {len(report.components)} models; the largest is {largest.name}. The table has all figures."
     caption = "Area is bytes: models, each divided by how its data are stored. What is too small to be named is below."
-    return Drawn(Markup(storage_figure(report.components, "sizes-map", said)), caption)
-
-
-def _legend(stored: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    names: dict[Ink, list[str]] = {}
-    for kind in stored:
-        names.setdefault(ink_of(kind), []).append(kind)
-    return tuple((", ".join(kinds), ink.variable) for ink, kinds in names.items())
+    return Drawn(storage_figure(report.components, "sizes-map", said), caption)
 
 
 _HERE = files("sa3_convert.lab.report")
@@ -247,21 +155,35 @@ def render_page(report: Report, heard: Heard, sample_rate: int) -> str:
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
+        "fixed": fixed,
+        "with_prompts": with_prompts,
         "db": shown_db,
         "floor": shown_floor,
         "size": shown_size,
         "versions": _versions,
-        "shown_name": shown_name,
         "shown_operators": shown_operators,
         "operators_label": _operators_label,
-        "stored_types": _stored_types,
         "stored_bytes": _stored_bytes,
         "tool_names": _tool_names,
     }
-    figures = draw(report, heard, sample_rate)
-    style = Markup(_HERE.joinpath("style.css").read_text(encoding="utf-8"))
+    kinds, listened = _stored_types(report), _heard(report, heard, sample_rate)
+    found = report.end_to_end
+    caption = "Spectral distance from the reference's audio, mean over the window sizes."
     template = environment.from_string(_HERE.joinpath("page.html").read_text(encoding="utf-8"))
-    return template.render(report=report, figures=figures, clips=figures.clips, style=style) + "\n"
+    page = template.render(
+        report=report,
+        style=_HERE.joinpath("style.css").read_text(encoding="utf-8"),
+        components=_components(report),
+        generations=list(_generations(report.generations)) if report.generations else [],
+        end_to_end=Drawn(end_to_end_figure(found, "end-to-end", found.judgement), caption) if found else None,
+        heard=listened,
+        played=sum(player.bytes for case in listened for player in case.players),
+        layers=[_layers(found) for found in report.bisections],
+        storage=_storage(report),
+        stored_types=kinds,
+        legend=_legend(kinds),
+    )
+    return page + "\n"
 
 
 def shown_operators(found: Bisection) -> list[Operator]:
@@ -284,15 +206,20 @@ def _versions(tools: Mapping[str, str]) -> str:
 
 def _stored_types(report: Report) -> list[str]:
     """Return the stored types of all models, the most bytes first."""
-    sizes: dict[str, int] = {}
-    for component in report.components:
-        for stored in component.stored:
-            sizes[stored.type] = sizes.get(stored.type, 0) + stored.bytes
-    return sorted(sizes, key=lambda kind: (-sizes[kind], kind))
+    kinds = {stored.type for component in report.components for stored in component.stored}
+    return sorted(kinds, key=lambda kind: (-sum(_stored_bytes(c, kind) for c in report.components), kind))
 
 
-def _stored_bytes(component: ComponentReport, kind: str) -> int:
+def _stored_bytes(component: ReportedModel, kind: str) -> int:
     return sum(stored.bytes for stored in component.stored if stored.type == kind)
+
+
+def _legend(stored: list[str]) -> list[tuple[str, str]]:
+    """Return stored types and the CSS variable of each colour."""
+    names: dict[Ink, list[str]] = {}
+    for kind in sorted(stored):
+        names.setdefault(ink_of(kind), []).append(kind)
+    return [(", ".join(kinds), ink.variable) for ink, kinds in names.items()]
 
 
 def _tool_names(report: Report) -> list[str]:

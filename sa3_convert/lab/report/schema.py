@@ -1,67 +1,23 @@
 """`report.json`: everything that a report says, and the one thing that its page and its summary are made from.
 
-`docs/report.schema.json` is the JSON schema of `Report`.
+`docs/report.schema.json` is the JSON schema of `Report`; what was measured has the classes of the verification itself.
 """
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import Field, StringConstraints
 
-from sa3_convert.check.metrics import MAX_DB
+from sa3_convert.check.results import Data, Decibels, Figures, Measurement, Spread
 from sa3_convert.components import Component
+from sa3_convert.lab.generations.distribution import Observation
+from sa3_convert.lab.generations.end_to_end import EndToEnd
 from sa3_convert.runtime.engines import EngineName
 
-KIND: Final = "sa3-convert verification"
+Kind = Literal["sa3-convert verification"]
+KIND: Final = get_args(Kind)[0]
 
 
-def _bounded(value: Any) -> Any:
-    """Return a ratio within ±`MAX_DB`: infinity has no place in JSON. NaN stays, and is refused."""
-    return max(-MAX_DB, min(MAX_DB, value)) if isinstance(value, float) and value == value else value
-
-
-Decibels = Annotated[float, BeforeValidator(_bounded), Field(ge=-MAX_DB, le=MAX_DB)]
-
-
-class _Data(BaseModel):
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        from_attributes=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        populate_by_name=True,
-    )
-
-
-class Figures(_Data):
-    """How close an output is to its reference."""
-
-    signal_to_noise_db: Decibels
-    """10·log10(Σ reference² / Σ (target − reference)²); 300 where the two are equal."""
-    cosine: float
-    max_abs_error: float
-    mean_abs_error: float
-
-
-class Spread(_Data):
-    """Signal-to-noise ratios over many comparisons, in dB."""
-
-    count: int
-    mean: Decibels
-    percentile_5: Decibels
-    """Five in a hundred comparisons are below it."""
-    worst: Decibels
-
-
-class Case(Figures):
-    """One comparison on sampled inputs."""
-
-    case: str
-    output: str
-    """The output, or the part of it, that was compared."""
-
-
-class StoredType(_Data):
+class StoredType(Data):
     """Bytes of a file that are stored in one way."""
 
     type: str
@@ -69,7 +25,16 @@ class StoredType(_Data):
     bytes: int
 
 
-class ComponentReport(_Data):
+class ModelFile(Data):
+    """One file of a model."""
+
+    path: str
+    """In the bundle."""
+    bytes: int
+    sha256: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+
+
+class ReportedModel(Data):
     """One model on sampled inputs, against its floor."""
 
     component: Component
@@ -89,11 +54,18 @@ class ComponentReport(_Data):
     worst_case: str
     replay: str
     """A command that looks into the worst case."""
-    cases: tuple[Case, ...]
+    cases: tuple[Measurement, ...]
     bytes: int
     """Of the model's file and its companion."""
+    files: tuple[ModelFile, ...] = ()
+    """Empty in a report of an earlier version."""
     stored: tuple[StoredType, ...]
     """What the bytes are, the most first; empty for a model without a storage audit."""
+
+    @property
+    def name(self) -> str:
+        """The component, with its engine where that is not MNN."""
+        return self.component.value if self.engine == "mnn" else f"{self.component.value}, {self.engine}"
 
 
 class StepSpread(Spread):
@@ -103,14 +75,7 @@ class StepSpread(Spread):
     best: Decibels
 
 
-class Observation(Figures):
-    """One comparison within a generation."""
-
-    case: str
-    step: int | None
-
-
-class Distribution(_Data):
+class ReportedDistribution(Data):
     """One quantity over whole generations."""
 
     name: str
@@ -126,60 +91,22 @@ class Distribution(_Data):
     """Empty for what has no steps."""
     observations: tuple[Observation, ...]
 
+    @property
+    def place(self) -> str:
+        """The worst case, with its step."""
+        return self.worst_case + ("" if self.worst_step is None else f" step={self.worst_step}")
 
-class Generations(_Data):
+
+class Generations(Data):
     """Each model over whole generations."""
 
     engine: EngineName
     steps: int
     """Of the denoising loop."""
-    distributions: tuple[Distribution, ...]
+    distributions: tuple[ReportedDistribution, ...]
 
 
-class AudioFigures(_Data):
-    """How alike two pieces of audio are."""
-
-    spectral_distance_db: tuple[float, ...]
-    """One per entry of `windows`; 0 for the same audio."""
-    mean_spectral_distance_db: float
-    envelope_correlation: float
-    loudness_db: float
-    """Loudness less that of the reference, in LU."""
-    width: float
-    """Share of the side signal in the energy, less that of the reference."""
-
-
-class Divergence(_Data):
-    """How far one generation went from the reference's."""
-
-    latent_cosine: float
-    audio: AudioFigures
-
-
-class EndToEndCase(_Data):
-    """One generation from prompt to audio."""
-
-    case: str
-    prompt: str
-    target: Divergence
-    chaos: Divergence
-    """The reference itself, its noise nudged."""
-
-
-class EndToEnd(_Data):
-    """From prompt to audio, beside the chaos floor."""
-
-    nudge: float
-    """Standard deviation of what is added to each draw of noise, whose own is 1."""
-    windows: tuple[int, ...]
-    """Samples per frame of the spectra."""
-    chaos_ratio: float
-    """Mean spectral distance of the target over that of the nudged reference."""
-    judgement: str
-    cases: tuple[EndToEndCase, ...]
-
-
-class Operator(_Data):
+class Operator(Data):
     """One tensor that exists on both sides, and the operators that make it."""
 
     name: str
@@ -198,7 +125,7 @@ class Operator(_Data):
     is_faulty: bool
 
 
-class Bisection(_Data):
+class Bisection(Data):
     """A model operator by operator."""
 
     component: Component
@@ -213,7 +140,7 @@ class Bisection(_Data):
     """A command that bisects the model."""
 
 
-class Problem(_Data):
+class Problem(Data):
     """Why a model failed."""
 
     what: str
@@ -221,7 +148,7 @@ class Problem(_Data):
     """A command that looks into it."""
 
 
-class NotRun(_Data):
+class NotRun(Data):
     """Something that this report does not say, and the command that would find it out."""
 
     part: Literal["components", "generations", "end_to_end", "layers", "audio"]
@@ -229,7 +156,7 @@ class NotRun(_Data):
     command: str
 
 
-class Change(_Data):
+class Change(Data):
     """Something that is not what it was."""
 
     what: str
@@ -237,7 +164,7 @@ class Change(_Data):
     now: str
 
 
-class Made(_Data):
+class Made(Data):
     """What was verified, and with what."""
 
     bundle: str
@@ -256,11 +183,11 @@ class Made(_Data):
     """Of all models that were verified."""
 
 
-class Report(_Data):
+class Report(Data):
     """One verification of one bundle."""
 
     schema_version: Literal[1] = Field(1, alias="schema")
-    kind: Literal["sa3-convert verification"] = KIND
+    kind: Kind = KIND
     passed: bool
     verdict: str
     """In a sentence."""
@@ -271,7 +198,7 @@ class Report(_Data):
     """Versions and figures that differ from those in the manifest."""
     since_report: tuple[Change, ...] | None
     """What differs from an earlier report; null without one."""
-    components: tuple[ComponentReport, ...]
+    components: tuple[ReportedModel, ...]
     generations: Generations | None
     end_to_end: EndToEnd | None
     bisections: tuple[Bisection, ...]

@@ -6,6 +6,7 @@ figure gives the same bytes: no dates, and identifiers that depend on the figure
 
 import io
 import re
+import warnings
 from contextlib import AbstractContextManager
 from enum import StrEnum
 from html import escape
@@ -89,14 +90,12 @@ def styled() -> AbstractContextManager[None]:
 def svg_of(figure: Figure, name: str, label: str) -> str:
     """Return a figure as an `<svg>` element to stand in a page.
 
-    Args:
-        figure: made by `new_figure`.
-        name: unique in the page; identifiers within the SVG begin with it.
-        label: what the figure shows, for those who do not see it.
-
+    Its identifiers begin with `name`, unique in the page; `label` says what it shows to those who do not see it.
     """
     buffer = io.StringIO()
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):
+    with mpl.rc_context(_STYLE | {"svg.hashsalt": name}), warnings.catch_warnings():
+        # Text stays text: the reader's browser has the letters that the font for measuring lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()
     text = re.sub(r"<!--.*?-->\n?", "", text[text.index("<svg") :], flags=re.DOTALL)

@@ -27,7 +27,7 @@ from sa3_convert.lab.generations.distribution import (
     Observation,
 )
 from sa3_convert.lab.generations.end_to_end import FULL_CASES, both_sides, end_to_end_cases
-from sa3_convert.lab.generations.full import Findings, verify_fully, with_bisections, workload
+from sa3_convert.lab.generations.full import Verification, verify_fully, with_bisections, workload
 from sa3_convert.lab.generations.trajectory import GenerationCase, all_cases
 
 CASES = all_cases((0, 4), (1,), (0.5, 1.0))
@@ -53,7 +53,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def verified(toy_int8: Bundle, store: Path) -> tuple[Findings, Witness]:
+def verified(toy_int8: Bundle, store: Path) -> tuple[Verification, Witness]:
     witness = Witness()
     findings = verify_fully(
         toy_int8,
@@ -68,38 +68,36 @@ def verified(toy_int8: Bundle, store: Path) -> tuple[Findings, Witness]:
     return findings, witness
 
 
-def with_floor(findings: Findings, component: Component, floor_db: float) -> Findings:
-    verdicts = [
-        replace(v, floor_db=floor_db) if v.fidelity.component is component else v for v in findings.bundle.verdicts
-    ]
-    return replace(findings, bundle=replace(findings.bundle, verdicts=tuple(verdicts)))
+def with_floor(findings: Verification, component: Component, floor_db: float) -> Verification:
+    verdicts = [replace(v, floor_db=floor_db) if v.component is component else v for v in findings.verdicts]
+    return replace(findings, verdicts=tuple(verdicts))
 
 
-def test_a_sound_bundle_passes_and_every_part_is_there(verified: tuple[Findings, Witness]) -> None:
+def test_a_sound_bundle_passes_and_every_part_is_there(verified: tuple[Verification, Witness]) -> None:
     findings, _ = verified
     findings.check()
     assert findings.passed
     assert findings.generations is not None
-    assert findings.generations.of(TEACHER_FORCED).summary.count == len(CASES) * STEPS
+    assert findings.generations.of(TEACHER_FORCED).count == len(CASES) * STEPS
     assert findings.end_to_end is not None
     assert [c.case for c in findings.end_to_end.cases] == ["prompt=0 seed=1 seconds=1"]
     assert findings.bisections == {}
 
 
-def test_the_json_is_finite_and_says_what_ran(verified: tuple[Findings, Witness]) -> None:
+def test_the_json_is_finite_and_says_what_ran(verified: tuple[Verification, Witness]) -> None:
     data = json.loads(json.dumps(verified[0].to_data(), allow_nan=False))
     assert (data["engine"], data["passed"], data["problems"]) == ("mnn", True, [])
     assert len(data["generations"]["distributions"]) == 6
     assert {"target", "chaos"} < set(data["end_to_end"]["cases"][0])
 
 
-def test_the_audio_of_both_sides_and_of_chance_can_be_heard(verified: tuple[Findings, Witness]) -> None:
+def test_the_audio_of_both_sides_and_of_chance_can_be_heard(verified: tuple[Verification, Witness]) -> None:
     heard = verified[1].heard
     assert {side for _, side in heard} == {"reference", "target", "chaos"}
     assert all(audio.shape == (2, 44100) for audio in heard.values())
 
 
-def test_all_work_is_planned(toy_int8: Bundle, verified: tuple[Findings, Witness]) -> None:
+def test_all_work_is_planned(toy_int8: Bundle, verified: tuple[Verification, Witness]) -> None:
     planned = workload(toy_int8, CASES, steps=STEPS, quick=True)
     # What the reference generates end to end was computed for the distributions.
     assert set(verified[1].stages) - {"end to end, reference"} == set(planned)
@@ -107,7 +105,7 @@ def test_all_work_is_planned(toy_int8: Bundle, verified: tuple[Findings, Witness
 
 
 def test_a_second_verification_computes_no_reference_and_finds_the_same(
-    toy_int8: Bundle, store: Path, verified: tuple[Findings, Witness]
+    toy_int8: Bundle, store: Path, verified: tuple[Verification, Witness]
 ) -> None:
     again = ReferenceStore(store)
     findings = verify_fully(toy_int8, cases=CASES, steps=STEPS, quick=True, store=again, threads=2)
@@ -127,35 +125,35 @@ def test_one_component_can_be_looked_at_alone(toy_int8: Bundle, store: Path) -> 
     )
     assert findings.generations is not None
     assert [d.name for d in findings.generations.distributions] == [TEACHER_FORCED, FREE_RUNNING]
-    assert [v.fidelity.component for v in findings.bundle.verdicts] == [Component.DIT]
+    assert [v.component for v in findings.verdicts] == [Component.DIT]
     assert findings.end_to_end is None
 
 
 def test_a_generation_below_the_floor_is_a_failure_that_names_a_floor_that_passes(
-    verified: tuple[Findings, Witness],
+    verified: tuple[Verification, Witness],
 ) -> None:
     generations = verified[0].generations
     assert generations is not None
-    worst = generations.of("decoder").summary
+    worst = generations.of("decoder")
     findings = with_floor(verified[0], Component.DECODER, worst.worst + 0.5)
     assert not findings.passed
     with pytest.raises(VerificationError, match=f"decoder: generation {worst.worst_case} has .*floor_db: "):
         findings.check()
 
 
-def with_generation(findings: Findings, name: str, ratio: float) -> Findings:
+def with_generation(findings: Verification, name: str, ratio: float) -> Verification:
     """Let a distribution consist of one bad observation."""
     bad = Observation(CASES[1].name, Fidelity(ratio, 0.5, 1.0, 0.5), 1)
     return replace(findings, generations=GenerationFidelity(STEPS, (Distribution(name, (bad,)),)))
 
 
-def test_a_free_running_generation_has_no_floor(verified: tuple[Findings, Witness]) -> None:
+def test_a_free_running_generation_has_no_floor(verified: tuple[Verification, Witness]) -> None:
     assert with_generation(verified[0], FREE_RUNNING, 1).passed
     assert not with_generation(verified[0], TEACHER_FORCED, 1).passed
 
 
 def test_what_falls_short_is_bisected_at_its_worst_case(
-    toy_int8: Bundle, store: Path, verified: tuple[Findings, Witness], monkeypatch: pytest.MonkeyPatch
+    toy_int8: Bundle, store: Path, verified: tuple[Verification, Witness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, Arrays] = {}
 
@@ -164,7 +162,7 @@ def test_what_falls_short_is_bisected_at_its_worst_case(
         return object()
 
     monkeypatch.setattr(full, "bisect_bundle", spy)
-    decoder = next(v.fidelity for v in verified[0].bundle.verdicts if v.fidelity.component is Component.DECODER)
+    decoder = next(v for v in verified[0].verdicts if v.component is Component.DECODER)
     findings = with_floor(verified[0], Component.DECODER, decoder.worst.signal_to_noise_db + 1)
     findings = with_generation(findings, TEACHER_FORCED, 1)
     with both_sides(toy_int8, store=ReferenceStore(store), steps=STEPS, threads=2) as (references, _):
@@ -176,7 +174,7 @@ def test_what_falls_short_is_bisected_at_its_worst_case(
 
 
 def test_what_falls_short_on_sampled_inputs_is_bisected_without_generations(
-    toy_int8: Bundle, verified: tuple[Findings, Witness]
+    toy_int8: Bundle, verified: tuple[Verification, Witness]
 ) -> None:
     short = with_floor(replace(verified[0], generations=None), Component.NUMBER_CONDITIONER, 60)
     found = with_bisections(toy_int8, short, threads=2).bisections

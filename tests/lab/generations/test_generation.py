@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from rich.console import Console
 
 from sa3_convert.arrays import Session
@@ -20,12 +21,19 @@ from sa3_convert.bundle.manifest import Artifact, CheckpointOrigin, FileEntry, M
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.check.metrics import MAX_DB, Fidelity
 from sa3_convert.check.reference_store import ReferenceStore
-from sa3_convert.cli.comparison_tables import render_end_to_end, render_generations, replay
+from sa3_convert.cli.comparison_tables import render_end_to_end, render_generations
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError, VerificationError
 from sa3_convert.lab.generations.cases import case_feeds
-from sa3_convert.lab.generations.distribution import FREE_RUNNING, TEACHER_FORCED, Distribution, Observation, measure
-from sa3_convert.lab.generations.end_to_end import generate_both
+from sa3_convert.lab.generations.distribution import (
+    FREE_RUNNING,
+    TEACHER_FORCED,
+    Distribution,
+    GenerationFidelity,
+    Observation,
+    measure,
+)
+from sa3_convert.lab.generations.end_to_end import EndToEnd, generate_both
 from sa3_convert.lab.generations.trajectory import (
     PROMPTS,
     GenerationCase,
@@ -36,6 +44,7 @@ from sa3_convert.lab.generations.trajectory import (
     denoised,
     replayed,
 )
+from sa3_convert.lab.report.formatting import replay
 from sa3_convert.runtime.engines import EngineName
 from tests.conftest import GOLDEN
 from tests.lab.bisect.sessions import LAYOUT, StandIn
@@ -197,28 +206,28 @@ def test_the_same_models_on_both_sides_have_no_error_anywhere(tmp_path: Path) ->
         "decoder",
         "encoder",
     ]
-    assert all(d.summary.worst == MAX_DB for d in result.distributions)
-    assert result.of(TEACHER_FORCED).summary.count == len(CASES) * STEPS
-    assert result.of("text_encoder").summary.count == 2
-    assert result.of("number_conditioner").summary.count == 2
+    assert all(d.worst == MAX_DB for d in result.distributions)
+    assert result.of(TEACHER_FORCED).count == len(CASES) * STEPS
+    assert result.of("text_encoder").count == 2
+    assert result.of("number_conditioner").count == 2
 
 
 def test_teacher_forced_errors_are_the_steps_own_and_free_running_ones_are_not(tmp_path: Path) -> None:
     with sides(tmp_path, {Component.DIT: scaled(1.01)}) as (references, target):
         result = measure(references, target, CASES)
     forced, free = result.of(TEACHER_FORCED), result.of(FREE_RUNNING)
-    assert forced.summary.mean == pytest.approx(40, abs=1e-3)
-    assert forced.summary.worst == pytest.approx(40, abs=1e-3)
-    assert len({round(ratio, 1) for ratio in free.by_step().values()}) > 1
-    assert result.of("decoder").summary.worst == MAX_DB
+    assert forced.mean == pytest.approx(40, abs=1e-3)
+    assert forced.worst == pytest.approx(40, abs=1e-3)
+    assert len({round(ratio, 1) for ratio in free.by_step.values()}) > 1
+    assert result.of("decoder").worst == MAX_DB
 
 
 def test_an_error_of_the_text_encoder_reaches_the_free_running_dit_alone(tmp_path: Path) -> None:
     with sides(tmp_path, {Component.TEXT_ENCODER: scaled(1.5)}) as (references, target):
         result = measure(references, target, CASES)
-    assert result.of("text_encoder").summary.worst == pytest.approx(6.02, abs=0.01)
-    assert result.of(TEACHER_FORCED).summary.worst == MAX_DB
-    assert result.of(FREE_RUNNING).summary.worst < MAX_DB
+    assert result.of("text_encoder").worst == pytest.approx(6.02, abs=0.01)
+    assert result.of(TEACHER_FORCED).worst == MAX_DB
+    assert result.of(FREE_RUNNING).worst < MAX_DB
 
 
 def test_the_worst_case_and_step_are_named_and_its_inputs_can_be_had_again(tmp_path: Path) -> None:
@@ -226,7 +235,7 @@ def test_the_worst_case_and_step_are_named_and_its_inputs_can_be_had_again(tmp_p
         return array + np.float32(0.01) * (array.std() < 0.4)
 
     with sides(tmp_path, {Component.DIT: worse_at_the_end}) as (references, target):
-        worst = measure(references, target, CASES).of(TEACHER_FORCED).summary
+        worst = measure(references, target, CASES).of(TEACHER_FORCED)
         assert worst.worst_step is not None
         case = GenerationCase.parse(worst.worst_case)
         feeds = case_feeds(references, Component.DIT, case, worst.worst_step)
@@ -279,21 +288,22 @@ def test_the_same_models_generate_the_same_audio_and_chaos_is_measured_beside_it
     assert all(c.target.audio.mean_spectral_distance_db == 0 for c in result.cases)
     assert all(c.chaos.audio.mean_spectral_distance_db > 0 for c in result.cases)
     assert result.chaos_ratio == 0
-    assert "less than such a nudge" in result.judgement()
+    assert "less than such a nudge" in result.judgement
 
 
 def test_a_target_that_goes_astray_is_told_from_chance(tmp_path: Path) -> None:
     with sides(tmp_path, {Component.DIT: scaled(0.5)}) as (references, target):
         result = generate_both(references, target, CASES)
     assert result.chaos_ratio > 3
-    assert "times as much as such a nudge" in result.judgement()
-    assert json.loads(json.dumps(result.to_data(), allow_nan=False))["chaos_ratio"] == result.chaos_ratio
+    assert "times as much as such a nudge" in result.judgement
+    data = json.loads(TypeAdapter(EndToEnd).dump_json(result))
+    assert data["chaos_ratio"] == result.chaos_ratio
 
 
 def test_the_json_of_a_measurement_holds_every_observation(tmp_path: Path) -> None:
     with sides(tmp_path, {Component.DIT: scaled(1.01)}) as (references, target):
         result = measure(references, target, CASES)
-    data = json.loads(json.dumps(result.to_data(), allow_nan=False))
+    data = json.loads(TypeAdapter(GenerationFidelity).dump_json(result))
     forced = next(d for d in data["distributions"] if d["name"] == TEACHER_FORCED)
     assert len(forced["observations"]) == len(CASES) * STEPS
     assert set(forced["by_step"]) == {"0", "1", "2"}
@@ -307,8 +317,8 @@ def test_the_table_shows_every_distribution_and_its_worst_case(tmp_path: Path) -
     assert isinstance(console.file, io.StringIO)
     shown = console.file.getvalue()
     assert all(d.name in shown for d in result.distributions)
-    assert result.of(FREE_RUNNING).summary.worst_case in shown
-    worst = result.of(TEACHER_FORCED).summary
+    assert result.of(FREE_RUNNING).worst_case in shown
+    worst = result.of(TEACHER_FORCED)
     replayed = (
         f"sa3-convert bisect 'some where' --component dit --case '{worst.worst_case}' --steps {STEPS} "
         f"--step {worst.worst_step}\n"
@@ -331,7 +341,7 @@ def test_the_figures_of_each_generation_stand_beside_those_of_chance(tmp_path: P
     console.print(render_end_to_end(result), soft_wrap=True)
     assert isinstance(console.file, io.StringIO)
     shown = console.file.getvalue()
-    assert result.judgement() in shown
+    assert result.judgement in shown
     for case in result.cases:
         assert case.case in shown
         for divergence in (case.target, case.chaos):

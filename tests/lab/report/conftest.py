@@ -8,7 +8,7 @@ from sa3_convert.arrays import Floats
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.components import Component
 from sa3_convert.lab.bisect.result import BisectResult
-from sa3_convert.lab.generations.full import Findings, verify_fully
+from sa3_convert.lab.generations.full import Verification, verify_fully
 from sa3_convert.lab.generations.trajectory import GenerationCase, all_cases
 from sa3_convert.lab.report.folder import bisected_models
 
@@ -23,7 +23,7 @@ class Verified:
     """What `verify --full --report` has in hand when it writes."""
 
     bundle: Bundle
-    findings: Findings
+    findings: Verification
     layers: dict[Component, BisectResult]
     heard: dict[str, dict[str, Floats]]
 

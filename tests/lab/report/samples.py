@@ -2,27 +2,26 @@
 
 from typing import Any
 
+from sa3_convert.check.results import Figures, Measurement, Spread
 from sa3_convert.components import Component
+from sa3_convert.lab.generations.audio_metrics import AudioFidelity
+from sa3_convert.lab.generations.distribution import Observation
+from sa3_convert.lab.generations.end_to_end import Divergence, EndToEnd, EndToEndCase
 from sa3_convert.lab.report.schema import (
-    AudioFigures,
     Bisection,
-    Case,
-    ComponentReport,
-    Distribution,
-    Divergence,
-    EndToEnd,
-    EndToEndCase,
-    Figures,
     Generations,
     Made,
-    Observation,
+    ModelFile,
     Operator,
     Report,
-    Spread,
+    ReportedDistribution,
+    ReportedModel,
     StepSpread,
     StoredType,
 )
 
+CASES = ("prompt=6 seed=0 seconds=1", "prompt=4 seed=0 seconds=1")
+"""A prompt in letters that few fonts have, and none."""
 NASTY = '<script>alert(1)</script> & "quotes" | pipe `tick` $x_1$'
 
 
@@ -34,7 +33,7 @@ def spread(worst: float = 38.0, count: int = 4) -> Spread:
     return Spread(count=count, mean=worst + 2, percentile_5=worst + 0.5, worst=worst)
 
 
-def component(name: Component = Component.DIT, **changes: Any) -> ComponentReport:
+def component(name: Component = Component.DIT, **changes: Any) -> ReportedModel:
     values: dict[str, Any] = {
         "component": name,
         "engine": "mnn",
@@ -47,15 +46,16 @@ def component(name: Component = Component.DIT, **changes: Any) -> ComponentRepor
         "worst": Figures(**figures(38.0)),
         "worst_case": "seed=3 T=8",
         "replay": f"sa3-convert bisect 'my bundle' --component {name.value} --seed 3 --latents 8",
-        "cases": (Case(case="seed=3 T=8", output="out", **figures(38.0)), Case(case="s", output="o", **figures(300.0))),
+        "cases": (Measurement("seed=3 T=8", "out", **figures(38.0)), Measurement("s", "o", **figures(300.0))),
         "bytes": 3000,
+        "files": (ModelFile(path=f"{name.value}.mnn", bytes=3000, sha256="0f" * 32),),
         "stored": (StoredType(type="int8", bytes=2000), StoredType(type="structure", bytes=1000)),
     }
-    return ComponentReport(**values | changes)
+    return ReportedModel(**values | changes)
 
 
-def distribution(name: str, part: Component, steps: int) -> Distribution:
-    return Distribution(
+def distribution(name: str, part: Component, steps: int) -> ReportedDistribution:
+    return ReportedDistribution(
         name=name,
         component=part,
         spread=spread(),
@@ -64,7 +64,7 @@ def distribution(name: str, part: Component, steps: int) -> Distribution:
         worst_step=1 if steps else None,
         replay=f"sa3-convert bisect b --component {part.value}",
         by_step=tuple(StepSpread(step=i, best=50.0 - i, **dict(spread(40.0 - i))) for i in range(steps)),
-        observations=tuple(Observation(case="c", step=i, **figures(40.0 - i)) for i in range(max(steps, 1))),
+        observations=tuple(Observation("c", step=i, **figures(40.0 - i)) for i in range(max(steps, 1))),
     )
 
 
@@ -99,22 +99,16 @@ def bisection(name: Component = Component.DIT, own: float = 45.0) -> Bisection:
 
 def end_to_end() -> EndToEnd:
     def divergence(distance: float) -> Divergence:
-        audio = AudioFigures(
+        audio = AudioFidelity(
             spectral_distance_db=(distance,) * 3,
-            mean_spectral_distance_db=distance,
             envelope_correlation=0.99,
-            loudness_db=-0.1,
+            loudness_db=-0.001,
             width=0.01,
         )
         return Divergence(latent_cosine=0.999, audio=audio)
 
-    cases = tuple(
-        EndToEndCase(
-            case=f"prompt={i} seed=0 seconds=1", prompt=prompt, target=divergence(1.0 + i), chaos=divergence(0.5)
-        )
-        for i, prompt in enumerate((NASTY, ""))
-    )
-    return EndToEnd(nudge=1e-3, windows=(512, 2048, 8192), chaos_ratio=3.0, judgement="Three times.", cases=cases)
+    cases = tuple(EndToEndCase(name, divergence(1.0 + i), divergence(0.5)) for i, name in enumerate(CASES))
+    return EndToEnd(cases)
 
 
 def made(**changes: Any) -> Made:

@@ -5,20 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from sa3_convert.components import Component
-from sa3_convert.lab.generations.distribution import TEACHER_FORCED, Observation
-from sa3_convert.lab.generations.full import Findings
+from sa3_convert.lab.generations.distribution import TEACHER_FORCED, Distribution, Observation
+from sa3_convert.lab.generations.full import Verification
 from sa3_convert.lab.report.build import build_report
 from sa3_convert.lab.report.folder import DATA, PAGE, SUMMARY, bisected_models, write_report
 from sa3_convert.lab.report.schema import Report
 from tests.lab.report.conftest import CASES, Verified
 
 
-def failing(findings: Findings, component: Component) -> Findings:
+def failing(findings: Verification, component: Component) -> Verification:
     """Return findings in which a component's floor is out of reach."""
-    verdicts = tuple(
-        replace(v, floor_db=250.0) if v.fidelity.component is component else v for v in findings.bundle.verdicts
-    )
-    return replace(findings, bundle=replace(findings.bundle, verdicts=verdicts))
+    verdicts = tuple(replace(v, floor_db=250.0) if v.component is component else v for v in findings.verdicts)
+    return replace(findings, verdicts=verdicts)
 
 
 def test_a_report_says_what_the_findings_say(verified: Verified) -> None:
@@ -26,9 +24,9 @@ def test_a_report_says_what_the_findings_say(verified: Verified) -> None:
     assert report.passed
     assert report.verdict.startswith("Passed: all 5 models reach their floors.")
     assert [c.component for c in report.components] == list(Component)
-    for shown, verdict in zip(report.components, verified.findings.bundle.verdicts, strict=True):
-        assert shown.spread.worst == verdict.fidelity.worst.signal_to_noise_db
-        assert abs(shown.spread.mean - verdict.fidelity.mean.signal_to_noise_db) < 1e-9
+    for shown, verdict in zip(report.components, verified.findings.verdicts, strict=True):
+        assert shown.spread.worst == verdict.worst.signal_to_noise_db
+        assert abs(shown.spread.mean - verdict.mean.signal_to_noise_db) < 1e-9
         assert shown.spread.worst <= shown.spread.percentile_5 <= shown.spread.mean
         file = verified.bundle.file(shown.component)
         assert shown.bytes == file.stat().st_size == sum(stored.bytes for stored in shown.stored)
@@ -37,7 +35,7 @@ def test_a_report_says_what_the_findings_say(verified: Verified) -> None:
     assert found is not None
     assert [d.name for d in generations.distributions] == [d.name for d in found.distributions]
     forced = generations.distributions[2]
-    assert [step.mean for step in forced.by_step] == list(found.distributions[2].by_step().values())
+    assert [step.mean for step in forced.by_step] == list(found.distributions[2].by_step.values())
     assert forced.spread.count == len(CASES) * 3
     assert report.end_to_end is not None
     assert [case.prompt for case in report.end_to_end.cases] == [case.text for case in CASES]
@@ -70,20 +68,20 @@ def test_a_model_that_fell_short_is_named_with_its_bisection(verified: Verified)
 
 
 def test_a_model_that_falls_short_in_a_generation_alone_failed_too(verified: Verified) -> None:
-    dit = verified.findings.bundle.verdicts[2]
+    dit = verified.findings.verdicts[2]
     generations = verified.findings.generations
     assert generations is not None
-    below = replace(dit, floor_db=dit.fidelity.worst.signal_to_noise_db - 1, claimed_db=None)
-    verdicts = (*verified.findings.bundle.verdicts[:2], below, *verified.findings.bundle.verdicts[3:])
+    below = replace(dit, floor_db=dit.worst.signal_to_noise_db - 1, claimed_db=None)
+    verdicts = (*verified.findings.verdicts[:2], below, *verified.findings.verdicts[3:])
     worse = tuple(
-        replace(d, observations=tuple(_with_noise(o, below.floor_db - 2) for o in d.observations))
+        Distribution(d.name, [_with_noise(o, below.floor_db - 2) for o in d.observations])
         if d.name == TEACHER_FORCED
         else d
         for d in generations.distributions
     )
     findings = replace(
         verified.findings,
-        bundle=replace(verified.findings.bundle, verdicts=verdicts),
+        verdicts=verdicts,
         generations=replace(generations, distributions=worse),
     )
     report = build_report(verified.bundle, findings, {})
@@ -94,21 +92,21 @@ def test_a_model_that_falls_short_in_a_generation_alone_failed_too(verified: Ver
 
 
 def _with_noise(observation: Observation, ratio: float) -> Observation:
-    return replace(observation, fidelity=replace(observation.fidelity, signal_to_noise_db=ratio))
+    return observation.model_copy(update={"signal_to_noise_db": ratio})
 
 
 def test_a_model_that_belies_its_manifest_is_told_from_one_below_its_floor(verified: Verified) -> None:
-    verdicts = verified.findings.bundle.verdicts
+    verdicts = verified.findings.verdicts
     liar = replace(verdicts[0], claimed_db=90.0)
-    findings = replace(verified.findings, bundle=replace(verified.findings.bundle, verdicts=(liar, *verdicts[1:])))
+    findings = replace(verified.findings, verdicts=(liar, *verdicts[1:]))
     report = build_report(verified.bundle, findings, {})
     assert "whose manifest claims more than its file gives" in report.verdict
     assert [change.what for change in report.since_conversion] == ["text_encoder, worst of the conversion's inputs"]
 
 
 def test_what_was_left_out_is_listed(verified: Verified) -> None:
-    few = replace(verified.findings.bundle, verdicts=verified.findings.bundle.verdicts[2:3])
-    report = build_report(verified.bundle, Findings(few), {})
+    few = Verification("small-music", "int8", verified.findings.verdicts[2:3])
+    report = build_report(verified.bundle, few, {})
     assert report.verdict.startswith("Passed: the only model verified reaches its floor, dit with ")
     assert {missing.part for missing in report.not_run} == {"components", "generations", "end_to_end", "layers"}
     assert all(missing.command.startswith("sa3-convert verify ") for missing in report.not_run)

@@ -128,3 +128,10 @@ def test_silence_and_a_single_sample_have_a_picture() -> None:
     for audio in (np.zeros((2, RATE), np.float32), np.ones((2, 1), np.float32)):
         sides = dict.fromkeys(("reference", "target", "chaos"), audio)
         ET.fromstring(spectrogram_figure(sides, RATE, "s", ""))
+
+
+def test_a_prompt_in_any_letters_is_text_and_raises_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    texts = [text.text or "" for text in ET.fromstring(draw("end")).iter(f"{SVG}text")]
+    assert "“雨の夜、静かなジャズトリオ、ブラシのドラムとウ…”" in texts
+    assert "no prompt" in texts
+    assert list(recwarn) == []

@@ -5,22 +5,35 @@ import math
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from sa3_convert.check.metrics import MAX_DB
-from sa3_convert.lab.report.schema import Report, Spread
+from sa3_convert.check.results import Spread
+from sa3_convert.lab.generations.full import Verification
+from sa3_convert.lab.report.schema import Report
 from tests.lab.report import samples
 
-SCHEMA = Path(__file__).parents[3] / "docs" / "report.schema.json"
+DOCS = Path(__file__).parents[3] / "docs"
+SCHEMAS = {
+    "report": Report.model_json_schema(mode="serialization"),
+    "verify": TypeAdapter(Verification).json_schema(mode="serialization"),
+}
 
 
-def test_the_committed_schema_is_that_of_the_code() -> None:
-    assert json.loads(SCHEMA.read_text(encoding="utf-8")) == Report.model_json_schema(mode="serialization")
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_the_committed_schemas_are_those_of_the_code(name: str) -> None:
+    assert json.loads((DOCS / f"{name}.schema.json").read_text(encoding="utf-8")) == SCHEMAS[name]
 
 
-def test_every_key_of_the_schema_is_explained_or_plain() -> None:
-    described = Report.model_json_schema(mode="serialization")["$defs"]
-    assert all("description" in part for name, part in described.items() if name not in ("Component",))
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_every_part_of_the_schemas_is_explained(name: str) -> None:
+    assert all("description" in part for part in SCHEMAS[name]["$defs"].values())
+
+
+def test_what_is_measured_has_one_class_in_both_files() -> None:
+    shared = {"Figures", "Measurement", "Observation", "EndToEnd", "EndToEndCase", "Divergence", "AudioFidelity"}
+    report, verify = (SCHEMAS[name]["$defs"] for name in ("report", "verify"))
+    assert all(report[part] == verify[part] for part in shared)
 
 
 def test_a_report_survives_being_written_and_read() -> None:
@@ -49,3 +62,10 @@ def test_infinite_errors_are_refused() -> None:
 def test_a_key_that_the_schema_does_not_know_is_refused() -> None:
     with pytest.raises(ValidationError, match="extra"):
         Report.model_validate(json.loads(samples.report().to_json()) | {"extra": 1})
+
+
+def test_a_report_that_names_no_files_of_its_models_is_still_read() -> None:
+    data = json.loads(samples.report().to_json())
+    for component in data["components"]:
+        del component["files"]
+    assert Report.model_validate(data).components[0].files == ()
