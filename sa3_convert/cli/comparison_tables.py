@@ -14,8 +14,9 @@ from sa3_convert.lab.bisect.result import BisectResult, limit_db
 from sa3_convert.lab.drift.baseline import BundleBaseline, Figure
 from sa3_convert.lab.drift.compare import Drift, Row, limit
 from sa3_convert.lab.generations.audio_metrics import WINDOWS
+from sa3_convert.lab.generations.cases import STEPS
 from sa3_convert.lab.generations.distribution import FREE_RUNNING, Distribution, GenerationFidelity, component_of
-from sa3_convert.lab.generations.end_to_end import STEPS, Divergence, EndToEnd
+from sa3_convert.lab.generations.end_to_end import Divergence, EndToEnd
 from sa3_convert.runtime.engines import EngineName
 
 

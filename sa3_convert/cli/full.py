@@ -20,8 +20,8 @@ from sa3_convert.check.progress import Report
 from sa3_convert.cli.comparison_tables import render_bisect, render_end_to_end, render_generations
 from sa3_convert.cli.comparison_tables import render_fidelity as render
 from sa3_convert.cli.console import stderr, stdout
+from sa3_convert.lab.generations.cases import GenerationCase
 from sa3_convert.lab.generations.full import Findings
-from sa3_convert.lab.generations.trajectory import GenerationCase
 from sa3_convert.lab.report.build import read_report
 from sa3_convert.lab.report.folder import OPERATORS, PAGE, SUMMARY, bisected_models, check_folder, write_report
 from sa3_convert.lab.report.summary import shown_size

@@ -13,18 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from numpy.typing import NDArray
 
 from sa3_convert.arrays import Arrays, Floats, Session
 from sa3_convert.bundle.manifest import SPLIT_KINDS
 from sa3_convert.bundle.reader import Bundle
+from sa3_convert.checkpoint.dimensions import AutoencoderLayout
 from sa3_convert.components import Component
 from sa3_convert.errors import BackendError, BundleError, UsageError
-from sa3_convert.runtime import autoencode
-from sa3_convert.runtime.autoencode import Bottleneck
 from sa3_convert.runtime.conditioning import lengths
-from sa3_convert.runtime.engines import Engine, EngineName
-from sa3_convert.runtime.opening import KINDS, bundle_engine, checkpoint_parts
+from sa3_convert.runtime.engines import KINDS, Engine, EngineName, bundle_engine, checkpoint_parts
 from sa3_convert.runtime.output_checks import CHECKS
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.request import GenerateRequest
@@ -97,9 +96,6 @@ class _TimedSession:
             close()
 
 
-REFERENCE_CHUNK, REFERENCE_OVERLAP = 128, 32
-"""How the published reference decodes by default, in latents."""
-
 _ENGINES: Mapping[str, tuple[EngineName, Mapping[str, Any]]] = {
     "mnn": ("mnn", {}),
     "mnn-low": ("mnn", {"memory": "low"}),
@@ -139,21 +135,37 @@ class Contender:
         bundle = Bundle.open(path)
         if self.manifest not in (None, bundle.manifest.digest):
             raise BundleError(f"{path} was replaced by another bundle while it was measured. Run the command again.")
-        runner: Engine = bundle_engine(bundle, self.engine, self.options)
-        with bundle.reading("tokenizer") as tokenizer, bundle.reading("bottleneck_params") as parameters:
-            bottleneck = Bottleneck.read(parameters, bundle.layout.autoencoder.latent_dim)
-            return Pipeline(bundle.layout, TimedEngine(runner, clock), tokenizer, bottleneck, keep_loaded=keep_loaded)
+        runner = bundle_engine(bundle, self.engine, self.options)
+        return Pipeline.of(bundle, TimedEngine(runner, clock), keep_loaded=keep_loaded)
 
 
 class _AsReference(Pipeline):
     """Decodes everything, padding included, in the published reference's own chunks."""
 
     def decode(self, latents: Floats, samples: int | None = None) -> Generator[Floats, None, None]:
-        with self._models.use(Component.DECODER) as decoder:
-            audio = autoencode.decoded_with_overlap(
-                decoder, latents, self.layout.autoencoder, chunk=REFERENCE_CHUNK, overlap=REFERENCE_OVERLAP
-            )
-            yield audio[:, :, :samples]
+        with self.models.use(Component.DECODER) as decoder:
+            yield decoded_with_overlap(decoder, latents, self.layout.autoencoder)[:, :, :samples]
+
+
+def decoded_with_overlap(
+    decoder: Session, latents: Floats, layout: AutoencoderLayout, *, chunk: int = 128, overlap: int = 32
+) -> Floats:
+    """Decode as the published reference does by default: fixed chunks, half the overlap cut off at inner edges.
+
+    Latents are [1, C, T], the audio [1, channels, T · downsampling ratio], chunk and overlap in latents.
+    """
+    ratio, total = layout.downsampling_ratio, latents.shape[2]
+    if total < chunk:
+        return decoder.run({"latents": latents})["audio"]
+    starts = [*range(0, total - chunk, chunk - overlap), total - chunk]
+    cut = overlap // 2
+    audio = np.zeros((1, layout.audio_channels, total * ratio), np.float32)
+    for start in starts:
+        part = decoder.run({"latents": np.ascontiguousarray(latents[:, :, start : start + chunk])})["audio"]
+        first = 0 if start == 0 else cut
+        last = chunk if start == total - chunk else chunk - cut
+        audio[:, :, (start + first) * ratio : (start + last) * ratio] = part[:, :, first * ratio : last * ratio]
+    return audio
 
 
 def contenders(

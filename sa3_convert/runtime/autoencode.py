@@ -195,48 +195,13 @@ def decoded(
         yield audio[:, :, begin:end]
 
 
-def decoded_with_overlap(
-    session: Session, latents: Floats, layout: AutoencoderLayout, *, chunk: int, overlap: int
-) -> Floats:
-    """Decode as the published reference does by default: fixed chunks, half the overlap cut off at inner edges.
-
-    Here for comparison with it only: `decoded` is exact and computes less.
-
-    Args:
-        session: the decoder.
-        latents: [1, C, T] float32.
-        layout: the autoencoder's dimensions.
-        chunk: latents per chunk (128 in the reference).
-        overlap: latents that neighbours share (32 in the reference).
-
-    Returns:
-        [1, audio channels, T · downsampling ratio] float32.
-
-    """
-    ratio, total = layout.downsampling_ratio, latents.shape[2]
-    if total < chunk:
-        return session.run({"latents": latents})["audio"]
-    starts = [*range(0, total - chunk, chunk - overlap), total - chunk]
-    cut = overlap // 2
-    audio = np.zeros((1, layout.audio_channels, total * ratio), np.float32)
-    for start in starts:
-        part = session.run({"latents": np.ascontiguousarray(latents[:, :, start : start + chunk])})["audio"]
-        first = 0 if start == 0 else cut
-        last = chunk if start == total - chunk else chunk - cut
-        audio[:, :, (start + first) * ratio : (start + last) * ratio] = part[:, :, first * ratio : last * ratio]
-    return audio
-
-
-def encoded(
-    session: Session, audio: Floats, layout: AutoencoderLayout, bottleneck: Bottleneck, *, window: int = WINDOW
-) -> Floats:
-    """Return the latents of audio; the same as from one run over all of it.
+def encoded(session: Session, audio: Floats, layout: AutoencoderLayout, *, window: int = WINDOW) -> Floats:
+    """Return what the encoder gives for audio, before the bottleneck; the same as from one run over all of it.
 
     Args:
         session: the encoder.
         audio: [1, audio channels, N] float32, N ≥ 1; padded with silence to whole latents.
         layout: the autoencoder's dimensions.
-        bottleneck: of the same checkpoint.
         window: latents per run.
 
     Returns:
@@ -254,7 +219,7 @@ def encoded(
         output = session.run({"patched_audio": feed})["encoder_latent"]
         _require_length(output, part.stop - part.start, "encoder")
         parts.append(output[:, :, part.keep_start - part.start : part.keep_stop - part.start])
-    return bottleneck.encode(np.concatenate(parts, axis=2))
+    return np.concatenate(parts, axis=2)
 
 
 def _require_length(output: Floats, length: int, model: str) -> None:

@@ -22,12 +22,12 @@ from sa3_convert.lab.bench import (
     TimedEngine,
     bench,
     contenders,
+    decoded_with_overlap,
     measured,
     median_run,
     peak_memory,
     resident_peak,
 )
-from sa3_convert.runtime.autoencode import decoded_with_overlap
 from sa3_convert.runtime.request import GenerateRequest
 from sa3_convert.system.machine import machine
 from tests.runtime.conftest import Parts
@@ -126,7 +126,7 @@ def test_the_reference_decodes_in_its_own_chunks(toy: Path) -> None:
     with found.open(Clock(), keep_loaded=True) as runner:
         latents = np.random.default_rng(0).standard_normal((1, 32, 230)).astype(np.float32)
         (audio,) = runner.decode(latents, 1000)
-        with runner._models.use(Component.DECODER) as decoder:
+        with runner.models.use(Component.DECODER) as decoder:
             expected = decoded_with_overlap(decoder, latents, runner.layout.autoencoder, chunk=128, overlap=32)
     np.testing.assert_array_equal(audio, expected[:, :, :1000])
 

@@ -30,12 +30,11 @@ from sa3_convert.lab.drift.baseline import (
 )
 from sa3_convert.lab.drift.compare import Drift, compare_figures, speed_may_grow_by
 from sa3_convert.lab.drift.figures import generation_figures, sampled_figures, storage_figures
-from sa3_convert.lab.generations.distribution import measure
-from sa3_convert.lab.generations.end_to_end import STEPS, both_sides
+from sa3_convert.lab.generations.cases import STEPS, GenerationCase, all_cases
+from sa3_convert.lab.generations.distribution import measure_components
+from sa3_convert.lab.generations.end_to_end import staged_pipelines
 from sa3_convert.lab.generations.full import Findings
-from sa3_convert.lab.generations.trajectory import GenerationCase, all_cases
-from sa3_convert.runtime.engines import Models
-from sa3_convert.runtime.opening import bundle_engine
+from sa3_convert.runtime.engines import Models, bundle_engine
 from sa3_convert.system.machine import machine, tool_versions
 from sa3_convert.system.sealed import source_digest
 
@@ -135,8 +134,8 @@ def measure_bundle(bundle: Bundle, plan: Plan, report: Report = no_report) -> Me
     verified.check()
     recipe = bundle_recipe(bundle)
     figures = [*storage_figures(bundle, recipe), *sampled_figures(verified)]
-    with both_sides(bundle, store=plan.store, steps=plan.steps, threads=plan.threads) as (references, target):
-        generations = measure(references, target, plan.cases, report)
+    with staged_pipelines(bundle, store=plan.store, steps=plan.steps, threads=plan.threads) as (references, target):
+        generations = measure_components(references, target, plan.cases, report)
     figures += generation_figures(generations)
     if plan.speed:
         figures += speed_figures(bundle, report)

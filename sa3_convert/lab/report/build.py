@@ -15,10 +15,10 @@ from sa3_convert.components import Component
 from sa3_convert.errors import InputError
 from sa3_convert.lab.bisect.result import BisectResult, OperatorError, limit_db
 from sa3_convert.lab.generations.audio_metrics import WINDOWS
+from sa3_convert.lab.generations.cases import GenerationCase
 from sa3_convert.lab.generations.distribution import FREE_RUNNING, Distribution, GenerationFidelity, component_of
 from sa3_convert.lab.generations.end_to_end import NUDGE, EndToEnd
 from sa3_convert.lab.generations.full import Findings
-from sa3_convert.lab.generations.trajectory import GenerationCase
 from sa3_convert.lab.report import schema
 from sa3_convert.lab.report.schema import Change, ComponentReport, Made, Report
 from sa3_convert.lab.report.summary import floor_of, passed, shown_db, shown_name, shown_size, verdict_sentence
