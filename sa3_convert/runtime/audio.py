@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, BinaryIO, Literal, Self
 
 import numpy as np
 import soundfile
@@ -22,12 +22,11 @@ from sa3_convert.system.supervisor import working_on
 from sa3_convert.system.untrusted import open_regular, parse_json
 
 SampleFormat = Literal["pcm16", "pcm24", "float"]
-SAMPLE_FORMATS: tuple[SampleFormat, ...] = get_args(SampleFormat)
 
 _CHANNELS = 2
 _BLOCK = 1 << 16
 _SUBTYPES: Mapping[SampleFormat, str] = {"pcm16": "PCM_16", "pcm24": "PCM_24", "float": "FLOAT"}
-_BITS: Mapping[SampleFormat, int] = {"pcm16": 16, "pcm24": 24}
+_BYTES: Mapping[SampleFormat, int] = {"pcm16": 2, "pcm24": 3, "float": 4}
 _CONTAINERS = {".wav": "WAV", ".flac": "FLAC"}
 _READ = ("WAV", "WAVEX", "FLAC", "OGG", "MP3", "AIFF")
 """What libsndfile or `cut_short` tells to be cut; of its other formats neither does."""
@@ -131,7 +130,7 @@ class AudioWriter:
 
     def __init__(self, file: soundfile.SoundFile, sample_format: SampleFormat, dither: bool) -> None:
         self._file = file
-        self._quantiser = Quantiser(_BITS[sample_format], dither=dither) if sample_format != "float" else None
+        self._quantiser = Quantiser.of(sample_format, dither=dither)
 
     def write(self, audio: Floats) -> None:
         """Append [2, n] samples within ±1."""
@@ -144,18 +143,11 @@ class AudioWriter:
 
 
 class PcmStream:
-    """Raw samples to a pipe: little-endian, channels interleaved, flushed after every chunk.
-
-    Args:
-        stream: open for writing bytes.
-        sample_format: 16-bit or 24-bit integers, or 32-bit floating point.
-        dither: see `Quantiser`; floating point is never dithered.
-
-    """
+    """Raw samples to a pipe: little-endian, channels interleaved, flushed after every chunk."""
 
     def __init__(self, stream: BinaryIO, *, sample_format: SampleFormat = "pcm16", dither: bool = False) -> None:
         self._stream = stream
-        self._quantiser = Quantiser(_BITS[sample_format], dither=dither) if sample_format != "float" else None
+        self._quantiser = Quantiser.of(sample_format, dither=dither)
 
     def write(self, audio: Floats) -> None:
         """Append [2, n] samples within ±1."""
@@ -170,18 +162,20 @@ class PcmStream:
 
 
 class Quantiser:
-    """Rounds floating-point samples to integers.
+    """Rounds floating-point samples to integers of `bits`.
 
-    Args:
-        bits: of the integers.
-        dither: add triangular noise of ±1 step before rounding, so that what is lost is noise and not distortion; the
-            noise is the same in every run.
-
+    `dither` adds triangular noise of ±1 step before rounding, so that what is lost is noise and not distortion; the
+    noise is the same in every run.
     """
 
     def __init__(self, bits: int, *, dither: bool) -> None:
         self.bits = bits
         self._noise = np.random.Generator(np.random.PCG64(0)) if dither else None
+
+    @classmethod
+    def of(cls, sample_format: SampleFormat, *, dither: bool) -> Self | None:
+        """Return that of a format; floating point has none."""
+        return None if sample_format == "float" else cls(8 * _BYTES[sample_format], dither=dither)
 
     def __call__(self, audio: Floats) -> NDArray[np.int32]:
         """Return `audio` in steps of 2^(1 − bits); what lies beyond full scale is clipped."""
@@ -243,12 +237,7 @@ def audio_writer(
 
 
 def check_output_path(path: Path, sample_format: SampleFormat) -> None:
-    """Check, before any long work, that a file of this name and format can be written.
-
-    Raises:
-        UsageError: the file type is not known or does not have the format, or a folder or terminal stands at its name.
-
-    """
+    """Check, before any long work, that a file of this name and format can be written."""
     _container(path, sample_format)
     if is_terminal(path):
         raise UsageError("Standard output is a terminal, and audio is no text. Pipe it into something, or name a file.")
@@ -271,12 +260,7 @@ def write_audio(
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Return the metadata that `audio_writer` put into a file.
-
-    Raises:
-        AudioError: the file cannot be read or holds none.
-
-    """
+    """Return the metadata that `audio_writer` put into a file; raise AudioError if there is none."""
     try:
         with open_regular(path) as stream:
             comment = riff.read_comment(stream) if stream.read(4) == b"RIFF" else None
@@ -305,9 +289,6 @@ def _container(path: Path, sample_format: SampleFormat) -> str:
     return container
 
 
-_BYTES: Mapping[SampleFormat, int] = {"pcm16": 2, "pcm24": 3, "float": 4}
-
-
 @contextlib.contextmanager
 def growing_wav(
     path: Path,
@@ -321,22 +302,9 @@ def growing_wav(
 ) -> Iterator[PcmStream]:
     """Yield a stereo writer; the file grows under a name of its own, and takes `path` when the block ends well.
 
-    Every chunk is in the file when `write` returns, and the header states the whole length from the start, so that a
-    player can follow. After an error what has grown is gone. A pipe or a device is written to directly.
-
-    Args:
-        path: `.wav`.
-        rate: Hz.
-        samples: per channel, that will be written in all.
-        sample_format: of the samples.
-        dither: see `audio.Quantiser`.
-        metadata: kept as JSON in the file's comment.
-        report: told under which name the file grows, when that can be read.
-
-    Raises:
-        UsageError: the name is not that of a WAV, or a folder stands there.
-        AudioError: the file cannot be written.
-
+    Every chunk is in the file when `write` returns, and the header states the whole length (`samples` per channel) from
+    the start, so that a player can follow; `report` is told under which name. After an error what has grown is gone. A
+    pipe or a device is written to directly. The rest is as for `audio_writer`.
     """
     check_growing_path(path)
     header = riff.wave_header(
@@ -361,12 +329,7 @@ def growing_wav(
 
 
 def check_growing_path(path: Path) -> None:
-    """Check, before any long work, that a file of this name can be written while it grows.
-
-    Raises:
-        UsageError: the name is not that of a WAV, or a folder stands there, or a terminal.
-
-    """
+    """Check, before any long work, that a WAV of this name can be written while it grows."""
     if not is_stream(path) and path.suffix.lower() != ".wav":
         raise UsageError(f"{path}: only a WAV can be read while it grows. Name it .wav, or leave --stream away.")
     check_output_path(path, "pcm16")

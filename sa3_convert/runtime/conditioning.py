@@ -42,12 +42,7 @@ def max_seconds(layout: CheckpointLayout) -> float:
 
 
 def lengths(layout: CheckpointLayout, seconds: float) -> Lengths:
-    """Return the lengths of a generation of `seconds`.
-
-    Raises:
-        UsageError: the duration is not a positive finite number, shorter than a sample, or beyond the model's limit.
-
-    """
+    """Return the lengths of a generation; raise UsageError for a duration that the model cannot generate."""
     limit = max_seconds(layout)
     if not math.isfinite(seconds) or seconds <= 0:
         raise UsageError(f"A duration of {seconds} seconds cannot be generated. Give a positive number.")
@@ -68,16 +63,7 @@ def lengths(layout: CheckpointLayout, seconds: float) -> Lengths:
 def inpaint_mask(layout: CheckpointLayout, sizes: Lengths, regions: Sequence[Region]) -> Floats:
     """Return [1, 1, T] float32: 1 keeps, 0 generates anew. What lies beyond the duration is generated too.
 
-    A latent counts by its first sample, so regions move by less than one latent (93 ms).
-
-    Args:
-        layout: the checkpoint's dimensions.
-        sizes: lengths of the generation.
-        regions: what to regenerate; checked by `check_regions`.
-
-    Raises:
-        UsageError: a region is so short that no latent starts within it.
-
+    A latent counts by its first sample, so regions (checked by `check_regions`) move by less than one latent (93 ms).
     """
     first_sample = np.arange(sizes.latents) * layout.autoencoder.downsampling_ratio
     keep = first_sample < sizes.samples
@@ -94,13 +80,7 @@ def inpaint_mask(layout: CheckpointLayout, sizes: Lengths, regions: Sequence[Reg
 
 
 def check_regions(regions: Sequence[Region], seconds: float) -> None:
-    """Check inpaint regions against the duration.
-
-    Raises:
-        UsageError: one is reversed, empty, not finite, outside of the duration, or overlaps another; the message names
-            it.
-
-    """
+    """Check that inpaint regions lie within the duration, in order, without overlap."""
     previous: Region | None = None
     for region in sorted(regions):
         start, end = region
@@ -157,12 +137,7 @@ def negative_conditioning(prompt: Floats, tokens: Tokens, seconds: Floats) -> Co
 def local_conditioning(channels: int, length: int, mask: Floats | None = None, latents: Floats | None = None) -> Floats:
     """Return the DiT's `local_add_cond`, [1, channels + 1, T] float32: inpainting mask and what it keeps.
 
-    Args:
-        channels: of the latents, C.
-        length: T.
-        mask: [1, 1, T], 1 = keep; without inpainting everything is zero.
-        latents: [1, C, T], of the audio that is inpainted.
-
+    The mask is [1, 1, T], 1 = keep; the latents are [1, C, T]. Without inpainting everything is zero.
     """
     if mask is None or latents is None:
         return np.zeros((1, channels + 1, length), np.float32)

@@ -1,7 +1,7 @@
 """What runs the models: MNN, ONNX Runtime or torch, behind one small interface. Each is imported when it is used."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from sa3_convert.arrays import Arrays, Session
+from sa3_convert.arrays import Arrays, Session, free
 from sa3_convert.bundle.manifest import SPLIT_KINDS, TOKENIZER, ArtifactKind
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.checkpoint.config import TEXT_ENCODER_FOLDER
@@ -88,32 +88,20 @@ class MnnEngine:
 
     def load(self, component: Component) -> Session:
         """Load a model; see `Engine.load`."""
+        ports = contract(component, self.layout)
         if component is Component.DIT and self.parts is not None:
             prepare, step = (self._session(component, part) for part in self.parts)
-            return HeldSession(SplitSession(prepare, step), self.parts, contract(component, self.layout))
+            return HeldSession(SplitSession(prepare, step), self.parts, ports)
         file = _file(self.files, component, "MNN")
-        ports = contract(component, self.layout)
-        session = self._session(
-            component,
-            file,
-            inputs=[port.name for port in ports.inputs],
-            outputs=[port.name for port in ports.outputs],
-        )
-        return HeldSession(session, (file,), ports)
+        names = {"inputs": [port.name for port in ports.inputs], "outputs": [port.name for port in ports.outputs]}
+        return HeldSession(self._session(component, file, **names), (file,), ports)
 
-    def _session(
-        self,
-        component: Component,
-        file: CheckedFile,
-        inputs: Sequence[str] | None = None,
-        outputs: Sequence[str] | None = None,
-    ) -> "MnnSession":
+    def _session(self, component: Component, file: CheckedFile, **names: list[str]) -> "MnnSession":
         from sa3_convert.mnn.session import MnnSession
 
         session = MnnSession(
             file.path,
-            inputs=inputs,
-            outputs=outputs,
+            **names,
             threads=self.threads or default_threads(),
             memory=self.memory,
             precision=self.precision,
@@ -211,9 +199,7 @@ class TorchEngine:
 
 class _TorchSession:
     def __init__(self, network: Any, inputs: list[str], output: str, device: str) -> None:
-        self._network, self._device = network, device
-        self._inputs = inputs
-        self._output = output
+        self._network, self._inputs, self._output, self._device = network, inputs, output, device
 
     def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
         import torch
@@ -261,27 +247,15 @@ class Models:
             yield session
         finally:
             if not self._keep_loaded:
-                _free(session)
+                free(session)
 
     def close(self) -> None:
         """Free what was kept."""
         while self._kept:
-            _free(self._kept.popitem()[1])
+            free(self._kept.popitem()[1])
 
 
-def _free(session: Session) -> None:
-    close = getattr(session, "close", None)
-    if close is not None:
-        close()
-
-
-KINDS: Mapping[EngineName, ArtifactKind] = {
-    "mnn": "mnn",
-    "onnxruntime": "onnx",
-    "onnxruntime-int8": "onnx-int8",
-}
-
-
+KINDS: Mapping[EngineName, ArtifactKind] = {"mnn": "mnn", "onnxruntime": "onnx", "onnxruntime-int8": "onnx-int8"}
 _OPTIONS: Mapping[EngineName, tuple[str, ...]] = {
     "mnn": ("threads", "memory", "precision", "backend", "places", "split"),
     "onnxruntime": ("threads", "backend"),
@@ -363,13 +337,7 @@ def _torch_engine(bundle: Bundle, options: Mapping[str, Any], *, check: bool) ->
 
 
 def checkpoint_parts(folder: Path, options: Mapping[str, Any]) -> tuple[TorchEngine, Path, Bottleneck]:
-    """Return torch engine, tokenizer and bottleneck of a checkpoint folder.
-
-    Raises:
-        BackendError: torch is not installed.
-        CheckpointError: the checkpoint is incomplete, damaged or not supported.
-
-    """
+    """Return torch engine, tokenizer and bottleneck of a checkpoint folder."""
     try:
         from sa3_convert.checkpoint.lora_file import LoraRequest
         from sa3_convert.checkpoint.reader import Checkpoint

@@ -20,15 +20,7 @@ CLIPPING_SHARE = 0.10
 
 
 class OutputCheck:
-    """Watches the audio of one generation as it is made.
-
-    Args:
-        allow: names of checks whose finding does not matter.
-
-    Raises:
-        UsageError: `allow` holds a name that is no check.
-
-    """
+    """Watches the audio of one generation as it is made; a finding raises OutputRejectedError unless it is allowed."""
 
     def __init__(self, allow: Collection[str] = ()) -> None:
         if unknown := sorted(set(allow) - set(CHECKS)):
@@ -41,12 +33,7 @@ class OutputCheck:
         self._high: Floats | None = None
 
     def add(self, audio: Floats) -> None:
-        """Take in the next chunk, [1, channels, n], before it is clipped to ±1.
-
-        Raises:
-            OutputRejectedError: it holds NaN or infinities.
-
-        """
+        """Take in the next chunk, [1, channels, n], before it is clipped to ±1."""
         finite = np.isfinite(audio)
         if not finite.all():
             bad = int(audio.size - finite.sum())
@@ -63,13 +50,7 @@ class OutputCheck:
         self._high = high if self._high is None else np.maximum(self._high, high)
 
     def finish(self, samples: int) -> None:
-        """Judge the whole, of which `samples` per channel were expected.
-
-        Raises:
-            OutputRejectedError: it is silent, constant, mostly clipped or of another length; the message names the
-                check.
-
-        """
+        """Judge the whole, of which `samples` per channel were expected."""
         if self._samples != samples:
             self._reject("duration", f"it has {self._samples} samples per channel, {samples} were asked for.")
         if self._low is None or self._high is None:
@@ -84,12 +65,7 @@ class OutputCheck:
             self._reject("clipping", f"{share:.0%} of its values lie beyond full scale.")
 
     def duplicate(self, first: int, second: int) -> None:
-        """Report that two seeds of a batch gave the same output.
-
-        Raises:
-            OutputRejectedError: always, unless waived.
-
-        """
+        """Report that two seeds of a batch gave the same output."""
         self._reject("duplicate", f"seeds {first} and {second} gave the same audio, so the noise does not matter.")
 
     def _reject(self, name: CheckName, finding: str) -> None:

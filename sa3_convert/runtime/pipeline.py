@@ -216,12 +216,7 @@ class Pipeline:
         yield Report(settings, sizes, latents, notes.seconds, engine, tuple(notes.warnings))
 
     def given_audio(self, source: AudioSource | None, sizes: Lengths, notes: Notes) -> Floats | None:
-        """Return given audio as [1, 2, T · ratio] float32: cut, or padded with silence, to what the model works on.
-
-        Raises:
-            AudioError: it cannot be read or is not audio that the model takes.
-
-        """
+        """Return given audio as [1, 2, T · ratio] float32: cut, or padded with silence, to what the model works on."""
         if source is None:
             return None
         rate = self.layout.sample_rate

@@ -95,12 +95,7 @@ class GenerateRequest:
         return [audio for audio in (self.init_audio, self.inpaint_audio) if isinstance(audio, Path)]
 
     def resolved(self, layout: CheckpointLayout) -> "ResolvedRequest":
-        """Return the request with every default filled in for a model.
-
-        Raises:
-            UsageError: the duration is beyond the model's limit, or the model cannot generate.
-
-        """
+        """Return the request with every default filled in; raise UsageError if it does not suit the model."""
         lengths(layout, self.seconds)
         model = defaults_of(layout)
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -7,9 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from sa3_convert.arrays import Arrays, Session
+from sa3_convert.arrays import Session
 from sa3_convert.components import Component
-from sa3_convert.errors import ModelFileError
 from sa3_convert.lab.bench import decoded_with_overlap
 from sa3_convert.runtime.autoencode import Reach, decoded, encoded, patched
 from tests.conftest import Golden, assert_close_to_peak
@@ -135,22 +134,3 @@ def test_patching_keeps_every_sample(channels: int, patches: int, size: int) -> 
     assert folded.shape == (1, channels * size, patches)
     unfold: Callable[[Floats], Floats] = lambda f: f.reshape(1, channels, size, patches).transpose(0, 1, 3, 2)  # noqa: E731
     np.testing.assert_array_equal(unfold(folded).reshape(audio.shape), audio)
-
-
-class Longer:
-    """A model that gives one position too many."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-
-    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
-        return {name: np.concatenate((a, a[:, :, :1]), axis=2) for name, a in self._session.run(feeds).items()}
-
-
-def test_a_model_that_gives_another_length_is_refused(small: Parts) -> None:
-    layout, engine = small.layout.autoencoder, small.engine
-    with pytest.raises(ModelFileError, match="decoder gave"):
-        next(decoded(Longer(engine.load(Component.DECODER)), np.zeros((1, layout.latent_dim, 4), np.float32), layout))
-    audio = np.zeros((1, 2, 4 * layout.downsampling_ratio), np.float32)
-    with pytest.raises(ModelFileError, match="encoder gave"):
-        encoded(Longer(engine.load(Component.ENCODER)), audio, layout)

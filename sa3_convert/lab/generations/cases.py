@@ -27,7 +27,6 @@ PROMPTS: tuple[str, ...] = (
 )
 _END_TO_END_PROMPTS = (0, 1, 2, 6)
 """A sound, a piece of music, an effect, and a prompt that is not English."""
-_SEEDS = 1 << 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +41,7 @@ class GenerationCase:
     def __post_init__(self) -> None:
         if not 0 <= self.prompt < len(PROMPTS):
             raise UsageError(f"There is no prompt {self.prompt}; prompts are 0 to {len(PROMPTS) - 1}.")
-        if not 0 <= self.seed < _SEEDS:
-            raise UsageError(f"Seed {self.seed} is not within 0 … 2⁶⁴ − 1.")
+        self.request(steps=1)
 
     @property
     def name(self) -> str:
