@@ -51,24 +51,18 @@ def read_audio(path: Path, rate: int, *, max_seconds: float) -> Floats:
             infinities.
 
     """
-    try:
-        with open_regular(path) as stream, working_on(path):
-            if not os.fstat(stream.fileno()).st_size:
-                raise AudioError(f"{path} is empty (0 bytes).")
-            with _ForwardFile(stream.fileno(), closefd=False) as file:
-                _check_header(path, file, max_seconds)
-                # libsndfile goes on where the file stands.
-                position = os.lseek(stream.fileno(), 0, os.SEEK_CUR)
-                if (fault := cut_short(stream, file.format)) is not None:
-                    raise AudioError(f"{path} {fault} {_CONVERT}")
-                os.lseek(stream.fileno(), position, os.SEEK_SET)
-                samples = _decoded(path, file, max_seconds)
-                found = int(file.samplerate)
-    except OSError as error:
-        raise AudioError(f"{path} cannot be read: {error.strerror or error}.") from None
-    except soundfile.LibsndfileError as error:
-        why = error.error_string or "it is damaged or cut short."
-        raise AudioError(f"{path} cannot be read as audio: {why} {_CONVERT}") from None
+    with _explained(path, "read"), open_regular(path) as stream, working_on(path):
+        if not os.fstat(stream.fileno()).st_size:
+            raise AudioError(f"{path} is empty (0 bytes).")
+        with _ForwardFile(stream.fileno(), closefd=False) as file:
+            _check_header(path, file, max_seconds)
+            # libsndfile goes on where the file stands.
+            position = os.lseek(stream.fileno(), 0, os.SEEK_CUR)
+            if (fault := cut_short(stream, file.format)) is not None:
+                raise AudioError(f"{path} {fault} {_CONVERT}")
+            os.lseek(stream.fileno(), position, os.SEEK_SET)
+            samples = _decoded(path, file, max_seconds)
+            found = int(file.samplerate)
     if not np.isfinite(samples).all():
         raise AudioError(f"{path} holds samples that are NaN or infinite.")
     if found != rate:
@@ -77,6 +71,21 @@ def read_audio(path: Path, rate: int, *, max_seconds: float) -> Floats:
             raise AudioError(f"{path} is shorter than one sample at {rate} Hz.")
     stereo = np.broadcast_to(samples, (samples.shape[0], _CHANNELS)) if samples.shape[1] == 1 else samples
     return np.ascontiguousarray(stereo.T, dtype=np.float32)
+
+
+@contextlib.contextmanager
+def _explained(path: Path, done: Literal["read", "written"]) -> Iterator[None]:
+    """Raise AudioError where the system or libsndfile refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise AudioError(f"{path} cannot be {done}: {error.strerror or error}.") from None
+    except soundfile.LibsndfileError as error:
+        if done == "written":
+            # libsndfile does not say why the system refused.
+            raise AudioError(f"{path} cannot be written: {error.error_string} Is the disk full?") from None
+        why = error.error_string or "it is damaged or cut short."
+        raise AudioError(f"{path} cannot be read as audio: {why} {_CONVERT}") from None
 
 
 class _ForwardFile(soundfile.SoundFile):  # type: ignore[misc]
@@ -211,29 +220,23 @@ def audio_writer(
     """
     container = _container(path, sample_format)
     comment = None if metadata is None else json.dumps(metadata, ensure_ascii=True)
-    try:
-        with atomic_path(path) as temporary, temporary.open("rb+") as stream:
-            # soundfile takes no name that is not UTF-8.
-            with soundfile.SoundFile(
-                stream.fileno(),
-                "w",
-                rate,
-                _CHANNELS,
-                format=container,
-                subtype=_SUBTYPES[sample_format],
-                closefd=False,
-            ) as file:
-                if comment is not None and container != "WAV":
-                    file.software = "sa3-convert"
-                    file.comment = comment
-                yield AudioWriter(file, sample_format, dither)
-            if comment is not None and container == "WAV":
-                riff.append_chunk(stream, riff.information_chunk(comment))
-    except OSError as error:
-        raise AudioError(f"{path} cannot be written: {error.strerror or error}.") from None
-    except soundfile.LibsndfileError as error:
-        # libsndfile does not say why the system refused.
-        raise AudioError(f"{path} cannot be written: {error.error_string} Is the disk full?") from None
+    with _explained(path, "written"), atomic_path(path) as temporary, temporary.open("rb+") as stream:
+        # soundfile takes no name that is not UTF-8.
+        with soundfile.SoundFile(
+            stream.fileno(),
+            "w",
+            rate,
+            _CHANNELS,
+            format=container,
+            subtype=_SUBTYPES[sample_format],
+            closefd=False,
+        ) as file:
+            if comment is not None and container != "WAV":
+                file.software = "sa3-convert"
+                file.comment = comment
+            yield AudioWriter(file, sample_format, dither)
+        if comment is not None and container == "WAV":
+            riff.append_chunk(stream, riff.information_chunk(comment))
 
 
 def check_output_path(path: Path, sample_format: SampleFormat) -> None:
@@ -261,20 +264,14 @@ def write_audio(
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """Return the metadata that `audio_writer` put into a file; raise AudioError if there is none."""
-    try:
-        with open_regular(path) as stream:
-            comment = riff.read_comment(stream) if stream.read(4) == b"RIFF" else None
-            if comment is None:
-                os.lseek(stream.fileno(), 0, os.SEEK_SET)
-                with working_on(path), soundfile.SoundFile(stream.fileno(), closefd=False) as file:
-                    comment = file.comment
+    values = None
+    with _explained(path, "read"), contextlib.suppress(ValueError), open_regular(path) as stream:
+        comment = riff.read_comment(stream) if stream.read(4) == b"RIFF" else None
+        if comment is None:
+            os.lseek(stream.fileno(), 0, os.SEEK_SET)
+            with working_on(path), soundfile.SoundFile(stream.fileno(), closefd=False) as file:
+                comment = file.comment
         values = parse_json(comment)
-    except OSError as error:
-        raise AudioError(f"{path} cannot be read: {error.strerror or error}.") from None
-    except soundfile.LibsndfileError as error:
-        raise AudioError(f"{path} cannot be read as audio: {error.error_string}") from None
-    except ValueError:
-        values = None
     if not isinstance(values, dict):
         raise AudioError(f"{path} holds no settings of this tool.")
     return values
@@ -315,17 +312,14 @@ def growing_wav(
         is_float=sample_format == "float",
         information=b"" if metadata is None else riff.information_chunk(json.dumps(metadata, ensure_ascii=True)),
     )
-    try:
-        with contextlib.ExitStack() as stack:
-            growing = None if is_stream(path) else stack.enter_context(atomic_path(path))
-            stream = stack.enter_context(opened_stream(path) if growing is None else growing.open("wb"))
-            stream.write(header)
-            stream.flush()
-            if growing is not None:
-                report(growing)
-            yield PcmStream(stream, sample_format=sample_format, dither=dither)
-    except OSError as error:
-        raise AudioError(f"{path} cannot be written: {error.strerror or error}.") from None
+    with _explained(path, "written"), contextlib.ExitStack() as stack:
+        growing = None if is_stream(path) else stack.enter_context(atomic_path(path))
+        stream = stack.enter_context(opened_stream(path) if growing is None else growing.open("wb"))
+        stream.write(header)
+        stream.flush()
+        if growing is not None:
+            report(growing)
+        yield PcmStream(stream, sample_format=sample_format, dither=dither)
 
 
 def check_growing_path(path: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sa3_convert.arrays import Floats, Session
+from sa3_convert.arrays import Floats
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.errors import UsageError
 from sa3_convert.runtime.prompts import Tokens
@@ -54,7 +54,7 @@ def lengths(layout: CheckpointLayout, seconds: float) -> Lengths:
         raise UsageError(f"{seconds:g} seconds is shorter than one sample at {rate} Hz.")
     encoder = layout.autoencoder.encoder
     align = max(1, (encoder.chunk_size or _DEFAULT_CHUNK) // encoder.stride)
-    latents = _round_up(math.ceil(int((seconds + PADDING_SECONDS) * rate) / ratio), align)
+    latents = math.ceil(math.ceil(int((seconds + PADDING_SECONDS) * rate) / ratio) / align) * align
     latents = min(latents, layout.sample_size // ratio)
     valid = min(math.ceil(samples / ratio) + int(PADDING_SECONDS * rate / ratio), latents)
     return Lengths(samples=samples, latents=latents, valid=valid)
@@ -96,10 +96,6 @@ def check_regions(regions: Sequence[Region], seconds: float) -> None:
         previous = region
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
 @dataclass(frozen=True, slots=True)
 class Conditioning:
     """Inputs of the DiT that stay the same in all steps, under one prompt."""
@@ -112,16 +108,6 @@ class Conditioning:
     def without_prompt(self) -> "Conditioning":
         """Return what guidance compares with when there is no negative prompt: zeros for every token."""
         return Conditioning(np.zeros_like(self.cross_attn_cond), self.global_embed)
-
-
-def prompt_embedding(text_encoder: Session, tokens: Tokens) -> Floats:
-    """Return [1, tokens, D] float32; at padded positions it is the learned padding."""
-    return text_encoder.run({"input_ids": tokens.ids, "attention_mask": tokens.mask})["last_hidden_state"]
-
-
-def seconds_embedding(number_conditioner: Session, seconds: float) -> Floats:
-    """Return [1, 1, D] float32 for a duration."""
-    return number_conditioner.run({"seconds": np.array([seconds], np.float32)})["embedding"]
 
 
 def conditioning(prompt: Floats, seconds: Floats) -> Conditioning:

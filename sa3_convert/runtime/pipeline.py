@@ -20,7 +20,6 @@ from sa3_convert.runtime.audio import read_audio
 from sa3_convert.runtime.autoencode import Bottleneck
 from sa3_convert.runtime.conditioning import Conditioning, Lengths, inpaint_mask, lengths, max_seconds
 from sa3_convert.runtime.engines import Engine, EngineName, KeepLoaded, Models, bundle_engine, checkpoint_parts
-from sa3_convert.runtime.output_checks import OutputCheck
 from sa3_convert.runtime.prompts import PromptTokenizer, Tokens
 from sa3_convert.runtime.request import (
     AudioChunk,
@@ -29,6 +28,7 @@ from sa3_convert.runtime.request import (
     GenerateRequest,
     Generation,
     Notes,
+    OutputCheck,
     Report,
     ResolvedRequest,
     Started,
@@ -169,7 +169,7 @@ class Pipeline:
 
         Args:
             request: what to generate.
-            allow: names of output checks to waive; see `checks.CHECKS`.
+            allow: names of output checks to waive; see `request.CHECKS`.
 
         Raises:
             UsageError: the request does not suit the model.
@@ -242,12 +242,13 @@ class Pipeline:
     def prompt_embeddings(self, *prompts: Tokens) -> list[Floats]:
         """Return [1, tokens, D] for each prompt; at padded positions it is the learned padding."""
         with self.models.use(Component.TEXT_ENCODER) as text_encoder:
-            return [conditions.prompt_embedding(text_encoder, tokens) for tokens in prompts]
+            feeds = ({"input_ids": tokens.ids, "attention_mask": tokens.mask} for tokens in prompts)
+            return [text_encoder.run(feed)["last_hidden_state"] for feed in feeds]
 
     def seconds_embedding(self, seconds: float) -> Floats:
         """Return [1, 1, D] for a duration."""
         with self.models.use(Component.NUMBER_CONDITIONER) as number_conditioner:
-            return conditions.seconds_embedding(number_conditioner, seconds)
+            return number_conditioner.run({"seconds": np.array([seconds], np.float32)})["embedding"]
 
     def condition(self, request: ResolvedRequest, notes: Notes) -> tuple[Conditioning, Conditioning | None]:
         """Return the conditioning under the prompt, and what guidance compares it with if there is guidance."""

@@ -182,6 +182,14 @@ def test_a_trajectory_is_what_its_velocities_say() -> None:
     assert whole.times[0] == 1
 
 
+def test_what_is_verified_stage_by_stage_is_what_the_pipeline_generates(tmp_path: Path) -> None:
+    with sides(tmp_path) as (_, target):
+        for case in CASES:
+            generated = target.pipeline.generate(case.request(STEPS), allow=["clipping"])
+            np.testing.assert_array_equal(np.clip(target.audio(case)[0], -1, 1), generated.audio)
+            np.testing.assert_array_equal(target.trajectory(case).result, generated.report.latents)
+
+
 def test_a_nudge_moves_the_start_by_its_size() -> None:
     case = GenerationCase(0, 3, 1.0)
     plain, nudged = (recorded(lambda x, t: x, LAYOUT, case, steps=2, nudge=n) for n in (0.0, 1e-3))
