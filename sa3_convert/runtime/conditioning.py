@@ -41,11 +41,16 @@ def max_seconds(layout: CheckpointLayout) -> float:
     return layout.sample_size / layout.sample_rate
 
 
+def check_duration(seconds: float) -> None:
+    """Refuse what is no duration for any model."""
+    if not math.isfinite(seconds) or seconds <= 0:
+        raise UsageError(f"A duration of {seconds} seconds cannot be generated. Give a positive number.")
+
+
 def lengths(layout: CheckpointLayout, seconds: float) -> Lengths:
     """Return the lengths of a generation; raise UsageError for a duration that the model cannot generate."""
     limit = max_seconds(layout)
-    if not math.isfinite(seconds) or seconds <= 0:
-        raise UsageError(f"A duration of {seconds} seconds cannot be generated. Give a positive number.")
+    check_duration(seconds)
     rate, ratio = layout.sample_rate, layout.autoencoder.downsampling_ratio
     if seconds * rate >= layout.sample_size + 1:
         raise UsageError(f"{seconds:g} seconds is beyond this model's limit of {limit:.1f} seconds.")

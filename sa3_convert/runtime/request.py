@@ -18,7 +18,7 @@ from sa3_convert.arrays import Floats
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.checkpoint.variants import defaults_of
 from sa3_convert.errors import OutputRejectedError, UsageError
-from sa3_convert.runtime.conditioning import Lengths, Region, check_regions, lengths
+from sa3_convert.runtime.conditioning import Lengths, Region, check_duration, check_regions, lengths
 from sa3_convert.runtime.prompts import check_prompt
 from sa3_convert.runtime.sampling import SamplerName, Step
 
@@ -65,8 +65,7 @@ class GenerateRequest:
         check_prompt(self.prompt)
         if self.negative_prompt is not None:
             check_prompt(self.negative_prompt, "negative prompt")
-        if not math.isfinite(self.seconds) or self.seconds <= 0:
-            raise UsageError(f"A duration of {self.seconds} seconds cannot be generated. Give a positive number.")
+        check_duration(self.seconds)
         if not 0 <= self.seed < 1 << 64:
             raise UsageError(f"Seed {self.seed} is not within 0 … 2⁶⁴ − 1.")
         if self.steps is not None and not 1 <= self.steps <= MAX_STEPS:

@@ -33,18 +33,9 @@ def staged_pipelines(
     steps: int = STEPS,
     threads: int | None = None,
 ) -> Iterator[tuple[StagedPipeline, StagedPipeline]]:
-    """Open a bundle's reference models and those that are judged.
+    """Open a bundle's reference models and those that are judged, its files checked against its manifest first.
 
-    Args:
-        bundle: its files are checked against its manifest first.
-        engine: what runs the models that are judged.
-        store: where reference outputs are kept for the next time; None keeps them until the block ends.
-        steps: of the denoising loop.
-        threads: of either engine; None leaves it to them.
-
-    Raises:
-        BundleError: a file is not what the manifest says, or the bundle cannot generate.
-
+    `engine` runs the models that are judged; reference outputs are kept in `store`, or until the block ends.
     """
     for component in (Component.TEXT_ENCODER, Component.NUMBER_CONDITIONER, Component.DIT):
         bundle.artifact(component)

@@ -104,14 +104,9 @@ class Memory:
 
 
 class StagedPipeline:
-    """What a pipeline makes of each case, stage by stage; what is in the store is not computed again.
+    """What a bundle's pipeline makes of each case, stage by stage; what is in the store is not computed again.
 
-    Args:
-        bundle: what the pipeline was opened from; results are kept by its reference models.
-        pipeline: does each stage.
-        steps: of the denoising loop.
-        store: where results are kept.
-
+    Results are stored by the bundle's reference models, so those of other models need a store of their own.
     """
 
     def __init__(self, bundle: Bundle, pipeline: Pipeline, steps: int, store: Store) -> None:
@@ -226,15 +221,8 @@ class StagedPipeline:
 def case_feeds(references: StagedPipeline, component: Component, case: GenerationCase, step: int | None) -> Arrays:
     """Return what a component is run with in a case, everything before it computed by the references.
 
-    Args:
-        references: of the bundle.
-        component: which one. Of audio that is decoded in several windows, the first one counts.
-        case: the generation.
-        step: of the denoising loop, for the DiT alone.
-
-    Raises:
-        UsageError: there is no such step, or a step was given for a component that has none, or none for the DiT.
-
+    Of the DiT, and of it alone, a step of the denoising loop is named. Of audio that is decoded in several windows, the
+    first one counts.
     """
     if (step is None) == (component is Component.DIT):
         raise UsageError("A step of the denoising loop (--step) goes with the DiT, and the DiT's case needs one.")
