@@ -12,7 +12,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 class Session(Protocol):
-    """A loaded model. Implementations: `mnn.session.MnnSession`, `ort.OrtSession`, `runtime.engines.torch_engine`."""
+    """A loaded model; whoever loaded it hands it to `free` in the end."""
 
     def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
         """Run once.
@@ -25,3 +25,10 @@ class Session(Protocol):
 
         """
         ...
+
+
+def free(session: Session) -> None:
+    """Let go of a model, if it is of a kind that has to be closed."""
+    close = getattr(session, "close", None)
+    if close is not None:
+        close()

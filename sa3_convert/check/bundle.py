@@ -16,8 +16,7 @@ from sa3_convert.check.results import BundleFidelity, Verdict
 from sa3_convert.components import Component
 from sa3_convert.errors import ConversionError, VerificationError
 from sa3_convert.recipe import Recipe, load_recipe
-from sa3_convert.runtime.engines import EngineName
-from sa3_convert.runtime.opening import KINDS, bundle_engine
+from sa3_convert.runtime.engines import KINDS, EngineName, bundle_engine
 
 
 @dataclass(frozen=True, slots=True)

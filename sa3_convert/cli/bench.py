@@ -50,14 +50,21 @@ def bench(
     durations = _durations(seconds)
     from sa3_convert.bundle.reader import Bundle
     from sa3_convert.cli.console import stderr, stdout
-    from sa3_convert.lab.bench import BenchRequest, contenders
     from sa3_convert.lab.bench import bench as measure
+    from sa3_convert.lab.bench import contenders
     from sa3_convert.system.files import write_text
     from sa3_convert.system.machine import machine
 
     found = contenders(bundle, tuple(engine or ()), checkpoint=checkpoint, threads=threads)
     described = machine()
-    rows = measure(BenchRequest(found, durations, repeats, steps, memory), lambda line: stderr.print(line, style="dim"))
+    rows = measure(
+        found,
+        durations,
+        repeats=repeats,
+        steps=steps,
+        memory=memory,
+        report=lambda line: stderr.print(line, style="dim"),
+    )
     manifest = Bundle.open(bundle).manifest
     if json_file is not None:
         data = {

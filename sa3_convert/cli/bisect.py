@@ -78,10 +78,10 @@ def _feeds_of(
 ) -> "Arrays":
     """Return what a component is run with in a generation."""
     from sa3_convert.check.reference_store import ReferenceStore
-    from sa3_convert.lab.generations.cases import case_feeds
-    from sa3_convert.lab.generations.end_to_end import both_sides, default_references
-    from sa3_convert.lab.generations.trajectory import GenerationCase
+    from sa3_convert.lab.generations.cases import GenerationCase
+    from sa3_convert.lab.generations.end_to_end import default_references, staged_pipelines
+    from sa3_convert.lab.generations.trajectory import case_feeds
 
     store = ReferenceStore(references or default_references(bundle))
-    with both_sides(bundle, store=store, steps=steps, threads=threads) as (kept, _):
+    with staged_pipelines(bundle, store=store, steps=steps, threads=threads) as (kept, _):
         return case_feeds(kept, component, GenerationCase.parse(case), step)

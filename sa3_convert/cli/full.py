@@ -13,8 +13,8 @@ from sa3_convert.bundle.reader import Bundle
 from sa3_convert.check.progress import Progress
 from sa3_convert.cli.comparison_tables import render_bisect, render_end_to_end, render_fidelity, render_generations
 from sa3_convert.cli.console import stderr, stdout
+from sa3_convert.lab.generations.cases import GenerationCase
 from sa3_convert.lab.generations.full import Verification
-from sa3_convert.lab.generations.trajectory import GenerationCase
 from sa3_convert.lab.report.changes import read_report
 from sa3_convert.lab.report.folder import OPERATORS, PAGE, SUMMARY, bisected_models, check_folder, write_report
 from sa3_convert.lab.report.formatting import shown_size

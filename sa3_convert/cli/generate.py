@@ -27,8 +27,7 @@ from sa3_convert.runtime.audio import (
 )
 from sa3_convert.runtime.batch import RESULTS, BatchOptions, BatchResult, read_batch, run_batch
 from sa3_convert.runtime.conditioning import lengths
-from sa3_convert.runtime.engines import Backend, EngineName, Level
-from sa3_convert.runtime.opening import KINDS
+from sa3_convert.runtime.engines import KINDS, Backend, EngineName, Level
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.placement import parse_places, placement
 from sa3_convert.runtime.request import AudioChunk, GenerateRequest, Report, Started, Stepped

@@ -11,7 +11,7 @@ from sa3_convert.cli import paths
 from sa3_convert.errors import UsageError
 
 if TYPE_CHECKING:
-    from sa3_convert.lab.generations.trajectory import GenerationCase
+    from sa3_convert.lab.generations.cases import GenerationCase
 
 _T = TypeVar("_T")
 
@@ -106,8 +106,7 @@ def chosen_cases(
         UsageError: an option is no list of numbers, there is no such prompt, or both lists and cases are given.
 
     """
-    from sa3_convert.lab.generations.end_to_end import DURATIONS, SEEDS
-    from sa3_convert.lab.generations.trajectory import PROMPTS, GenerationCase, all_cases
+    from sa3_convert.lab.generations.cases import DURATIONS, PROMPTS, SEEDS, GenerationCase, all_cases
 
     if names:
         if any(option is not None for option in (prompts, seeds, seconds)):

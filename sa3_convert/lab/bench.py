@@ -1,4 +1,7 @@
-"""`bench`: how long generations take on each engine and in how much memory, interleaved, so that ratios hold."""
+"""`bench`: how long generations take on each engine and in how much memory, interleaved, so that ratios hold.
+
+As a program of its own (`python -m`) it makes one generation, and tells how much memory that took.
+"""
 
 import dataclasses
 import json
@@ -13,92 +16,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from numpy.typing import NDArray
 
-from sa3_convert.arrays import Arrays, Floats, Session
+from sa3_convert.arrays import Arrays, Floats, Session, free
 from sa3_convert.bundle.manifest import SPLIT_KINDS
 from sa3_convert.bundle.reader import Bundle
+from sa3_convert.checkpoint.dimensions import AutoencoderLayout
 from sa3_convert.components import Component
 from sa3_convert.errors import BackendError, BundleError, UsageError
-from sa3_convert.runtime import autoencode
-from sa3_convert.runtime.autoencode import Bottleneck
 from sa3_convert.runtime.conditioning import lengths
-from sa3_convert.runtime.engines import Engine, EngineName
-from sa3_convert.runtime.opening import KINDS, bundle_engine, checkpoint_parts
-from sa3_convert.runtime.output_checks import CHECKS
+from sa3_convert.runtime.engines import KINDS, Engine, EngineName, bundle_engine
 from sa3_convert.runtime.pipeline import Pipeline
-from sa3_convert.runtime.request import GenerateRequest
+from sa3_convert.runtime.request import CHECKS, GenerateRequest
 from sa3_convert.system.supervisor import die_with_parent
 
-
-@dataclass(slots=True)
-class Clock:
-    """Seconds and runs since the last reset."""
-
-    load: float = 0.0
-    run: defaultdict[Component, float] = field(default_factory=lambda: defaultdict(float))
-    """Seconds within the engine's own calls."""
-    runs: Counter[Component] = field(default_factory=Counter)
-
-    def reset(self) -> None:
-        """Start at zero."""
-        self.load = 0.0
-        self.run.clear()
-        self.runs.clear()
-
-
-class TimedEngine:
-    """Loads another engine's models and times them.
-
-    Args:
-        engine: what really loads and runs.
-        clock: what the times are added to.
-
-    """
-
-    def __init__(self, engine: Engine, clock: Clock) -> None:
-        self._engine = engine
-        self._clock = clock
-
-    @property
-    def name(self) -> EngineName:
-        """The engine's name."""
-        return self._engine.name
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """The engine's settings."""
-        return self._engine.settings
-
-    def load(self, component: Component) -> Session:
-        """Load a model; see `Engine.load`."""
-        start = time.perf_counter()
-        session = self._engine.load(component)
-        self._clock.load += time.perf_counter() - start
-        return _TimedSession(session, component, self._clock)
-
-
-class _TimedSession:
-    def __init__(self, session: Session, component: Component, clock: Clock) -> None:
-        self._session = session
-        self._component = component
-        self._clock = clock
-
-    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
-        start = time.perf_counter()
-        result = self._session.run(feeds)
-        self._clock.run[self._component] += time.perf_counter() - start
-        self._clock.runs[self._component] += 1
-        return result
-
-    def close(self) -> None:
-        close = getattr(self._session, "close", None)
-        if close is not None:
-            close()
-
-
-REFERENCE_CHUNK, REFERENCE_OVERLAP = 128, 32
-"""How the published reference decodes by default, in latents."""
+PROMPT = "warm analog synth pad with slow attack, 90 BPM"
+Temperature = Literal["cold", "warm"]
 
 _ENGINES: Mapping[str, tuple[EngineName, Mapping[str, Any]]] = {
     "mnn": ("mnn", {}),
@@ -108,7 +42,43 @@ _ENGINES: Mapping[str, tuple[EngineName, Mapping[str, Any]]] = {
     "onnxruntime-int8": ("onnxruntime-int8", {}),
     "torch": ("torch", {"padding": "value_zeroing"}),
 }
-NAMES = tuple(_ENGINES)
+
+
+class TimedEngine:
+    """Loads another engine's models, and times them."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.name, self.settings = engine.name, engine.settings
+        self._engine = engine
+        self.reset()
+
+    def reset(self) -> None:
+        """Start at zero: seconds of loading, and of each component seconds within the engine's calls, and calls."""
+        self.loading = 0.0
+        self.seconds: defaultdict[Component, float] = defaultdict(float)
+        self.runs: Counter[Component] = Counter()
+
+    def load(self, component: Component) -> Session:
+        """Load a model; see `Engine.load`."""
+        start = time.perf_counter()
+        session = self._engine.load(component)
+        self.loading += time.perf_counter() - start
+        return _TimedSession(session, component, self)
+
+
+class _TimedSession:
+    def __init__(self, session: Session, component: Component, clock: TimedEngine) -> None:
+        self._session, self._component, self._clock = session, component, clock
+
+    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        start = time.perf_counter()
+        result = self._session.run(feeds)
+        self._clock.seconds[self._component] += time.perf_counter() - start
+        self._clock.runs[self._component] += 1
+        return result
+
+    def close(self) -> None:
+        free(self._session)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,37 +93,49 @@ class Contender:
     manifest: str | None = None
     """SHA-256 of the manifest of the bundle that was checked."""
 
-    def open(self, clock: Clock, *, keep_loaded: bool) -> Pipeline:
-        """Return a pipeline whose models are timed.
-
-        Raises:
-            Sa3Error: the bundle or checkpoint cannot be used, or the engine is not there.
-
-        """
+    def open(self, *, keep_loaded: bool) -> Pipeline:
+        """Return a pipeline over a `TimedEngine`."""
         path = Path(self.source)
-        if self.engine == "torch":
-            engine, tokenizer, bottleneck = checkpoint_parts(path, self.options)
-            return _AsReference(
-                engine.checkpoint.layout, TimedEngine(engine, clock), tokenizer, bottleneck, keep_loaded=keep_loaded
+        pipeline: Pipeline = (
+            _AsReference.from_checkpoint(path, keep_loaded=keep_loaded, **self.options)
+            if self.engine == "torch"
+            else Pipeline.from_bundle(path, self.engine, keep_loaded=keep_loaded, **self.options)
+        )
+        if pipeline.manifest is not None and self.manifest not in (None, pipeline.manifest.digest):
+            raise BundleError(
+                f"{self.source} was replaced by another bundle while it was measured. Run the command again."
             )
-        bundle = Bundle.open(path)
-        if self.manifest not in (None, bundle.manifest.digest):
-            raise BundleError(f"{path} was replaced by another bundle while it was measured. Run the command again.")
-        runner: Engine = bundle_engine(bundle, self.engine, self.options)
-        with bundle.reading("tokenizer") as tokenizer, bundle.reading("bottleneck_params") as parameters:
-            bottleneck = Bottleneck.read(parameters, bundle.layout.autoencoder.latent_dim)
-            return Pipeline(bundle.layout, TimedEngine(runner, clock), tokenizer, bottleneck, keep_loaded=keep_loaded)
+        pipeline.models.engine = TimedEngine(pipeline.models.engine)
+        return pipeline
 
 
 class _AsReference(Pipeline):
     """Decodes everything, padding included, in the published reference's own chunks."""
 
     def decode(self, latents: Floats, samples: int | None = None) -> Generator[Floats, None, None]:
-        with self._models.use(Component.DECODER) as decoder:
-            audio = autoencode.decoded_with_overlap(
-                decoder, latents, self.layout.autoencoder, chunk=REFERENCE_CHUNK, overlap=REFERENCE_OVERLAP
-            )
-            yield audio[:, :, :samples]
+        with self.models.use(Component.DECODER) as decoder:
+            yield decoded_with_overlap(decoder, latents, self.layout.autoencoder)[:, :, :samples]
+
+
+def decoded_with_overlap(
+    decoder: Session, latents: Floats, layout: AutoencoderLayout, *, chunk: int = 128, overlap: int = 32
+) -> Floats:
+    """Decode as the published reference does by default: fixed chunks, half the overlap cut off at inner edges.
+
+    Latents are [1, C, T], the audio [1, channels, T · downsampling ratio], chunk and overlap in latents.
+    """
+    ratio, total = layout.downsampling_ratio, latents.shape[2]
+    if total < chunk:
+        return decoder.run({"latents": latents})["audio"]
+    starts = [*range(0, total - chunk, chunk - overlap), total - chunk]
+    cut = overlap // 2
+    audio = np.zeros((1, layout.audio_channels, total * ratio), np.float32)
+    for start in starts:
+        part = decoder.run({"latents": np.ascontiguousarray(latents[:, :, start : start + chunk])})["audio"]
+        first = 0 if start == 0 else cut
+        last = chunk if start == total - chunk else chunk - cut
+        audio[:, :, (start + first) * ratio : (start + last) * ratio] = part[:, :, first * ratio : last * ratio]
+    return audio
 
 
 def contenders(
@@ -176,7 +158,7 @@ def contenders(
         )
         names += ("torch",) if checkpoint is not None else ()
     if unknown := [name for name in names if name not in _ENGINES]:
-        raise UsageError(f"There is no engine {unknown[0]!r} to measure. There are: {', '.join(NAMES)}.")
+        raise UsageError(f"There is no engine {unknown[0]!r} to measure. There are: {', '.join(_ENGINES)}.")
     if len(set(names)) != len(names):
         raise UsageError("An engine is named twice; --repeats says how often each is measured.")
     if ("torch" in names) != (checkpoint is not None):
@@ -190,52 +172,6 @@ def contenders(
         source, manifest = (checkpoint, None) if engine == "torch" else (bundle, opened.manifest.digest)
         found.append(Contender(name, str(source), engine, {**options, **common}, manifest))
     return tuple(found)
-
-
-def peak_memory(contender: Contender, request: GenerateRequest) -> int:
-    """Return the most bytes that were resident at once while a new process made one generation.
-
-    Models are loaded for their stage and freed after it, as `run` does.
-
-    Raises:
-        BackendError: the process failed; the message is its own.
-
-    """
-    task = {"contender": dataclasses.asdict(contender), "request": request.to_json()}
-    command = [sys.executable, "-m", "sa3_convert.lab.bench"]
-    result = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, check=False)
-    if result.returncode:
-        reason = result.stderr.strip().splitlines()[-1:] or ["without a word (killed for its memory?)"]
-        raise BackendError(f"Measuring the memory of {contender.name} ended with {result.returncode}: {reason[0]}")
-    return int(json.loads(result.stdout)["peak_bytes"])
-
-
-def resident_peak() -> int:
-    """Return this process's largest resident size so far, in bytes."""
-    try:
-        # Unlike ru_maxrss this does not count what the parent had before it started this program.
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
-
-
-def _main() -> None:
-    die_with_parent()
-    task = json.load(sys.stdin)
-    request = GenerateRequest.from_json(task["request"])
-    with Contender(**task["contender"]).open(Clock(), keep_loaded=False) as pipeline:
-        # Chunks are let go as they come, as when they are written to a file.
-        for _ in pipeline.stream(request, allow=CHECKS):
-            pass
-    sys.stdout.write(json.dumps({"peak_bytes": resident_peak()}) + "\n")
-
-
-if __name__ == "__main__":
-    _main()
-
-PROMPT = "warm analog synth pad with slow attack, 90 BPM"
-Temperature = Literal["cold", "warm"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,27 +237,23 @@ class Row:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class BenchRequest:
-    """What to measure."""
-
-    contenders: tuple[Contender, ...]
-    durations: tuple[float, ...]
-    repeats: int = 3
-    """Warm generations per engine and duration."""
-    steps: int | None = None
-    memory: bool = True
-    """Also measure peak memory, which takes one more generation of one step each."""
-
-
-Report = Callable[[str], None]
-
-
-def bench(request: BenchRequest, report: Report) -> list[Row]:
+def bench(
+    contenders: Sequence[Contender],
+    durations: Sequence[float],
+    *,
+    repeats: int = 3,
+    steps: int | None = None,
+    memory: bool = True,
+    report: Callable[[str], None],
+) -> list[Row]:
     """Measure every engine at every duration.
 
     Args:
-        request: what to measure.
+        contenders: the engines.
+        durations: seconds of audio.
+        repeats: warm generations per engine and duration.
+        steps: of the denoising loop; None is what suits the model.
+        memory: also measure peak memory, which takes one more generation of one step each.
         report: called with a line before each measurement.
 
     Raises:
@@ -329,62 +261,56 @@ def bench(request: BenchRequest, report: Report) -> list[Row]:
         Sa3Error: an engine cannot run the models.
 
     """
-    if not request.contenders or not request.durations or request.repeats < 1:
+    if not contenders or not durations or repeats < 1:
         raise UsageError("Give at least one engine, one duration and one repeat.")
-    with request.contenders[0].open(Clock(), keep_loaded=False) as pipeline:
-        for duration in request.durations:
+    with contenders[0].open(keep_loaded=False) as pipeline:
+        for duration in durations:
             lengths(pipeline.layout, duration)
-    return [row for duration in request.durations for row in _at_duration(request, duration, report)]
-
-
-def _at_duration(request: BenchRequest, duration: float, report: Report) -> list[Row]:
-    generation = GenerateRequest(PROMPT, seconds=duration, steps=request.steps)
-    runs: dict[str, list[Figures]] = {contender.name: [] for contender in request.contenders}
-    with ExitStack() as stack:
-        clocks = {contender.name: Clock() for contender in request.contenders}
-        pipelines = {
-            contender.name: stack.enter_context(contender.open(clocks[contender.name], keep_loaded=True))
-            for contender in request.contenders
-        }
-        for turn in range(1 + request.repeats):
-            # Every other turn backwards, so that no engine always follows the same one.
-            for name in (list(runs), list(reversed(runs)))[turn % 2]:
-                report(f"{duration:g} s, {name}, {'cold' if turn == 0 else f'warm {turn} of {request.repeats}'}")
-                runs[name].append(measured(pipelines[name], generation, clocks[name]))
-    peaks: dict[str, int | None] = dict.fromkeys(runs)
-    if request.memory:
-        single = GenerateRequest(PROMPT, seconds=duration, steps=1)
-        for contender in request.contenders:
-            report(f"{duration:g} s, {contender.name}, memory")
-            peaks[contender.name] = peak_memory(contender, single)
     rows = []
-    for name, (cold, *warm) in runs.items():
-        rows.append(Row(name, duration, "cold", cold, (cold.total,), peaks[name]))
-        rows.append(Row(name, duration, "warm", median_run(warm), tuple(f.total for f in warm), peaks[name]))
+    for duration in durations:
+        runs = _interleaved(contenders, GenerateRequest(PROMPT, seconds=duration, steps=steps), repeats, report)
+        for contender, (cold, *warm) in zip(contenders, runs, strict=True):
+            name, peak = contender.name, None
+            if memory:
+                report(f"{duration:g} s, {name}, memory")
+                peak = peak_memory(contender, GenerateRequest(PROMPT, seconds=duration, steps=1))
+            rows.append(Row(name, duration, "cold", cold, (cold.total,), peak))
+            rows.append(Row(name, duration, "warm", median_run(warm), tuple(f.total for f in warm), peak))
     return rows
 
 
-def measured(pipeline: Pipeline, request: GenerateRequest, clock: Clock) -> Figures:
-    """Generate once and return where the time went.
+def _interleaved(
+    contenders: Sequence[Contender], request: GenerateRequest, repeats: int, report: Callable[[str], None]
+) -> list[list[Figures]]:
+    """Return the runs of each contender, a cold one and then the warm ones; all models stay loaded meanwhile."""
+    runs: list[list[Figures]] = [[] for _ in contenders]
+    with ExitStack() as stack:
+        pipelines = [stack.enter_context(contender.open(keep_loaded=True)) for contender in contenders]
+        for turn in range(1 + repeats):
+            # Every other turn backwards, so that no engine always follows the same one.
+            for i in range(len(contenders))[:: -1 if turn % 2 else 1]:
+                which = "cold" if turn == 0 else f"warm {turn} of {repeats}"
+                report(f"{request.seconds:g} s, {contenders[i].name}, {which}")
+                runs[i].append(measured(pipelines[i], request))
+    return runs
 
-    Args:
-        pipeline: over a `TimedEngine` of `clock`.
-        request: what to generate; its output is not checked, because seeded weights make noise.
-        clock: is reset first.
 
-    """
+def measured(pipeline: Pipeline, request: GenerateRequest) -> Figures:
+    """Generate once over a `TimedEngine` and return where the time went; whatever comes out passes."""
+    clock = pipeline.models.engine
+    assert isinstance(clock, TimedEngine)
     clock.reset()
     start = time.perf_counter()
     for _ in pipeline.stream(request, allow=CHECKS):
         pass
     total = time.perf_counter() - start
     return Figures(
-        load=clock.load,
-        text_encoder=clock.run[Component.TEXT_ENCODER],
-        number_conditioner=clock.run[Component.NUMBER_CONDITIONER],
-        dit=clock.run[Component.DIT],
-        decoder=clock.run[Component.DECODER],
-        other=total - clock.load - sum(clock.run.values()),
+        load=clock.loading,
+        text_encoder=clock.seconds[Component.TEXT_ENCODER],
+        number_conditioner=clock.seconds[Component.NUMBER_CONDITIONER],
+        dit=clock.seconds[Component.DIT],
+        decoder=clock.seconds[Component.DECODER],
+        other=total - clock.loading - sum(clock.seconds.values()),
         dit_runs=clock.runs[Component.DIT],
     )
 
@@ -392,3 +318,42 @@ def measured(pipeline: Pipeline, request: GenerateRequest, clock: Clock) -> Figu
 def median_run(runs: Sequence[Figures]) -> Figures:
     """Return the run whose total is the median (the lower one of an even number), so that its parts add up."""
     return sorted(runs, key=lambda figures: figures.total)[(len(runs) - 1) // 2]
+
+
+def peak_memory(contender: Contender, request: GenerateRequest) -> int:
+    """Return the most bytes that were resident at once while a new process made one generation, as `run` does it.
+
+    Raises BackendError with the process's own message if it failed.
+    """
+    task = {"contender": dataclasses.asdict(contender), "request": request.to_json()}
+    command = [sys.executable, "-m", "sa3_convert.lab.bench"]
+    result = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, check=False)
+    if result.returncode:
+        reason = result.stderr.strip().splitlines()[-1:] or ["without a word (killed for its memory?)"]
+        raise BackendError(f"Measuring the memory of {contender.name} ended with {result.returncode}: {reason[0]}")
+    return int(json.loads(result.stdout)["peak_bytes"])
+
+
+def resident_peak() -> int:
+    """Return this process's largest resident size so far, in bytes."""
+    try:
+        # Unlike ru_maxrss this does not count what the parent had before it started this program.
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+
+
+def _main() -> None:
+    die_with_parent()
+    task = json.load(sys.stdin)
+    request = GenerateRequest.from_json(task["request"])
+    with Contender(**task["contender"]).open(keep_loaded=False) as pipeline:
+        # Chunks are let go as they come, as when they are written to a file.
+        for _ in pipeline.stream(request, allow=CHECKS):
+            pass
+    sys.stdout.write(json.dumps({"peak_bytes": resident_peak()}) + "\n")
+
+
+if __name__ == "__main__":
+    _main()

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, BinaryIO, Literal, Self
 
 import numpy as np
 import soundfile
@@ -22,12 +22,11 @@ from sa3_convert.system.supervisor import working_on
 from sa3_convert.system.untrusted import open_regular, parse_json
 
 SampleFormat = Literal["pcm16", "pcm24", "float"]
-SAMPLE_FORMATS: tuple[SampleFormat, ...] = get_args(SampleFormat)
 
 _CHANNELS = 2
 _BLOCK = 1 << 16
 _SUBTYPES: Mapping[SampleFormat, str] = {"pcm16": "PCM_16", "pcm24": "PCM_24", "float": "FLOAT"}
-_BITS: Mapping[SampleFormat, int] = {"pcm16": 16, "pcm24": 24}
+_BYTES: Mapping[SampleFormat, int] = {"pcm16": 2, "pcm24": 3, "float": 4}
 _CONTAINERS = {".wav": "WAV", ".flac": "FLAC"}
 _READ = ("WAV", "WAVEX", "FLAC", "OGG", "MP3", "AIFF")
 """What libsndfile or `cut_short` tells to be cut; of its other formats neither does."""
@@ -52,24 +51,18 @@ def read_audio(path: Path, rate: int, *, max_seconds: float) -> Floats:
             infinities.
 
     """
-    try:
-        with open_regular(path) as stream, working_on(path):
-            if not os.fstat(stream.fileno()).st_size:
-                raise AudioError(f"{path} is empty (0 bytes).")
-            with _ForwardFile(stream.fileno(), closefd=False) as file:
-                _check_header(path, file, max_seconds)
-                # libsndfile goes on where the file stands.
-                position = os.lseek(stream.fileno(), 0, os.SEEK_CUR)
-                if (fault := cut_short(stream, file.format)) is not None:
-                    raise AudioError(f"{path} {fault} {_CONVERT}")
-                os.lseek(stream.fileno(), position, os.SEEK_SET)
-                samples = _decoded(path, file, max_seconds)
-                found = int(file.samplerate)
-    except OSError as error:
-        raise AudioError(f"{path} cannot be read: {error.strerror or error}.") from None
-    except soundfile.LibsndfileError as error:
-        why = error.error_string or "it is damaged or cut short."
-        raise AudioError(f"{path} cannot be read as audio: {why} {_CONVERT}") from None
+    with _explained(path, "read"), open_regular(path) as stream, working_on(path):
+        if not os.fstat(stream.fileno()).st_size:
+            raise AudioError(f"{path} is empty (0 bytes).")
+        with _ForwardFile(stream.fileno(), closefd=False) as file:
+            _check_header(path, file, max_seconds)
+            # libsndfile goes on where the file stands.
+            position = os.lseek(stream.fileno(), 0, os.SEEK_CUR)
+            if (fault := cut_short(stream, file.format)) is not None:
+                raise AudioError(f"{path} {fault} {_CONVERT}")
+            os.lseek(stream.fileno(), position, os.SEEK_SET)
+            samples = _decoded(path, file, max_seconds)
+            found = int(file.samplerate)
     if not np.isfinite(samples).all():
         raise AudioError(f"{path} holds samples that are NaN or infinite.")
     if found != rate:
@@ -78,6 +71,21 @@ def read_audio(path: Path, rate: int, *, max_seconds: float) -> Floats:
             raise AudioError(f"{path} is shorter than one sample at {rate} Hz.")
     stereo = np.broadcast_to(samples, (samples.shape[0], _CHANNELS)) if samples.shape[1] == 1 else samples
     return np.ascontiguousarray(stereo.T, dtype=np.float32)
+
+
+@contextlib.contextmanager
+def _explained(path: Path, done: Literal["read", "written"]) -> Iterator[None]:
+    """Raise AudioError where the system or libsndfile refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise AudioError(f"{path} cannot be {done}: {error.strerror or error}.") from None
+    except soundfile.LibsndfileError as error:
+        if done == "written":
+            # libsndfile does not say why the system refused.
+            raise AudioError(f"{path} cannot be written: {error.error_string} Is the disk full?") from None
+        why = error.error_string or "it is damaged or cut short."
+        raise AudioError(f"{path} cannot be read as audio: {why} {_CONVERT}") from None
 
 
 class _ForwardFile(soundfile.SoundFile):  # type: ignore[misc]
@@ -131,7 +139,7 @@ class AudioWriter:
 
     def __init__(self, file: soundfile.SoundFile, sample_format: SampleFormat, dither: bool) -> None:
         self._file = file
-        self._quantiser = Quantiser(_BITS[sample_format], dither=dither) if sample_format != "float" else None
+        self._quantiser = Quantiser.of(sample_format, dither=dither)
 
     def write(self, audio: Floats) -> None:
         """Append [2, n] samples within ±1."""
@@ -144,18 +152,11 @@ class AudioWriter:
 
 
 class PcmStream:
-    """Raw samples to a pipe: little-endian, channels interleaved, flushed after every chunk.
-
-    Args:
-        stream: open for writing bytes.
-        sample_format: 16-bit or 24-bit integers, or 32-bit floating point.
-        dither: see `Quantiser`; floating point is never dithered.
-
-    """
+    """Raw samples to a pipe: little-endian, channels interleaved, flushed after every chunk."""
 
     def __init__(self, stream: BinaryIO, *, sample_format: SampleFormat = "pcm16", dither: bool = False) -> None:
         self._stream = stream
-        self._quantiser = Quantiser(_BITS[sample_format], dither=dither) if sample_format != "float" else None
+        self._quantiser = Quantiser.of(sample_format, dither=dither)
 
     def write(self, audio: Floats) -> None:
         """Append [2, n] samples within ±1."""
@@ -170,18 +171,20 @@ class PcmStream:
 
 
 class Quantiser:
-    """Rounds floating-point samples to integers.
+    """Rounds floating-point samples to integers of `bits`.
 
-    Args:
-        bits: of the integers.
-        dither: add triangular noise of ±1 step before rounding, so that what is lost is noise and not distortion; the
-            noise is the same in every run.
-
+    `dither` adds triangular noise of ±1 step before rounding, so that what is lost is noise and not distortion; the
+    noise is the same in every run.
     """
 
     def __init__(self, bits: int, *, dither: bool) -> None:
         self.bits = bits
         self._noise = np.random.Generator(np.random.PCG64(0)) if dither else None
+
+    @classmethod
+    def of(cls, sample_format: SampleFormat, *, dither: bool) -> Self | None:
+        """Return that of a format; floating point has none."""
+        return None if sample_format == "float" else cls(8 * _BYTES[sample_format], dither=dither)
 
     def __call__(self, audio: Floats) -> NDArray[np.int32]:
         """Return `audio` in steps of 2^(1 − bits); what lies beyond full scale is clipped."""
@@ -217,38 +220,27 @@ def audio_writer(
     """
     container = _container(path, sample_format)
     comment = None if metadata is None else json.dumps(metadata, ensure_ascii=True)
-    try:
-        with atomic_path(path) as temporary, temporary.open("rb+") as stream:
-            # soundfile takes no name that is not UTF-8.
-            with soundfile.SoundFile(
-                stream.fileno(),
-                "w",
-                rate,
-                _CHANNELS,
-                format=container,
-                subtype=_SUBTYPES[sample_format],
-                closefd=False,
-            ) as file:
-                if comment is not None and container != "WAV":
-                    file.software = "sa3-convert"
-                    file.comment = comment
-                yield AudioWriter(file, sample_format, dither)
-            if comment is not None and container == "WAV":
-                riff.append_chunk(stream, riff.information_chunk(comment))
-    except OSError as error:
-        raise AudioError(f"{path} cannot be written: {error.strerror or error}.") from None
-    except soundfile.LibsndfileError as error:
-        # libsndfile does not say why the system refused.
-        raise AudioError(f"{path} cannot be written: {error.error_string} Is the disk full?") from None
+    with _explained(path, "written"), atomic_path(path) as temporary, temporary.open("rb+") as stream:
+        # soundfile takes no name that is not UTF-8.
+        with soundfile.SoundFile(
+            stream.fileno(),
+            "w",
+            rate,
+            _CHANNELS,
+            format=container,
+            subtype=_SUBTYPES[sample_format],
+            closefd=False,
+        ) as file:
+            if comment is not None and container != "WAV":
+                file.software = "sa3-convert"
+                file.comment = comment
+            yield AudioWriter(file, sample_format, dither)
+        if comment is not None and container == "WAV":
+            riff.append_chunk(stream, riff.information_chunk(comment))
 
 
 def check_output_path(path: Path, sample_format: SampleFormat) -> None:
-    """Check, before any long work, that a file of this name and format can be written.
-
-    Raises:
-        UsageError: the file type is not known or does not have the format, or a folder or terminal stands at its name.
-
-    """
+    """Check, before any long work, that a file of this name and format can be written."""
     _container(path, sample_format)
     if is_terminal(path):
         raise UsageError("Standard output is a terminal, and audio is no text. Pipe it into something, or name a file.")
@@ -271,26 +263,15 @@ def write_audio(
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Return the metadata that `audio_writer` put into a file.
-
-    Raises:
-        AudioError: the file cannot be read or holds none.
-
-    """
-    try:
-        with open_regular(path) as stream:
-            comment = riff.read_comment(stream) if stream.read(4) == b"RIFF" else None
-            if comment is None:
-                os.lseek(stream.fileno(), 0, os.SEEK_SET)
-                with working_on(path), soundfile.SoundFile(stream.fileno(), closefd=False) as file:
-                    comment = file.comment
+    """Return the metadata that `audio_writer` put into a file; raise AudioError if there is none."""
+    values = None
+    with _explained(path, "read"), contextlib.suppress(ValueError), open_regular(path) as stream:
+        comment = riff.read_comment(stream) if stream.read(4) == b"RIFF" else None
+        if comment is None:
+            os.lseek(stream.fileno(), 0, os.SEEK_SET)
+            with working_on(path), soundfile.SoundFile(stream.fileno(), closefd=False) as file:
+                comment = file.comment
         values = parse_json(comment)
-    except OSError as error:
-        raise AudioError(f"{path} cannot be read: {error.strerror or error}.") from None
-    except soundfile.LibsndfileError as error:
-        raise AudioError(f"{path} cannot be read as audio: {error.error_string}") from None
-    except ValueError:
-        values = None
     if not isinstance(values, dict):
         raise AudioError(f"{path} holds no settings of this tool.")
     return values
@@ -303,9 +284,6 @@ def _container(path: Path, sample_format: SampleFormat) -> str:
     if container == "FLAC" and sample_format == "float":
         raise UsageError(f"{path}: FLAC holds no floating-point samples. Use --format pcm24, or a .wav file.")
     return container
-
-
-_BYTES: Mapping[SampleFormat, int] = {"pcm16": 2, "pcm24": 3, "float": 4}
 
 
 @contextlib.contextmanager
@@ -321,22 +299,9 @@ def growing_wav(
 ) -> Iterator[PcmStream]:
     """Yield a stereo writer; the file grows under a name of its own, and takes `path` when the block ends well.
 
-    Every chunk is in the file when `write` returns, and the header states the whole length from the start, so that a
-    player can follow. After an error what has grown is gone. A pipe or a device is written to directly.
-
-    Args:
-        path: `.wav`.
-        rate: Hz.
-        samples: per channel, that will be written in all.
-        sample_format: of the samples.
-        dither: see `audio.Quantiser`.
-        metadata: kept as JSON in the file's comment.
-        report: told under which name the file grows, when that can be read.
-
-    Raises:
-        UsageError: the name is not that of a WAV, or a folder stands there.
-        AudioError: the file cannot be written.
-
+    Every chunk is in the file when `write` returns, and the header states the whole length (`samples` per channel) from
+    the start, so that a player can follow; `report` is told under which name. After an error what has grown is gone. A
+    pipe or a device is written to directly. The rest is as for `audio_writer`.
     """
     check_growing_path(path)
     header = riff.wave_header(
@@ -347,26 +312,18 @@ def growing_wav(
         is_float=sample_format == "float",
         information=b"" if metadata is None else riff.information_chunk(json.dumps(metadata, ensure_ascii=True)),
     )
-    try:
-        with contextlib.ExitStack() as stack:
-            growing = None if is_stream(path) else stack.enter_context(atomic_path(path))
-            stream = stack.enter_context(opened_stream(path) if growing is None else growing.open("wb"))
-            stream.write(header)
-            stream.flush()
-            if growing is not None:
-                report(growing)
-            yield PcmStream(stream, sample_format=sample_format, dither=dither)
-    except OSError as error:
-        raise AudioError(f"{path} cannot be written: {error.strerror or error}.") from None
+    with _explained(path, "written"), contextlib.ExitStack() as stack:
+        growing = None if is_stream(path) else stack.enter_context(atomic_path(path))
+        stream = stack.enter_context(opened_stream(path) if growing is None else growing.open("wb"))
+        stream.write(header)
+        stream.flush()
+        if growing is not None:
+            report(growing)
+        yield PcmStream(stream, sample_format=sample_format, dither=dither)
 
 
 def check_growing_path(path: Path) -> None:
-    """Check, before any long work, that a file of this name can be written while it grows.
-
-    Raises:
-        UsageError: the name is not that of a WAV, or a folder stands there, or a terminal.
-
-    """
+    """Check, before any long work, that a WAV of this name can be written while it grows."""
     if not is_stream(path) and path.suffix.lower() != ".wav":
         raise UsageError(f"{path}: only a WAV can be read while it grows. Name it .wav, or leave --stream away.")
     check_output_path(path, "pcm16")

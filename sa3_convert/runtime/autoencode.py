@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from sa3_convert.arrays import Floats, Session
 from sa3_convert.checkpoint.dimensions import AutoencoderLayout, SameLayout
-from sa3_convert.errors import BundleError, ModelFileError
+from sa3_convert.errors import BundleError
 from sa3_convert.system.untrusted import read_json
 
 
@@ -26,16 +26,7 @@ class Bottleneck:
 
     @classmethod
     def read(cls, path: Path, channels: int) -> Self:
-        """Read `bottleneck_params.json`.
-
-        Args:
-            path: the file.
-            channels: of the latents.
-
-        Raises:
-            BundleError: the file is missing or damaged, or its numbers cannot be what they are named after.
-
-        """
+        """Read `bottleneck_params.json`; raise BundleError if its numbers cannot be what they are named after."""
         try:
             values = read_json(path)
             # What float32 does not hold becomes infinite, and is refused as such.
@@ -127,19 +118,10 @@ class Window:
 
 
 def windows(total: int, wanted: int, size: int, reach: Reach) -> Iterator[Window]:
-    """Yield windows whose kept parts are, one after the other, the output for latents [0, wanted).
+    """Yield windows whose kept parts are, one after the other, the output for latents [0, wanted) of `total`.
 
-    All windows have the same length (one shape for the model): the shortest that needs no more of them.
-
-    Args:
-        total: latents there are, a multiple of `reach.align`.
-        wanted: latents whose output is needed, at most `total`.
-        size: latents per window at most, rounded up to a multiple of `reach.align`.
-        reach: of the model.
-
-    Raises:
-        ValueError: `size` is below `reach.smallest_window`, or `total` or `wanted` cannot be.
-
+    All windows have the same length (one shape for the model), at most `size` rounded up to the model's alignment: the
+    shortest that needs no more of them. `total` is a multiple of that alignment.
     """
     if total % reach.align or not 0 < wanted <= total:
         raise ValueError(f"{wanted} of {total} latents, which come in multiples of {reach.align}")
@@ -167,19 +149,10 @@ WINDOW = 128
 def decoded(
     session: Session, latents: Floats, layout: AutoencoderLayout, *, samples: int | None = None, window: int = WINDOW
 ) -> Iterator[Floats]:
-    """Yield the audio of latents, chunk by chunk; joined, it equals one run over all of them.
+    """Yield the audio of latents [1, C, T] in chunks [1, channels, n], not clipped; joined, they are one run.
 
-    Args:
-        session: the decoder.
-        latents: [1, C, T] float32; if T is not a multiple of what the decoder works on (SAME-S: odd), zero latents are
-            appended and their audio is cut off. The reference pads one layer later, so its end differs a little.
-        layout: the autoencoder's dimensions.
-        samples: how many samples are wanted, default all T · downsampling ratio; what lies beyond is not computed.
-        window: latents per run, at least what the decoder reaches; see `Reach.smallest_window`.
-
-    Yields:
-        [1, audio channels, n] float32, as the decoder gives it (not clipped).
-
+    If T is not a multiple of what the decoder works on (SAME-S: odd), zero latents are appended and their audio is cut
+    off. The reference pads one layer later, so its end differs a little. What lies beyond `samples` is not computed.
     """
     ratio = layout.downsampling_ratio
     reach = Reach.of_decoder(layout.decoder)
@@ -189,59 +162,15 @@ def decoded(
     latents = _padded(latents, reach.whole(latents.shape[2]))
     for part in windows(latents.shape[2], -(-samples // ratio), max(window, reach.smallest_window), reach):
         audio = session.run({"latents": np.ascontiguousarray(latents[:, :, part.start : part.stop])})["audio"]
-        _require_length(audio, (part.stop - part.start) * ratio, "decoder")
         begin = (part.keep_start - part.start) * ratio
         end = min(part.keep_stop * ratio, samples) - part.start * ratio
         yield audio[:, :, begin:end]
 
 
-def decoded_with_overlap(
-    session: Session, latents: Floats, layout: AutoencoderLayout, *, chunk: int, overlap: int
-) -> Floats:
-    """Decode as the published reference does by default: fixed chunks, half the overlap cut off at inner edges.
+def encoded(session: Session, audio: Floats, layout: AutoencoderLayout, *, window: int = WINDOW) -> Floats:
+    """Return what the encoder gives for audio, before the bottleneck; the same as from one run over all of it.
 
-    Here for comparison with it only: `decoded` is exact and computes less.
-
-    Args:
-        session: the decoder.
-        latents: [1, C, T] float32.
-        layout: the autoencoder's dimensions.
-        chunk: latents per chunk (128 in the reference).
-        overlap: latents that neighbours share (32 in the reference).
-
-    Returns:
-        [1, audio channels, T · downsampling ratio] float32.
-
-    """
-    ratio, total = layout.downsampling_ratio, latents.shape[2]
-    if total < chunk:
-        return session.run({"latents": latents})["audio"]
-    starts = [*range(0, total - chunk, chunk - overlap), total - chunk]
-    cut = overlap // 2
-    audio = np.zeros((1, layout.audio_channels, total * ratio), np.float32)
-    for start in starts:
-        part = session.run({"latents": np.ascontiguousarray(latents[:, :, start : start + chunk])})["audio"]
-        first = 0 if start == 0 else cut
-        last = chunk if start == total - chunk else chunk - cut
-        audio[:, :, (start + first) * ratio : (start + last) * ratio] = part[:, :, first * ratio : last * ratio]
-    return audio
-
-
-def encoded(
-    session: Session, audio: Floats, layout: AutoencoderLayout, bottleneck: Bottleneck, *, window: int = WINDOW
-) -> Floats:
-    """Return the latents of audio; the same as from one run over all of it.
-
-    Args:
-        session: the encoder.
-        audio: [1, audio channels, N] float32, N ≥ 1; padded with silence to whole latents.
-        layout: the autoencoder's dimensions.
-        bottleneck: of the same checkpoint.
-        window: latents per run.
-
-    Returns:
-        [1, C, ceil(N / downsampling ratio)] float32.
-
+    Audio is [1, channels, N], padded with silence to whole latents; the result is [1, C, ceil(N / downsampling ratio)].
     """
     stride = layout.encoder.stride
     reach = Reach.of_encoder(layout.encoder)
@@ -252,14 +181,8 @@ def encoded(
     for part in windows(total, latents, max(window, reach.smallest_window), reach):
         feed = np.ascontiguousarray(patches[:, :, part.start * stride : part.stop * stride])
         output = session.run({"patched_audio": feed})["encoder_latent"]
-        _require_length(output, part.stop - part.start, "encoder")
         parts.append(output[:, :, part.keep_start - part.start : part.keep_stop - part.start])
-    return bottleneck.encode(np.concatenate(parts, axis=2))
-
-
-def _require_length(output: Floats, length: int, model: str) -> None:
-    if output.ndim != 3 or output.shape[2] != length:
-        raise ModelFileError(f"The {model} gave {list(output.shape)} where {length} along the last axis were expected.")
+    return np.concatenate(parts, axis=2)
 
 
 def patched(audio: Floats, patch_size: int) -> Floats:

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,8 @@ from pydantic import TypeAdapter
 from sa3_convert.cli.paths import Named, folded, require_apart
 from sa3_convert.errors import InputError, OutputRejectedError, Sa3Error, UsageError
 from sa3_convert.runtime.audio import SampleFormat, audio_writer, check_output_path
-from sa3_convert.runtime.output_checks import OutputCheck
 from sa3_convert.runtime.pipeline import Pipeline
-from sa3_convert.runtime.request import AudioChunk, GenerateRequest, Report, StageName
+from sa3_convert.runtime.request import AudioChunk, GenerateRequest, OutputCheck, Report, StageName
 from sa3_convert.system.checked_files import inside
 from sa3_convert.system.files import alone_in, sha256_file
 from sa3_convert.system.untrusted import parse_json, read_bytes, read_text
@@ -77,21 +76,14 @@ class BatchResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return the line's content."""
-        names = ("line", "output", "request", "error", "file_sha256", "audio_sha256", "seconds", "warnings")
-        return {name: getattr(self, name) for name in names}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "reused"}
 
 
 def read_batch(path: Path, defaults: Mapping[str, Any] | None = None) -> list[BatchItem]:
-    """Read a batch file and check every line of it.
+    """Read a JSONL file of generations, `defaults` standing for what a line does not set, and check every line of it.
 
-    Args:
-        path: the JSONL file; empty lines are skipped.
-        defaults: settings for lines that do not have their own.
-
-    Raises:
-        InputError: the file cannot be read, holds no line, or a line is no JSON object.
-        UsageError: a setting is not valid or two lines have one output; the message names the line.
-
+    Raises InputError if the file cannot be read, is empty, or a line is no JSON object; UsageError names a line whose
+    settings cannot be.
     """
     try:
         # Other characters that break lines may stand in a prompt.
@@ -133,18 +125,16 @@ def _read_line(path: Path, number: int, text: str, defaults: Mapping[str, Any]) 
 def run_batch(pipeline: Pipeline, items: Sequence[BatchItem], options: BatchOptions) -> Iterator[BatchResult]:
     """Generate what is not done yet, and yield each result when its file and its line are written.
 
-    A rejected output does not end the batch; its result says why.
-
-    Raises:
-        UsageError: a request does not suit the model; found before the first generation.
-        AudioError: given audio cannot be used, or a file cannot be written.
-
+    A rejected output does not end the batch; its result says why. Requests that do not suit the model are found before
+    the first generation.
     """
     settings = [_resolved(pipeline, item) for item in items]
     folder = options.folder
     for item in items:
         check_output_path(folder / item.output, options.sample_format)
-    _require_apart(items, options)
+    writes = [(f"Line {item.line}:", folder / item.output) for item in items]
+    reads = [(f"line {item.line},", path) for item in items for path in item.request.audio_files()]
+    require_apart([*writes, ("The file of results", folder / RESULTS)], [*reads, *options.reads])
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
@@ -168,21 +158,8 @@ def run_batch(pipeline: Pipeline, items: Sequence[BatchItem], options: BatchOpti
             yield result
 
 
-def _require_apart(items: Sequence[BatchItem], options: BatchOptions) -> None:
-    """Refuse to write over what is read, or twice into one file."""
-    writes = [(f"Line {item.line}:", options.folder / item.output) for item in items]
-    reads = [(f"line {item.line},", path) for item in items for path in item.request.audio_files()]
-    require_apart([*writes, ("The file of results", options.folder / RESULTS)], [*reads, *options.reads])
-
-
 def _check_place(folder: Path, name: str) -> None:
-    """Check that what is written under a name is a file of this folder.
-
-    Raises:
-        BundleError: a link leads out of it.
-        UsageError: a folder, a pipe or a device stands there.
-
-    """
+    """Check that what is written under a name is a file of this folder, and no link leads out of it."""
     place = inside(folder, name)
     if place.exists() and not place.is_file():
         raise UsageError(f"{folder / name} is no regular file. Remove it, or name another folder.")
@@ -220,7 +197,9 @@ def _generate(
                     digest.update(event.samples.T.tobytes())
                 elif isinstance(event, Report):
                     report = event
-            _refuse_duplicate(request, audio.get(digest.hexdigest()), options.allow)
+            same = audio.get(digest.hexdigest())
+            if same is not None and same.request["seed"] != request["seed"]:
+                OutputCheck(options.allow).duplicate(same.request["seed"], request["seed"])
     except OutputRejectedError as error:
         # A file of an earlier run under this name was made from other settings.
         path.unlink(missing_ok=True)
@@ -239,26 +218,15 @@ def _generate(
     )
 
 
-def _refuse_duplicate(request: dict[str, Any], same: BatchResult | None, allow: tuple[str, ...]) -> None:
-    """Reject audio that equals that of a generation with another seed."""
-    if same is not None and same.request["seed"] != request["seed"]:
-        OutputCheck(allow).duplicate(same.request["seed"], request["seed"])
-
-
 def _append(path: Path, result: BatchResult) -> None:
     with path.open("ab+") as stream:
         # A line that a killed run left half-written must not swallow this one.
-        if stream.tell() and _last_byte(path) != b"\n":
-            stream.write(b"\n")
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            stream.write(b"" if stream.read(1) == b"\n" else b"\n")
         stream.write(json.dumps(result.to_json(), ensure_ascii=False).encode() + b"\n")
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _last_byte(path: Path) -> bytes:
-    with path.open("rb") as stream:
-        stream.seek(-1, os.SEEK_END)
-        return stream.read(1)
 
 
 def _done(folder: Path, outputs: AbstractSet[str]) -> dict[str, BatchResult]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sa3_convert.arrays import Floats, Session
+from sa3_convert.arrays import Floats
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.errors import UsageError
 from sa3_convert.runtime.prompts import Tokens
@@ -41,16 +41,16 @@ def max_seconds(layout: CheckpointLayout) -> float:
     return layout.sample_size / layout.sample_rate
 
 
-def lengths(layout: CheckpointLayout, seconds: float) -> Lengths:
-    """Return the lengths of a generation of `seconds`.
-
-    Raises:
-        UsageError: the duration is not a positive finite number, shorter than a sample, or beyond the model's limit.
-
-    """
-    limit = max_seconds(layout)
+def check_duration(seconds: float) -> None:
+    """Refuse what is no duration for any model."""
     if not math.isfinite(seconds) or seconds <= 0:
         raise UsageError(f"A duration of {seconds} seconds cannot be generated. Give a positive number.")
+
+
+def lengths(layout: CheckpointLayout, seconds: float) -> Lengths:
+    """Return the lengths of a generation; raise UsageError for a duration that the model cannot generate."""
+    limit = max_seconds(layout)
+    check_duration(seconds)
     rate, ratio = layout.sample_rate, layout.autoencoder.downsampling_ratio
     if seconds * rate >= layout.sample_size + 1:
         raise UsageError(f"{seconds:g} seconds is beyond this model's limit of {limit:.1f} seconds.")
@@ -59,7 +59,7 @@ def lengths(layout: CheckpointLayout, seconds: float) -> Lengths:
         raise UsageError(f"{seconds:g} seconds is shorter than one sample at {rate} Hz.")
     encoder = layout.autoencoder.encoder
     align = max(1, (encoder.chunk_size or _DEFAULT_CHUNK) // encoder.stride)
-    latents = _round_up(math.ceil(int((seconds + PADDING_SECONDS) * rate) / ratio), align)
+    latents = math.ceil(math.ceil(int((seconds + PADDING_SECONDS) * rate) / ratio) / align) * align
     latents = min(latents, layout.sample_size // ratio)
     valid = min(math.ceil(samples / ratio) + int(PADDING_SECONDS * rate / ratio), latents)
     return Lengths(samples=samples, latents=latents, valid=valid)
@@ -68,16 +68,7 @@ def lengths(layout: CheckpointLayout, seconds: float) -> Lengths:
 def inpaint_mask(layout: CheckpointLayout, sizes: Lengths, regions: Sequence[Region]) -> Floats:
     """Return [1, 1, T] float32: 1 keeps, 0 generates anew. What lies beyond the duration is generated too.
 
-    A latent counts by its first sample, so regions move by less than one latent (93 ms).
-
-    Args:
-        layout: the checkpoint's dimensions.
-        sizes: lengths of the generation.
-        regions: what to regenerate; checked by `check_regions`.
-
-    Raises:
-        UsageError: a region is so short that no latent starts within it.
-
+    A latent counts by its first sample, so regions (checked by `check_regions`) move by less than one latent (93 ms).
     """
     first_sample = np.arange(sizes.latents) * layout.autoencoder.downsampling_ratio
     keep = first_sample < sizes.samples
@@ -94,13 +85,7 @@ def inpaint_mask(layout: CheckpointLayout, sizes: Lengths, regions: Sequence[Reg
 
 
 def check_regions(regions: Sequence[Region], seconds: float) -> None:
-    """Check inpaint regions against the duration.
-
-    Raises:
-        UsageError: one is reversed, empty, not finite, outside of the duration, or overlaps another; the message names
-            it.
-
-    """
+    """Check that inpaint regions lie within the duration, in order, without overlap."""
     previous: Region | None = None
     for region in sorted(regions):
         start, end = region
@@ -114,10 +99,6 @@ def check_regions(regions: Sequence[Region], seconds: float) -> None:
         if previous is not None and start < previous[1]:
             raise UsageError(f"{name} overlaps {previous[0]:g}:{previous[1]:g}. Join them.")
         previous = region
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,16 +115,6 @@ class Conditioning:
         return Conditioning(np.zeros_like(self.cross_attn_cond), self.global_embed)
 
 
-def prompt_embedding(text_encoder: Session, tokens: Tokens) -> Floats:
-    """Return [1, tokens, D] float32; at padded positions it is the learned padding."""
-    return text_encoder.run({"input_ids": tokens.ids, "attention_mask": tokens.mask})["last_hidden_state"]
-
-
-def seconds_embedding(number_conditioner: Session, seconds: float) -> Floats:
-    """Return [1, 1, D] float32 for a duration."""
-    return number_conditioner.run({"seconds": np.array([seconds], np.float32)})["embedding"]
-
-
 def conditioning(prompt: Floats, seconds: Floats) -> Conditioning:
     """Join the embeddings of prompt and duration."""
     return Conditioning(np.concatenate((prompt, seconds), axis=1), seconds[:, 0])
@@ -157,12 +128,7 @@ def negative_conditioning(prompt: Floats, tokens: Tokens, seconds: Floats) -> Co
 def local_conditioning(channels: int, length: int, mask: Floats | None = None, latents: Floats | None = None) -> Floats:
     """Return the DiT's `local_add_cond`, [1, channels + 1, T] float32: inpainting mask and what it keeps.
 
-    Args:
-        channels: of the latents, C.
-        length: T.
-        mask: [1, 1, T], 1 = keep; without inpainting everything is zero.
-        latents: [1, C, T], of the audio that is inpainted.
-
+    The mask is [1, 1, T], 1 = keep; the latents are [1, C, T]. Without inpainting everything is zero.
     """
     if mask is None or latents is None:
         return np.zeros((1, channels + 1, length), np.float32)

@@ -1,6 +1,7 @@
 """Text to audio and its variations: the stages in order, each loading what it needs and letting go of it."""
 
-from collections.abc import Collection, Generator
+import contextlib
+from collections.abc import Collection, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Self
@@ -10,7 +11,7 @@ import numpy as np
 from sa3_convert.arrays import Floats, Session
 from sa3_convert.bundle.manifest import Manifest
 from sa3_convert.bundle.reader import Bundle
-from sa3_convert.checkpoint.dimensions import CheckpointLayout, TextEncoderLayout
+from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.components import Component
 from sa3_convert.errors import AudioError, BundleError
 from sa3_convert.runtime import autoencode
@@ -18,10 +19,8 @@ from sa3_convert.runtime import conditioning as conditions
 from sa3_convert.runtime.audio import read_audio
 from sa3_convert.runtime.autoencode import Bottleneck
 from sa3_convert.runtime.conditioning import Conditioning, Lengths, inpaint_mask, lengths, max_seconds
-from sa3_convert.runtime.engines import Engine, EngineName, Models
-from sa3_convert.runtime.opening import bundle_engine, checkpoint_parts
-from sa3_convert.runtime.output_checks import OutputCheck
-from sa3_convert.runtime.prompts import PromptTokenizer
+from sa3_convert.runtime.engines import Engine, EngineName, KeepLoaded, Models, bundle_engine, checkpoint_parts
+from sa3_convert.runtime.prompts import PromptTokenizer, Tokens
 from sa3_convert.runtime.request import (
     AudioChunk,
     AudioSource,
@@ -29,12 +28,13 @@ from sa3_convert.runtime.request import (
     GenerateRequest,
     Generation,
     Notes,
+    OutputCheck,
     Report,
     ResolvedRequest,
     Started,
     Stepped,
 )
-from sa3_convert.runtime.sampling import SAMPLERS, Step, TorchGenerator, Velocity, guided, sigmas
+from sa3_convert.runtime.sampling import SAMPLERS, Noise, Step, TorchGenerator, Velocity, guided, sigmas
 
 
 class Pipeline:
@@ -45,12 +45,12 @@ class Pipeline:
         engine: what loads and runs the models.
         tokenizer: path of `tokenizer.json`.
         bottleneck: of the same checkpoint.
-        keep_loaded: keep models between stages and generations, for servers and batches; else each is freed after its
-            stage, so that memory holds one at a time.
+        keep_loaded: keep models between stages and generations, for servers and batches, or the one used last; else
+            each is freed after its stage, so that memory holds one at a time.
         window: latents per run of the autoencoder; smaller needs less memory and computes a little more.
 
     Raises:
-        BundleError: the bundle holds an autoencoder alone, or its tokenizer is missing or damaged.
+        BundleError: the layout is of an autoencoder alone, or the tokenizer is missing or damaged.
 
     """
 
@@ -61,16 +61,18 @@ class Pipeline:
         tokenizer: Path,
         bottleneck: Bottleneck,
         *,
-        keep_loaded: bool = False,
+        keep_loaded: KeepLoaded = False,
         window: int = autoencode.WINDOW,
     ) -> None:
+        if layout.text_encoder is None:
+            raise BundleError("An autoencoder alone cannot generate. Give a whole checkpoint, or a bundle of one.")
         self.layout = layout
-        self._bottleneck = bottleneck
-        self._tokenizer = PromptTokenizer(tokenizer, _text_layout(layout))
-        self._models = Models(engine, keep_loaded=keep_loaded)
-        self._window = window
+        self.models = Models(engine, keep_loaded=keep_loaded)
         self.manifest: Manifest | None = None
         """Of the bundle that was opened, if it is one: what is said of the models comes from the same opening."""
+        self._bottleneck = bottleneck
+        self._tokenizer = PromptTokenizer(tokenizer, layout.text_encoder)
+        self._window = window
 
     @classmethod
     def from_bundle(
@@ -79,7 +81,7 @@ class Pipeline:
         engine: EngineName = "mnn",
         *,
         check: bool = True,
-        keep_loaded: bool = False,
+        keep_loaded: KeepLoaded = False,
         window: int = autoencode.WINDOW,
         **options: Any,
     ) -> Self:
@@ -109,15 +111,22 @@ class Pipeline:
                 "Give a bundle of a whole checkpoint."
             )
         runner = bundle_engine(bundle, engine, options, check=check)
+        return cls.of(bundle, runner, keep_loaded=keep_loaded, window=window)
+
+    @classmethod
+    def of(
+        cls, bundle: Bundle, engine: Engine, *, keep_loaded: KeepLoaded = False, window: int = autoencode.WINDOW
+    ) -> Self:
+        """Return a pipeline over an open bundle, whose models an engine of one's own loads; see `from_bundle`."""
         with bundle.reading("tokenizer") as tokenizer, bundle.reading("bottleneck_params") as parameters:
             bottleneck = Bottleneck.read(parameters, bundle.layout.autoencoder.latent_dim)
-            pipeline = cls(bundle.layout, runner, tokenizer, bottleneck, keep_loaded=keep_loaded, window=window)
+            pipeline = cls(bundle.layout, engine, tokenizer, bottleneck, keep_loaded=keep_loaded, window=window)
         pipeline.manifest = bundle.manifest
         return pipeline
 
     @classmethod
     def from_checkpoint(
-        cls, folder: Path, *, keep_loaded: bool = False, window: int = autoencode.WINDOW, **options: Any
+        cls, folder: Path, *, keep_loaded: KeepLoaded = False, window: int = autoencode.WINDOW, **options: Any
     ) -> Self:
         """Open a checkpoint with the torch engine, the reference that bundles are compared with.
 
@@ -139,7 +148,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Free models that were kept."""
-        self._models.close()
+        self.models.close()
 
     def generate(self, request: GenerateRequest, *, allow: Collection[str] = ()) -> Generation:
         """Generate a whole piece; see `stream`."""
@@ -160,7 +169,7 @@ class Pipeline:
 
         Args:
             request: what to generate.
-            allow: names of output checks to waive; see `checks.CHECKS`.
+            allow: names of output checks to waive; see `request.CHECKS`.
 
         Raises:
             UsageError: the request does not suit the model.
@@ -184,13 +193,12 @@ class Pipeline:
         start = kept = None
         if initial is not None or inpainted is not None:
             yield Started("encode")
-            with notes.timed("encode"), self._models.use(Component.ENCODER) as encoder:
-                start, kept = self.encode(encoder, initial), self.encode(encoder, inpainted)
-        local = conditions.local_conditioning(self._channels, sizes.latents, mask, kept)
+            with notes.timed("encode"):
+                start, kept = self.encode(initial, inpainted)
 
         yield Started("denoise")
         latents: Floats | None = None
-        with closing(self.denoise(settings, sizes, prompted, unprompted, local, start)) as steps:
+        with closing(self.denoise(settings, sizes, prompted, unprompted, (mask, kept), start)) as steps:
             while (step := notes.timed_next(steps, "denoise")) is not None:
                 latents = step.latents
                 yield Stepped(step, settings.steps)
@@ -204,16 +212,11 @@ class Pipeline:
                 yield AudioChunk(done, np.clip(audio[0], -1, 1))
                 done += audio.shape[2]
         check.finish(sizes.samples)
-        engine = self._models.engine.settings
+        engine = self.models.engine.settings
         yield Report(settings, sizes, latents, notes.seconds, engine, tuple(notes.warnings))
 
     def given_audio(self, source: AudioSource | None, sizes: Lengths, notes: Notes) -> Floats | None:
-        """Return given audio as [1, 2, T · ratio] float32: cut, or padded with silence, to what the model works on.
-
-        Raises:
-            AudioError: it cannot be read or is not audio that the model takes.
-
-        """
+        """Return given audio as [1, 2, T · ratio] float32: cut, or padded with silence, to what the model works on."""
         if source is None:
             return None
         rate = self.layout.sample_rate
@@ -232,58 +235,69 @@ class Pipeline:
         audio[0, :, :length] = samples[:, :length]
         return audio
 
+    def tokens(self, prompt: str) -> Tokens:
+        """Return the token ids of a prompt."""
+        return self._tokenizer.encode(prompt)
+
+    def prompt_embeddings(self, *prompts: Tokens) -> list[Floats]:
+        """Return [1, tokens, D] for each prompt; at padded positions it is the learned padding."""
+        with self.models.use(Component.TEXT_ENCODER) as text_encoder:
+            feeds = ({"input_ids": tokens.ids, "attention_mask": tokens.mask} for tokens in prompts)
+            return [text_encoder.run(feed)["last_hidden_state"] for feed in feeds]
+
+    def seconds_embedding(self, seconds: float) -> Floats:
+        """Return [1, 1, D] for a duration."""
+        with self.models.use(Component.NUMBER_CONDITIONER) as number_conditioner:
+            return number_conditioner.run({"seconds": np.array([seconds], np.float32)})["embedding"]
+
     def condition(self, request: ResolvedRequest, notes: Notes) -> tuple[Conditioning, Conditioning | None]:
         """Return the conditioning under the prompt, and what guidance compares it with if there is guidance."""
         guidance = request.cfg_scale != 1
-        negative = request.negative_prompt if guidance else None
         if request.negative_prompt is not None and not guidance:
             notes.warnings.append("The negative prompt has no effect without guidance (cfg_scale 1).")
-        tokens = self._tokenizer.encode(request.prompt)
-        negative_tokens = None if negative is None else self._tokenizer.encode(negative)
-        for name, found in (("prompt", tokens), ("negative prompt", negative_tokens)):
-            if found is not None and found.dropped:
+        prompts = {"prompt": self.tokens(request.prompt)}
+        if request.negative_prompt is not None and guidance:
+            prompts["negative prompt"] = self.tokens(request.negative_prompt)
+        for name, found in prompts.items():
+            if found.dropped:
                 kept = found.ids.shape[1]
                 notes.warnings.append(
                     f"The {name} is too long: of its {kept + found.dropped} tokens only the first {kept} are heard."
                 )
-        against = None
-        with self._models.use(Component.TEXT_ENCODER) as text_encoder:
-            prompt = conditions.prompt_embedding(text_encoder, tokens)
-            if negative_tokens is not None:
-                against = conditions.prompt_embedding(text_encoder, negative_tokens)
-        with self._models.use(Component.NUMBER_CONDITIONER) as number_conditioner:
-            seconds = conditions.seconds_embedding(number_conditioner, request.seconds)
+        prompt, *negative = self.prompt_embeddings(*prompts.values())
+        seconds = self.seconds_embedding(request.seconds)
         prompted = conditions.conditioning(prompt, seconds)
         if not guidance:
             return prompted, None
-        if against is None or negative_tokens is None:
+        if not negative:
             return prompted, prompted.without_prompt()
-        return prompted, conditions.negative_conditioning(against, negative_tokens, seconds)
+        return prompted, conditions.negative_conditioning(negative[0], prompts["negative prompt"], seconds)
 
-    def encode(self, encoder: Session, audio: Floats | None) -> Floats | None:
-        """Return the latents [1, C, T] of what `given_audio` returned."""
-        if audio is None:
-            return None
-        return autoencode.encoded(encoder, audio, self.layout.autoencoder, self._bottleneck, window=self._window)
+    def encode(self, *audio: Floats | None) -> list[Floats | None]:
+        """Return the latents [1, C, T] of each that `given_audio` returned."""
+        auto, window = self.layout.autoencoder, self._window
+        with self.models.use(Component.ENCODER) as encoder:
+            return [
+                None if one is None else self._bottleneck.encode(autoencode.encoded(encoder, one, auto, window=window))
+                for one in audio
+            ]
 
-    def denoise(
+    @contextlib.contextmanager
+    def velocity(
         self,
         request: ResolvedRequest,
         sizes: Lengths,
         prompted: Conditioning,
-        unprompted: Conditioning | None,
-        local: Floats,
-        initial: Floats | None,
-    ) -> Generator[Step, None, None]:
-        """Yield the steps from noise, or noised initial latents, to latents [1, C, T]."""
-        generator = TorchGenerator(request.seed)
-        start = generator.randn((1, self._channels, sizes.latents))
-        sigma_max = 1.0
-        if initial is not None:
-            sigma_max = request.init_noise_level
-            start = initial * np.float32(1 - sigma_max) + start * np.float32(sigma_max)
+        unprompted: Conditioning | None = None,
+        inpainting: tuple[Floats | None, Floats | None] = (None, None),
+    ) -> Iterator[Velocity]:
+        """Yield the velocity of the DiT under a conditioning, with guidance if there is something to compare it with.
+
+        `inpainting` is the mask [1, 1, T], 1 = keep, and the latents [1, C, T] of what it keeps.
+        """
         padding_mask = sizes.padding_mask()
-        with self._models.use(Component.DIT) as dit:
+        local = conditions.local_conditioning(self.layout.autoencoder.latent_dim, sizes.latents, *inpainting)
+        with self.models.use(Component.DIT) as dit:
             velocity = _velocity(dit, prompted, local, padding_mask)
             if unprompted is not None:
                 velocity = guided(
@@ -293,18 +307,54 @@ class Pipeline:
                     apg_scale=request.apg_scale,
                     padding_mask=padding_mask,
                 )
-            yield from SAMPLERS[request.sampler](velocity, start, sigmas(request.steps, sigma_max), generator.randn)
+            yield velocity
+
+    def denoise(
+        self,
+        request: ResolvedRequest,
+        sizes: Lengths,
+        prompted: Conditioning,
+        unprompted: Conditioning | None = None,
+        inpainting: tuple[Floats | None, Floats | None] = (None, None),
+        initial: Floats | None = None,
+    ) -> Generator[Step, None, None]:
+        """Yield the steps from noise, or noised initial latents, to latents [1, C, T]; see `velocity`."""
+        noise = TorchGenerator(request.seed).randn
+        with self.velocity(request, sizes, prompted, unprompted, inpainting) as velocity:
+            yield from denoised(velocity, request, self.layout.autoencoder.latent_dim, sizes, noise, initial)
 
     def decode(self, latents: Floats, samples: int | None = None) -> Generator[Floats, None, None]:
         """Yield the audio of latents [1, C, T], [1, 2, n] at a time, not clipped; see `autoencode.decoded`."""
-        with self._models.use(Component.DECODER) as decoder:
+        with self.models.use(Component.DECODER) as decoder:
             yield from autoencode.decoded(
                 decoder, latents, self.layout.autoencoder, samples=samples, window=self._window
             )
 
-    @property
-    def _channels(self) -> int:
-        return self.layout.autoencoder.latent_dim
+
+def denoised(
+    velocity: Velocity,
+    request: ResolvedRequest,
+    channels: int,
+    sizes: Lengths,
+    noise: Noise,
+    initial: Floats | None = None,
+) -> Iterator[Step]:
+    """Yield the steps of the denoising loop, whatever gives the velocity and the noise.
+
+    Args:
+        velocity: of the DiT, of a wrapper around it, or one that was recorded.
+        request: gives sampler, steps, and how much of the initial latents is replaced by noise.
+        channels: of the latents, C.
+        sizes: lengths of the generation.
+        noise: drawn from once for the start, then as the sampler does.
+        initial: latents [1, C, T] to start from.
+
+    """
+    start, sigma_max = noise((1, channels, sizes.latents)), 1.0
+    if initial is not None:
+        sigma_max = request.init_noise_level
+        start = initial * np.float32(1 - sigma_max) + start * np.float32(sigma_max)
+    return SAMPLERS[request.sampler](velocity, start, sigmas(request.steps, sigma_max), noise)
 
 
 def _velocity(dit: Session, condition: Conditioning, local: Floats, padding_mask: Floats) -> Velocity:
@@ -329,9 +379,3 @@ def _check_samples(samples: Floats) -> None:
         )
     if not np.isfinite(samples).all():
         raise AudioError("Given samples hold NaN or infinities.")
-
-
-def _text_layout(layout: CheckpointLayout) -> TextEncoderLayout:
-    if layout.text_encoder is None:
-        raise BundleError("This bundle holds an autoencoder alone; it cannot generate.")
-    return layout.text_encoder

@@ -32,19 +32,10 @@ def placement(
     overrides: Mapping[Component, Backend] | None = None,
     components: Iterable[Component] = tuple(Component),
 ) -> tuple[Place, ...]:
-    """Place each component.
+    """Place each component on the backend that was asked for, unless a probe of it failed at this precision and memory.
 
-    Args:
-        backend: what was asked for.
-        diagnosis: what the probes found on it; None when it was not probed.
-        precision: as the models will be run; a probe counts at this setting.
-        memory: the same.
-        overrides: what the user places; not questioned.
-        components: which ones.
-
-    Raises:
-        UsageError: precision low on CUDA, where Softmax is not known to be right with it.
-
+    Without a diagnosis nothing was probed; what the user places in `overrides` is not questioned. Precision low is
+    refused on CUDA, where Softmax is not known to be right with it.
     """
     given = overrides or {}
     setting = setting_name(precision, memory)
@@ -83,12 +74,7 @@ def _refuse_low_precision(backend: Backend, precision: Level, diagnosis: Diagnos
 
 
 def parse_places(texts: Sequence[str]) -> dict[Component, Backend]:
-    """Read `--place COMPONENT=BACKEND` options.
-
-    Raises:
-        UsageError: one is no such pair, or a component is placed twice.
-
-    """
+    """Read `--place COMPONENT=BACKEND` options."""
     backends: dict[str, Backend] = {"cpu": "cpu", "cuda": "cuda", "opencl": "opencl", "vulkan": "vulkan"}
     found: dict[Component, Backend] = {}
     for text in texts:

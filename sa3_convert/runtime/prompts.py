@@ -49,16 +49,7 @@ class Tokens:
 
 
 class PromptTokenizer:
-    """The checkpoint's `tokenizer.json`.
-
-    Args:
-        path: the file.
-        text: of the text encoder that takes the tokens.
-
-    Raises:
-        BundleError: the file is missing, or is no tokenizer that can be used.
-
-    """
+    """The checkpoint's `tokenizer.json`, for a text encoder; BundleError if it cannot be used."""
 
     def __init__(self, path: Path, text: TextEncoderLayout) -> None:
         self._path, self._text = path, text
@@ -70,12 +61,7 @@ class PromptTokenizer:
             raise BundleError(f"{path} is no tokenizer that can be used: {error}. {_GET_ANOTHER}") from None
 
     def encode(self, prompt: str) -> Tokens:
-        """Return the tokens of a prompt that passed `check_prompt`; the empty prompt has none.
-
-        Raises:
-            BundleError: the tokenizer fails on it, or gives a token that the text encoder does not have.
-
-        """
+        """Return the tokens of a prompt that passed `check_prompt`; the empty prompt has none."""
         try:
             found = _encode(self._tokenizer, self._path, prompt)
         except ValueError as error:
@@ -92,12 +78,7 @@ class PromptTokenizer:
 
 
 def check_tokenizer(path: Path, text: TextEncoderLayout) -> None:
-    """Try a checkpoint's tokenizer on every kind of prompt, and hold all its ids to the text encoder's table.
-
-    Raises:
-        CheckpointError: it is missing, cannot be loaded, fails on a prompt, or has an id that the table does not have.
-
-    """
+    """Try a checkpoint's tokenizer on every kind of prompt, and hold all its ids to the text encoder's table."""
     try:
         tokenizer = _load(path)
         for prompt in _PROBES:
@@ -150,10 +131,8 @@ def _library(path: Path, seconds: float) -> Iterator[None]:
 def check_prompt(prompt: str, name: str = "prompt") -> None:
     """Refuse what no one types on purpose; empty, long and non-Latin prompts are fine.
 
-    Raises:
-        UsageError: the prompt holds a control character other than tab and line breaks, or half of a surrogate pair
-            (what a terminal makes of bytes that are not UTF-8).
-
+    That is control characters other than tab and line breaks, and half of a surrogate pair (what a terminal makes of
+    bytes that are not UTF-8).
     """
     for position, character in enumerate(prompt):
         category = unicodedata.category(character)

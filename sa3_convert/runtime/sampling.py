@@ -19,12 +19,7 @@ _SEEDS = range(-(1 << 63), 1 << 64)
 class TorchGenerator:
     """The stream of `torch.Generator("cpu").manual_seed(seed)`.
 
-    Args:
-        seed: any seed that torch takes. As in torch only its low 32 bits count.
-
-    Raises:
-        ValueError: the seed does not fit into 64 bits.
-
+    Any seed that torch takes will do; as in torch only its low 32 bits count.
     """
 
     def __init__(self, seed: int) -> None:
@@ -151,16 +146,11 @@ _LOGSNR_SPAN: Final = 8.2
 
 
 def sigmas(steps: int, sigma_max: float = 1.0) -> NDArray[np.float32]:
-    """Return the schedule, [steps + 1] float32, falling from exactly `sigma_max` to exactly 0.
+    """Return the schedule, [steps + 1] float32, falling from exactly `sigma_max` (at most 1: noise alone) to exactly 0.
 
     t = linspace(σmax, 0), then sigmoid of the negative log-SNR 2.0 − 8.2·t. Its end at t = 0, where the sigmoid is
     0.12, is set to 0, and its start to σmax. Source: the log-SNR shift of the published reference, in the form it has
     when a checkpoint gives no other.
-
-    Args:
-        steps: number of steps, at least 1.
-        sigma_max: 0 < σmax ≤ 1; 1 starts from noise alone.
-
     """
     if steps < 1:
         raise ValueError(f"{steps} steps; at least 1 is needed")
@@ -213,15 +203,7 @@ Sampler = Callable[[Velocity, Floats, Floats, Noise], Iterator[Step]]
 
 
 def pingpong(velocity: Velocity, start: Floats, sigmas: Floats, noise: Noise) -> Iterator[Step]:
-    """Denoise fully, then noise anew to the next time; for distilled models. Draws once a step, the last included.
-
-    Args:
-        velocity: evaluated once a step.
-        start: latents at time `sigmas[0]`, [B, C, T] float32.
-        sigmas: falling times, [steps + 1] float32.
-        noise: drawn from after every step.
-
-    """
+    """Denoise fully, then noise anew to the next time; for distilled models. Draws once a step, the last included."""
     x = start
     for i, (t, t_next) in enumerate(pairwise(sigmas)):
         denoised = x - t * velocity(x, t)
@@ -230,7 +212,7 @@ def pingpong(velocity: Velocity, start: Floats, sigmas: Floats, noise: Noise) ->
 
 
 def euler(velocity: Velocity, start: Floats, sigmas: Floats, noise: Noise) -> Iterator[Step]:
-    """First-order steps along the flow; arguments as for `pingpong`."""
+    """First-order steps along the flow."""
     x = start
     for i, (t, t_next) in enumerate(pairwise(sigmas)):
         v = velocity(x, t)
@@ -291,14 +273,9 @@ def guided(
 ) -> Velocity:
     """Return a velocity function that evaluates both and blends them.
 
-    Args:
-        conditioned: velocity under the prompt.
-        unconditioned: velocity without one, or under the negative prompt.
-        cfg_scale: 1 is the conditioned velocity alone; more moves away from the unconditioned one.
-        apg_scale: 0 keeps the whole difference, 1 only its part orthogonal to the conditioned estimate, and only at
-            valid positions.
-        padding_mask: [B, T] float32, 1 = valid; the projection is over valid positions.
-
+    `cfg_scale` 1 is the conditioned velocity alone; more moves away from the unconditioned one. `apg_scale` 0 keeps the
+    whole difference, 1 only its part orthogonal to the conditioned estimate, projected and kept at valid positions
+    alone (`padding_mask` [B, T], 1 = valid).
     """
 
     def velocity(x: Floats, t: np.float32) -> Floats:

@@ -6,23 +6,16 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sa3_convert.arrays import Arrays, Session
+from sa3_convert.arrays import Arrays, Session, free
 from sa3_convert.components import Contract, Length, Port
 from sa3_convert.errors import ModelFileError
 from sa3_convert.system.checked_files import CheckedFile, named
 
 
 class HeldSession:
-    """Runs a session whose file must be what was checked, and whose arrays must be what the contract says.
+    """Runs a session whose files must be what was checked, and whose arrays must be what the contract says.
 
-    Args:
-        session: just loaded, by name.
-        files: what it was loaded from.
-        contract: of the component, by the bundle's layout.
-
-    Raises:
-        BundleError: a file was replaced between its check and now.
-
+    A model that was loaded by name is held to its files from the moment it is loaded.
     """
 
     def __init__(self, session: Session, files: Sequence[CheckedFile], contract: Contract) -> None:
@@ -34,14 +27,7 @@ class HeldSession:
             file.require_unchanged()
 
     def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
-        """Run once; see `sa3_convert.arrays.Session.run`.
-
-        Raises:
-            ValueError: the feeds are not what the contract says.
-            ModelFileError: the model does not take them, or gives something else than the contract says.
-            BundleError: weights that are read as they are needed were replaced.
-
-        """
+        """Run once; ModelFileError if the model does not take the feeds, or gives something else than it should."""
         length = _length(self._contract.inputs, feeds)
         try:
             results = self._session.run(feeds)
@@ -60,9 +46,7 @@ class HeldSession:
 
     def close(self) -> None:
         """Free the model."""
-        close = getattr(self._session, "close", None)
-        if close is not None:
-            close()
+        free(self._session)
 
     def _other_model(self, why: str) -> ModelFileError:
         return ModelFileError(
@@ -110,13 +94,7 @@ class Part(Protocol):
 
 
 class SplitSession:
-    """Runs `step` with what `prepare` made of the same unchanging inputs; see `passes.split`.
-
-    Args:
-        prepare: takes unchanging inputs alone.
-        step: takes the rest, and what `prepare` gives.
-
-    """
+    """Runs `step` with what `prepare` made of the same unchanging inputs; see `passes.split`."""
 
     def __init__(self, prepare: Part, step: Part) -> None:
         self._prepare = prepare
@@ -124,12 +102,7 @@ class SplitSession:
         self._kept: list[tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]] = []
 
     def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
-        """Run once; see `sa3_convert.arrays.Session.run`.
-
-        Raises:
-            ValueError: a feed is missing, unknown, or not what a part takes.
-
-        """
+        """Run once; ValueError if a feed is missing, unknown, or not what a part takes."""
         unchanging = set(self._prepare.inputs)
         if missing := sorted(unchanging - feeds.keys()):
             raise ValueError(f"the model takes {', '.join(sorted(unchanging))}; {missing[0]} is missing")

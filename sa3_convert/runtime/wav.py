@@ -15,14 +15,7 @@ _SOFTWARE = b"sa3-convert\0"
 def wave_header(samples: int, rate: int, channels: int, width: int, *, is_float: bool, information: bytes) -> bytes:
     """Return everything that stands in a WAV before its samples.
 
-    Args:
-        samples: per channel.
-        rate: Hz.
-        channels: number of channels.
-        width: bytes of one value.
-        is_float: whether values are floating point.
-        information: a chunk of `information_chunk`, or nothing.
-
+    `samples` are per channel, `width` the bytes of one value, `information` a chunk of `information_chunk` or nothing.
     """
     frame = width * channels
     code = _FLOAT if is_float else _INTEGER
@@ -50,12 +43,7 @@ def append_chunk(stream: BinaryIO, chunk: bytes) -> None:
 
 
 def read_comment(stream: BinaryIO) -> str | None:
-    """Return the comment of a WAV that is open for reading, None if it has none.
-
-    Raises:
-        UnicodeDecodeError: it is not UTF-8.
-
-    """
+    """Return the comment of a WAV that is open for reading, None if it has none."""
     stream.seek(12)
     for name, size in chunks(stream):
         if name == b"LIST" and stream.read(4) == b"INFO":
@@ -73,10 +61,7 @@ def _chunk(name: bytes, content: bytes) -> bytes:
 def chunks(stream: BinaryIO, order: str = "<") -> Iterator[tuple[bytes, int]]:
     """Yield name and size of each chunk, the stream at its content; the caller may read from it.
 
-    Args:
-        stream: at the first chunk.
-        order: `<` for RIFF, `>` for AIFF and RIFX, whose sizes are big-endian.
-
+    The order of sizes is `<` for RIFF, `>` for AIFF and RIFX.
     """
     position = stream.tell()
     while len(header := stream.read(8)) == 8:
@@ -96,13 +81,7 @@ _MP3_HEADER: Final = 4096
 
 
 def cut_short(stream: BinaryIO, container: str) -> str | None:
-    """Return what a file lacks of what it says, as a sentence; None if nothing can be told to be missing.
-
-    Args:
-        stream: the whole file.
-        container: libsndfile's name for it.
-
-    """
+    """Return what a whole file lacks of what it says, as a sentence; None if nothing can be told to be missing."""
     if container in ("WAV", "WAVEX", "AIFF"):
         return _missing_bytes(stream)
     if container == "OGG" and not _has_last_page(stream):

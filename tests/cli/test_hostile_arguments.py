@@ -38,7 +38,7 @@ WORK = (
     "sa3_convert.lab.generations.full.verify_fully",
     "sa3_convert.lab.bisect.bisect.bisect_bundle",
     "sa3_convert.lab.bisect.bisect.bisect_bundle_against",
-    "sa3_convert.lab.generations.cases.case_feeds",
+    "sa3_convert.lab.generations.trajectory.case_feeds",
     "sa3_convert.lab.drift.drift.check_drift",
     "sa3_convert.lab.drift.drift.update_baseline",
     "sa3_convert.runtime.pipeline.Pipeline.stream",

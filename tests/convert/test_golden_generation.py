@@ -12,8 +12,7 @@ from sa3_convert.checkpoint.reader import Checkpoint
 from sa3_convert.components import Component, contract
 from sa3_convert.mnn.converter import mnn_from_onnx
 from sa3_convert.recipe import ComponentRecipe
-from sa3_convert.runtime.engines import EngineName, MnnEngine, OrtEngine
-from sa3_convert.runtime.opening import bundle_engine
+from sa3_convert.runtime.engines import EngineName, MnnEngine, OrtEngine, bundle_engine
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.system.checked_files import CheckedFile
 from tests.bundles import Convert

@@ -17,7 +17,7 @@ from sa3_convert.errors import BundleError, Sa3Error
 from sa3_convert.mnn import converter
 from sa3_convert.mnn.file.flatbuffer import weight_path
 from sa3_convert.mnn.session import MnnSession
-from sa3_convert.runtime.opening import bundle_engine
+from sa3_convert.runtime.engines import bundle_engine
 from tests.bundles import Convert
 
 PART = Component.DECODER

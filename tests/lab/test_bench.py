@@ -1,4 +1,3 @@
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,24 +13,28 @@ from sa3_convert.components import Component
 from sa3_convert.errors import BackendError, BundleError, UsageError
 from sa3_convert.lab import bench as benching
 from sa3_convert.lab.bench import (
-    BenchRequest,
-    Clock,
     Contender,
     Figures,
     Row,
     TimedEngine,
     bench,
     contenders,
+    decoded_with_overlap,
     measured,
     median_run,
     peak_memory,
     resident_peak,
 )
-from sa3_convert.runtime.autoencode import decoded_with_overlap
 from sa3_convert.runtime.request import GenerateRequest
 from sa3_convert.system.machine import machine
-from tests.runtime.conftest import Parts
+from tests.runtime.conftest import Parts, open_parts
 from tests.runtime.fakes import FakeEngine, pipeline
+
+
+@pytest.fixture
+def small() -> Parts:
+    return open_parts("small")
+
 
 seconds = st.floats(0, 1e4)
 figures = st.builds(Figures, seconds, seconds, seconds, seconds, seconds, seconds, st.integers(1, 100))
@@ -71,14 +74,13 @@ def test_what_the_engine_does_and_what_is_around_it_make_the_total(
     small: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("time.perf_counter", Ticks())
-    clock = Clock()
-    runner = pipeline(small, TimedEngine(FakeEngine(), clock))  # type: ignore[arg-type]
-    found = measured(runner, GenerateRequest("pad", seconds=1.0, steps=3), clock)
+    runner = pipeline(small, TimedEngine(FakeEngine()))  # type: ignore[arg-type]
+    found = measured(runner, GenerateRequest("pad", seconds=1.0, steps=3))
     # One second between the two looks around each call.
     assert (found.text_encoder, found.number_conditioner, found.dit, found.dit_runs) == (1, 1, 3, 3)
     assert (found.load, found.decoder) == (4, 1)
     assert found.other > 0
-    again = measured(runner, GenerateRequest("pad", seconds=1.0, steps=3), clock)
+    again = measured(runner, GenerateRequest("pad", seconds=1.0, steps=3))
     assert again == found
 
 
@@ -86,7 +88,7 @@ def test_a_timed_engine_gives_what_its_engine_gives_and_frees_what_it_loaded(sma
     request = GenerateRequest("pad", seconds=0.5, steps=2)
     engine = FakeEngine()
     plain = pipeline(small, FakeEngine()).generate(request)
-    timed = pipeline(small, TimedEngine(engine, Clock())).generate(request)  # type: ignore[arg-type]
+    timed = pipeline(small, TimedEngine(engine)).generate(request)  # type: ignore[arg-type]
     np.testing.assert_array_equal(timed.audio, plain.audio)
     assert timed.report.engine == plain.report.engine
     assert all(session.closed for _, session in engine.loaded)
@@ -98,7 +100,7 @@ def test_engines_take_turns_and_every_row_has_its_repeats(
     order: list[str] = []
     monkeypatch.setattr(benching, "peak_memory", lambda contender, _: len(contender.name))
     found = contenders(toy_int8.path, ("mnn", "onnxruntime", "torch"), checkpoint=toy, threads=1)
-    rows = bench(BenchRequest(found, (0.5, 1.0), repeats=2, steps=1), order.append)
+    rows = bench(found, (0.5, 1.0), repeats=2, steps=1, report=order.append)
     at_half = [line.removeprefix("0.5 s, ") for line in order if line.startswith("0.5")]
     names = ["mnn", "onnxruntime", "torch"]
     assert at_half[:9] == [
@@ -123,10 +125,10 @@ def test_engines_take_turns_and_every_row_has_its_repeats(
 
 def test_the_reference_decodes_in_its_own_chunks(toy: Path) -> None:
     found = Contender("torch", str(toy), "torch", {"threads": 1})
-    with found.open(Clock(), keep_loaded=True) as runner:
+    with found.open(keep_loaded=True) as runner:
         latents = np.random.default_rng(0).standard_normal((1, 32, 230)).astype(np.float32)
         (audio,) = runner.decode(latents, 1000)
-        with runner._models.use(Component.DECODER) as decoder:
+        with runner.models.use(Component.DECODER) as decoder:
             expected = decoded_with_overlap(decoder, latents, runner.layout.autoencoder, chunk=128, overlap=32)
     np.testing.assert_array_equal(audio, expected[:, :, :1000])
 
@@ -151,7 +153,7 @@ def test_another_bundle_under_the_same_name_is_not_measured(toy_int8: Bundle, to
     (tmp_path / "live").unlink()
     (tmp_path / "live").symlink_to(toy_fp32.path)
     with pytest.raises(BundleError, match="was replaced by another bundle"):
-        found.open(Clock(), keep_loaded=False)
+        found.open(keep_loaded=False)
 
 
 def test_without_names_everything_that_the_bundle_has_is_measured(toy_int8: Bundle, toy: Path) -> None:
@@ -177,10 +179,10 @@ def test_an_engine_whose_files_the_bundle_lacks_is_refused(toy_int8: Bundle) -> 
 
 @pytest.mark.parametrize("changes", [{"durations": ()}, {"repeats": 0}, {"contenders": ()}, {"durations": (1.0, 1e9)}])
 def test_nothing_is_measured_if_something_cannot_be(toy_int8: Bundle, changes: dict[str, Any]) -> None:
-    request = BenchRequest(contenders(toy_int8.path, ("mnn",)), (1.0,))
+    asked = {"contenders": contenders(toy_int8.path, ("mnn",)), "durations": (1.0,)} | changes
     report: Callable[[str], None] = pytest.fail
     with pytest.raises(UsageError):
-        bench(dataclasses.replace(request, **changes), report)
+        bench(**asked, report=report)
 
 
 def test_the_machine_is_described_in_json() -> None:

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from sa3_convert.arrays import Arrays
 from sa3_convert.checkpoint.dimensions import CheckpointLayout, TextEncoderLayout
 from sa3_convert.runtime.autoencode import Bottleneck
-from sa3_convert.runtime.engines import TorchEngine
-from sa3_convert.runtime.opening import checkpoint_parts
+from sa3_convert.runtime.engines import TorchEngine, checkpoint_parts
 from sa3_convert.runtime.request import GenerateRequest
 from tests.conftest import GOLDEN, Golden
 

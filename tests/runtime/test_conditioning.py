@@ -2,14 +2,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from sa3_convert.components import Component
 from sa3_convert.runtime.conditioning import (
     conditioning,
     local_conditioning,
     negative_conditioning,
-    prompt_embedding,
-    seconds_embedding,
 )
+from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.prompts import PromptTokenizer
 from tests.conftest import Golden, assert_close_to_peak
 from tests.runtime.conftest import Parts
@@ -19,17 +17,16 @@ SECONDS = np.full((1, 1, 3), 7, np.float32)
 
 
 def test_golden_prompts_give_golden_embeddings(golden: Golden, parts: Parts) -> None:
-    session = parts.engine.load(Component.TEXT_ENCODER)
-    tokenizer = PromptTokenizer(parts.tokenizer, parts.text)
+    reference = Pipeline(parts.layout, parts.engine, parts.tokenizer, parts.bottleneck, keep_loaded=True)
     for case in golden.of("text_encoder"):
-        embedding = prompt_embedding(session, tokenizer.encode(case["prompt"]))
+        (embedding,) = reference.prompt_embeddings(reference.tokens(case["prompt"]))
         assert_close_to_peak(embedding, golden.tensors[case["output"]], 1e-4)
 
 
 def test_golden_durations_give_golden_embeddings(golden: Golden, parts: Parts) -> None:
-    session = parts.engine.load(Component.NUMBER_CONDITIONER)
+    reference = Pipeline(parts.layout, parts.engine, parts.tokenizer, parts.bottleneck, keep_loaded=True)
     for case in golden.of("number_conditioner"):
-        embedding = seconds_embedding(session, case["seconds"])
+        embedding = reference.seconds_embedding(case["seconds"])
         expected = golden.tensors[case["output"]]
         assert_close_to_peak(embedding, expected.reshape(embedding.shape), 1e-4)
 

@@ -45,6 +45,17 @@ def test_kept_models_serve_the_next_generation(small: Parts) -> None:
     assert all(session.closed for _, session in engine.loaded)
 
 
+def test_the_model_that_was_used_last_stays_until_another_is_needed(small: Parts) -> None:
+    engine = FakeEngine()
+    with pipeline(small, engine, keep_loaded="last") as kept:
+        for _ in range(2):
+            kept.seconds_embedding(1.0)
+        assert engine.order == [Component.NUMBER_CONDITIONER]
+        kept.prompt_embeddings(kept.tokens("pad"))
+        assert [session.closed for _, session in engine.loaded] == [True, False]
+    assert all(session.closed for _, session in engine.loaded)
+
+
 def test_start_noise_is_drawn_first_and_then_one_draw_per_step(small: Parts) -> None:
     engine = FakeEngine(dit=lambda x, **_: np.zeros_like(x))
     result = pipeline(small, engine).generate(GenerateRequest("pad", seconds=1, steps=2, seed=5), allow=["clipping"])

@@ -195,7 +195,7 @@ from pathlib import Path
 from sa3_convert.cli import main
 import sa3_convert.cli.app as app
 import sa3_convert.runtime.prompts as prompts
-from sa3_convert.checkpoint.layout import read_layout
+from sa3_convert.checkpoint.config import read_layout
 prompts.{limit}
 app.run = lambda words: prompts.check_tokenizer(Path(words[0]), read_layout(Path(words[1])).text_encoder)
 main(sys.argv[1:])

@@ -2,7 +2,7 @@ import os
 import stat
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from sa3_convert.errors import AudioError, UsageError
 from sa3_convert.runtime.audio import (
-    SAMPLE_FORMATS,
     SampleFormat,
     check_growing_path,
     growing_wav,
@@ -24,7 +23,7 @@ RATE = 44100
 AUDIO = np.linspace(-1, 0.99, 2 * 301, dtype=np.float32).reshape(2, 301)
 
 
-@pytest.mark.parametrize("sample_format", SAMPLE_FORMATS)
+@pytest.mark.parametrize("sample_format", get_args(SampleFormat))
 def test_a_grown_file_holds_what_a_written_one_holds(tmp_path: Path, sample_format: SampleFormat) -> None:
     with growing_wav(tmp_path / "grown.wav", RATE, 301, sample_format=sample_format) as writer:
         writer.write(AUDIO[:, :100])
@@ -61,7 +60,7 @@ def test_nothing_is_left_after_an_error_and_the_old_file_stays(tmp_path: Path, f
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
-@pytest.mark.parametrize("sample_format", SAMPLE_FORMATS)
+@pytest.mark.parametrize("sample_format", get_args(SampleFormat))
 @pytest.mark.parametrize("length", [0, 1, 2, 3000, 40_000, 1_000_000])
 def test_metadata_of_any_length_leaves_the_samples_alone(
     tmp_path: Path, sample_format: SampleFormat, length: int

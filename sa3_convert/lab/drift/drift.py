@@ -30,12 +30,11 @@ from sa3_convert.lab.drift.baseline import (
 )
 from sa3_convert.lab.drift.compare import Drift, compare_figures, speed_may_grow_by
 from sa3_convert.lab.drift.figures import generation_figures, sampled_figures, storage_figures
-from sa3_convert.lab.generations.distribution import measure
-from sa3_convert.lab.generations.end_to_end import STEPS, both_sides
+from sa3_convert.lab.generations.cases import STEPS, GenerationCase, all_cases
+from sa3_convert.lab.generations.distribution import measure_components
+from sa3_convert.lab.generations.end_to_end import staged_pipelines
 from sa3_convert.lab.generations.full import Verification
-from sa3_convert.lab.generations.trajectory import GenerationCase, all_cases
-from sa3_convert.runtime.engines import Models
-from sa3_convert.runtime.opening import bundle_engine
+from sa3_convert.runtime.engines import Models, bundle_engine
 from sa3_convert.system.machine import machine, tool_versions
 from sa3_convert.system.sealed import source_digest
 
@@ -120,8 +119,8 @@ def measure_bundle(bundle: Bundle, plan: Plan, report: Progress = no_report) -> 
     verified = verify_bundle(bundle, quick=True, threads=plan.threads, store=plan.store, progress=report)
     verified.check()
     figures = [*storage_figures(bundle, bundle_recipe(bundle)), *sampled_figures(verified)]
-    with both_sides(bundle, store=plan.store, steps=plan.steps, threads=plan.threads) as (references, target):
-        generations = measure(references, target, plan.cases, report)
+    with staged_pipelines(bundle, store=plan.store, steps=plan.steps, threads=plan.threads) as (references, target):
+        generations = measure_components(references, target, plan.cases, report)
     figures += generation_figures(generations)
     if plan.speed:
         figures += speed_figures(bundle, report)

@@ -10,8 +10,8 @@ from sa3_convert.check.results import BundleFidelity, Verdict
 from sa3_convert.components import Component
 from sa3_convert.lab.drift.baseline import Figure, Kind
 from sa3_convert.lab.drift.compare import Statistic, counted, may_fall_by, scatter, size_may_grow_by
+from sa3_convert.lab.generations.cases import GenerationCase
 from sa3_convert.lab.generations.distribution import Distribution, GenerationFidelity, Observation
-from sa3_convert.lab.generations.trajectory import GenerationCase
 from sa3_convert.mnn.file.audit import audit
 from sa3_convert.mnn.file.storage import read_storage
 from sa3_convert.recipe import ComponentRecipe, Recipe

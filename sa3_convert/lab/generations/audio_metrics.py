@@ -22,11 +22,8 @@ _FILTER = "DeMan"
 def loudness(audio: NDArray[np.float64], sample_rate: int) -> float:
     """Return the integrated loudness in LUFS, finite and at least `SILENCE_LUFS`.
 
-    Args:
-        audio: [channels, samples], one or two channels, finite; what is shorter than the standard's block of 400 ms is
-            taken to end in silence.
-        sample_rate: in Hz.
-
+    The audio is [channels, samples], of one or two channels, finite; what is shorter than the standard's block of
+    400 ms is taken to end in silence.
     """
     meter = pyloudnorm.Meter(sample_rate, filter_class=_FILTER, block_size=_BLOCK_SECONDS)
     missing = int(np.ceil(_BLOCK_SECONDS * sample_rate)) - audio.shape[1]
@@ -65,17 +62,7 @@ class AudioFidelity:
 
 
 def compare_audio(reference: Floats, target: Floats, sample_rate: int) -> AudioFidelity:
-    """Compare two pieces.
-
-    Args:
-        reference: [channels, samples] float32, of one or two channels and at least one sample.
-        target: of the same shape.
-        sample_rate: in Hz.
-
-    Raises:
-        VerificationError: shapes differ, a piece is empty, or a value is not finite.
-
-    """
+    """Compare two pieces, each [channels, samples] float32, of one or two channels and at least one sample."""
     if reference.shape != target.shape or reference.ndim != 2 or reference.size == 0:
         raise VerificationError(f"Audio of shape {list(target.shape)} is compared with {list(reference.shape)}.")
     if not (np.isfinite(reference).all() and np.isfinite(target).all()):

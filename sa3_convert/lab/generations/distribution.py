@@ -15,7 +15,8 @@ from sa3_convert.check.progress import Progress, reference_stage
 from sa3_convert.check.results import FINITE, Decibels, Figures, Spread
 from sa3_convert.components import Component
 from sa3_convert.errors import VerificationError
-from sa3_convert.lab.generations.trajectory import GenerationCase, References, Target, Trajectory, velocity_of
+from sa3_convert.lab.generations.cases import GenerationCase
+from sa3_convert.lab.generations.trajectory import StagedPipeline, Trajectory
 
 
 class Observation(Figures):
@@ -84,9 +85,9 @@ class GenerationFidelity:
         return next(d for d in self.distributions if d.name == name)
 
 
-def measure(
-    references: References,
-    target: Target,
+def measure_components(
+    references: StagedPipeline,
+    target: StagedPipeline,
     cases: Sequence[GenerationCase],
     report: Progress = lambda what, done, total: None,
     *,
@@ -95,40 +96,28 @@ def measure(
     """Measure every component that the target has.
 
     The references of a stage are computed, or fetched, before the target's first model is loaded; one model of either
-    side is in memory at a time.
-
-    Args:
-        references: of the same bundle.
-        target: the models that are judged.
-        cases: what to generate.
-        report: called as work goes on.
-        components: which ones, if the target has them.
-
-    Raises:
-        VerificationError: there are no cases, or an output cannot be compared.
-        UsageError: a duration is beyond the model's limit.
-
+    side is in memory at a time. Raises VerificationError if there are no cases, or an output cannot be compared.
     """
     if not cases:
         raise VerificationError("There are no cases to generate.")
-    wanted = [c for c in target.side.bundle.components if c in components]
+    wanted = [c for c in target.bundle.components if c in components]
     _prepare(references, wanted, cases, report)
     if Component.DIT in wanted:
         target.embed(cases)
     found = []
-    for stage in (stage for stage in STAGES if stage.component in wanted):
-        distinct = stage.distinct(cases)
+    for quantity in (quantity for quantity in QUANTITIES if quantity.component in wanted):
+        distinct = quantity.distinct(cases)
         observations: list[Observation] = []
         for done, case in enumerate(distinct):
-            report(stage.name, done, len(distinct))
-            observations += stage.observe(references, target, case)
-        found.append(Distribution(stage.name, tuple(observations)))
-    target.side.close()
+            report(quantity.name, done, len(distinct))
+            observations += quantity.observe(references, target, case)
+        found.append(Distribution(quantity.name, tuple(observations)))
+    target.close()
     return GenerationFidelity(references.steps, tuple(found))
 
 
 def _prepare(
-    references: References, wanted: Collection[Component], cases: Sequence[GenerationCase], report: Progress
+    references: StagedPipeline, wanted: Collection[Component], cases: Sequence[GenerationCase], report: Progress
 ) -> None:
     """Have the references computed, model by model: each stage builds on those before."""
     stages: list[tuple[Component, Callable[[GenerationCase], object]]] = [
@@ -136,58 +125,60 @@ def _prepare(
         (Component.NUMBER_CONDITIONER, references.seconds_embedding),
         (Component.DIT, references.trajectory),
         (Component.DECODER, references.audio),
-        (Component.ENCODER, references.encoded),
+        (Component.ENCODER, references.latents),
     ]
     last = max((i for i, (component, _) in enumerate(stages) if component in wanted), default=-1)
     for component, compute in stages[: last + 1]:
         for done, case in enumerate(cases):
             report(reference_stage(component), done, len(cases))
             compute(case)
-    references.side.close()
+    references.close()
 
 
-def _text_encoder(references: References, target: Target, case: GenerationCase) -> Iterator[Observation]:
+def _text_encoder(references: StagedPipeline, target: StagedPipeline, case: GenerationCase) -> Iterator[Observation]:
     expected, actual = references.prompt_embedding(case), target.prompt_embedding(case)
-    count = int(target.side.tokens(case).mask.sum())
+    count = int(target.tokens(case).mask.sum())
     # The prompt alone; an empty one has nothing but padding.
     region = text_regions(count, expected.shape[1])[0]
     yield _observed(case, region, expected, actual)
 
 
-def _number_conditioner(references: References, target: Target, case: GenerationCase) -> Iterator[Observation]:
+def _number_conditioner(
+    references: StagedPipeline, target: StagedPipeline, case: GenerationCase
+) -> Iterator[Observation]:
     yield _observed(case, Region(), references.seconds_embedding(case), target.seconds_embedding(case))
 
 
-def _teacher_forced(references: References, target: Target, case: GenerationCase) -> Iterator[Observation]:
-    path, side = references.trajectory(case), target.side
-    velocity = velocity_of(side.model(Component.DIT), side.layout, case, references.conditioning(case))
-    for step, (x, t, expected) in enumerate(zip(path.inputs, path.times, path.velocities, strict=True)):
-        yield _observed(case, _valid(path), expected, velocity(x, t), step)
-
-
-def _free_running(references: References, target: Target, case: GenerationCase) -> Iterator[Observation]:
+def _teacher_forced(references: StagedPipeline, target: StagedPipeline, case: GenerationCase) -> Iterator[Observation]:
     path = references.trajectory(case)
-    for step, (expected, actual) in enumerate(zip(path.latents, target.latents(case), strict=True)):
+    with target.velocity(case, references.conditioning(case)) as velocity:
+        for step, (x, t, expected) in enumerate(zip(path.inputs, path.times, path.velocities, strict=True)):
+            yield _observed(case, _valid(path), expected, velocity(x, t), step)
+
+
+def _free_running(references: StagedPipeline, target: StagedPipeline, case: GenerationCase) -> Iterator[Observation]:
+    path, free = references.trajectory(case), target.trajectory(case)
+    for step, (expected, actual) in enumerate(zip(path.latents, free.latents, strict=True)):
         yield _observed(case, _valid(path), expected, actual, step)
 
 
-def _decoder(references: References, target: Target, case: GenerationCase) -> Iterator[Observation]:
-    actual = target.side.audio(case, references.trajectory(case).result)
+def _decoder(references: StagedPipeline, target: StagedPipeline, case: GenerationCase) -> Iterator[Observation]:
+    actual = target.decoded(case, references.trajectory(case).result)
     yield _observed(case, Region(), references.audio(case), actual)
 
 
-def _encoder(references: References, target: Target, case: GenerationCase) -> Iterator[Observation]:
-    actual = target.side.encoded(references.audio(case))
-    yield _observed(case, Region(), references.encoded(case), actual)
+def _encoder(references: StagedPipeline, target: StagedPipeline, case: GenerationCase) -> Iterator[Observation]:
+    actual = target.encoded(references.audio(case))
+    yield _observed(case, Region(), references.latents(case), actual)
 
 
-@dataclass(frozen=True)
-class Stage:
+@dataclass(frozen=True, slots=True)
+class Quantity:
     """How one distribution is measured."""
 
     name: str
     component: Component
-    observe: Callable[[References, Target, GenerationCase], Iterator[Observation]]
+    observe: Callable[[StagedPipeline, StagedPipeline, GenerationCase], Iterator[Observation]]
     key: Callable[[GenerationCase], Hashable] = lambda case: case
     """Cases with the same one are the same to the component."""
 
@@ -196,19 +187,19 @@ class Stage:
         return tuple({self.key(case): case for case in reversed(cases)}.values())[::-1]
 
 
-STAGES = (
-    Stage("text_encoder", Component.TEXT_ENCODER, _text_encoder, lambda case: case.text),
-    Stage("number_conditioner", Component.NUMBER_CONDITIONER, _number_conditioner, lambda case: case.seconds),
-    Stage(TEACHER_FORCED, Component.DIT, _teacher_forced),
-    Stage(FREE_RUNNING, Component.DIT, _free_running),
-    Stage("decoder", Component.DECODER, _decoder),
-    Stage("encoder", Component.ENCODER, _encoder),
+QUANTITIES = (
+    Quantity("text_encoder", Component.TEXT_ENCODER, _text_encoder, lambda case: case.text),
+    Quantity("number_conditioner", Component.NUMBER_CONDITIONER, _number_conditioner, lambda case: case.seconds),
+    Quantity(TEACHER_FORCED, Component.DIT, _teacher_forced),
+    Quantity(FREE_RUNNING, Component.DIT, _free_running),
+    Quantity("decoder", Component.DECODER, _decoder),
+    Quantity("encoder", Component.ENCODER, _encoder),
 )
 
 
 def component_of(distribution: str) -> Component:
     """Return the component that a distribution of this name is about."""
-    return next(stage.component for stage in STAGES if stage.name == distribution)
+    return next(quantity.component for quantity in QUANTITIES if quantity.name == distribution)
 
 
 def _valid(path: Trajectory) -> Region:

@@ -16,74 +16,41 @@ from sa3_convert.check.reference_store import ReferenceStore
 from sa3_convert.check.results import FINITE, derived
 from sa3_convert.components import Component
 from sa3_convert.convert.cache import cache_beside
-from sa3_convert.errors import BundleError, VerificationError
+from sa3_convert.errors import VerificationError
 from sa3_convert.lab.generations.audio_metrics import WINDOWS, AudioFidelity, compare_audio
-from sa3_convert.lab.generations.trajectory import PROMPTS, GenerationCase, References, Side, Target, all_cases
-from sa3_convert.runtime.engines import EngineName
-from sa3_convert.runtime.opening import bundle_engine
+from sa3_convert.lab.generations.cases import STEPS, GenerationCase
+from sa3_convert.lab.generations.trajectory import Memory, StagedPipeline
+from sa3_convert.runtime.engines import EngineName, bundle_engine
+from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.system.files import partial_folder
-
-STEPS = 8
-SEEDS = (0, 1)
-DURATIONS = (2.0, 5.0, 10.0)
-FULL_CASES: tuple[GenerationCase, ...] = all_cases(range(len(PROMPTS)), SEEDS, DURATIONS)
-"""What a full verification generates."""
-_END_TO_END_PROMPTS = (0, 1, 2, 6)
-"""A sound, a piece of music, an effect, and a prompt that is not English."""
-
-
-def end_to_end_cases(cases: Sequence[GenerationCase]) -> tuple[GenerationCase, ...]:
-    """Return those of the cases that are decoded on both sides and beside the chaos floor.
-
-    Of each of four prompts (of the first one, if there are other prompts only) the case of middle duration with the
-    first seed.
-    """
-    prompts = [p for p in _END_TO_END_PROMPTS if any(case.prompt == p for case in cases)] or [cases[0].prompt]
-    chosen = []
-    for prompt in prompts:
-        durations = sorted({case.seconds for case in cases if case.prompt == prompt})
-        middle = durations[len(durations) // 2]
-        chosen.append(next(case for case in cases if (case.prompt, case.seconds) == (prompt, middle)))
-    return tuple(chosen)
 
 
 @contextlib.contextmanager
-def both_sides(
+def staged_pipelines(
     bundle: Bundle,
     *,
     engine: EngineName = "mnn",
     store: ReferenceStore | None = None,
     steps: int = STEPS,
     threads: int | None = None,
-) -> Iterator[tuple[References, Target]]:
-    """Open a bundle's references and its target.
+) -> Iterator[tuple[StagedPipeline, StagedPipeline]]:
+    """Open a bundle's reference models and those that are judged, its files checked against its manifest first.
 
-    Args:
-        bundle: its files are checked against its manifest first.
-        engine: what runs the target.
-        store: where reference outputs are kept for the next time; None keeps them until the block ends.
-        steps: of the denoising loop.
-        threads: of either engine; None leaves it to them.
-
-    Raises:
-        BundleError: a file is not what the manifest says, or the bundle cannot generate.
-
+    `engine` runs the models that are judged; reference outputs are kept in `store`, or until the block ends.
     """
     for component in (Component.TEXT_ENCODER, Component.NUMBER_CONDITIONER, Component.DIT):
         bundle.artifact(component)
-    if bundle.layout.objective is None:
-        raise BundleError(f"Bundle {bundle.path} holds an autoencoder alone; it cannot generate.")
-    reference = Side(bundle, bundle_engine(bundle, "onnxruntime", {"threads": threads}))
-    target = Side(bundle, bundle_engine(bundle, engine, {"threads": threads}))
     with contextlib.ExitStack() as stack:
+        reference, target = (
+            stack.enter_context(
+                Pipeline.of(bundle, bundle_engine(bundle, name, {"threads": threads}), keep_loaded="last")
+            )
+            for name in ("onnxruntime", engine)
+        )
         if store is None:
             place = Path(tempfile.gettempdir()) / "sa3-references"
             store = ReferenceStore(stack.enter_context(partial_folder(place)))
-        try:
-            yield References(reference, store, steps), Target(target, steps)
-        finally:
-            reference.close()
-            target.close()
+        yield StagedPipeline(bundle, reference, steps, store), StagedPipeline(bundle, target, steps, Memory())
 
 
 def default_references(bundle: Bundle) -> Path:
@@ -164,28 +131,17 @@ def _cosine(divergences: Sequence[Divergence]) -> float:
     return math.fsum(d.latent_cosine for d in divergences) / len(divergences)
 
 
-def generate_both(
-    references: References,
-    target: Target,
+def measure_end_to_end(
+    references: StagedPipeline,
+    target: StagedPipeline,
     cases: Sequence[GenerationCase],
     report: Progress = lambda what, done, total: None,
     heard: Heard = lambda case, side, audio: None,
 ) -> EndToEnd:
     """Generate every case on the reference, on the nudged reference and on the target.
 
-    One model is in memory at a time: each stage is done for all cases before the next.
-
-    Args:
-        references: of the same bundle.
-        target: runs the `.mnn` models.
-        cases: what to generate.
-        report: called as work goes on.
-        heard: called with what was generated.
-
-    Raises:
-        VerificationError: there are no cases, or what comes out cannot be compared.
-        BundleError: a model is not in the bundle.
-
+    One model is in memory at a time: each stage is done for all cases before the next. Raises VerificationError if
+    there are no cases, or if what comes out cannot be compared.
     """
     if not cases:
         raise VerificationError("There are no cases to generate.")
@@ -194,33 +150,31 @@ def generate_both(
             for done, case in enumerate(cases):
                 report(name, done, len(cases))
                 stage(case, nudge=nudge)
-    references.side.close()
+    references.close()
     target.embed(cases)
     for done, case in enumerate(cases):
         report(TARGET, done, len(cases))
-        target.latents(case)
+        target.trajectory(case)
     results = []
     for done, case in enumerate(cases):
         report(TARGET_AUDIO, done, len(cases))
         results.append(_compared(references, target, case, heard))
-    target.side.close()
+    target.close()
     return EndToEnd(tuple(results))
 
 
-def _compared(references: References, target: Target, case: GenerationCase, heard: Heard) -> EndToEndCase:
-    path, nudged = references.trajectory(case), references.trajectory(case, nudge=NUDGE)
-    final = target.latents(case)[-1]
-    audio = {
-        "reference": references.audio(case)[0],
-        "target": target.side.audio(case, final)[0],
-        "chaos": references.audio(case, nudge=NUDGE)[0],
-    }
+def _compared(references: StagedPipeline, target: StagedPipeline, case: GenerationCase, heard: Heard) -> EndToEndCase:
+    sides = {"reference": (references, 0.0), "target": (target, 0.0), "chaos": (references, NUDGE)}
+    paths = {side: pipeline.trajectory(case, nudge=nudge) for side, (pipeline, nudge) in sides.items()}
+    audio = {side: pipeline.audio(case, nudge=nudge)[0] for side, (pipeline, nudge) in sides.items()}
     for side, samples in audio.items():
         heard(case, side, samples)
+    expected = paths["reference"]
 
-    def divergence(side: str, latents: Floats) -> Divergence:
-        valid, what = slice(path.valid), f"latents ({case.name}, {side})"
-        cosine = compare(path.result[..., valid], latents[..., valid], what=what).cosine
-        return Divergence(cosine, compare_audio(audio["reference"], audio[side], target.side.layout.sample_rate))
+    def divergence(side: str) -> Divergence:
+        valid, what = slice(expected.valid), f"latents ({case.name}, {side})"
+        cosine = compare(expected.result[..., valid], paths[side].result[..., valid], what=what).cosine
+        rate = target.pipeline.layout.sample_rate
+        return Divergence(cosine, compare_audio(audio["reference"], audio[side], rate))
 
-    return EndToEndCase(case.name, divergence("target", final), divergence("chaos", nudged.result))
+    return EndToEndCase(case.name, divergence("target"), divergence("chaos"))

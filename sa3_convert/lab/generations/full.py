@@ -17,31 +17,27 @@ from sa3_convert.check.results import FINITE, BundleFidelity, advice, derived
 from sa3_convert.components import Component
 from sa3_convert.lab.bisect.bisect import bisect_bundle
 from sa3_convert.lab.bisect.result import BisectResult
-from sa3_convert.lab.generations.cases import case_feeds
+from sa3_convert.lab.generations.cases import FULL_CASES, STEPS, GenerationCase, end_to_end_cases
 from sa3_convert.lab.generations.distribution import (
     FREE_RUNNING,
-    STAGES,
+    QUANTITIES,
     Distribution,
     GenerationFidelity,
     component_of,
-    measure,
+    measure_components,
 )
 from sa3_convert.lab.generations.end_to_end import (
     CHAOS,
-    FULL_CASES,
-    STEPS,
     TARGET,
     TARGET_AUDIO,
     EndToEnd,
     Heard,
-    both_sides,
-    end_to_end_cases,
-    generate_both,
+    measure_end_to_end,
+    staged_pipelines,
 )
-from sa3_convert.lab.generations.trajectory import GenerationCase, References
+from sa3_convert.lab.generations.trajectory import StagedPipeline, case_feeds
 from sa3_convert.runtime.conditioning import lengths
-from sa3_convert.runtime.engines import EngineName
-from sa3_convert.runtime.opening import KINDS
+from sa3_convert.runtime.engines import KINDS, EngineName
 
 
 def _bisections(found: Mapping[Component, BisectResult]) -> dict[str, dict[str, Any]]:
@@ -134,7 +130,7 @@ def workload(
         runs = steps if component is Component.DIT else 1
         return sum(runs * _cost(component, lengths(bundle.layout, case.seconds).latents) for case in chosen)
 
-    for stage in (stage for stage in STAGES if stage.component in wanted):
+    for stage in (stage for stage in QUANTITIES if stage.component in wanted):
         found[stage.name] = generated(stage.component, stage.distinct(cases))
         found[reference_stage(stage.component)] = found[stage.name]
     compared = end_to_end_cases(cases)
@@ -192,13 +188,13 @@ def verify_fully(
 
     """
     wanted = tuple(c for c in bundle.components if not components or c in components)
-    with both_sides(bundle, engine=engine, store=store, steps=steps, threads=threads) as (references, target):
+    with staged_pipelines(bundle, engine=engine, store=store, steps=steps, threads=threads) as (references, target):
         fidelity = verify_bundle(bundle, components=wanted, quick=quick, threads=threads, store=store, progress=report)
-        generations = measure(references, target, cases, report, components=wanted)
+        generations = measure_components(references, target, cases, report, components=wanted)
         findings = Verification.of(fidelity, engine=engine, generations=generations)
         if set(wanted) >= _AUDIBLE:
             heard_cases = end_to_end_cases(cases)
-            findings = replace(findings, end_to_end=generate_both(references, target, heard_cases, report, heard))
+            findings = replace(findings, end_to_end=measure_end_to_end(references, target, heard_cases, report, heard))
         if bisecting:
             findings = with_bisections(bundle, findings, references, threads=threads, report=report)
     return findings
@@ -207,7 +203,7 @@ def verify_fully(
 def with_bisections(
     bundle: Bundle,
     findings: Verification,
-    references: References | None = None,
+    references: StagedPipeline | None = None,
     *,
     threads: int | None = None,
     report: Progress = lambda what, done, total: None,

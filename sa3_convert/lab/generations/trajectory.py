@@ -1,98 +1,30 @@
-"""One generation taken apart, on the reference and on the target: every velocity from noise to latents."""
+"""Generations taken apart: the pipeline's own stages one by one over many cases, and every velocity on the way."""
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from sa3_convert.arrays import Arrays, Floats, Session
+from sa3_convert.arrays import Arrays, Floats
 from sa3_convert.bundle.reader import Bundle
-from sa3_convert.check.reference_store import ReferenceStore
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
-from sa3_convert.checkpoint.variants import defaults_of
 from sa3_convert.components import SPECS, Component
 from sa3_convert.convert.code_digest import code_digest
 from sa3_convert.errors import UsageError
-from sa3_convert.runtime.autoencode import decoded, patched
-from sa3_convert.runtime.conditioning import Conditioning, conditioning, lengths, local_conditioning
-from sa3_convert.runtime.engines import Engine
-from sa3_convert.runtime.prompts import PromptTokenizer, Tokens
-from sa3_convert.runtime.sampling import SAMPLERS, TorchGenerator, sigmas
-
-PROMPTS: tuple[str, ...] = (
-    "warm analog synth pad",
-    "Fast drum and bass with a rolling sub bass, chopped amen breaks and bright vocal stabs, 174 BPM",
-    "A door creaks open in an empty stone hall, footsteps come closer, then silence",
-    "dog bark",
-    "",
-    "Ruhige Klaviermelodie in Moll, leise Streicher, ein Sommerabend am See",
-    "雨の夜、静かなジャズトリオ、ブラシのドラムとウッドベース",
-    (
-        "Epic orchestral film score in D minor: low strings begin alone with a slow ostinato, French horns enter with "
-        "the main theme, the choir joins in the second half, timpani rolls build to a climax with full brass and "
-        "cymbals, then a solo cello repeats the theme over a held chord while the hall's reverberation fades away; "
-        "recorded in a large scoring stage, wide stereo image, natural dynamics, no percussion loop, 72 BPM"
-    ),
-)
-
-Velocity = Callable[[Floats, np.float32], Floats]
+from sa3_convert.lab.generations.cases import GenerationCase
+from sa3_convert.runtime.autoencode import encoded
+from sa3_convert.runtime.conditioning import Conditioning, conditioning, lengths
+from sa3_convert.runtime.engines import EngineName
+from sa3_convert.runtime.pipeline import Pipeline, denoised
+from sa3_convert.runtime.prompts import Tokens
+from sa3_convert.runtime.sampling import TorchGenerator, Velocity
 
 _OTHER_STREAM = 1 << 31
 _SEEDS = 1 << 64
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationCase:
-    """What is generated; its name says all of it.
-
-    Raises:
-        UsageError: there is no prompt of that number, or the seed does not fit into 64 bits.
-
-    """
-
-    prompt: int
-    """Index into `PROMPTS`."""
-    seed: int
-    seconds: float
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.prompt < len(PROMPTS):
-            raise UsageError(f"There is no prompt {self.prompt}; prompts are 0 to {len(PROMPTS) - 1}.")
-        if not 0 <= self.seed < _SEEDS:
-            raise UsageError(f"Seed {self.seed} is not within 0 … 2⁶⁴ − 1.")
-
-    @property
-    def name(self) -> str:
-        """A name that `parse` reads back."""
-        seconds = np.format_float_positional(self.seconds, trim="-")
-        return f"prompt={self.prompt} seed={self.seed} seconds={seconds}"
-
-    @property
-    def text(self) -> str:
-        """The prompt itself."""
-        return PROMPTS[self.prompt]
-
-    @classmethod
-    def parse(cls, name: str) -> Self:
-        """Return the case of a name.
-
-        Raises:
-            UsageError: it is no such name, or there is no prompt of that number.
-
-        """
-        found = re.fullmatch(r"prompt=(\d{1,3}) seed=(\d{1,20}) seconds=(\d{1,9}(?:\.\d+)?)", name.strip(), re.ASCII)
-        if found is None or int(found[1]) >= len(PROMPTS):
-            raise UsageError(
-                f"{name!r} is no case. Write 'prompt=0 seed=1 seconds=5', with a prompt from 0 to {len(PROMPTS) - 1}."
-            )
-        return cls(int(found[1]), int(found[2]), float(found[3]))
-
-
-def all_cases(prompts: Sequence[int], seeds: Sequence[int], seconds: Sequence[float]) -> tuple[GenerationCase, ...]:
-    """Return every combination."""
-    return tuple(GenerationCase(p, s, n) for n in seconds for p in prompts for s in seeds)
 
 
 @dataclass(frozen=True)
@@ -114,22 +46,13 @@ class Trajectory:
         return self.latents[-1]
 
 
-def denoised(
+def recorded(
     velocity: Velocity, layout: CheckpointLayout, case: GenerationCase, *, steps: int, nudge: float = 0.0
 ) -> Trajectory:
-    """Run the model's own default sampler, without guidance, and keep everything.
+    """Run the denoising loop with the model's own default sampler and keep everything.
 
-    Args:
-        velocity: of the model, under the case's conditioning.
-        layout: the checkpoint's dimensions.
-        case: gives seed and duration.
-        steps: of the schedule.
-        nudge: standard deviation of what is added to every draw of noise, from a stream of its own. To every draw,
-            because ping-pong forgets its start noise at the first step.
-
-    Raises:
-        UsageError: the duration is beyond the model's limit.
-
+    To every draw of noise (ping-pong forgets its start noise at the first step) `nudge` times another one is added,
+    from a stream of its own.
     """
     sizes = lengths(layout, case.seconds)
     generator, other = TorchGenerator(case.seed), TorchGenerator((case.seed + _OTHER_STREAM) % _SEEDS)
@@ -138,20 +61,16 @@ def denoised(
         drawn = generator.randn(shape)
         return drawn + np.float32(nudge) * other.randn(shape) if nudge else drawn
 
-    start = noise((1, layout.autoencoder.latent_dim, sizes.latents))
-    inputs: list[Floats] = []
-    times: list[np.float32] = []
-    velocities: list[Floats] = []
+    calls: list[tuple[Floats, np.float32, Floats]] = []
 
-    def recorded(x: Floats, t: np.float32) -> Floats:
-        inputs.append(x)
-        times.append(t)
-        velocities.append(velocity(x, t))
-        return velocities[-1]
+    def observed(x: Floats, t: np.float32) -> Floats:
+        calls.append((x, t, velocity(x, t)))
+        return calls[-1][2]
 
-    sampler = SAMPLERS[defaults_of(layout).sampler]
-    latents = tuple(step.latents for step in sampler(recorded, start, sigmas(steps), noise))
-    return Trajectory(tuple(inputs), tuple(times), tuple(velocities), latents, sizes.valid)
+    loop = denoised(observed, case.request(steps).resolved(layout), layout.autoencoder.latent_dim, sizes, noise)
+    latents = tuple(step.latents for step in loop)
+    inputs, times, velocities = zip(*calls, strict=True)
+    return Trajectory(inputs, times, velocities, latents, sizes.valid)
 
 
 def replayed(
@@ -159,127 +78,70 @@ def replayed(
 ) -> Trajectory:
     """Return the trajectory of which only the velocities were kept; everything else follows from them."""
     rest = iter(velocities)
-    return denoised(lambda x, t: next(rest), layout, case, steps=len(velocities), nudge=nudge)
+    return recorded(lambda x, t: next(rest), layout, case, steps=len(velocities), nudge=nudge)
 
 
-def velocity_of(dit: Session, layout: CheckpointLayout, case: GenerationCase, condition: Conditioning) -> Velocity:
-    """Return the DiT's velocity under a conditioning."""
-    constant = dit_constants(layout, case, condition)
+class Store(Protocol):
+    """Where results are kept by what they depend on, as `check.reference_store.ReferenceStore` does."""
 
-    def velocity(x: Floats, t: np.float32) -> Floats:
-        return dit.run({"x": x, "t": np.array([t], np.float32), **constant})["out"]
-
-    return velocity
+    def get(self, compute: Callable[[], Mapping[str, NDArray[Any]]], **parts: Any) -> Mapping[str, NDArray[Any]]:
+        """Return what belongs to `parts`, computed if it is not there."""
+        ...
 
 
-def dit_constants(layout: CheckpointLayout, case: GenerationCase, condition: Conditioning) -> dict[str, Floats]:
-    """Return those of the DiT's inputs that are the same in all steps."""
-    sizes = lengths(layout, case.seconds)
-    return {
-        "cross_attn_cond": condition.cross_attn_cond,
-        "global_embed": condition.global_embed,
-        "local_add_cond": local_conditioning(layout.autoencoder.latent_dim, sizes.latents),
-        "padding_mask": sizes.padding_mask(),
-    }
+class Memory:
+    """A store for one engine that lives no longer than its process."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Mapping[str, NDArray[Any]]] = {}
+
+    def get(self, compute: Callable[[], Mapping[str, NDArray[Any]]], **parts: Any) -> Mapping[str, NDArray[Any]]:
+        """Return what belongs to `parts`, computed if it is not there."""
+        key = repr(sorted(parts.items()))
+        if key not in self._kept:
+            self._kept[key] = compute()
+        return self._kept[key]
 
 
-class Side:
-    """Runs the stages of generation with one engine; one model is in memory at a time, the one used last.
+class StagedPipeline:
+    """What a bundle's pipeline makes of each case, stage by stage; what is in the store is not computed again.
 
-    Args:
-        bundle: gives dimensions and tokenizer; it has a text encoder.
-        engine: loads the models.
-
+    Results are stored by the bundle's reference models, so those of other models need a store of their own.
     """
 
-    def __init__(self, bundle: Bundle, engine: Engine) -> None:
-        self.bundle, self.layout = bundle, bundle.layout
-        self._engine = engine
-        assert self.layout.text_encoder is not None
-        with bundle.reading("tokenizer") as tokenizer:
-            self._tokenizer = PromptTokenizer(tokenizer, self.layout.text_encoder)
-        self._loaded: tuple[Component, Session] | None = None
-
-    def model(self, component: Component) -> Session:
-        """Return a model, loading it in place of the one before."""
-        if self._loaded is None or self._loaded[0] is not component:
-            self.close()
-            self._loaded = component, self._engine.load(component)
-        return self._loaded[1]
+    def __init__(self, bundle: Bundle, pipeline: Pipeline, steps: int, store: Store) -> None:
+        self.bundle, self.pipeline, self.steps, self._store = bundle, pipeline, steps, store
+        self._hashes = {a.component: [e.sha256 for e in a.files] for a in bundle.manifest.artifacts if a.kind == "onnx"}
+        self._tokenizer = bundle.artifact(None, "tokenizer").sha256
 
     def close(self) -> None:
-        """Free the model that is loaded."""
-        if self._loaded is not None:
-            close = getattr(self._loaded[1], "close", None)
-            if close is not None:
-                close()
-        self._loaded = None
+        """Free the model that was used last."""
+        self.pipeline.close()
 
     def tokens(self, case: GenerationCase) -> Tokens:
         """Return the case's prompt as token ids."""
-        return self._tokenizer.encode(case.text)
+        return self.pipeline.tokens(case.text)
 
     def prompt_embedding(self, case: GenerationCase) -> Floats:
         """Return [1, tokens, D]."""
-        tokens = self.tokens(case)
-        feeds = {"input_ids": tokens.ids, "attention_mask": tokens.mask}
-        return self._run(Component.TEXT_ENCODER, feeds)
+        return self._kept(
+            lambda: self.pipeline.prompt_embeddings(self.tokens(case))[0],
+            model=self._hashes.get(Component.TEXT_ENCODER),
+            tokenizer=self._tokenizer,
+            prompt=case.text,
+        )
 
     def seconds_embedding(self, case: GenerationCase) -> Floats:
         """Return [1, 1, D]."""
-        return self._run(Component.NUMBER_CONDITIONER, {"seconds": np.array([case.seconds], np.float32)})
+        return self._kept(
+            lambda: self.pipeline.seconds_embedding(case.seconds),
+            model=self._hashes.get(Component.NUMBER_CONDITIONER),
+            seconds=case.seconds,
+        )
 
-    def trajectory(
-        self, case: GenerationCase, condition: Conditioning, *, steps: int, nudge: float = 0.0
-    ) -> Trajectory:
-        """Return the denoising loop."""
-        velocity = velocity_of(self.model(Component.DIT), self.layout, case, condition)
-        return denoised(velocity, self.layout, case, steps=steps, nudge=nudge)
-
-    def audio(self, case: GenerationCase, latents: Floats) -> Floats:
-        """Return [1, 2, samples] for final latents [1, C, T]."""
-        samples = lengths(self.layout, case.seconds).samples
-        chunks = decoded(self.model(Component.DECODER), latents, self.layout.autoencoder, samples=samples)
-        return np.concatenate(list(chunks), axis=2)
-
-    def encoded(self, audio: Floats) -> Floats:
-        """Return what the encoder gives for audio [1, 2, samples], padded with silence to whole pairs of latents."""
-        auto = self.layout.autoencoder
-        whole = auto.downsampling_ratio * (2 if SPECS[Component.ENCODER].even_latents else 1)
-        audio = np.pad(audio, ((0, 0), (0, 0), (0, -audio.shape[2] % whole)))
-        return self._run(Component.ENCODER, {"patched_audio": patched(audio, auto.patch_size)})
-
-    def _run(self, component: Component, feeds: Arrays) -> Floats:
-        (output,) = SPECS[component].contract(self.layout).outputs
-        return self.model(component).run(feeds)[output.name]
-
-
-class Target:
-    """What the models that are judged make of each case; what was computed once is not computed again.
-
-    Args:
-        side: runs the models.
-        steps: of the denoising loop.
-
-    """
-
-    def __init__(self, side: Side, steps: int) -> None:
-        self.side, self.steps = side, steps
-        self._prompts: dict[str, Floats] = {}
-        self._seconds: dict[float, Floats] = {}
-        self._latents: dict[GenerationCase, tuple[Floats, ...]] = {}
-
-    def prompt_embedding(self, case: GenerationCase) -> Floats:
-        """Return [1, tokens, D]."""
-        if case.text not in self._prompts:
-            self._prompts[case.text] = self.side.prompt_embedding(case)
-        return self._prompts[case.text]
-
-    def seconds_embedding(self, case: GenerationCase) -> Floats:
-        """Return [1, 1, D]."""
-        if case.seconds not in self._seconds:
-            self._seconds[case.seconds] = self.side.seconds_embedding(case)
-        return self._seconds[case.seconds]
+    def conditioning(self, case: GenerationCase) -> Conditioning:
+        """Return what the DiT is told."""
+        return conditioning(self.prompt_embedding(case), self.seconds_embedding(case))
 
     def embed(self, cases: Iterable[GenerationCase]) -> None:
         """Compute what the DiT is told in all cases, one model after the other."""
@@ -288,76 +150,65 @@ class Target:
             for case in cases:
                 compute(case)
 
-    def latents(self, case: GenerationCase) -> tuple[Floats, ...]:
-        """Return the latents [1, C, T] after each step of the target's own way from noise."""
-        if case not in self._latents:
-            condition = conditioning(self.prompt_embedding(case), self.seconds_embedding(case))
-            self._latents[case] = self.side.trajectory(case, condition, steps=self.steps).latents
-        return self._latents[case]
-
-
-class References:
-    """What the reference makes of each case, computed when it is not in the store.
-
-    Args:
-        side: runs the reference models.
-        store: where results are kept.
-        steps: of the denoising loop.
-
-    """
-
-    def __init__(self, side: Side, store: ReferenceStore, steps: int) -> None:
-        self.side, self._store, self.steps = side, store, steps
-        files = {a.component: a for a in side.bundle.manifest.artifacts if a.kind == "onnx"}
-        self._hashes = {c: [entry.sha256 for entry in a.files] for c, a in files.items() if c is not None}
-        self._tokenizer = side.bundle.artifact(None, "tokenizer").sha256
-
-    def _get(self, compute: Callable[[], Mapping[str, Floats]], **parts: Any) -> Mapping[str, Floats]:
-        return self._store.get(compute, code=code_digest(Side), **parts)
-
-    def prompt_embedding(self, case: GenerationCase) -> Floats:
-        """Return [1, tokens, D]."""
-        parts = {"model": self._hashes[Component.TEXT_ENCODER], "tokenizer": self._tokenizer, "prompt": case.text}
-        return self._get(lambda: {"values": self.side.prompt_embedding(case)}, **parts)["values"]
-
-    def seconds_embedding(self, case: GenerationCase) -> Floats:
-        """Return [1, 1, D]."""
-        parts = {"model": self._hashes[Component.NUMBER_CONDITIONER], "seconds": case.seconds}
-        return self._get(lambda: {"values": self.side.seconds_embedding(case)}, **parts)["values"]
-
-    def conditioning(self, case: GenerationCase) -> Conditioning:
-        """Return what the DiT is told."""
-        return conditioning(self.prompt_embedding(case), self.seconds_embedding(case))
+    @contextlib.contextmanager
+    def velocity(self, case: GenerationCase, condition: Conditioning) -> Iterator[Velocity]:
+        """Yield the DiT's velocity under a conditioning, which may be another pipeline's."""
+        layout = self.pipeline.layout
+        request = case.request(self.steps).resolved(layout)
+        with self.pipeline.velocity(request, lengths(layout, case.seconds), condition) as velocity:
+            yield velocity
 
     def trajectory(self, case: GenerationCase, *, nudge: float = 0.0) -> Trajectory:
-        """Return the denoising loop; only its velocities are stored."""
+        """Return the denoising loop; only its velocities are kept."""
+        layout = self.pipeline.layout
 
-        def compute() -> Mapping[str, Floats]:
-            made = self.side.trajectory(case, self.conditioning(case), steps=self.steps, nudge=nudge)
-            return {"velocities": np.stack(made.velocities)}
+        def compute() -> Floats:
+            with self.velocity(case, self.conditioning(case)) as velocity:
+                return np.stack(recorded(velocity, layout, case, steps=self.steps, nudge=nudge).velocities)
 
-        stored = self._get(compute, **self._path(case, nudge))["velocities"]
-        return replayed(list(stored), self.side.layout, case, nudge=nudge)
+        return replayed(list(self._kept(compute, **self._path(case, nudge))), layout, case, nudge=nudge)
 
     def audio(self, case: GenerationCase, *, nudge: float = 0.0) -> Floats:
         """Return [1, 2, samples]."""
+        return self._kept(
+            lambda: self.decoded(case, self.trajectory(case, nudge=nudge).result),
+            decoder=self._hashes.get(Component.DECODER),
+            **self._path(case, nudge),
+        )
 
-        def compute() -> Mapping[str, Floats]:
-            return {"values": self.side.audio(case, self.trajectory(case, nudge=nudge).result)}
+    def decoded(self, case: GenerationCase, latents: Floats) -> Floats:
+        """Return [1, 2, samples] for final latents [1, C, T], which may be another pipeline's."""
+        samples = lengths(self.pipeline.layout, case.seconds).samples
+        return np.concatenate(list(self.pipeline.decode(latents, samples)), axis=2)
 
-        parts = {"decoder": self._hashes[Component.DECODER], **self._path(case, nudge)}
-        return self._get(compute, **parts)["values"]
+    def latents(self, case: GenerationCase) -> Floats:
+        """Return what the encoder makes of this pipeline's own audio; see `encoded`."""
+        return self._kept(
+            lambda: self.encoded(self.audio(case)),
+            encoder=self._hashes.get(Component.ENCODER),
+            decoder=self._hashes.get(Component.DECODER),
+            **self._path(case, 0.0),
+        )
 
-    def encoded(self, case: GenerationCase) -> Floats:
-        """Return what the encoder gives for the reference audio."""
-        parts = {"encoder": self._hashes[Component.ENCODER], "decoder": self._hashes[Component.DECODER]}
-        return self._get(lambda: {"values": self.side.encoded(self.audio(case))}, **parts, **self._path(case, 0.0))[
-            "values"
-        ]
+    def encoded(self, audio: Floats) -> Floats:
+        """Return the encoder's own output, before the bottleneck and in one run.
+
+        The audio [1, 2, samples] is padded with silence to whole pairs of latents.
+        """
+        auto = self.pipeline.layout.autoencoder
+        latents = -(-audio.shape[2] // auto.downsampling_ratio)
+        latents += latents % 2 if SPECS[Component.ENCODER].even_latents else 0
+        padded = np.pad(audio, ((0, 0), (0, 0), (0, latents * auto.downsampling_ratio - audio.shape[2])))
+        with self.pipeline.models.use(Component.ENCODER) as encoder:
+            return encoded(encoder, padded, auto, window=latents)
+
+    def _kept(self, compute: Callable[[], Floats], **parts: Any) -> Floats:
+        return self._store.get(lambda: {"values": compute()}, code=code_digest(StagedPipeline), **parts)["values"]
 
     def _path(self, case: GenerationCase, nudge: float) -> dict[str, Any]:
+        before = (Component.TEXT_ENCODER, Component.NUMBER_CONDITIONER, Component.DIT)
         return {
-            "models": [self._hashes[c] for c in (Component.TEXT_ENCODER, Component.NUMBER_CONDITIONER, Component.DIT)],
+            "models": [self._hashes.get(c) for c in before],
             "tokenizer": self._tokenizer,
             "prompt": case.text,
             "seed": case.seed,
@@ -365,3 +216,53 @@ class References:
             "steps": self.steps,
             "nudge": nudge,
         }
+
+
+def case_feeds(references: StagedPipeline, component: Component, case: GenerationCase, step: int | None) -> Arrays:
+    """Return what a component is run with in a case, everything before it computed by the references.
+
+    Of the DiT, and of it alone, a step of the denoising loop is named. Of audio that is decoded in several windows, the
+    first one counts.
+    """
+    if (step is None) == (component is Component.DIT):
+        raise UsageError("A step of the denoising loop (--step) goes with the DiT, and the DiT's case needs one.")
+    recorder = _Recorder()
+    bundle, steps = references.bundle, references.steps
+    stages = StagedPipeline(bundle, Pipeline.of(bundle, recorder), steps, Memory())
+    with contextlib.suppress(_RecordedError):
+        if component is Component.TEXT_ENCODER:
+            stages.prompt_embedding(case)
+        elif component is Component.NUMBER_CONDITIONER:
+            stages.seconds_embedding(case)
+        elif step is not None:
+            if not 0 <= step < steps:
+                raise UsageError(f"There is no step {step}; steps are 0 to {steps - 1}.")
+            path = references.trajectory(case)
+            with stages.velocity(case, references.conditioning(case)) as velocity:
+                velocity(path.inputs[step], path.times[step])
+        elif component is Component.DECODER:
+            stages.decoded(case, references.trajectory(case).result)
+        else:
+            stages.encoded(references.audio(case))
+    return recorder.feeds
+
+
+class _RecordedError(Exception):
+    """Ends a run of which only the inputs are wanted."""
+
+
+class _Recorder:
+    """An engine and its only session: keeps the first inputs that it is handed, and stops there."""
+
+    name: EngineName = "onnxruntime"
+    settings: Mapping[str, Any] = MappingProxyType({})
+
+    def __init__(self) -> None:
+        self.feeds: Arrays = {}
+
+    def load(self, component: Component) -> "_Recorder":
+        return self
+
+    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        self.feeds = feeds
+        raise _RecordedError

@@ -18,7 +18,7 @@ from sa3_convert.check.reference_store import ReferenceStore
 from sa3_convert.components import Component, contract
 from sa3_convert.errors import BundleError, UsageError, VerificationError
 from sa3_convert.lab.generations import full
-from sa3_convert.lab.generations.cases import case_feeds
+from sa3_convert.lab.generations.cases import FULL_CASES, GenerationCase, all_cases, end_to_end_cases
 from sa3_convert.lab.generations.distribution import (
     FREE_RUNNING,
     TEACHER_FORCED,
@@ -26,9 +26,9 @@ from sa3_convert.lab.generations.distribution import (
     GenerationFidelity,
     Observation,
 )
-from sa3_convert.lab.generations.end_to_end import FULL_CASES, both_sides, end_to_end_cases
+from sa3_convert.lab.generations.end_to_end import staged_pipelines
 from sa3_convert.lab.generations.full import Verification, verify_fully, with_bisections, workload
-from sa3_convert.lab.generations.trajectory import GenerationCase, all_cases
+from sa3_convert.lab.generations.trajectory import case_feeds
 
 CASES = all_cases((0, 4), (1,), (0.5, 1.0))
 STEPS = 2
@@ -165,7 +165,7 @@ def test_what_falls_short_is_bisected_at_its_worst_case(
     decoder = next(v for v in verified[0].verdicts if v.component is Component.DECODER)
     findings = with_floor(verified[0], Component.DECODER, decoder.worst.signal_to_noise_db + 1)
     findings = with_generation(findings, TEACHER_FORCED, 1)
-    with both_sides(toy_int8, store=ReferenceStore(store), steps=STEPS, threads=2) as (references, _):
+    with staged_pipelines(toy_int8, store=ReferenceStore(store), steps=STEPS, threads=2) as (references, _):
         found = with_bisections(toy_int8, findings, references, threads=2).bisections
         path = references.trajectory(CASES[1])
     assert list(found) == [Component.DIT, Component.DECODER]
@@ -186,7 +186,7 @@ def test_what_falls_short_on_sampled_inputs_is_bisected_without_generations(
 @pytest.mark.parametrize("component", list(Component))
 def test_a_cases_inputs_are_what_the_component_takes(toy_int8: Bundle, store: Path, component: Component) -> None:
     step = 1 if component is Component.DIT else None
-    with both_sides(toy_int8, store=ReferenceStore(store), steps=STEPS, threads=2) as (references, _):
+    with staged_pipelines(toy_int8, store=ReferenceStore(store), steps=STEPS, threads=2) as (references, _):
         feeds = case_feeds(references, component, CASES[0], step)
         ports = contract(component, toy_int8.layout).inputs
         assert set(feeds) == {port.name for port in ports}

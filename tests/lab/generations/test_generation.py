@@ -17,35 +17,27 @@ from pydantic import TypeAdapter
 from rich.console import Console
 
 from sa3_convert.arrays import Session
-from sa3_convert.bundle.manifest import Artifact, CheckpointOrigin, FileEntry, Manifest
+from sa3_convert.bundle.manifest import BOTTLENECK, Artifact, CheckpointOrigin, FileEntry, Manifest
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.check.metrics import MAX_DB, Fidelity
 from sa3_convert.check.reference_store import ReferenceStore
 from sa3_convert.cli.comparison_tables import render_end_to_end, render_generations
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError, VerificationError
-from sa3_convert.lab.generations.cases import case_feeds
+from sa3_convert.lab.generations.cases import PROMPTS, GenerationCase, all_cases
 from sa3_convert.lab.generations.distribution import (
     FREE_RUNNING,
     TEACHER_FORCED,
     Distribution,
     GenerationFidelity,
     Observation,
-    measure,
+    measure_components,
 )
-from sa3_convert.lab.generations.end_to_end import EndToEnd, generate_both
-from sa3_convert.lab.generations.trajectory import (
-    PROMPTS,
-    GenerationCase,
-    References,
-    Side,
-    Target,
-    all_cases,
-    denoised,
-    replayed,
-)
+from sa3_convert.lab.generations.end_to_end import EndToEnd, measure_end_to_end
+from sa3_convert.lab.generations.trajectory import Memory, StagedPipeline, case_feeds, recorded, replayed
 from sa3_convert.lab.report.formatting import replay
 from sa3_convert.runtime.engines import EngineName
+from sa3_convert.runtime.pipeline import Pipeline
 from tests.conftest import GOLDEN
 from tests.lab.bisect.sessions import LAYOUT, StandIn
 
@@ -56,7 +48,13 @@ CASES = all_cases((0, 4), (0,), (0.5, 1.0))
 def make_bundle(folder: Path) -> Bundle:
     folder.mkdir()
     shutil.copy(GOLDEN / "small" / "checkpoint" / "t5gemma-b-b-ul2" / "tokenizer.json", folder)
-    artifacts = [Artifact(**dict(FileEntry.of(folder, "tokenizer.json")), kind="tokenizer")]
+    channels = LAYOUT.autoencoder.latent_dim
+    numbers = {"scaling_factor": [[[1.0]] * channels], "bias": [[[0.0]] * channels], "running_std": [1.0]}
+    (folder / BOTTLENECK).write_text(json.dumps(numbers))
+    artifacts = [
+        Artifact(**dict(FileEntry.of(folder, "tokenizer.json")), kind="tokenizer"),
+        Artifact(**dict(FileEntry.of(folder, BOTTLENECK)), kind="bottleneck_params"),
+    ]
     for component in Component:
         for kind in ("mnn", "onnx"):
             name = f"{component.value}.{kind}"
@@ -108,14 +106,12 @@ class StandInEngine:
 @contextmanager
 def sides(
     tmp_path: Path, changes: Mapping[Component, Callable[[NDArray[Any]], NDArray[Any]]] | None = None
-) -> Iterator[tuple[References, Target]]:
+) -> Iterator[tuple[StagedPipeline, StagedPipeline]]:
     folder = tmp_path / "bundle"
     bundle = make_bundle(folder) if not folder.exists() else make_bundle(tmp_path / "again")
-    reference = Side(bundle, StandInEngine())
-    yield (
-        References(reference, ReferenceStore(tmp_path / "store"), STEPS),
-        Target(Side(bundle, StandInEngine(changes)), STEPS),
-    )
+    reference, target = (Pipeline.of(bundle, StandInEngine(c), keep_loaded="last") for c in (None, changes))
+    store = ReferenceStore(tmp_path / "store")
+    yield StagedPipeline(bundle, reference, STEPS, store), StagedPipeline(bundle, target, STEPS, Memory())
 
 
 def scaled(factor: float) -> Callable[[NDArray[Any]], NDArray[Any]]:
@@ -169,7 +165,7 @@ def test_a_seed_beyond_64_bits_is_refused() -> None:
     with pytest.raises(UsageError, match="Seed"):
         GenerationCase.parse("prompt=0 seed=18446744073709551616 seconds=1")
     largest = GenerationCase(0, 2**64 - 1, 1.0)
-    assert denoised(lambda x, t: x, LAYOUT, largest, steps=1, nudge=1e-3).valid > 0
+    assert recorded(lambda x, t: x, LAYOUT, largest, steps=1, nudge=1e-3).valid > 0
 
 
 def test_the_prompt_set_has_short_long_empty_and_foreign_ones() -> None:
@@ -181,7 +177,7 @@ def test_the_prompt_set_has_short_long_empty_and_foreign_ones() -> None:
 
 def test_a_trajectory_is_what_its_velocities_say() -> None:
     case = GenerationCase(0, 3, 1.0)
-    whole = denoised(lambda x, t: np.tanh(x) * t, LAYOUT, case, steps=4)
+    whole = recorded(lambda x, t: np.tanh(x) * t, LAYOUT, case, steps=4)
     again = replayed(whole.velocities, LAYOUT, case)
     for first, second in zip((*whole.inputs, *whole.latents), (*again.inputs, *again.latents), strict=True):
         np.testing.assert_array_equal(first, second)
@@ -189,15 +185,23 @@ def test_a_trajectory_is_what_its_velocities_say() -> None:
     assert whole.times[0] == 1
 
 
+def test_what_is_verified_stage_by_stage_is_what_the_pipeline_generates(tmp_path: Path) -> None:
+    with sides(tmp_path) as (_, target):
+        for case in CASES:
+            generated = target.pipeline.generate(case.request(STEPS), allow=["clipping"])
+            np.testing.assert_array_equal(np.clip(target.audio(case)[0], -1, 1), generated.audio)
+            np.testing.assert_array_equal(target.trajectory(case).result, generated.report.latents)
+
+
 def test_a_nudge_moves_the_start_by_its_size() -> None:
     case = GenerationCase(0, 3, 1.0)
-    plain, nudged = (denoised(lambda x, t: x, LAYOUT, case, steps=2, nudge=n) for n in (0.0, 1e-3))
+    plain, nudged = (recorded(lambda x, t: x, LAYOUT, case, steps=2, nudge=n) for n in (0.0, 1e-3))
     assert (nudged.inputs[0] - plain.inputs[0]).std() == pytest.approx(1e-3, rel=0.05)
 
 
 def test_the_same_models_on_both_sides_have_no_error_anywhere(tmp_path: Path) -> None:
     with sides(tmp_path) as (references, target):
-        result = measure(references, target, CASES)
+        result = measure_components(references, target, CASES)
     assert [d.name for d in result.distributions] == [
         "text_encoder",
         "number_conditioner",
@@ -214,7 +218,7 @@ def test_the_same_models_on_both_sides_have_no_error_anywhere(tmp_path: Path) ->
 
 def test_teacher_forced_errors_are_the_steps_own_and_free_running_ones_are_not(tmp_path: Path) -> None:
     with sides(tmp_path, {Component.DIT: scaled(1.01)}) as (references, target):
-        result = measure(references, target, CASES)
+        result = measure_components(references, target, CASES)
     forced, free = result.of(TEACHER_FORCED), result.of(FREE_RUNNING)
     assert forced.mean == pytest.approx(40, abs=1e-3)
     assert forced.worst == pytest.approx(40, abs=1e-3)
@@ -224,7 +228,7 @@ def test_teacher_forced_errors_are_the_steps_own_and_free_running_ones_are_not(t
 
 def test_an_error_of_the_text_encoder_reaches_the_free_running_dit_alone(tmp_path: Path) -> None:
     with sides(tmp_path, {Component.TEXT_ENCODER: scaled(1.5)}) as (references, target):
-        result = measure(references, target, CASES)
+        result = measure_components(references, target, CASES)
     assert result.of("text_encoder").worst == pytest.approx(6.02, abs=0.01)
     assert result.of(TEACHER_FORCED).worst == MAX_DB
     assert result.of(FREE_RUNNING).worst < MAX_DB
@@ -235,7 +239,7 @@ def test_the_worst_case_and_step_are_named_and_its_inputs_can_be_had_again(tmp_p
         return array + np.float32(0.01) * (array.std() < 0.4)
 
     with sides(tmp_path, {Component.DIT: worse_at_the_end}) as (references, target):
-        worst = measure(references, target, CASES).of(TEACHER_FORCED)
+        worst = measure_components(references, target, CASES).of(TEACHER_FORCED)
         assert worst.worst_step is not None
         case = GenerationCase.parse(worst.worst_case)
         feeds = case_feeds(references, Component.DIT, case, worst.worst_step)
@@ -248,10 +252,10 @@ def test_the_worst_case_and_step_are_named_and_its_inputs_can_be_had_again(tmp_p
 
 def test_a_second_measurement_runs_no_reference_model(tmp_path: Path) -> None:
     with sides(tmp_path) as (references, target):
-        measure(references, target, CASES)
+        measure_components(references, target, CASES)
     with sides(tmp_path, {Component.DIT: scaled(0.9)}) as (references, target):
-        measure(references, target, CASES)
-        engine = references.side._engine
+        measure_components(references, target, CASES)
+        engine = references.pipeline.models.engine
         assert isinstance(engine, StandInEngine)
         assert engine.loaded == []
 
@@ -259,22 +263,22 @@ def test_a_second_measurement_runs_no_reference_model(tmp_path: Path) -> None:
 def test_a_model_that_returns_nan_fails(tmp_path: Path) -> None:
     changes = {Component.DIT: scaled(np.nan)}
     with sides(tmp_path, changes) as (references, target), pytest.raises(VerificationError, match="NaN"):
-        measure(references, target, CASES)
+        measure_components(references, target, CASES)
 
 
 def test_measuring_nothing_is_no_success(tmp_path: Path) -> None:
     with sides(tmp_path) as (references, target):
         with pytest.raises(VerificationError, match="no cases"):
-            measure(references, target, ())
+            measure_components(references, target, ())
         with pytest.raises(VerificationError, match="no cases"):
-            generate_both(references, target, ())
+            measure_end_to_end(references, target, ())
 
 
 def test_each_model_is_loaded_for_its_stage_only(tmp_path: Path) -> None:
     with sides(tmp_path) as (references, target):
-        measure(references, target, CASES)
-        generate_both(references, target, CASES)
-        reference, judged = references.side._engine, target.side._engine
+        measure_components(references, target, CASES)
+        measure_end_to_end(references, target, CASES)
+        reference, judged = references.pipeline.models.engine, target.pipeline.models.engine
         assert isinstance(reference, StandInEngine)
         assert isinstance(judged, StandInEngine)
         # The nudged reference and the audio at the end need some again.
@@ -284,7 +288,7 @@ def test_each_model_is_loaded_for_its_stage_only(tmp_path: Path) -> None:
 
 def test_the_same_models_generate_the_same_audio_and_chaos_is_measured_beside_it(tmp_path: Path) -> None:
     with sides(tmp_path) as (references, target):
-        result = generate_both(references, target, CASES)
+        result = measure_end_to_end(references, target, CASES)
     assert all(c.target.audio.mean_spectral_distance_db == 0 for c in result.cases)
     assert all(c.chaos.audio.mean_spectral_distance_db > 0 for c in result.cases)
     assert result.chaos_ratio == 0
@@ -293,7 +297,7 @@ def test_the_same_models_generate_the_same_audio_and_chaos_is_measured_beside_it
 
 def test_a_target_that_goes_astray_is_told_from_chance(tmp_path: Path) -> None:
     with sides(tmp_path, {Component.DIT: scaled(0.5)}) as (references, target):
-        result = generate_both(references, target, CASES)
+        result = measure_end_to_end(references, target, CASES)
     assert result.chaos_ratio > 3
     assert "times as much as such a nudge" in result.judgement
     data = json.loads(TypeAdapter(EndToEnd).dump_json(result))
@@ -302,7 +306,7 @@ def test_a_target_that_goes_astray_is_told_from_chance(tmp_path: Path) -> None:
 
 def test_the_json_of_a_measurement_holds_every_observation(tmp_path: Path) -> None:
     with sides(tmp_path, {Component.DIT: scaled(1.01)}) as (references, target):
-        result = measure(references, target, CASES)
+        result = measure_components(references, target, CASES)
     data = json.loads(TypeAdapter(GenerationFidelity).dump_json(result))
     forced = next(d for d in data["distributions"] if d["name"] == TEACHER_FORCED)
     assert len(forced["observations"]) == len(CASES) * STEPS
@@ -311,7 +315,7 @@ def test_the_json_of_a_measurement_holds_every_observation(tmp_path: Path) -> No
 
 def test_the_table_shows_every_distribution_and_its_worst_case(tmp_path: Path) -> None:
     with sides(tmp_path, {Component.DIT: scaled(1.01)}) as (references, target):
-        result = measure(references, target, CASES)
+        result = measure_components(references, target, CASES)
     console = Console(file=io.StringIO(), width=160)
     console.print(render_generations(result, Path("some where")), soft_wrap=True)
     assert isinstance(console.file, io.StringIO)
@@ -336,7 +340,7 @@ def test_what_cannot_be_bisected_is_measured_again(tmp_path: Path) -> None:
 
 def test_the_figures_of_each_generation_stand_beside_those_of_chance(tmp_path: Path) -> None:
     with sides(tmp_path, {Component.DIT: scaled(0.5)}) as (references, target):
-        result = generate_both(references, target, CASES)
+        result = measure_end_to_end(references, target, CASES)
     console = Console(file=io.StringIO(), width=160)
     console.print(render_end_to_end(result), soft_wrap=True)
     assert isinstance(console.file, io.StringIO)
