@@ -64,16 +64,11 @@ DOCTORS_RESULTS = "sa3_convert.lab.doctor.results"
 """What the core may ask of the laboratory: the saved results of the probes, read without MNN or ONNX."""
 
 UPWARDS = {
-    ("check/any_graph.py", "sa3_convert.lab.doctor.apart"),
-    ("check/any_graph.py", "sa3_convert.lab.doctor.worker"),
     ("checkpoint/reader.py", "sa3_convert.components"),
     ("checkpoint/reader.py", "sa3_convert.runtime.prompts"),
-    ("lab/report/build.py", "sa3_convert.cli.comparison_tables"),
     ("rounding/network.py", "sa3_convert.check.inputs"),
     ("rounding/network.py", "sa3_convert.passes.quantise_embedding"),
     ("runtime/batch.py", "sa3_convert.cli.paths"),
-    ("system/isolated.py", "sa3_convert.mnn.worker"),
-    ("system/machine.py", "sa3_convert.mnn.session"),
 }
 """Imports that go the wrong way. This list only gets shorter."""
 

@@ -16,13 +16,13 @@ from sa3_convert.check.metrics import Sums, sums_of
 from sa3_convert.check.results import ComponentFidelity, Measurement
 from sa3_convert.components import Component
 from sa3_convert.errors import InputError, ModelFileError, VerificationError
+from sa3_convert.mnn.isolated import TIMEOUT_SECONDS
 from sa3_convert.mnn.jobs import run_jobs
 from sa3_convert.mnn.onnx_input import read_onnx_input
 from sa3_convert.mnn.worker import Job
 from sa3_convert.ort import OrtSession
 from sa3_convert.passes import ir_tools
 from sa3_convert.passes.pipeline import load_onnx
-from sa3_convert.system.isolated import TIMEOUT_SECONDS
 
 LENGTHS: Final = (8, 33, 64)
 """Values of every named dimension; a graph may refuse some, such as odd ones."""

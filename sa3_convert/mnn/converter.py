@@ -14,11 +14,11 @@ from sa3_convert.mnn.file.audit import audit
 from sa3_convert.mnn.file.contents import ModelStorage
 from sa3_convert.mnn.file.flatbuffer import WEIGHTS, weight_path
 from sa3_convert.mnn.file.storage import content_digest, read_storage
+from sa3_convert.mnn.isolated import TIMEOUT_SECONDS, WORKER, last_lines, run_worker
 from sa3_convert.mnn.layer_rules import apply_rules, read_layers, scheme_flags
 from sa3_convert.mnn.onnx_input import OnnxInput, Ports, read_onnx_input
 from sa3_convert.recipe import ComponentRecipe
 from sa3_convert.system.files import atomic_pair
-from sa3_convert.system.isolated import TIMEOUT_SECONDS, WORKER, last_lines, run_worker
 
 _UUID_LENGTH = 36
 _COMMON_FLAGS = (

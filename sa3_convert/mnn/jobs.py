@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from sa3_convert.errors import ConversionError
+from sa3_convert.mnn.isolated import WORKER, run_worker
 from sa3_convert.mnn.worker import Job, JobOutcome
-from sa3_convert.system.isolated import WORKER, run_worker
 
 JOB_SECONDS = 60.0
 # Fresh memory holds this pattern instead of what happens to lie there (glibc): what reads out of bounds is found every

@@ -1,4 +1,4 @@
-"""What runs in a process of its own, started by `system.isolated`: MNN's converter, a look at its result, runs.
+"""What runs in a process of its own, started by `mnn.isolated`: MNN's converter, a look at its result, runs.
 
 `_tools` is the compiled module that holds MNN's converter. Its wrappers (`MNN.tools.*`, and the console scripts) are
 never imported: they start pip when they are. Nothing here reaches a network or starts a program; an audit hook sees

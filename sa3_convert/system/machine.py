@@ -1,7 +1,6 @@
 """What this machine is: processors, memory, GPUs, and the versions of all that takes part."""
 
 import contextlib
-import importlib
 import importlib.metadata
 import os
 import platform
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import sa3_convert
-from sa3_convert.errors import BackendError
 
 
 @cache
@@ -193,39 +191,3 @@ def _memory() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
         return None
-
-
-def surroundings() -> dict[str, Any]:
-    """Return what is there, JSON-ready. What is not installed or does not load is None."""
-    found = machine()
-    found["gpus"] = [{"name": gpu.name, "driver": gpu.driver, "memory_bytes": gpu.memory_bytes} for gpu in gpus()]
-    return found | {
-        "mnn_backends": _mnn_backends(),
-        "onnxruntime_providers": _onnxruntime_providers(),
-        "torch_cuda": _torch_cuda(),
-    }
-
-
-def _mnn_backends() -> dict[str, bool] | None:
-    from sa3_convert.mnn.session import runtime_backends
-
-    try:
-        return runtime_backends()
-    except BackendError:
-        return None
-
-
-def _onnxruntime_providers() -> list[str] | None:
-    try:
-        return list(importlib.import_module("onnxruntime").get_available_providers())
-    except ImportError:
-        return None
-
-
-def _torch_cuda() -> dict[str, Any] | None:
-    """Return torch's CUDA version (None for a CPU build) and whether it finds a device."""
-    try:
-        torch = importlib.import_module("torch")
-    except ImportError:
-        return None
-    return {"version": torch.version.cuda, "available": bool(torch.cuda.is_available())}

@@ -17,8 +17,9 @@ from sa3_convert.lab.doctor.examine import examine
 from sa3_convert.lab.doctor.probes import PROBES
 from sa3_convert.lab.doctor.records import RECORDS
 from sa3_convert.lab.doctor.results import Answer, Diagnosis, ProbeResult, setting_name
+from sa3_convert.lab.doctor.surroundings import surroundings
 from sa3_convert.mnn.session import has_backend
-from sa3_convert.system.machine import surroundings, version_of
+from sa3_convert.system.machine import version_of
 
 HIGH, LOW = setting_name("high", "normal"), setting_name("low", "normal")
 RIGHT = ProbeResult("conv", "a convolution", {HIGH: Answer("works", 130.0)}, None, "", (Component.DECODER,))

@@ -10,8 +10,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from sa3_convert.mnn.isolated import run_worker
 from sa3_convert.mnn.session import MnnSession
-from sa3_convert.system.isolated import run_worker
 
 Floats = NDArray[np.float32]
 

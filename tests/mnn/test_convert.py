@@ -15,10 +15,10 @@ import pytest
 from sa3_convert.errors import ConversionError
 from sa3_convert.mnn.converter import Converter, mnn_from_onnx
 from sa3_convert.mnn.file.storage import read_storage
+from sa3_convert.mnn.isolated import WORKER
 from sa3_convert.mnn.session import MnnSession
 from sa3_convert.mnn.worker import SCRATCH
 from sa3_convert.recipe import ComponentRecipe, LayerRule, WeightScheme
-from sa3_convert.system.isolated import WORKER
 from tests.mnn.converted import gaussian, save_graph
 from tests.mnn.perceptron import LAYERS, decibels, feeds, reference, write_perceptron
 

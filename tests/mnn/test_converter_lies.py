@@ -15,9 +15,9 @@ from onnx import TensorProto, helper, numpy_helper
 from sa3_convert.errors import ConversionError
 from sa3_convert.mnn.converter import DEFAULT_CONVERTER, _fp16_pass, mnn_from_onnx
 from sa3_convert.mnn.file.storage import read_storage
+from sa3_convert.mnn.isolated import run_worker
 from sa3_convert.mnn.session import MnnSession
 from sa3_convert.recipe import ComponentRecipe, WeightScheme
-from sa3_convert.system.isolated import run_worker
 from tests.mnn.perceptron import feeds, write_perceptron
 
 FLOAT = ComponentRecipe(floor_db=100)

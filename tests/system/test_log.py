@@ -9,8 +9,8 @@ import pytest
 
 from sa3_convert.cli import app as cli
 from sa3_convert.errors import ConversionError
+from sa3_convert.mnn.isolated import run_worker
 from sa3_convert.system import log
-from sa3_convert.system.isolated import run_worker
 from sa3_convert.system.log import capture_stdout
 
 

@@ -16,12 +16,13 @@ from sa3_convert.errors import ConversionError, ModelFileError
 from sa3_convert.lab.doctor.probe import GraphProbe, Probe, Setting, ToolProbe, converted
 from sa3_convert.lab.doctor.probes import PROBES
 from sa3_convert.lab.doctor.results import Answer, Diagnosis, ProbeResult, this_machine
+from sa3_convert.lab.doctor.surroundings import surroundings
 from sa3_convert.mnn.jobs import run_jobs
 from sa3_convert.mnn.session import Backend, require_backend
 from sa3_convert.mnn.worker import Job, JobOutcome
 from sa3_convert.passes.hazard_kinds import HAZARD_KINDS
 from sa3_convert.system.files import partial_folder
-from sa3_convert.system.machine import surroundings, version_of
+from sa3_convert.system.machine import version_of
 
 HALF_DB = 40.0
 """What is asked of a GPU at any precision but high, where it computes with half floats (66 dB for one operator)."""

@@ -8,8 +8,8 @@ from rich.cells import cell_len, set_cell_size
 
 from sa3_convert.check.metrics import MAX_DB
 from sa3_convert.components import Component
-from sa3_convert.lab.generations.distribution import FREE_RUNNING, Distribution, component_of
 from sa3_convert.lab.generations.cases import STEPS, GenerationCase
+from sa3_convert.lab.generations.distribution import FREE_RUNNING, Distribution, component_of
 from sa3_convert.runtime.engines import EngineName
 
 _GENERATION = re.compile(r"(prompt=\d+ seed=\d+ seconds=\d+(?:\.\d+)?)(?: step=(\d+))?", re.ASCII)
