@@ -7,10 +7,7 @@ import typer
 
 from sa3_convert.cli.echo import echo
 
-app = typer.Typer(help="Make or download checkpoints.", no_args_is_help=True, rich_markup_mode=None)
 
-
-@app.command()
 def synthesize(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write; must not exist or be empty.")],
     variant: Annotated[str, typer.Option(help="small-music, small-sfx, medium, or one with -base.")] = "small-music",
@@ -20,7 +17,7 @@ def synthesize(
         Literal["gaussian", "heavy-tailed"], typer.Option(help="Distribution of the weights.")
     ] = "gaussian",
 ) -> None:
-    """Write a checkpoint in the published format with seeded random weights."""
+    """Write a checkpoint of the published format, of random weights."""
     from sa3_convert.checkpoint.synthetic import synthesize as write
     from sa3_convert.cli.console import transfer
 
@@ -30,7 +27,6 @@ def synthesize(
     echo(f"{folder}: {variant} at {size} size, seed {seed}, {weights} weights, {total / 2**20:.1f} MiB")
 
 
-@app.command()
 def fetch(
     hub_id: Annotated[
         str, typer.Argument(metavar="HUB_ID", help="For example stabilityai/stable-audio-3-small-music.")
@@ -38,7 +34,7 @@ def fetch(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put it.")],
     revision: Annotated[str | None, typer.Option(help="Commit to download; the pinned one when not given.")] = None,
 ) -> None:
-    """Download a published checkpoint at a pinned revision; an interrupted download resumes."""
+    """Download a published checkpoint; a broken download resumes."""
     from sa3_convert.checkpoint.hub import fetch as download
     from sa3_convert.cli.console import stderr, transfer
 
