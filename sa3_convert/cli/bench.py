@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from sa3_convert.cli import paths
 from sa3_convert.cli.echo import echo
@@ -21,30 +21,24 @@ def bench(
     bundle: BundleArgument,
     engine: Annotated[
         list[str] | None,
-        typer.Option(
-            "--engine",
+        Option(
             help="mnn, mnn-low (weights quantised in memory), mnn-split (the DiT in two parts), onnxruntime, "
-            "onnxruntime-int8 or torch; several times. All that the bundle has when not given.",
+            "onnxruntime-int8 or torch; several times. All that the bundle has when not given."
         ),
     ] = None,
-    seconds: Annotated[str, typer.Option("--seconds", metavar="S,S,…", help="Durations.")] = "10,30,60,120",
-    repeats: Annotated[int, typer.Option("--repeats", min=1, max=1000, help="Warm generations of each.")] = 3,
-    steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="Denoising steps; what suits the model when not given.")
-    ] = None,
+    seconds: Annotated[str, Option(metavar="S,S,…", help="Durations.")] = "10,30,60,120",
+    repeats: Annotated[int, Option(min=1, max=1000, help="Warm generations of each.")] = 3,
+    steps: Annotated[int | None, Option(min=1, help="Denoising steps; what suits the model when not given.")] = None,
     checkpoint: Annotated[
         Path | None,
-        typer.Option(
-            "--checkpoint",
+        Option(
             metavar="DIR",
             help="For torch: the reference, decoding as published (chunks of 128 latents, 32 overlapping).",
             callback=paths.opens,
         ),
     ] = None,
-    peak_memory: Annotated[
-        bool, typer.Option("--peak-memory/--no-peak-memory", help="Also measure peak memory.")
-    ] = True,
-    measure_memory: Annotated[bool | None, typer.Option("--memory/--no-memory", hidden=True)] = None,
+    peak_memory: Annotated[bool, Option("--peak-memory/--no-peak-memory", help="Also measure peak memory.")] = True,
+    measure_memory: Annotated[bool | None, Option("--memory/--no-memory", hidden=True)] = None,
     json_file: JsonOption = None,
     threads: ThreadsOption = None,
 ) -> None:
@@ -83,6 +77,7 @@ def bench_table(rows: "Sequence[Row]", title: str) -> "Table":
 
     figures = ("load", "T5", "step", "DiT", "decoder", "other", "total", "×time", "MiB")
     made = grid(title, ("engine", ""), figures)
+    made.padding = 0
     for row in rows:
         f = row.figures
         seconds = (f.load, f.text_encoder, f.dit_step, f.dit, f.decoder, f.other + f.number_conditioner, f.total)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from sa3_convert.cli import options as o
 from sa3_convert.cli import paths
@@ -22,29 +22,22 @@ def bisect(
     component: o.OneComponentOption,
     input_file: Annotated[
         Path | None,
-        typer.Option(
-            "--input", metavar="FILE.npz", help="Inputs by name, instead of sampled ones.", callback=paths.reads
-        ),
+        Option("--input", metavar="FILE.npz", help="Inputs by name, instead of sampled ones.", callback=paths.reads),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampled inputs; a verification names its cases'.")] = 0,
-    latents: Annotated[int | None, typer.Option(min=1, help="T of the sampled inputs.")] = None,
+    seed: Annotated[int, Option(min=0, help="Of the sampled inputs; a verification names its cases'.")] = 0,
+    latents: Annotated[int | None, Option(min=1, help="T of the sampled inputs.")] = None,
     case: Annotated[
-        str | None,
-        typer.Option("--case", metavar=o.CASE, rich_help_panel=_CASE, help="One that `verify --full` names."),
+        str | None, Option(metavar=o.CASE, rich_help_panel=_CASE, help="One that `verify --full` names.")
     ] = None,
     step: Annotated[
-        int | None,
-        typer.Option("--step", min=0, rich_help_panel=_CASE, help="For the DiT: which denoising step, from 0."),
+        int | None, Option(min=0, rich_help_panel=_CASE, help="For the DiT: which denoising step, from 0.")
     ] = None,
-    steps: Annotated[
-        int, typer.Option("--steps", min=1, max=1000, rich_help_panel=_CASE, help="How many there are.")
-    ] = 8,
+    steps: Annotated[int, Option(min=1, max=1000, rich_help_panel=_CASE, help="How many there are.")] = 8,
     references: o.ReferencesOption = None,
     backend: o.BackendOption = "cpu",
     against: Annotated[
         str | None,
-        typer.Option(
-            "--against",
+        Option(
             metavar="RUNTIME",
             help="Compare with the same file run otherwise, not with its reference: cpu, or cpu,memory=low,threads=1.",
         ),

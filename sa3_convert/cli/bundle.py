@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
+from typer import Option
 
 from sa3_convert.cli.echo import echo
 from sa3_convert.cli.options import BundlesArgument
@@ -12,12 +12,9 @@ from sa3_convert.cli.paths import makes
 
 def export(
     bundles: BundlesArgument,
-    to: Annotated[
-        Path,
-        typer.Option("--to", metavar="DIR", help="Where to write; must not exist or be empty.", callback=makes),
-    ],
+    to: Annotated[Path, Option(metavar="DIR", help="Where to write; must not exist or be empty.", callback=makes)],
     layout: Annotated[
-        Literal["hub", "flat"], typer.Option(help="hub: the published tree; flat: the folder that clients read.")
+        Literal["hub", "flat"], Option(help="hub: the published tree; flat: the folder that clients read.")
     ] = "hub",
 ) -> None:
     """Write bundles under the names that existing clients read."""

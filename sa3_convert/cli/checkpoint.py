@@ -3,19 +3,17 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
+from typer import Argument, Option
 
 from sa3_convert.cli.echo import echo
 
 
 def synthesize(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write; must not exist or be empty.")],
-    variant: Annotated[str, typer.Option(help="small-music, small-sfx, medium, or one with -base.")] = "small-music",
-    size: Annotated[Literal["toy", "full"], typer.Option(help="toy: a few MB; full: the published shapes.")] = "toy",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the weights.")] = 0,
-    weights: Annotated[
-        Literal["gaussian", "heavy-tailed"], typer.Option(help="Distribution of the weights.")
-    ] = "gaussian",
+    folder: Annotated[Path, Argument(metavar="DIR", help="Where to write; must not exist or be empty.")],
+    variant: Annotated[str, Option(help="small-music, small-sfx, medium, or one with -base.")] = "small-music",
+    size: Annotated[Literal["toy", "full"], Option(help="toy: a few MB; full: the published shapes.")] = "toy",
+    seed: Annotated[int, Option(min=0, help="Seed of the weights.")] = 0,
+    weights: Annotated[Literal["gaussian", "heavy-tailed"], Option(help="Distribution of the weights.")] = "gaussian",
 ) -> None:
     """Write a checkpoint of the published format, of random weights."""
     from sa3_convert.checkpoint.synthetic import synthesize as write
@@ -28,11 +26,9 @@ def synthesize(
 
 
 def fetch(
-    hub_id: Annotated[
-        str, typer.Argument(metavar="HUB_ID", help="For example stabilityai/stable-audio-3-small-music.")
-    ],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put it.")],
-    revision: Annotated[str | None, typer.Option(help="Commit to download; the pinned one when not given.")] = None,
+    hub_id: Annotated[str, Argument(metavar="HUB_ID", help="For example stabilityai/stable-audio-3-small-music.")],
+    folder: Annotated[Path, Argument(metavar="DIR", help="Where to put it.")],
+    revision: Annotated[str | None, Option(help="Commit to download; the pinned one when not given.")] = None,
 ) -> None:
     """Download a published checkpoint; a broken download resumes."""
     from sa3_convert.checkpoint.hub import fetch as download

@@ -95,7 +95,9 @@ def show_verdict(verdict: Verdict) -> None:
 
 def grid(title: str, left: Sequence[str], numbers: Sequence[str] = (), more: Sequence[str] = ()) -> Table:
     """Return a table that spends its width on what it says: columns of text, of numbers, and of text again."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     for name in (*left, *numbers, *more):
         table.add_column(name, overflow="fold", justify="right" if name in numbers else "left")
     return table

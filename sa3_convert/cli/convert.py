@@ -1,36 +1,36 @@
 """`convert`: a checkpoint into a bundle of verified models."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from sa3_convert.cli import options as o
 from sa3_convert.cli import paths
 from sa3_convert.cli.echo import echo
 
+if TYPE_CHECKING:
+    from sa3_convert.convert.stages import ConvertRequest
+
 _MORE, _HOW = "More in the bundle", "How to work"
 
-OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="The bundle's folder.", callback=paths.makes)]
+OutOption = Annotated[Path, Option(metavar="DIR", help="The bundle's folder.", callback=paths.makes)]
 CacheOption = Annotated[
-    Path | None,
-    typer.Option("--cache", metavar="DIR", rich_help_panel=_HOW, help="Where stages are kept; beside --out."),
+    Path | None, Option(metavar="DIR", rich_help_panel=_HOW, help="Where stages are kept; beside --out.")
 ]
 ReferenceOption = Annotated[
-    bool, typer.Option("--with-reference", rich_help_panel=_MORE, help="The reference ONNX, to verify it elsewhere.")
+    bool, Option("--with-reference", rich_help_panel=_MORE, help="The reference ONNX, to verify it elsewhere.")
 ]
 OrtInt8Option = Annotated[
-    bool, typer.Option("--with-ort-int8", rich_help_panel=_MORE, help="Models for `run --engine onnxruntime-int8`.")
+    bool, Option("--with-ort-int8", rich_help_panel=_MORE, help="Models for `run --engine onnxruntime-int8`.")
 ]
 SplitDitOption = Annotated[
-    bool, typer.Option("--with-split-dit", rich_help_panel=_MORE, help="The DiT in two parts for `run --split-dit`.")
+    bool, Option("--with-split-dit", rich_help_panel=_MORE, help="The DiT in two parts for `run --split-dit`.")
 ]
 DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", rich_help_panel=_HOW, help="Print the recipe and the plan with sizes, and stop.")
+    bool, Option("--dry-run", rich_help_panel=_HOW, help="Print the recipe and the plan with sizes, and stop.")
 ]
-ForceOption = Annotated[
-    bool, typer.Option("--force", rich_help_panel=_HOW, help="Redo everything; replace another bundle.")
-]
+ForceOption = Annotated[bool, Option("--force", rich_help_panel=_HOW, help="Redo everything; replace another bundle.")]
 
 
 def convert(
@@ -55,7 +55,6 @@ def convert(
     """
     from sa3_convert.cli import console
     from sa3_convert.convert.cache import cache_beside
-    from sa3_convert.convert.conversion import convert as make_bundle
     from sa3_convert.convert.plan import plan
     from sa3_convert.convert.stages import ConvertRequest
     from sa3_convert.lab.doctor.results import check_conversion
@@ -85,14 +84,21 @@ def convert(
         planned = plan(request)
         o.write_figures(json_file, console.plan_data(request, planned))
         console.stdout.print(console.plan_table(request, planned))
-        return
+    else:
+        _make(request, json_file)
+
+
+def _make(request: "ConvertRequest", json_file: Path | None) -> None:
+    from sa3_convert.cli import console
+    from sa3_convert.convert.conversion import convert as make_bundle
+
     outcome = make_bundle(request, console.show_stage, console.show_dropped)
-    made = {"variant": outcome.bundle.manifest.label, "recipe": resolved.name, "up_to_date": outcome.up_to_date}
+    made = {"variant": outcome.bundle.manifest.label, "recipe": request.recipe.name, "up_to_date": outcome.up_to_date}
     o.write_figures(json_file, made | {"models": console.bundle_rows(outcome.bundle)})
     console.stdout.print(console.bundle_table(outcome.bundle))
     if outcome.up_to_date:
-        echo(f"{out} is up to date; nothing was done.")
-    elif opened.layout.dit is None:
-        echo(f"Next: sa3-convert bundle export {out} --to DIR --layout flat")
+        echo(f"{request.out} is up to date; nothing was done.")
+    elif request.checkpoint.layout.dit is None:
+        echo(f"Next: sa3-convert bundle export {request.out} --to DIR --layout flat")
     else:
-        echo(f'Next: sa3-convert run {out} --prompt "warm analog synth pad" --seconds 10 -o out.wav')
+        echo(f'Next: sa3-convert run {request.out} --prompt "warm analog synth pad" --seconds 10 -o out.wav')

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from sa3_convert.cli.echo import echo
 from sa3_convert.cli.options import CASE, BundleArgument, JsonOption, ReferencesOption, ThreadsOption, write_figures
@@ -19,20 +19,17 @@ if TYPE_CHECKING:
     from sa3_convert.lab.drift.drift import Plan
 
 CasesOption = Annotated[
-    list[str] | None,
-    typer.Option("--case", metavar=CASE, help="With --update: what to generate; several times. The baseline's else."),
+    list[str] | None, Option(metavar=CASE, help="With --update: what to generate; several times. The baseline's else.")
 ]
 
 
 def drift(
     bundle: BundleArgument,
-    baseline: Annotated[
-        Path, typer.Option("--baseline", metavar="FILE", help="The kept figures, drift.json.", callback=updates)
-    ],
-    update: Annotated[bool, typer.Option("--update", help="Make this bundle the baseline; asks for --reason.")] = False,
-    reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, kept in the file's history.")] = "",
+    baseline: Annotated[Path, Option(metavar="FILE", help="The kept figures, drift.json.", callback=updates)],
+    update: Annotated[bool, Option("--update", help="Make this bundle the baseline; asks for --reason.")] = False,
+    reason: Annotated[str, Option(metavar="TEXT", help="Why, kept in the file's history.")] = "",
     case: CasesOption = None,
-    no_speed: Annotated[bool, typer.Option("--no-speed", help="Leave the speed ratios out.")] = False,
+    no_speed: Annotated[bool, Option("--no-speed", help="Leave the speed ratios out.")] = False,
     json_file: JsonOption = None,
     references: ReferencesOption = None,
     threads: ThreadsOption = None,

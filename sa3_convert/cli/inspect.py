@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from sa3_convert.cli import paths
 from sa3_convert.cli.echo import echo
@@ -12,7 +12,7 @@ from sa3_convert.cli.options import BundlesArgument, JsonOption, write_figures
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE.mnn", help="Any MNN model.", callback=paths.reads)],
+    file: Annotated[Path, Argument(metavar="FILE.mnn", help="Any MNN model.", callback=paths.reads)],
     json_file: JsonOption = None,
 ) -> None:
     """Say what a .mnn file holds.
@@ -32,7 +32,7 @@ def inspect(
 def table(
     bundles: BundlesArgument,
     bench: Annotated[
-        list[Path] | None, typer.Option("--bench", metavar="FILE.json", help="Add times and memory of `bench --json`.")
+        list[Path] | None, Option(metavar="FILE.json", help="Add times and memory of `bench --json`.")
     ] = None,
 ) -> None:
     """Print sizes and fidelity of several bundles as Markdown."""

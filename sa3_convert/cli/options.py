@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-import typer
+from typer import Argument, Option
 from typer.core import TyperCommand
 
 from sa3_convert.cli import paths
@@ -28,19 +28,15 @@ CASE = "'prompt=P seed=S seconds=D'"
 DEFAULT_RECIPE = Path("configs/int8.yaml")
 
 CheckpointArgument = Annotated[
-    str,
-    typer.Argument(metavar="CHECKPOINT", help="Folder, or a hub id that was fetched before.", callback=paths.opens),
+    str, Argument(metavar="CHECKPOINT", help="Folder, or a hub id that was fetched before.", callback=paths.opens)
 ]
-BundleArgument = Annotated[
-    Path, typer.Argument(metavar="BUNDLE", help="Folder that `convert` made.", callback=paths.opens)
-]
+BundleArgument = Annotated[Path, Argument(metavar="BUNDLE", help="Folder that `convert` made.", callback=paths.opens)]
 BundlesArgument = Annotated[
-    list[Path], typer.Argument(metavar="BUNDLE…", help="Folders that `convert` made.", callback=paths.opens)
+    list[Path], Argument(metavar="BUNDLE…", help="Folders that `convert` made.", callback=paths.opens)
 ]
 LoraOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--lora",
+    Option(
         metavar="FILE[:STRENGTH]",
         help="LoRA (.safetensors) to merge into the weights; 1 is its full strength. Several are applied in order.",
         callback=paths.reads,
@@ -48,51 +44,37 @@ LoraOption = Annotated[
 ]
 RecipeOption = Annotated[
     Path,
-    typer.Option(
-        "--recipe",
-        metavar="FILE",
-        help="How to store each component: a file, or the name of one of ours.",
-        callback=paths.reads,
+    Option(
+        metavar="FILE", help="How to store each component: a file, or the name of one of ours.", callback=paths.reads
     ),
 ]
 TargetOption = Annotated[
-    MnnVersion | None,
-    typer.Option("--target-mnn", help="Oldest MNN to be right on; the oldest that reads the recipe's types."),
+    MnnVersion | None, Option(help="Oldest MNN to be right on; the oldest that reads the recipe's types.")
 ]
 ComponentOption = Annotated[
-    list[Component] | None,
-    typer.Option("--component", metavar="NAME", help=f"Only this one, several times: {', '.join(Component)}."),
+    list[Component] | None, Option(metavar="NAME", help=f"Only this one, several times: {', '.join(Component)}.")
 ]
-OneComponentOption = Annotated[
-    Component, typer.Option("--component", metavar="NAME", help=f"One of {', '.join(Component)}.")
-]
+OneComponentOption = Annotated[Component, Option(metavar="NAME", help=f"One of {', '.join(Component)}.")]
 JsonOption = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         "--json",
         metavar="[FILE]",
         help="Also write the figures as JSON; - or no FILE is standard output, and tables go to standard error.",
         callback=paths.writes,
     ),
 ]
-ThreadsOption = Annotated[
-    int | None, typer.Option("--threads", min=1, max=256, rich_help_panel=RUNTIME, help="All cores when not given.")
-]
+ThreadsOption = Annotated[int | None, Option(min=1, max=256, rich_help_panel=RUNTIME, help="All cores when not given.")]
 BackendOption = Annotated[
     Device,
-    typer.Option(
+    Option(
         "--backend", "--device", rich_help_panel=RUNTIME, help="`run` takes the CPU where `doctor` found MNN wrong."
     ),
 ]
-MemoryOption = Annotated[
-    Level, typer.Option("--memory", rich_help_panel=RUNTIME, help="MNN: low keeps weights quantised in memory.")
-]
-PrecisionOption = Annotated[
-    Level, typer.Option("--precision", rich_help_panel=RUNTIME, help="MNN: high computes in float32.")
-]
+MemoryOption = Annotated[Level, Option(rich_help_panel=RUNTIME, help="MNN: low keeps weights quantised in memory.")]
+PrecisionOption = Annotated[Level, Option(rich_help_panel=RUNTIME, help="MNN: high computes in float32.")]
 ReferencesOption = Annotated[
-    Path | None,
-    typer.Option("--references", metavar="DIR", help="Where reference outputs are kept; beside the bundle by default."),
+    Path | None, Option(metavar="DIR", help="Where reference outputs are kept; beside the bundle by default.")
 ]
 
 

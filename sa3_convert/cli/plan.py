@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
+from typer import Option
 
 from sa3_convert.cli import options as o
 from sa3_convert.cli import paths
@@ -16,19 +16,16 @@ if TYPE_CHECKING:
     from sa3_convert.lab.planner.planner import Target
 
 OutOption = Annotated[
-    Path,
-    typer.Option("--out", metavar="FILE.yaml", help="The recipe; - is standard output.", callback=paths.writes),
+    Path, Option(metavar="FILE.yaml", help="The recipe; - is standard output.", callback=paths.writes)
 ]
-SizeOption = Annotated[float | None, typer.Option("--target-mib", min=0.01, help="Size of the model.")]
-FidelityOption = Annotated[float | None, typer.Option("--min-snr", help="Fidelity of the model, in dB.")]
+SizeOption = Annotated[float | None, Option(min=0.01, help="Size of the model.")]
+FidelityOption = Annotated[float | None, Option(help="Fidelity of the model, in dB.")]
 ByOption = Annotated[
     Literal["layer", "role"],
-    typer.Option("--by", help="What gets one precision: each layer, or all layers of a name but for its numbers."),
+    Option(help="What gets one precision: each layer, or all layers of a name but for its numbers."),
 ]
-ScalesOption = Annotated[Literal["fp16", "fp32"], typer.Option("--scales", help="Type of scales and minima.")]
-CacheOption = Annotated[
-    Path | None, typer.Option("--cache", metavar="DIR", help="Where measurements are kept; beside --out.")
-]
+ScalesOption = Annotated[Literal["fp16", "fp32"], Option(help="Type of scales and minima.")]
+CacheOption = Annotated[Path | None, Option(metavar="DIR", help="Where measurements are kept; beside --out.")]
 
 
 def plan(
@@ -42,7 +39,7 @@ def plan(
     recipe: o.RecipeOption = o.DEFAULT_RECIPE,
     lora: o.LoraOption = None,
     cache: CacheOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, and stop.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what would be measured, and stop.")] = False,
     json_file: o.JsonOption = None,
     threads: o.ThreadsOption = None,
 ) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import typer
+from typer import Context, Option
 
 from sa3_convert.cli import options as o
 from sa3_convert.cli import paths
@@ -23,71 +23,45 @@ _FILES = "Files and checks"
 
 OutputOption = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         "-o",
         "--output",
         metavar="FILE.wav",
         help="Where to write the audio; with --batch a folder; - is standard output.",
     ),
 ]
-PromptOption = Annotated[str | None, typer.Option("--prompt", help="What to generate.")]
-SecondsOption = Annotated[float | None, typer.Option("--seconds", help="Duration; 10 when not given.")]
-StepsOption = Annotated[
-    int | None, typer.Option("--steps", help="Denoising steps; what suits the model when not given.")
-]
+PromptOption = Annotated[str | None, Option(help="What to generate.")]
+SecondsOption = Annotated[float | None, Option(help="Duration; 10 when not given.")]
+StepsOption = Annotated[int | None, Option(help="Denoising steps; what suits the model when not given.")]
 SeedOption = Annotated[
-    int | None, typer.Option("--seed", help="The same seed gives the same start noise everywhere; 0 when not given.")
+    int | None, Option(help="The same seed gives the same start noise everywhere; 0 when not given.")
 ]
 SamplerOption = Annotated[
-    Literal["pingpong", "euler", "rk4", "dpmpp"] | None,
-    typer.Option("--sampler", help="What suits the model when not given."),
+    Literal["pingpong", "euler", "rk4", "dpmpp"] | None, Option(help="What suits the model when not given.")
 ]
-CfgScaleOption = Annotated[
-    float | None, typer.Option("--cfg-scale", rich_help_panel=_GUIDANCE, help="Guidance; 1 is none.")
-]
+CfgScaleOption = Annotated[float | None, Option(rich_help_panel=_GUIDANCE, help="Guidance; 1 is none.")]
 ApgScaleOption = Annotated[
     float | None,
-    typer.Option(
-        "--apg-scale",
-        rich_help_panel=_GUIDANCE,
-        help="Share of the guidance's parallel part that is removed; 1 when not given.",
-    ),
+    Option(rich_help_panel=_GUIDANCE, help="Share of the guidance's parallel part that is removed; 1 when not given."),
 ]
-NegativePromptOption = Annotated[
-    str | None, typer.Option("--negative-prompt", rich_help_panel=_GUIDANCE, help="What guidance moves away from.")
-]
+NegativePromptOption = Annotated[str | None, Option(rich_help_panel=_GUIDANCE, help="What guidance moves away from.")]
 InitAudioOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--init-audio", metavar="FILE", rich_help_panel=_AUDIO, help="Start from this audio.", callback=paths.reads
-    ),
+    Path | None, Option(metavar="FILE", rich_help_panel=_AUDIO, help="Start from this audio.", callback=paths.reads)
 ]
 InitNoiseOption = Annotated[
-    float | None,
-    typer.Option(
-        "--init-noise-level", rich_help_panel=_AUDIO, help="How much of it is replaced by noise; 0.9 when not given."
-    ),
+    float | None, Option(rich_help_panel=_AUDIO, help="How much of it is replaced by noise; 0.9 when not given.")
 ]
 InpaintAudioOption = Annotated[
     Path | None,
-    typer.Option(
-        "--inpaint-audio",
-        metavar="FILE",
-        rich_help_panel=_AUDIO,
-        help="Keep this audio but --inpaint.",
-        callback=paths.reads,
-    ),
+    Option(metavar="FILE", rich_help_panel=_AUDIO, help="Keep this audio but --inpaint.", callback=paths.reads),
 ]
 InpaintOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--inpaint", metavar="START:END", rich_help_panel=_AUDIO, help="Seconds to generate anew; several times."
-    ),
+    Option(metavar="START:END", rich_help_panel=_AUDIO, help="Seconds to generate anew; several times."),
 ]
 BatchOption = Annotated[
     Path | None,
-    typer.Option(
-        "--batch",
+    Option(
         metavar="FILE.jsonl",
         rich_help_panel=_MANY,
         help="One generation per line, a JSON object of settings (prompt, seconds, seed, …, output); other options are "
@@ -97,7 +71,7 @@ BatchOption = Annotated[
 ]
 StreamOption = Annotated[
     bool,
-    typer.Option(
+    Option(
         "--stream",
         rich_help_panel=_MANY,
         help="Hand audio on while it is decoded: raw samples to standard output, or with -o a WAV that can be read "
@@ -106,7 +80,7 @@ StreamOption = Annotated[
 ]
 KeepLoadedOption = Annotated[
     bool,
-    typer.Option(
+    Option(
         "--keep-loaded",
         rich_help_panel=_MANY,
         help="With --batch: keep all models in memory from one line to the next.",
@@ -114,16 +88,14 @@ KeepLoadedOption = Annotated[
 ]
 EngineOption = Annotated[
     Literal["mnn", "onnxruntime", "onnxruntime-int8", "torch"],
-    typer.Option(
-        "--engine",
+    Option(
         rich_help_panel=o.RUNTIME,
         help="What runs the models; onnxruntime-int8 needs `convert --with-ort-int8`, torch needs --checkpoint.",
     ),
 ]
 CheckpointOption = Annotated[
     Path | None,
-    typer.Option(
-        "--checkpoint",
+    Option(
         metavar="DIR",
         rich_help_panel=o.RUNTIME,
         help="For --engine torch: what the bundle was made from.",
@@ -132,7 +104,7 @@ CheckpointOption = Annotated[
 ]
 SplitOption = Annotated[
     bool,
-    typer.Option(
+    Option(
         "--split-dit",
         rich_help_panel=o.RUNTIME,
         help="MNN: compute once what stays the same in all steps; needs `convert --with-split-dit`.",
@@ -140,35 +112,31 @@ SplitOption = Annotated[
 ]
 PlaceOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--place",
+    Option(
         metavar="COMPONENT=DEVICE",
         rich_help_panel=o.RUNTIME,
         help="MNN: run this component there, whatever the probes say.",
     ),
 ]
 FormatOption = Annotated[
-    Literal["pcm16", "pcm24", "float"], typer.Option("--format", rich_help_panel=_FILES, help="How samples are stored.")
+    Literal["pcm16", "pcm24", "float"], Option("--format", rich_help_panel=_FILES, help="How samples are stored.")
 ]
-DitherOption = Annotated[bool, typer.Option("--dither", rich_help_panel=_FILES, help="Dither integer samples.")]
+DitherOption = Annotated[bool, Option("--dither", rich_help_panel=_FILES, help="Dither integer samples.")]
 AllowOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--allow",
-        metavar="CHECK",
-        rich_help_panel=_FILES,
-        help="Waive an output check: silence, clipping, … (several times).",
+    Option(
+        metavar="CHECK", rich_help_panel=_FILES, help="Waive an output check: silence, clipping, … (several times)."
     ),
 ]
 FromOption = Annotated[
     Path | None,
-    typer.Option("--from", metavar="FILE.json", help="Settings written by --json; replays them.", callback=paths.reads),
+    Option("--from", metavar="FILE.json", help="Settings written by --json; replays them.", callback=paths.reads),
 ]
 
 
 def run(
     bundle: o.BundleArgument,
-    context: typer.Context,
+    context: Context,
     output: OutputOption = None,
     prompt: PromptOption = None,
     seconds: SecondsOption = None,

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from sa3_convert.cli import options as o
 from sa3_convert.cli import paths
@@ -16,13 +16,10 @@ from sa3_convert.mnn.compatibility import target_for
 def export(
     checkpoint: o.CheckpointArgument,
     component: o.OneComponentOption,
-    out: Annotated[
-        Path, typer.Option("--out", metavar="FILE.onnx", help="The reference ONNX.", callback=paths.writes_model)
-    ],
+    out: Annotated[Path, Option(metavar="FILE.onnx", help="The reference ONNX.", callback=paths.writes_model)],
     lora: o.LoraOption = None,
     inputs_embeds: Annotated[
-        bool,
-        typer.Option("--inputs-embeds", help="Of text_encoder: take rows of its table and a float mask, no integers."),
+        bool, Option("--inputs-embeds", help="Of text_encoder: take rows of its table and a float mask, no integers.")
     ] = False,
 ) -> None:
     """Stage 1: a component as fp32 ONNX, weights in FILE.onnx.data."""
@@ -42,11 +39,9 @@ def export(
 
 
 def fuse(
-    reference: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="What `export` wrote.", callback=paths.reads)],
+    reference: Annotated[Path, Argument(metavar="FILE.onnx", help="What `export` wrote.", callback=paths.reads)],
     component: o.OneComponentOption,
-    out: Annotated[
-        Path, typer.Option("--out", metavar="FILE.onnx", help="The ONNX for MNN.", callback=paths.writes_model)
-    ],
+    out: Annotated[Path, Option(metavar="FILE.onnx", help="The ONNX for MNN.", callback=paths.writes_model)],
     recipe: o.RecipeOption = o.DEFAULT_RECIPE,
     target_mnn: o.TargetOption = None,
 ) -> None:
@@ -62,20 +57,18 @@ def fuse(
 
 def mnn(
     source: Annotated[
-        Path,
-        typer.Argument(metavar="FILE.onnx", help="What `fuse` wrote, or another graph.", callback=paths.reads),
+        Path, Argument(metavar="FILE.onnx", help="What `fuse` wrote, or another graph.", callback=paths.reads)
     ],
     component: o.OneComponentOption,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE.mnn", help="The model.", callback=paths.writes_model)],
+    out: Annotated[Path, Option(metavar="FILE.mnn", help="The model.", callback=paths.writes_model)],
     recipe: o.RecipeOption = o.DEFAULT_RECIPE,
     target_mnn: o.TargetOption = None,
     floor_db: Annotated[
-        float | None,
-        typer.Option("--floor-db", min=0, help="Least ratio against ONNX Runtime; the recipe's when not given."),
+        float | None, Option(min=0, help="Least ratio against ONNX Runtime; the recipe's when not given.")
     ] = None,
     input_file: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             "--input",
             metavar="FILE.npz",
             help="Inputs by name to compare with, instead of made-up ones.",

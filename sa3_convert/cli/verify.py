@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
+from typer import Option
 
 from sa3_convert.cli import options as o
 from sa3_convert.cli import paths
@@ -17,43 +17,38 @@ if TYPE_CHECKING:
 
 _FULL, _REPORT = "With --full", "Report"
 
-QuickOption = Annotated[bool, typer.Option("--quick", help="Fewer and shorter sampled inputs: what `convert` runs.")]
-FullOption = Annotated[
-    bool, typer.Option("--full", help="Also compare whole generations, step by step and end to end.")
-]
+QuickOption = Annotated[bool, Option("--quick", help="Fewer and shorter sampled inputs: what `convert` runs.")]
+FullOption = Annotated[bool, Option("--full", help="Also compare whole generations, step by step and end to end.")]
 BisectOption = Annotated[
     bool | None,
-    typer.Option(
+    Option(
         "--bisect/--no-bisect",
         help="Name the operator to blame in models that fall short; the default of --full. With --report: show every "
         "model's operators; the default.",
     ),
 ]
 PromptsOption = Annotated[
-    str | None,
-    typer.Option("--prompts", metavar="N,N,…", rich_help_panel=_FULL, help="By number, 0 to 7; all by default."),
+    str | None, Option(metavar="N,N,…", rich_help_panel=_FULL, help="By number, 0 to 7; all by default.")
 ]
 SeedsOption = Annotated[
-    str | None, typer.Option("--seeds", metavar="N,N,…", rich_help_panel=_FULL, help="Start noises; 0,1 by default.")
+    str | None, Option(metavar="N,N,…", rich_help_panel=_FULL, help="Start noises; 0,1 by default.")
 ]
 SecondsOption = Annotated[
-    str | None, typer.Option("--seconds", metavar="S,S,…", rich_help_panel=_FULL, help="Durations; 2,5,10 by default.")
+    str | None, Option(metavar="S,S,…", rich_help_panel=_FULL, help="Durations; 2,5,10 by default.")
 ]
 CasesOption = Annotated[
-    list[str] | None,
-    typer.Option("--case", metavar=o.CASE, rich_help_panel=_FULL, help="This generation only; several times."),
+    list[str] | None, Option(metavar=o.CASE, rich_help_panel=_FULL, help="This generation only; several times.")
 ]
-StepsOption = Annotated[int, typer.Option("--steps", min=1, max=1000, rich_help_panel=_FULL, help="Denoising steps.")]
+StepsOption = Annotated[int, Option(min=1, max=1000, rich_help_panel=_FULL, help="Denoising steps.")]
 EngineOption = Annotated[
-    Literal["mnn", "onnxruntime-int8"],
-    typer.Option("--engine", rich_help_panel=_FULL, help="What runs the generations."),
+    Literal["mnn", "onnxruntime-int8"], Option(rich_help_panel=_FULL, help="What runs the generations.")
 ]
 ReferencesMibOption = Annotated[
-    int, typer.Option("--references-mib", min=1, help="Bound of that folder; what was used least recently goes first.")
+    int, Option(min=1, help="Bound of that folder; what was used least recently goes first.")
 ]
 ReportOption = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         "--report",
         metavar="DIR",
         rich_help_panel=_REPORT,
@@ -63,8 +58,7 @@ ReportOption = Annotated[
 ]
 SinceOption = Annotated[
     Path | None,
-    typer.Option(
-        "--since",
+    Option(
         metavar="REPORT.json",
         rich_help_panel=_REPORT,
         help="Also say what changed since this earlier one.",

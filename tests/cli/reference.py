@@ -24,7 +24,7 @@ def render() -> str:
     """Return every command with its arguments, options and example."""
     whole: Any = typer.main.get_command(app)
     lines = ["# Commands", "", "Made from the program; `python -m tests.cli.reference` writes this file.", ""]
-    lines += ["Before any command: " + "; ".join(_names(p) + " " + _said(p) for p in whole.params if "-" in p.opts[0])]
+    lines += ["Before any command:", "", *(f"- {_names(p)} {_said(p)}" for p in whole.params)]
     for name, command in commands(whole):
         words = " ".join(p.metavar for p in command.params if p.param_type_name == "argument")
         lines += ["", f"## {name}", "", " ".join(command.help.split()), "", f"    {name} {words} [OPTIONS]", ""]
@@ -37,8 +37,8 @@ def _names(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
         return f"`{parameter.metavar}`"
     flags = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
-    choices = "\\|".join(getattr(parameter.type, "choices", ()))
-    return flags + (f" `{parameter.metavar or choices}`" if parameter.metavar or choices else "")
+    kind = "" if parameter.is_flag else parameter.display_type_rich(typer.Context(typer.main.get_command(app)))
+    return f"{flags} `{kind}`" if kind else flags
 
 
 def _said(parameter: Any) -> str:
