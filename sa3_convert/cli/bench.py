@@ -67,7 +67,7 @@ def bench(
     versions = ", ".join(f"{name} {described['versions'][name]}" for name in ("MNN", "onnxruntime", "torch"))
     echo(
         f"{described['processor']}, {described['usable_cores']} of {described['cores']} cores, "
-        f"{' '.join(described['instructions'])}; load {described['load_average']} at the start; {versions}"
+        f"{' '.join(described['instructions'])}; load {described['load_average']:.1f} at the start; {versions}"
     )
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sa3_convert.arrays import Arrays
     from sa3_convert.bundle.reader import Bundle
 
-_CASE = "Inputs of a generation"
+_case = o.panel("Inputs of a generation")
 
 
 def bisect(
@@ -26,13 +26,9 @@ def bisect(
     ] = None,
     seed: Annotated[int, Option(min=0, help="Of the sampled inputs; a verification names its cases'.")] = 0,
     latents: Annotated[int | None, Option(min=1, help="T of the sampled inputs.")] = None,
-    case: Annotated[
-        str | None, Option(metavar=o.CASE, rich_help_panel=_CASE, help="One that `verify --full` names.")
-    ] = None,
-    step: Annotated[
-        int | None, Option(min=0, rich_help_panel=_CASE, help="For the DiT: which denoising step, from 0.")
-    ] = None,
-    steps: Annotated[int, Option(min=1, max=1000, rich_help_panel=_CASE, help="How many there are.")] = 8,
+    case: Annotated[str | None, _case(metavar=o.CASE, help="One that `verify --full` names.")] = None,
+    step: Annotated[int | None, _case(min=0, help="For the DiT: which denoising step, from 0.")] = None,
+    steps: Annotated[int, _case(min=1, max=1000, help="How many there are.")] = 8,
     references: o.ReferencesOption = None,
     backend: o.BackendOption = "cpu",
     against: Annotated[

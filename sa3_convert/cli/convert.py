@@ -12,25 +12,15 @@ from sa3_convert.cli.echo import echo
 if TYPE_CHECKING:
     from sa3_convert.convert.stages import ConvertRequest
 
-_MORE, _HOW = "More in the bundle", "How to work"
+_more, _how = o.panel("More in the bundle"), o.panel("How to work")
 
 OutOption = Annotated[Path, Option(metavar="DIR", help="The bundle's folder.", callback=paths.makes)]
-CacheOption = Annotated[
-    Path | None, Option(metavar="DIR", rich_help_panel=_HOW, help="Where stages are kept; beside --out.")
-]
-ReferenceOption = Annotated[
-    bool, Option("--with-reference", rich_help_panel=_MORE, help="The reference ONNX, to verify it elsewhere.")
-]
-OrtInt8Option = Annotated[
-    bool, Option("--with-ort-int8", rich_help_panel=_MORE, help="Models for `run --engine onnxruntime-int8`.")
-]
-SplitDitOption = Annotated[
-    bool, Option("--with-split-dit", rich_help_panel=_MORE, help="The DiT in two parts for `run --split-dit`.")
-]
-DryRunOption = Annotated[
-    bool, Option("--dry-run", rich_help_panel=_HOW, help="Print the recipe and the plan with sizes, and stop.")
-]
-ForceOption = Annotated[bool, Option("--force", rich_help_panel=_HOW, help="Redo everything; replace another bundle.")]
+CacheOption = Annotated[Path | None, _how(metavar="DIR", help="Where stages are kept; beside --out.")]
+ReferenceOption = Annotated[bool, _more("--with-reference", help="The reference ONNX, to verify it elsewhere.")]
+OrtInt8Option = Annotated[bool, _more("--with-ort-int8", help="Models for `run --engine onnxruntime-int8`.")]
+SplitDitOption = Annotated[bool, _more("--with-split-dit", help="The DiT in two parts for `run --split-dit`.")]
+DryRunOption = Annotated[bool, _how("--dry-run", help="Print the recipe and the plan with sizes, and stop.")]
+ForceOption = Annotated[bool, _how("--force", help="Redo everything; replace another bundle.")]
 
 
 def convert(

@@ -126,12 +126,13 @@ def generate_one(
     write_figures(target.json_file, metadata | figures)
     total = sum(report.seconds.values())
     stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
+    engine = ", ".join(f"{name} {value}" for name, value in report.engine.items())
     rate = pipeline.layout.sample_rate
     length = report.lengths.samples / rate
     stdout.print(
         f"{target.output}: {length:.2f} s of audio at {rate} Hz, peak {peak:.3f}, "
         f"seed {report.request.seed}, {report.request.steps} {report.request.sampler} steps\n"
-        f"in {total:.1f} s ({stages}), {length / total:.2f} × real time, on {_described(report.engine)}"
+        f"in {total:.1f} s ({stages}), {length / total:.2f} × real time, on {engine}"
         + ("" if device.bytes is None else f", at most {device.bytes / 2**20:.0f} MiB of the GPU's memory"),
         soft_wrap=True,
     )
@@ -196,12 +197,15 @@ def _writer(
             yield pcm
     else:
         samples = lengths(pipeline.layout, request.seconds).samples
-        with growing_wav(target.output, rate, samples, metadata=metadata, report=_tell, **how) as growing:
+        with growing_wav(
+            target.output,
+            rate,
+            samples,
+            metadata=metadata,
+            report=_tell,
+            **how,
+        ) as growing:
             yield growing
-
-
-def _tell(growing: Path) -> None:
-    stderr.print(f"Until it is whole, {growing} can be read while it grows.")
 
 
 def _played(
@@ -228,5 +232,5 @@ def _played(
     return report, peak
 
 
-def _described(engine: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in engine.items())
+def _tell(growing: Path) -> None:
+    stderr.print(f"Until it is whole, {growing} can be read while it grows.")

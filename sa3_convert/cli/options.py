@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -23,9 +24,16 @@ _T = TypeVar("_T")
 
 Device = Literal["cpu", "cuda", "opencl", "vulkan"]
 Level = Literal["normal", "high", "low"]
-RUNTIME = "How the models run"
 CASE = "'prompt=P seed=S seconds=D'"
 DEFAULT_RECIPE = Path("configs/int8.yaml")
+
+
+def panel(title: str) -> Callable[..., Any]:
+    """Return what describes options of one group in the help."""
+    return partial(Option, rich_help_panel=title)
+
+
+runtime = panel("How the models run")
 
 CheckpointArgument = Annotated[
     str, Argument(metavar="CHECKPOINT", help="Folder, or a hub id that was fetched before.", callback=paths.opens)
@@ -64,15 +72,12 @@ JsonOption = Annotated[
         callback=paths.writes,
     ),
 ]
-ThreadsOption = Annotated[int | None, Option(min=1, max=256, rich_help_panel=RUNTIME, help="All cores when not given.")]
+ThreadsOption = Annotated[int | None, runtime(min=1, max=256, help="All cores when not given.")]
 BackendOption = Annotated[
-    Device,
-    Option(
-        "--backend", "--device", rich_help_panel=RUNTIME, help="`run` takes the CPU where `doctor` found MNN wrong."
-    ),
+    Device, runtime("--backend", "--device", help="`run` takes the CPU where `doctor` found MNN wrong.")
 ]
-MemoryOption = Annotated[Level, Option(rich_help_panel=RUNTIME, help="MNN: low keeps weights quantised in memory.")]
-PrecisionOption = Annotated[Level, Option(rich_help_panel=RUNTIME, help="MNN: high computes in float32.")]
+MemoryOption = Annotated[Level, runtime(help="MNN: low keeps weights quantised in memory.")]
+PrecisionOption = Annotated[Level, runtime(help="MNN: high computes in float32.")]
 ReferencesOption = Annotated[
     Path | None, Option(metavar="DIR", help="Where reference outputs are kept; beside the bundle by default.")
 ]

@@ -18,8 +18,8 @@ _SETTINGS = (
 )  # fmt: skip
 """Options that are settings of a request, by its names."""
 
-_GUIDANCE, _AUDIO, _MANY = "Guidance", "From audio", "Batches and streams"
-_FILES = "Files and checks"
+_guidance, _audio = o.panel("Guidance"), o.panel("From audio")
+_many, _files = o.panel("Batches and streams"), o.panel("Files and checks")
 
 OutputOption = Annotated[
     Path | None,
@@ -39,31 +39,23 @@ SeedOption = Annotated[
 SamplerOption = Annotated[
     Literal["pingpong", "euler", "rk4", "dpmpp"] | None, Option(help="What suits the model when not given.")
 ]
-CfgScaleOption = Annotated[float | None, Option(rich_help_panel=_GUIDANCE, help="Guidance; 1 is none.")]
+CfgScaleOption = Annotated[float | None, _guidance(help="Guidance; 1 is none.")]
 ApgScaleOption = Annotated[
-    float | None,
-    Option(rich_help_panel=_GUIDANCE, help="Share of the guidance's parallel part that is removed; 1 when not given."),
+    float | None, _guidance(help="Share of the guidance's parallel part that is removed; 1 when not given.")
 ]
-NegativePromptOption = Annotated[str | None, Option(rich_help_panel=_GUIDANCE, help="What guidance moves away from.")]
-InitAudioOption = Annotated[
-    Path | None, Option(metavar="FILE", rich_help_panel=_AUDIO, help="Start from this audio.", callback=paths.reads)
-]
-InitNoiseOption = Annotated[
-    float | None, Option(rich_help_panel=_AUDIO, help="How much of it is replaced by noise; 0.9 when not given.")
-]
+NegativePromptOption = Annotated[str | None, _guidance(help="What guidance moves away from.")]
+InitAudioOption = Annotated[Path | None, _audio(metavar="FILE", help="Start from this audio.", callback=paths.reads)]
+InitNoiseOption = Annotated[float | None, _audio(help="How much of it is replaced by noise; 0.9 when not given.")]
 InpaintAudioOption = Annotated[
-    Path | None,
-    Option(metavar="FILE", rich_help_panel=_AUDIO, help="Keep this audio but --inpaint.", callback=paths.reads),
+    Path | None, _audio(metavar="FILE", help="Keep this audio but --inpaint.", callback=paths.reads)
 ]
 InpaintOption = Annotated[
-    list[str] | None,
-    Option(metavar="START:END", rich_help_panel=_AUDIO, help="Seconds to generate anew; several times."),
+    list[str] | None, _audio(metavar="START:END", help="Seconds to generate anew; several times.")
 ]
 BatchOption = Annotated[
     Path | None,
-    Option(
+    _many(
         metavar="FILE.jsonl",
-        rich_help_panel=_MANY,
         help="One generation per line, a JSON object of settings (prompt, seconds, seed, …, output); other options are "
         "the defaults. What an interrupted run has done is not done again.",
         callback=paths.reads,
@@ -71,62 +63,37 @@ BatchOption = Annotated[
 ]
 StreamOption = Annotated[
     bool,
-    Option(
+    _many(
         "--stream",
-        rich_help_panel=_MANY,
         help="Hand audio on while it is decoded: raw samples to standard output, or with -o a WAV that can be read "
         "while it grows, under a name that is told first.",
     ),
 ]
 KeepLoadedOption = Annotated[
-    bool,
-    Option(
-        "--keep-loaded",
-        rich_help_panel=_MANY,
-        help="With --batch: keep all models in memory from one line to the next.",
-    ),
+    bool, _many("--keep-loaded", help="With --batch: keep all models in memory from one line to the next.")
 ]
 EngineOption = Annotated[
     Literal["mnn", "onnxruntime", "onnxruntime-int8", "torch"],
-    Option(
-        rich_help_panel=o.RUNTIME,
-        help="What runs the models; onnxruntime-int8 needs `convert --with-ort-int8`, torch needs --checkpoint.",
-    ),
+    o.runtime(help="What runs the models; onnxruntime-int8 needs `convert --with-ort-int8`, torch needs --checkpoint."),
 ]
 CheckpointOption = Annotated[
     Path | None,
-    Option(
-        metavar="DIR",
-        rich_help_panel=o.RUNTIME,
-        help="For --engine torch: what the bundle was made from.",
-        callback=paths.opens,
-    ),
+    o.runtime(metavar="DIR", help="For --engine torch: what the bundle was made from.", callback=paths.opens),
 ]
 SplitOption = Annotated[
     bool,
-    Option(
-        "--split-dit",
-        rich_help_panel=o.RUNTIME,
-        help="MNN: compute once what stays the same in all steps; needs `convert --with-split-dit`.",
+    o.runtime(
+        "--split-dit", help="MNN: compute once what stays the same in all steps; needs `convert --with-split-dit`."
     ),
 ]
 PlaceOption = Annotated[
     list[str] | None,
-    Option(
-        metavar="COMPONENT=DEVICE",
-        rich_help_panel=o.RUNTIME,
-        help="MNN: run this component there, whatever the probes say.",
-    ),
+    o.runtime(metavar="COMPONENT=DEVICE", help="MNN: run this component there, whatever the probes say."),
 ]
-FormatOption = Annotated[
-    Literal["pcm16", "pcm24", "float"], Option("--format", rich_help_panel=_FILES, help="How samples are stored.")
-]
-DitherOption = Annotated[bool, Option("--dither", rich_help_panel=_FILES, help="Dither integer samples.")]
+FormatOption = Annotated[Literal["pcm16", "pcm24", "float"], _files("--format", help="How samples are stored.")]
+DitherOption = Annotated[bool, _files("--dither", help="Dither integer samples.")]
 AllowOption = Annotated[
-    list[str] | None,
-    Option(
-        metavar="CHECK", rich_help_panel=_FILES, help="Waive an output check: silence, clipping, … (several times)."
-    ),
+    list[str] | None, _files(metavar="CHECK", help="Waive an output check: silence, clipping, … (several times).")
 ]
 FromOption = Annotated[
     Path | None,

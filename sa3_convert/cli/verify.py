@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sa3_convert.lab.generations.full import Findings
     from sa3_convert.lab.generations.trajectory import GenerationCase
 
-_FULL, _REPORT = "With --full", "Report"
+_full, _report = o.panel("With --full"), o.panel("Report")
 
 QuickOption = Annotated[bool, Option("--quick", help="Fewer and shorter sampled inputs: what `convert` runs.")]
 FullOption = Annotated[bool, Option("--full", help="Also compare whole generations, step by step and end to end.")]
@@ -27,43 +27,27 @@ BisectOption = Annotated[
         "model's operators; the default.",
     ),
 ]
-PromptsOption = Annotated[
-    str | None, Option(metavar="N,N,…", rich_help_panel=_FULL, help="By number, 0 to 7; all by default.")
-]
-SeedsOption = Annotated[
-    str | None, Option(metavar="N,N,…", rich_help_panel=_FULL, help="Start noises; 0,1 by default.")
-]
-SecondsOption = Annotated[
-    str | None, Option(metavar="S,S,…", rich_help_panel=_FULL, help="Durations; 2,5,10 by default.")
-]
-CasesOption = Annotated[
-    list[str] | None, Option(metavar=o.CASE, rich_help_panel=_FULL, help="This generation only; several times.")
-]
-StepsOption = Annotated[int, Option(min=1, max=1000, rich_help_panel=_FULL, help="Denoising steps.")]
-EngineOption = Annotated[
-    Literal["mnn", "onnxruntime-int8"], Option(rich_help_panel=_FULL, help="What runs the generations.")
-]
+PromptsOption = Annotated[str | None, _full(metavar="N,N,…", help="By number, 0 to 7; all by default.")]
+SeedsOption = Annotated[str | None, _full(metavar="N,N,…", help="Start noises; 0,1 by default.")]
+SecondsOption = Annotated[str | None, _full(metavar="S,S,…", help="Durations; 2,5,10 by default.")]
+CasesOption = Annotated[list[str] | None, _full(metavar=o.CASE, help="This generation only; several times.")]
+StepsOption = Annotated[int, _full(min=1, max=1000, help="Denoising steps.")]
+EngineOption = Annotated[Literal["mnn", "onnxruntime-int8"], _full(help="What runs the generations.")]
 ReferencesMibOption = Annotated[
     int, Option(min=1, help="Bound of that folder; what was used least recently goes first.")
 ]
 ReportOption = Annotated[
     Path | None,
-    Option(
+    _report(
         "--report",
         metavar="DIR",
-        rich_help_panel=_REPORT,
         help="Write index.html, report.json and summary.md there, in place of an earlier one.",
         callback=paths.makes,
     ),
 ]
 SinceOption = Annotated[
     Path | None,
-    Option(
-        metavar="REPORT.json",
-        rich_help_panel=_REPORT,
-        help="Also say what changed since this earlier one.",
-        callback=paths.reads,
-    ),
+    _report(metavar="REPORT.json", help="Also say what changed since this earlier one.", callback=paths.reads),
 ]
 
 
