@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -18,8 +18,9 @@ from sa3_convert.cli.bisect import bisect
 from sa3_convert.cli.convert import convert
 from sa3_convert.cli.doctor import doctor
 from sa3_convert.cli.drift import drift
-from sa3_convert.cli.echo import echo
+from sa3_convert.cli.echo import be_quiet, echo
 from sa3_convert.cli.inspect import inspect, table
+from sa3_convert.cli.options import Command
 from sa3_convert.cli.plan import plan
 from sa3_convert.cli.run import run as generate
 from sa3_convert.cli.stages import export, fuse, mnn
@@ -33,19 +34,44 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 """What read standard output went away before everything was said; the work itself was done."""
 
+_CONVERT, _STAGES, _CHECK, _MEASURE = "Convert and run", "Stage by stage", "Check", "Measure and choose"
+_COMMANDS: dict[str, tuple[Callable[..., None], str, str]] = {
+    "convert": (convert, _CONVERT, "artifacts/small-music --recipe int8 --out artifacts/bundle"),
+    "run": (generate, _CONVERT, 'artifacts/bundle --prompt "warm analog pad" --seconds 10 -o pad.wav'),
+    "verify": (verify, _CHECK, "artifacts/bundle --full --report report"),
+    "bisect": (bisect, _CHECK, "artifacts/bundle --component dit"),
+    "drift": (drift, _CHECK, "artifacts/bundle --baseline drift.json"),
+    "doctor": (doctor, _CHECK, "--backend cpu --json"),
+    "inspect": (inspect, _CHECK, "artifacts/bundle/dit.mnn"),
+    "bench": (bench, _MEASURE, "artifacts/bundle --engine mnn --seconds 10,30 --json bench.json"),
+    "table": (table, _MEASURE, "artifacts/bundle artifacts/other --bench bench.json"),
+    "plan": (plan, _MEASURE, "artifacts/small-music --component dit --target-mib 200 --out dit-200.yaml"),
+    "export": (export, _STAGES, "artifacts/small-music --component dit --out dit.onnx"),
+    "fuse": (fuse, _STAGES, "dit.onnx --component dit --out dit-fused.onnx"),
+    "mnn": (mnn, _STAGES, "dit-fused.onnx --component dit --out dit.mnn"),
+    "checkpoint fetch": (checkpoint.fetch, "", "stabilityai/stable-audio-3-small-music artifacts/small-music"),
+    "checkpoint synthesize": (checkpoint.synthesize, "", "artifacts/toy --variant small-sfx --seed 1"),
+    "bundle export": (bundle.export, "", "artifacts/bundle --to site --layout hub"),
+}
+"""What each command calls, its group in the help, and an example."""
+
 app = typer.Typer(
     name="sa3-convert",
     help="Stable Audio 3 checkpoints to verified MNN models: convert, prove, run.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
 )
-app.add_typer(checkpoint.app, name="checkpoint")
-app.add_typer(bundle.app, name="bundle")
-for command in (convert, export, fuse, mnn, plan, verify, bisect, inspect, table, drift, bench, doctor):
-    app.command()(command)
-app.command("run")(generate)
+_groups = {"": app}
+for _name, _help in {"checkpoint": "Make or download checkpoints.", "bundle": "Hand bundles on."}.items():
+    _groups[_name] = typer.Typer(help=_help, no_args_is_help=True)
+    # A group stays one although it has one command.
+    _groups[_name].callback()(lambda: None)
+    app.add_typer(_groups[_name], name=_name, rich_help_panel=_CONVERT)
+for _name, (_call, _panel, _example) in _COMMANDS.items():
+    _group, _, _own = _name.rpartition(" ")
+    _epilog = f"Example: sa3-convert {_name} {_example}"
+    _groups[_group].command(_own, cls=Command, epilog=_epilog, rich_help_panel=_panel or None)(_call)
 
 
 def _version(wanted: bool) -> None:
@@ -54,17 +80,21 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(epilog="Example: sa3-convert convert artifacts/small-music --recipe int8 --out artifacts/bundle")
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Show what MNN, its converter and other libraries say.")
+        bool, typer.Option("--verbose", "-v", help="Show recipes, and what MNN and other libraries say.")
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on standard error but errors.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
+    if verbose and quiet:
+        raise UsageError("--verbose and --quiet contradict each other; give one of them.")
     show(verbose)
+    be_quiet(quiet)
     if debug:
         os.environ["SA3_CONVERT_DEBUG"] = "1"
 
@@ -80,8 +110,10 @@ def run(arguments: list[str]) -> int:
 
 def _run(arguments: list[str]) -> int:
     os.environ.pop("SA3_CONVERT_DEBUG", None)
+    be_quiet(False)
     try:
-        _require_text(arguments)
+        for argument in arguments:
+            argument.encode()
         result = app(arguments, standalone_mode=False, prog_name="sa3-convert")
     except KeyboardInterrupt:
         result = INTERRUPTED
@@ -89,28 +121,18 @@ def _run(arguments: list[str]) -> int:
         result = getattr(leave, "exit_code", 1)
     except Exception as error:  # the outermost frame: what reaches it and is not ours is a bug to be reported as one
         # A C extension may have made an error of its own of an interrupt.
-        result = INTERRUPTED if received() else _failed(error)
+        result = INTERRUPTED if received() else _failed(error, arguments)
     # Typer turns every interrupt into this result, without a word. What is to be said, `main` says.
     if result == INTERRUPTED:
         return 128 + (received() or signal.SIGINT)
     return result if isinstance(result, int) else 0
 
 
-def _require_text(arguments: Sequence[str]) -> None:
-    for argument in arguments:
-        try:
-            argument.encode()
-        except UnicodeEncodeError:
-            # Neither JSON nor the libraries that load models take such names.
-            shown = argument.encode(errors="backslashreplace").decode()
-            raise UsageError(f"{shown} is not UTF-8. Rename the file or folder, or give the text as UTF-8.") from None
-
-
 _OUT_OF_MEMORY = re.compile(r"(?i)(can't|cannot|failed to|unable to) allocate|bad.?alloc")
 """How native libraries say it: torch and ONNX Runtime have no exception type for it."""
 
 
-def _failed(error: Exception) -> int:
+def _failed(error: Exception, arguments: Sequence[str]) -> int:
     """Explain an error, and return its exit code."""
     if isinstance(error, Sa3Error):
         _complain(str(error), error)
@@ -125,9 +147,10 @@ def _failed(error: Exception) -> int:
         _complain("Out of memory. Convert fewer components at a time (--component), or on a larger machine.", error)
         return 4
     if isinstance(error, UnicodeEncodeError) and any("\ud800" <= letter <= "\udfff" for letter in error.object):
+        # Neither JSON nor the libraries that load models take such names.
         name = error.object.encode(errors="backslashreplace").decode()
-        _complain(f"{name} is not UTF-8. Rename the file or folder.", error)
-        return 3
+        _complain(f"{name} is not UTF-8. Rename the file or folder, or give the text as UTF-8.", error)
+        return 2 if error.object in arguments else 3
     if isinstance(error, BrokenPipeError):
         return BROKEN_PIPE
     if isinstance(error, OSError):

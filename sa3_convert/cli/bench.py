@@ -1,18 +1,17 @@
 """`bench`: how fast and in how much memory a bundle generates, engine by engine."""
 
-import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
+from sa3_convert.cli import paths
 from sa3_convert.cli.echo import echo
-from sa3_convert.cli.options import BundleArgument, JsonFileOption, ThreadsOption
-from sa3_convert.cli.paths import opens
-from sa3_convert.errors import UsageError
+from sa3_convert.cli.options import BundleArgument, JsonOption, ThreadsOption, is_duration, listed, write_figures
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.table import Table
 
     from sa3_convert.lab.bench import Row
@@ -22,41 +21,41 @@ def bench(
     bundle: BundleArgument,
     engine: Annotated[
         list[str] | None,
-        typer.Option(
-            "--engine",
+        Option(
             help="mnn, mnn-low (weights quantised in memory), mnn-split (the DiT in two parts), onnxruntime, "
-            "onnxruntime-int8 or torch; several times. All that the bundle has when not given.",
+            "onnxruntime-int8 or torch; several times. All that the bundle has when not given."
         ),
     ] = None,
-    seconds: Annotated[str, typer.Option("--seconds", metavar="S,S,…", help="Durations.")] = "10,30,60,120",
-    repeats: Annotated[int, typer.Option("--repeats", min=1, max=1000, help="Warm generations of each.")] = 3,
-    steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="Denoising steps; what suits the model when not given.")
-    ] = None,
+    seconds: Annotated[str, Option(metavar="S,S,…", help="Durations.")] = "10,30,60,120",
+    repeats: Annotated[int, Option(min=1, max=1000, help="Warm generations of each.")] = 3,
+    steps: Annotated[int | None, Option(min=1, help="Denoising steps; what suits the model when not given.")] = None,
     checkpoint: Annotated[
         Path | None,
-        typer.Option(
-            "--checkpoint",
+        Option(
             metavar="DIR",
             help="For torch: the reference, decoding as published (chunks of 128 latents, 32 overlapping).",
-            callback=opens,
+            callback=paths.opens,
         ),
     ] = None,
-    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Also measure peak memory.")] = True,
-    json_file: JsonFileOption = None,
+    peak_memory: Annotated[bool, Option("--peak-memory/--no-peak-memory", help="Also measure peak memory.")] = True,
+    measure_memory: Annotated[bool | None, Option("--memory/--no-memory", hidden=True)] = None,
+    json_file: JsonOption = None,
     threads: ThreadsOption = None,
 ) -> None:
-    """Measure generation on several engines, interleaved: cold, and the median of warm repeats."""
-    durations = _durations(seconds)
+    """Measure speed and memory of generation, engine by engine.
+
+    Engines take turns; each is measured cold, and as the median of warm repeats.
+    """
+    durations = listed("--seconds", seconds, float, (10.0, 30.0, 60.0, 120.0), is_duration)
     from sa3_convert.bundle.reader import Bundle
     from sa3_convert.cli.console import stderr, stdout
     from sa3_convert.lab.bench import bench as measure
     from sa3_convert.lab.bench import contenders
-    from sa3_convert.system.files import write_text
     from sa3_convert.system.machine import machine
 
     found = contenders(bundle, tuple(engine or ()), checkpoint=checkpoint, threads=threads)
     described = machine()
+    memory = peak_memory if measure_memory is None else measure_memory
     rows = measure(
         found,
         durations,
@@ -66,58 +65,35 @@ def bench(
         report=lambda line: stderr.print(line, style="dim"),
     )
     manifest = Bundle.open(bundle).manifest
-    if json_file is not None:
-        data = {
-            "schema": 1,
-            "machine": described,
-            "variant": manifest.label,
-            "recipe": manifest.recipe,
-            "repeats": repeats,
-            "steps": steps,
-            "engines": {c.name: {"engine": c.engine, **c.options} for c in found},
-            "rows": [row.to_json() for row in rows],
-        }
-        write_text(json_file, json.dumps(data, indent=2) + "\n")
-    stdout.print(table(rows, f"{bundle}: {manifest.label}, recipe {manifest.recipe}, median of {repeats}"))
+    data = {"machine": described, "variant": manifest.label, "recipe": manifest.recipe, "repeats": repeats}
+    data |= {"steps": steps, "engines": {c.name: {"engine": c.engine, **c.options} for c in found}}
+    write_figures(json_file, data | {"rows": [row.to_json() for row in rows]})
+    echo(f"{bundle}: {manifest.label}, recipe {manifest.recipe}; seconds, median of {repeats}")
+    for duration in dict.fromkeys(row.duration for row in rows):
+        stdout.print(bench_table([row for row in rows if row.duration == duration], f"{duration:g} s of audio"))
     versions = ", ".join(f"{name} {described['versions'][name]}" for name in ("MNN", "onnxruntime", "torch"))
     echo(
         f"{described['processor']}, {described['usable_cores']} of {described['cores']} cores, "
-        f"{' '.join(described['instructions'])}; load {described['load_average']} at the start; {versions}"
+        f"{' '.join(described['instructions'])}; load {described['load_average']:.1f} at the start; {versions}"
     )
 
 
-def _durations(text: str) -> tuple[float, ...]:
-    try:
-        found = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        found = ()
-    if not found or any(not math.isfinite(value) or value <= 0 for value in found):
-        raise UsageError(f"--seconds {text!r} is no list of durations; write for example 10,30,60,120.")
-    return found
+def bench_table(rows: "Sequence[Row]", title: str) -> "Table":
+    """Return seconds by component, speed and memory, within 80 columns; what is no component's own is `other`."""
+    from sa3_convert.cli.console import grid
 
-
-def table(rows: "list[Row]", title: str) -> "Table":
-    """Return the published table: seconds by component, speed and memory."""
-    from rich.table import Table
-
-    made = Table(title=title, title_justify="left")
-    for name in ("audio", "engine", ""):
-        made.add_column(name)
-    for name in ("load", "T5", "NC", "DiT step", "DiT", "decoder", "other", "total", "× real time", "peak MiB"):
-        made.add_column(name, justify="right")
-    previous = None
+    figures = ("load", "T5", "step", "DiT", "decoder", "other", "total", "×time", "MiB")
+    made = grid(title, ("engine", ""), figures)
+    made.padding = 0
     for row in rows:
-        if previous is not None and previous != row.duration:
-            made.add_section()
-        previous = row.duration
         f = row.figures
-        seconds = (f.load, f.text_encoder, f.number_conditioner, f.dit_step, f.dit, f.decoder, f.other, f.total)
-        made.add_row(
-            f"{row.duration:g} s",
-            row.engine,
-            row.temperature,
-            *(f"{value:.3f}" for value in seconds),
-            f"{row.real_time_factor:.2f}",
-            "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}",
-        )
+        seconds = (f.load, f.text_encoder, f.dit_step, f.dit, f.decoder, f.other + f.number_conditioner, f.total)
+        peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}"
+        speed = f"{row.real_time_factor:.2f}"
+        made.add_row(row.engine, row.temperature, *(shown_seconds(value) for value in seconds), speed, peak)
     return made
+
+
+def shown_seconds(value: float) -> str:
+    """Return a time with three digits that matter, and no more than milliseconds."""
+    return f"{value:.{3 if value < 10 else 2 if value < 100 else 1}f}"

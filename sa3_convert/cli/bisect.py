@@ -1,14 +1,12 @@
 """`bisect`: the first operator at fault."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
-from sa3_convert.cli import verify_options as o
-from sa3_convert.cli.options import BundleArgument, JsonFileOption, OneComponentOption, ThreadsOption
-from sa3_convert.cli.paths import reads
+from sa3_convert.cli import options as o
+from sa3_convert.cli import paths
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
 
@@ -16,26 +14,34 @@ if TYPE_CHECKING:
     from sa3_convert.arrays import Arrays
     from sa3_convert.bundle.reader import Bundle
 
+_case = o.panel("Inputs of a generation")
+
 
 def bisect(
-    bundle: BundleArgument,
-    component: OneComponentOption,
+    bundle: o.BundleArgument,
+    component: o.OneComponentOption,
     input_file: Annotated[
         Path | None,
-        typer.Option("--input", metavar="FILE.npz", help="Inputs by name, instead of sampled ones.", callback=reads),
+        Option("--input", metavar="FILE.npz", help="Inputs by name, instead of sampled ones.", callback=paths.reads),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampled inputs; a verification names its cases'.")] = 0,
-    latents: Annotated[int | None, typer.Option(min=1, help="T of the sampled inputs.")] = None,
-    case: o.CaseOption = None,
-    step: o.StepOption = None,
-    case_steps: o.CaseStepsOption = 8,
-    backend: o.BackendOption = "cpu",
-    against: o.AgainstOption = None,
+    seed: Annotated[int, Option(min=0, help="Of the sampled inputs; a verification names its cases'.")] = 0,
+    latents: Annotated[int | None, Option(min=1, help="T of the sampled inputs.")] = None,
+    case: Annotated[str | None, _case(metavar=o.CASE, help="One that `verify --full` names.")] = None,
+    step: Annotated[int | None, _case(min=0, help="For the DiT: which denoising step, from 0.")] = None,
+    steps: Annotated[int, _case(min=1, max=1000, help="How many there are.")] = 8,
     references: o.ReferencesOption = None,
-    json_file: JsonFileOption = None,
-    threads: ThreadsOption = None,
+    backend: o.BackendOption = "cpu",
+    against: Annotated[
+        str | None,
+        Option(
+            metavar="RUNTIME",
+            help="Compare with the same file run otherwise, not with its reference: cpu, or cpu,memory=low,threads=1.",
+        ),
+    ] = None,
+    json_file: o.JsonOption = None,
+    threads: o.ThreadsOption = None,
 ) -> None:
-    """Name the first operator where a model leaves its reference, with what surrounds it."""
+    """Name the first operator where a model leaves its reference."""
     if input_file is not None and case is not None:
         raise UsageError("--input and --case both say what the model is run with; give one of them.")
     if case is None and (step is not None or references is not None):
@@ -45,14 +51,13 @@ def bisect(
     from sa3_convert.cli.console import stdout
     from sa3_convert.lab.bisect.bisect import bisect_bundle, bisect_bundle_against, read_feeds
     from sa3_convert.lab.bisect.runtimes import Runtime
-    from sa3_convert.system.files import write_text
 
     opened = Bundle.open(bundle)
     feeds: Arrays | None = None
     if input_file is not None:
         feeds = read_feeds(input_file, component, opened.layout)
     elif case is not None:
-        feeds = _feeds_of(opened, component, case, step, steps=case_steps, references=references, threads=threads)
+        feeds = _feeds_of(opened, component, case, step, steps=steps, references=references, threads=threads)
     how: dict[str, Any] = {"seed": seed, "latents": latents, "feeds": feeds}
     if against is None:
         found = bisect_bundle(opened, component, threads=threads, backend=backend, **how)
@@ -61,8 +66,7 @@ def bisect(
         sides = Runtime(backend, threads=threads), Runtime.parse(against)
         compared = bisect_bundle_against(opened, component, *sides, **how)
         data, shown = compared.to_data(), render_against(compared)
-    if json_file is not None:
-        write_text(json_file, json.dumps(data, indent=2) + "\n")
+    o.write_figures(json_file, data)
     stdout.print(shown)
 
 

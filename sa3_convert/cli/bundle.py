@@ -3,33 +3,21 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
+from typer import Option
 
 from sa3_convert.cli.echo import echo
-from sa3_convert.cli.paths import makes, opens
-
-app = typer.Typer(help="Hand bundles on.", no_args_is_help=True, rich_markup_mode=None)
-
-
-@app.callback()
-def _group() -> None:
-    """Keep `bundle` a group although it has one command."""
+from sa3_convert.cli.options import BundlesArgument
+from sa3_convert.cli.paths import makes
 
 
-@app.command()
 def export(
-    bundles: Annotated[
-        list[Path], typer.Argument(metavar="BUNDLE…", help="Folders that `convert` made.", callback=opens)
-    ],
-    to: Annotated[
-        Path,
-        typer.Option("--to", metavar="DIR", help="Where to write; must not exist or be empty.", callback=makes),
-    ],
+    bundles: BundlesArgument,
+    to: Annotated[Path, Option(metavar="DIR", help="Where to write; must not exist or be empty.", callback=makes)],
     layout: Annotated[
-        Literal["hub", "flat"], typer.Option(help="hub: the published tree; flat: the folder that clients read.")
+        Literal["hub", "flat"], Option(help="hub: the published tree; flat: the folder that clients read.")
     ] = "hub",
 ) -> None:
-    """Write one or more bundles under the names that existing clients read."""
+    """Write bundles under the names that existing clients read."""
     from sa3_convert.bundle.published import export_bundles
     from sa3_convert.bundle.reader import Bundle
 

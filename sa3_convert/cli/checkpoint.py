@@ -3,24 +3,19 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
+from typer import Argument, Option
 
 from sa3_convert.cli.echo import echo
 
-app = typer.Typer(help="Make or download checkpoints.", no_args_is_help=True, rich_markup_mode=None)
 
-
-@app.command()
 def synthesize(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write; must not exist or be empty.")],
-    variant: Annotated[str, typer.Option(help="small-music, small-sfx, medium, or one with -base.")] = "small-music",
-    size: Annotated[Literal["toy", "full"], typer.Option(help="toy: a few MB; full: the published shapes.")] = "toy",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the weights.")] = 0,
-    weights: Annotated[
-        Literal["gaussian", "heavy-tailed"], typer.Option(help="Distribution of the weights.")
-    ] = "gaussian",
+    folder: Annotated[Path, Argument(metavar="DIR", help="Where to write; must not exist or be empty.")],
+    variant: Annotated[str, Option(help="small-music, small-sfx, medium, or one with -base.")] = "small-music",
+    size: Annotated[Literal["toy", "full"], Option(help="toy: a few MB; full: the published shapes.")] = "toy",
+    seed: Annotated[int, Option(min=0, help="Seed of the weights.")] = 0,
+    weights: Annotated[Literal["gaussian", "heavy-tailed"], Option(help="Distribution of the weights.")] = "gaussian",
 ) -> None:
-    """Write a checkpoint in the published format with seeded random weights."""
+    """Write a checkpoint of the published format, of random weights."""
     from sa3_convert.checkpoint.synthetic import synthesize as write
     from sa3_convert.cli.console import transfer
 
@@ -30,15 +25,12 @@ def synthesize(
     echo(f"{folder}: {variant} at {size} size, seed {seed}, {weights} weights, {total / 2**20:.1f} MiB")
 
 
-@app.command()
 def fetch(
-    hub_id: Annotated[
-        str, typer.Argument(metavar="HUB_ID", help="For example stabilityai/stable-audio-3-small-music.")
-    ],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put it.")],
-    revision: Annotated[str | None, typer.Option(help="Commit to download; the pinned one when not given.")] = None,
+    hub_id: Annotated[str, Argument(metavar="HUB_ID", help="For example stabilityai/stable-audio-3-small-music.")],
+    folder: Annotated[Path, Argument(metavar="DIR", help="Where to put it.")],
+    revision: Annotated[str | None, Option(help="Commit to download; the pinned one when not given.")] = None,
 ) -> None:
-    """Download a published checkpoint at a pinned revision; an interrupted download resumes."""
+    """Download a published checkpoint; a broken download resumes."""
     from sa3_convert.checkpoint.hub import fetch as download
     from sa3_convert.cli.console import stderr, transfer
 

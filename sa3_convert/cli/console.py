@@ -3,32 +3,45 @@
 import contextlib
 import re
 import sys
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.control import Control
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.segment import ControlType, Segment
 from rich.table import Table
 
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.check.results import Verdict
+from sa3_convert.cli.echo import is_silent
 from sa3_convert.components import Component
 from sa3_convert.convert.conversion import StageEvent
 from sa3_convert.convert.existing import RESULTS
 from sa3_convert.convert.plan import Estimate, Plan, Step, bytes_needed, total
 from sa3_convert.convert.stages import ConvertRequest
+from sa3_convert.system.log import is_shown
 from sa3_convert.system.untrusted import printable
 
 if TYPE_CHECKING:
     from sa3_convert.checkpoint.lora import Lora
     from sa3_convert.lab.planner.planner import Plan as BitPlan
 
-
 _PIPED_WIDTH = 140
 """Columns for tables that go to a file or a log, where nothing says how wide it is."""
+_EVERY = 10.0
+"""Seconds between lines about work that is going on, where no bar can be shown."""
 
 
 class EscapingConsole(Console):
@@ -39,6 +52,14 @@ class EscapingConsole(Console):
         for segment in super().render(renderable, options):
             plain = segment.control or segment.text.isprintable() or segment.text == "\n"
             yield segment if plain else Segment(printable(segment.text), segment.style)
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing is shown: where only errors go."""
+        return is_silent(self.file)
+
+    @quiet.setter
+    def quiet(self, _: bool) -> None: ...
 
 
 # Names, paths and regular expressions have brackets that are no markup.
@@ -56,11 +77,11 @@ _VERBS = {
 
 
 def show_stage(event: StageEvent) -> None:
-    """Print one line per finished stage; a started one is shown on a terminal only."""
+    """Print a line when a stage begins, which on a terminal its result replaces, and one when it is done."""
     name = f"{event.component.value:<18}"
     if event.state == "started":
-        if stderr.is_terminal:
-            stderr.print(f"{name} {_VERBS[event.stage]} …", Control(ControlType.CARRIAGE_RETURN), end="")
+        after: tuple[object, ...] = (Control(ControlType.CARRIAGE_RETURN),) if stderr.is_terminal else ()
+        stderr.print(f"{name} {_VERBS[event.stage]} …", *after, end="" if after else "\n")
         return
     time = "unchanged" if event.state == "reused" else f"{event.seconds:.1f} s"
     stderr.print(f"{name} {event.stage:<9} {time:>10}  {event.detail:<24}")
@@ -71,85 +92,111 @@ def show_verdict(verdict: Verdict) -> None:
     stderr.print(f"{verdict.component.value:<18} {verdict.engine:<16} {verdict.worst.signal_to_noise_db:z.1f} dB")
 
 
-def lora_table(lora: "Lora") -> Table:
-    """Return what a LoRA is and which layers it changes; `*` stands for numbers."""
-    file = lora.file
+def grid(title: str, left: Sequence[str], numbers: Sequence[str] = (), more: Sequence[str] = ()) -> Table:
+    """Return a table that spends its width on what it says: columns of text, of numbers, and of text again."""
     table = Table(
-        title=f"{file.path.name}: {file.type_name}, rank {file.rank}, alpha {file.alpha:g}, strength {lora.strength:g}",
-        title_justify="left",
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
     )
-    table.add_column("layers that it changes", overflow="fold")
-    table.add_column("count", justify="right")
+    for name in (*left, *numbers, *more):
+        table.add_column(name, overflow="fold", justify="right" if name in numbers else "left")
+    return table
+
+
+def lora_table(lora: "Lora") -> RenderableType:
+    """Return what a LoRA is and how many layers it changes; in a verbose command which, `*` standing for numbers."""
+    file = lora.file
+    title = f"{file.path.name}: {file.type_name}, rank {file.rank}, alpha {file.alpha:g}, strength {lora.strength:g}"
+    left_out = len(file.layers) - len(lora.layers)
+    if not is_shown():
+        return f"{title}; changes {len(lora.layers)} layers" + (f", leaves out {left_out}" if left_out else "")
+    table = grid(title, ("layers that it changes",), ("count",))
     kinds = Counter(re.sub(r"\.\d+(?=\.)", ".*", layer) for layer in lora.layers.values())
     for kind, count in sorted(kinds.items()):
         table.add_row(kind, str(count))
     table.add_section()
     table.add_row("total", str(len(lora.layers)))
-    if left_out := len(file.layers) - len(lora.layers):
+    if left_out:
         table.add_row("left out by its own filters", str(left_out))
     return table
 
 
 def bundle_table(bundle: Bundle) -> Table:
     """Return the closing table of a conversion: what was made, how big, how close, and its hash."""
-    table = Table(
-        title=f"{bundle.path}: {bundle.manifest.label}, recipe {bundle.manifest.recipe}", title_justify="left"
-    )
-    table.add_column("component")
-    table.add_column("precision")
-    table.add_column("MiB", justify="right")
-    table.add_column("SNR dB", justify="right")
-    table.add_column("floor", justify="right")
-    table.add_column("cosine", justify="right")
-    table.add_column("for MNN")
-    table.add_column("SHA-256")
-    total = 0
-    for artifact in bundle.manifest.artifacts:
-        if artifact.kind != "mnn" or artifact.fidelity is None or artifact.component is None:
-            continue
-        size = sum(entry.bytes for entry in artifact.files)
-        total += size
+    title = f"{bundle.path}: {bundle.manifest.label}, recipe {bundle.manifest.recipe}"
+    table = grid(title, ("component", "stored"), ("MiB", "dB", "floor", "cosine"), ("MNN", "SHA-256"))
+    rows = bundle_rows(bundle)
+    for row in rows:
+        floor, mnn = row["floor_db"], row["target_mnn"]
         table.add_row(
-            artifact.component.value,
-            artifact.precision,
-            f"{size / 2**20:.2f}",
-            f"{artifact.fidelity.signal_to_noise_db:.1f}",
-            "" if artifact.floor_db is None else f"{artifact.floor_db:g}",
-            f"{artifact.fidelity.cosine:.6f}",
-            f"{artifact.target_mnn}+" if artifact.target_mnn else "",
-            artifact.sha256[:16],
+            row["component"],
+            row["precision"],
+            f"{row['bytes'] / 2**20:.2f}",
+            f"{row['signal_to_noise_db']:.1f}",
+            "" if floor is None else f"{floor:g}",
+            f"{row['cosine']:.5f}",
+            f"{mnn}+" if mnn else "",
+            row["sha256"][:12],
         )
     table.add_section()
-    table.add_row("total", "", f"{total / 2**20:.2f}")
+    table.add_row("total", "", f"{sum(row['bytes'] for row in rows) / 2**20:.2f}")
     return table
+
+
+def bundle_rows(bundle: Bundle) -> list[dict[str, Any]]:
+    """Return the figures of each model of a bundle that was verified."""
+    return [
+        {
+            "component": artifact.component.value,
+            "precision": artifact.precision,
+            "bytes": sum(entry.bytes for entry in artifact.files),
+            "signal_to_noise_db": artifact.fidelity.signal_to_noise_db,
+            "floor_db": artifact.floor_db,
+            "cosine": artifact.fidelity.cosine,
+            "target_mnn": artifact.target_mnn,
+            "sha256": artifact.sha256,
+        }
+        for artifact in bundle.manifest.artifacts
+        if artifact.kind == "mnn" and artifact.fidelity is not None and artifact.component is not None
+    ]
 
 
 def plan_table(request: ConvertRequest, plan: Plan) -> Table:
     """Return what a conversion would do, with sizes estimated from the tensors' shapes."""
-    steps = plan.steps
-    table = Table(title=f"Plan for {request.out} (nothing was done)", title_justify="left")
-    for name in ("component", "precision"):
-        table.add_column(name)
-    table.add_column("reference MiB", justify="right")
-    for name in ("model MiB", "memory GiB", "about"):
-        table.add_column(name, justify="right")
-    table.add_column("to do")
-    for step in steps:
+    numbers = ("reference MiB", "model MiB", "memory GiB", "about")
+    table = grid(f"Plan for {request.out} (nothing was done)", ("component", "stored"), numbers, ("to do",))
+    for step in plan.steps:
         precision = request.recipe.for_component(step.component).precision
         sizes = (f"{size / 2**20:.2f}" for size in (step.reference_bytes, step.model_bytes))
         table.add_row(step.component.value, precision, *sizes, *_taken(step.takes), _to_do(step) or "up to date")
     if plan.existing is not None and not plan.up_to_date:
         table.add_row("bundle", "", "", "", "", "", "; ".join(_bundle_to_do(plan)))
     table.add_section()
-    totals = (sum(s.reference_bytes for s in steps), sum(s.model_bytes for s in steps))
     table.add_row(
         "total",
         "",
-        *(f"{size / 2**20:.2f}" for size in totals),
-        *_taken(total(step.takes for step in steps)),
-        f"{bytes_needed(steps) / 2**20:.0f} MiB of disk",
+        f"{sum(step.reference_bytes for step in plan.steps) / 2**20:.2f}",
+        f"{sum(step.model_bytes for step in plan.steps) / 2**20:.2f}",
+        *_taken(total(step.takes for step in plan.steps)),
+        f"{bytes_needed(plan.steps) / 2**20:.0f} MiB of disk",
     )
     return table
+
+
+def plan_data(request: ConvertRequest, plan: Plan) -> dict[str, Any]:
+    """Return what `plan_table` shows."""
+    rows = [
+        {
+            "component": step.component.value,
+            "precision": request.recipe.for_component(step.component).precision,
+            "reference_bytes": step.reference_bytes,
+            "model_bytes": step.model_bytes,
+            "memory_bytes": step.takes.memory_bytes,
+            "seconds": step.takes.seconds,
+            "to_do": list(step.todo),
+        }
+        for step in plan.steps
+    ]
+    return {"components": rows, "up_to_date": plan.up_to_date, "disk_bytes": bytes_needed(plan.steps)}
 
 
 def _to_do(step: Step) -> str:
@@ -163,12 +210,17 @@ def _bundle_to_do(plan: Plan) -> Iterator[str]:
     if plan.shared:
         yield f"write {', '.join(plan.shared)}"
     if plan.dropped:
-        yield f"leave out {', '.join(dropped(plan))}"
+        yield f"leave out {', '.join(_dropped(plan))}"
     yield "write the manifest"
 
 
-def dropped(plan: Plan) -> list[str]:
-    """Return what a bundle had and will not have."""
+def show_dropped(plan: Plan) -> None:
+    """Say what a bundle had and will not have."""
+    if plan.dropped:
+        stderr.print(f"Left out of the bundle from now on: {', '.join(_dropped(plan))}.")
+
+
+def _dropped(plan: Plan) -> list[str]:
     return [f"{a.kind} of {a.component.value}" if a.component else a.kind for a in plan.dropped]
 
 
@@ -182,39 +234,59 @@ def _taken(takes: Estimate) -> tuple[str, str]:
 
 def planned_table(component: Component, plan: "BitPlan") -> Table:
     """Return how many layers a plan stores at each precision, and which layers it keeps highest."""
-    table = Table(title=f"{component.value}: {plan.size / 2**20:.2f} MiB", title_justify="left")
-    for name in ("bits", "block"):
-        table.add_column(name)
-    for name in ("layers", "MiB", "share of the error"):
-        table.add_column(name, justify="right")
-    table.add_column("for example")
+    title = f"{component.value}: {plan.size / 2**20:.2f} MiB"
+    table = grid(title, ("bits", "block"), ("layers", "MiB", "share of the error"), ("for example",))
+    for row in planned_rows(plan):
+        table.add_row(
+            "fp16" if row["bits"] == 16 else str(row["bits"]),
+            str(row["block_size"] or "channel"),
+            str(len(row["layers"])),
+            f"{row['bytes'] / 2**20:.2f}",
+            f"{row['error_share']:.0%}",
+            ", ".join(row["layers"][:2]) + (", …" if len(row["layers"]) > 2 else ""),
+        )
+    return table
+
+
+def planned_rows(plan: "BitPlan") -> list[dict[str, Any]]:
+    """Return the layers of each precision, the highest first."""
     groups: dict[tuple[int, int], list[str]] = {}
     for pattern, option in plan.allocation.chosen.items():
         groups.setdefault((option.bits or 16, option.block_size or 0), []).append(pattern)
-    for (bits, block), patterns in sorted(groups.items(), reverse=True):
-        chosen = [plan.allocation.chosen[pattern] for pattern in patterns]
-        layers = [layer for pattern in patterns for layer in plan.layers[pattern]]
-        table.add_row(
-            "fp16" if bits == 16 else str(bits),
-            str(block) if block else "channel",
-            str(len(layers)),
-            f"{sum(option.size for option in chosen) / 2**20:.2f}",
-            f"{sum(option.error for option in chosen) / max(plan.allocation.error, 1e-30):.0%}",
-            ", ".join(layers[:2]) + (", …" if len(layers) > 2 else ""),
-        )
-    return table
+    return [
+        {
+            "bits": bits,
+            "block_size": block,
+            "layers": [layer for pattern in patterns for layer in plan.layers[pattern]],
+            "bytes": sum(plan.allocation.chosen[pattern].size for pattern in patterns),
+            "error_share": sum(plan.allocation.chosen[p].error for p in patterns) / max(plan.allocation.error, 1e-30),
+        }
+        for (bits, block), patterns in sorted(groups.items(), reverse=True)
+    ]
+
+
+Tick = Callable[[str, float, float | None], None]
+
+
+@contextlib.contextmanager
+def progress(what: str, *columns: ProgressColumn) -> Iterator[Tick]:
+    """Yield what to call with what is done, how much of it, and of how much: a bar, or now and then a line in a log."""
+    parts = (TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn())
+    with Progress(*parts, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        task, told = bar.add_task(what, total=None), time.monotonic()
+
+        def tick(what: str, done: float, total: float | None) -> None:
+            nonlocal told
+            bar.update(task, description=what, completed=done, total=total)
+            if not stderr.is_terminal and time.monotonic() - told >= _EVERY:
+                told = time.monotonic()
+                stderr.print(f"{what}: {done / total:.0%}" if total else f"{what} …")
+
+        yield tick
 
 
 @contextlib.contextmanager
 def transfer(verb: str) -> Iterator[Callable[[int, int], None]]:
     """Yield what to call with (bytes done, bytes in all)."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
-        task = progress.add_task(verb, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    with progress(verb, DownloadColumn(), TransferSpeedColumn()) as tick:
+        yield lambda done, total: tick(verb, done, total)

@@ -1,59 +1,59 @@
-"""`convert` and its stages one at a time: `export`, `fuse`, `mnn`."""
+"""`convert`: a checkpoint into a bundle of verified models."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
+from sa3_convert.cli import options as o
 from sa3_convert.cli import paths
 from sa3_convert.cli.echo import echo
-from sa3_convert.cli.options import (
-    DEFAULT_RECIPE,
-    CheckpointArgument,
-    ComponentOption,
-    LoraOption,
-    RecipeOption,
-    TargetOption,
-    ThreadsOption,
-    open_checkpoint,
-    open_recipe,
-)
+
+if TYPE_CHECKING:
+    from sa3_convert.convert.stages import ConvertRequest
+
+_more, _how = o.panel("More in the bundle"), o.panel("How to work")
+
+OutOption = Annotated[Path, Option(metavar="DIR", help="The bundle's folder.", callback=paths.makes)]
+CacheOption = Annotated[Path | None, _how(metavar="DIR", help="Where stages are kept; beside --out.")]
+ReferenceOption = Annotated[bool, _more("--with-reference", help="The reference ONNX, to verify it elsewhere.")]
+OrtInt8Option = Annotated[bool, _more("--with-ort-int8", help="Models for `run --engine onnxruntime-int8`.")]
+SplitDitOption = Annotated[bool, _more("--with-split-dit", help="The DiT in two parts for `run --split-dit`.")]
+DryRunOption = Annotated[bool, _how("--dry-run", help="Print the recipe and the plan with sizes, and stop.")]
+ForceOption = Annotated[bool, _how("--force", help="Redo everything; replace another bundle.")]
 
 
 def convert(
-    checkpoint: CheckpointArgument,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The bundle's folder.", callback=paths.makes)],
-    recipe: RecipeOption = DEFAULT_RECIPE,
-    component: ComponentOption = None,
-    lora: LoraOption = None,
-    cache: Annotated[
-        Path | None, typer.Option("--cache", metavar="DIR", help="Where stages are kept; beside --out when not given.")
-    ] = None,
-    with_reference: Annotated[
-        bool, typer.Option("--with-reference", help="Copy the reference ONNX into the bundle, to verify it elsewhere.")
-    ] = False,
-    with_ort_int8: Annotated[
-        bool, typer.Option("--with-ort-int8", help="Also quantise for `run --engine onnxruntime-int8`.")
-    ] = False,
-    target_mnn: TargetOption = None,
-    with_split_dit: Annotated[
-        bool, typer.Option("--with-split-dit", help="Also make the DiT in two parts for `run --split-dit`.")
-    ] = False,
-    threads: ThreadsOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan with sizes and stop.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Redo everything; replace another bundle.")] = False,
+    checkpoint: o.CheckpointArgument,
+    out: OutOption,
+    recipe: o.RecipeOption = o.DEFAULT_RECIPE,
+    component: o.ComponentOption = None,
+    lora: o.LoraOption = None,
+    cache: CacheOption = None,
+    with_reference: ReferenceOption = False,
+    with_ort_int8: OrtInt8Option = False,
+    target_mnn: o.TargetOption = None,
+    with_split_dit: SplitDitOption = False,
+    threads: o.ThreadsOption = None,
+    dry_run: DryRunOption = False,
+    force: ForceOption = False,
+    json_file: o.JsonOption = None,
 ) -> None:
-    """Convert a checkpoint into a bundle of verified MNN models. What is up to date is not redone."""
-    from sa3_convert.cli.console import bundle_table, dropped, plan_table, show_stage, stderr, stdout
+    """Convert a checkpoint into a bundle of verified MNN models.
+
+    What is up to date is not redone.
+    """
+    from sa3_convert.cli import console
     from sa3_convert.convert.cache import cache_beside
-    from sa3_convert.convert.conversion import convert as make_bundle
-    from sa3_convert.convert.plan import Plan, plan
+    from sa3_convert.convert.plan import plan
     from sa3_convert.convert.stages import ConvertRequest
     from sa3_convert.lab.doctor.results import check_conversion
+    from sa3_convert.system.log import is_shown
 
-    resolved = open_recipe(recipe)
+    resolved = o.open_recipe(recipe)
+    opened = o.open_checkpoint(checkpoint, lora)
     request = ConvertRequest(
-        checkpoint=open_checkpoint(checkpoint, lora),
+        checkpoint=opened,
         recipe=resolved,
         out=out,
         cache=cache or cache_beside(out),
@@ -65,24 +65,30 @@ def convert(
         with_split_dit=with_split_dit,
         threads=threads,
     )
-    stderr.print(f"{checkpoint}: {request.checkpoint.variant_name}; recipe {resolved.name}: {resolved.description}")
+    console.stderr.print(f"{checkpoint}: {opened.variant_name}; recipe {resolved.name}: {resolved.description}")
     if note := check_conversion(request.selected()):
-        stderr.print(f"Note: {note}")
+        console.stderr.print(f"Note: {note}")
+    if dry_run or is_shown():
+        console.stderr.print(resolved.to_yaml().rstrip(), style="dim")
     if dry_run:
-        stdout.print(plan_table(request, plan(request)))
-        return
-
-    def show(plan: Plan) -> None:
-        if plan.dropped:
-            stderr.print(f"Left out of the bundle from now on: {', '.join(dropped(plan))}.")
-        if any(step.todo for step in plan.steps):
-            stderr.print(resolved.to_yaml().rstrip(), style="dim")
-
-    outcome = make_bundle(request, show_stage, show)
-    stdout.print(bundle_table(outcome.bundle))
-    if outcome.up_to_date:
-        echo(f"{out} is up to date; nothing was done.")
-    elif request.checkpoint.layout.dit is None:
-        echo(f"Next: sa3-convert bundle export {out} --to DIR --layout flat")
+        planned = plan(request)
+        o.write_figures(json_file, console.plan_data(request, planned))
+        console.stdout.print(console.plan_table(request, planned))
     else:
-        echo(f'Next: sa3-convert run {out} --prompt "warm analog synth pad" --seconds 10 -o out.wav')
+        _make(request, json_file)
+
+
+def _make(request: "ConvertRequest", json_file: Path | None) -> None:
+    from sa3_convert.cli import console
+    from sa3_convert.convert.conversion import convert as make_bundle
+
+    outcome = make_bundle(request, console.show_stage, console.show_dropped)
+    made = {"variant": outcome.bundle.manifest.label, "recipe": request.recipe.name, "up_to_date": outcome.up_to_date}
+    o.write_figures(json_file, made | {"models": console.bundle_rows(outcome.bundle)})
+    console.stdout.print(console.bundle_table(outcome.bundle))
+    if outcome.up_to_date:
+        echo(f"{request.out} is up to date; nothing was done.")
+    elif request.checkpoint.layout.dit is None:
+        echo(f"Next: sa3-convert bundle export {request.out} --to DIR --layout flat")
+    else:
+        echo(f'Next: sa3-convert run {request.out} --prompt "warm analog synth pad" --seconds 10 -o out.wav')

@@ -1,11 +1,11 @@
 """`doctor`: what this MNN gets wrong, what is installed, and what is really there."""
 
-import json
 from typing import Annotated, Literal
 
 import typer
 
 from sa3_convert.cli.echo import echo
+from sa3_convert.cli.options import JsonOption, write_figures
 
 
 def doctor(
@@ -14,7 +14,7 @@ def doctor(
     ] = "cpu",
     probes: Annotated[bool, typer.Option("--probes", help="List the probes that do not just work.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="List every probe.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    json_file: JsonOption = None,
 ) -> None:
     """Say whether MNN is sound here for the converted models, and what is installed and present.
 
@@ -27,14 +27,12 @@ def doctor(
 
     with stderr.status("probing") as status:
         found = diagnose(backend, lambda done, total: status.update(f"probing {backend}: {done} of {total}"))
-    if as_json:
-        echo(json.dumps(found.to_data(), indent=2))
-        save(found)
-        return
+    kept = save(found)
+    write_figures(json_file, found.to_data())
     for line in (*verdict_lines(found), "", *surroundings_lines(found.surroundings)):
         echo(line)
     if probes or everything:
         stdout.print(probe_table(found, everything=everything))
     else:
         echo("\n`--probes` lists what does not work and what is done about it.")
-    echo(f"Kept in {save(found)}")
+    echo(f"Kept in {kept}")

@@ -1,17 +1,15 @@
 """`drift`: a bundle's figures against those of a kept baseline."""
 
-import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from sa3_convert.cli.echo import echo
-from sa3_convert.cli.options import BundleArgument, JsonFileOption, ThreadsOption
+from sa3_convert.cli.options import CASE, BundleArgument, JsonOption, ReferencesOption, ThreadsOption, write_figures
 from sa3_convert.cli.paths import updates
-from sa3_convert.cli.verify_options import ReferencesOption
 from sa3_convert.errors import DriftError, UsageError
 
 if TYPE_CHECKING:
@@ -20,28 +18,26 @@ if TYPE_CHECKING:
     from sa3_convert.lab.drift.compare import Drift
     from sa3_convert.lab.drift.drift import Plan
 
+CasesOption = Annotated[
+    list[str] | None, Option(metavar=CASE, help="With --update: what to generate; several times. The baseline's else.")
+]
+
 
 def drift(
     bundle: BundleArgument,
-    baseline: Annotated[
-        Path, typer.Option("--baseline", metavar="FILE", help="The kept figures, drift.json.", callback=updates)
-    ],
-    update: Annotated[bool, typer.Option("--update", help="Make this bundle the baseline; asks for --reason.")] = False,
-    reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, kept in the file's history.")] = "",
-    case: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--case",
-            metavar="'prompt=P seed=S seconds=D'",
-            help="With --update: what is generated to measure; several times. The baseline's when not given.",
-        ),
-    ] = None,
-    no_speed: Annotated[bool, typer.Option("--no-speed", help="Leave the speed ratios out.")] = False,
-    json_file: JsonFileOption = None,
+    baseline: Annotated[Path, Option(metavar="FILE", help="The kept figures, drift.json.", callback=updates)],
+    update: Annotated[bool, Option("--update", help="Make this bundle the baseline; asks for --reason.")] = False,
+    reason: Annotated[str, Option(metavar="TEXT", help="Why, kept in the file's history.")] = "",
+    case: CasesOption = None,
+    no_speed: Annotated[bool, Option("--no-speed", help="Leave the speed ratios out.")] = False,
+    json_file: JsonOption = None,
     references: ReferencesOption = None,
     threads: ThreadsOption = None,
 ) -> None:
-    """Compare sizes, storage, fidelity and speed of a bundle with a kept baseline; exit 6 when a figure fell."""
+    """Compare a bundle's figures with those of a kept baseline.
+
+    Sizes, storage, fidelity and speed; exit code 6 when one fell.
+    """
     if update and not reason.strip():
         raise UsageError("--update makes these figures right from now on: say why, --reason 'MNN 3.7, 0.2 dB less'.")
     if not update and (reason or case):
@@ -69,7 +65,7 @@ def _update(bundle: "Bundle", file: Path, reason: str, plan: "Plan", json_file: 
 
     with shown_progress(_work(bundle, plan)) as report:
         made, change = update_baseline(file, bundle, reason, plan, report)
-    if json_file is not None and change is not None:
+    if change is not None:
         _save(json_file, change)
     stdout.print(render_baseline(made) if change is None else render_drift(change))
     echo(f"{file}: {' '.join(made.key)} is the baseline now, because: {reason}")
@@ -86,8 +82,7 @@ def _check(bundle: "Bundle", file: Path, plan: "Plan", json_file: Path | None) -
     plan = plan_of(baseline, plan)
     with shown_progress(_work(bundle, plan)) as report:
         found = check_drift(bundle, baseline, plan, report)
-    if json_file is not None:
-        _save(json_file, found)
+    _save(json_file, found)
     stdout.print(render_drift(found))
     echo(FORMULA)
     for line in found.changes:
@@ -133,8 +128,7 @@ def _inputs(figure: "Figure") -> list[str]:
     return [part for pair in case.split() for part in (names[pair.split("=")[0]], pair.split("=")[1])]
 
 
-def _save(file: Path, found: "Drift") -> None:
+def _save(file: Path | None, found: "Drift") -> None:
     from sa3_convert.lab.drift.compare import FORMULA
-    from sa3_convert.system.files import write_text
 
-    write_text(file, json.dumps({"schema": 1, "rule": FORMULA, **found.to_data()}, indent=2) + "\n")
+    write_figures(file, {"rule": FORMULA, **found.to_data()})

@@ -1,7 +1,6 @@
 """What `run` does: events of generations into files or standard output, progress and results for the terminal."""
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +8,9 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sa3_convert.cli.console import stderr, stdout
+from sa3_convert.cli.console import progress, stderr, stdout
+from sa3_convert.cli.options import write_figures
 from sa3_convert.cli.paths import Named
 from sa3_convert.components import Component
 from sa3_convert.errors import AudioError, BundleError, OutputRejectedError, UsageError
@@ -31,7 +30,6 @@ from sa3_convert.runtime.engines import KINDS, Backend, EngineName, Level
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.placement import parse_places, placement
 from sa3_convert.runtime.request import AudioChunk, GenerateRequest, Report, Started, Stepped
-from sa3_convert.system.files import write_text
 from sa3_convert.system.machine import PeakMemory
 from sa3_convert.system.streams import STANDARD_OUTPUT, descriptor_of, is_terminal, opened_stream
 
@@ -40,13 +38,7 @@ _NAMES = {"pcm16": "s16le", "pcm24": "s24le", "float": "f32le"}
 
 @contextlib.contextmanager
 def pcm_to_standard_output(rate: int, *, sample_format: SampleFormat, dither: bool) -> Iterator[PcmStream]:
-    """Yield a writer of raw samples.
-
-    Raises:
-        UsageError: standard output is a terminal.
-        AudioError: what reads the samples has closed the pipe.
-
-    """
+    """Yield a writer of raw samples."""
     if is_terminal(STANDARD_OUTPUT):
         raise UsageError("--stream without -o writes raw samples. Pipe them into something, or give -o FILE.wav.")
     stderr.print(f"Samples on standard output: {_NAMES[sample_format]}, 2 channels, {rate} Hz.")
@@ -58,13 +50,7 @@ def pcm_to_standard_output(rate: int, *, sample_format: SampleFormat, dither: bo
 
 
 def placed(backend: Backend, precision: Level, memory: Level, overrides: Sequence[str]) -> dict[Component, Backend]:
-    """Return the backend of each component, and say why on stderr unless all is as usual.
-
-    Raises:
-        UsageError: an override is no placement, or the precision cannot be had.
-        BackendError: a backend is not there.
-
-    """
+    """Return the backend of each component, and say why on stderr unless all is as usual."""
     given = parse_places(overrides)
     for wanted in {backend, *given.values()} - {"cpu"}:
         require_backend(wanted)
@@ -120,15 +106,7 @@ def generate_one(
 ) -> None:
     """Generate one piece; a file takes its name when it is whole and has passed its checks.
 
-    Args:
-        target: a bundle, and a file or standard output.
-        request: what to generate.
-        stream: hand the audio on while it is made.
-        origin: what `--json` once told about the models of a request that is replayed.
-
-    Raises:
-        BundleError: the request to be replayed was made with another variant.
-
+    `origin` is what `--json` once told about the models of a request that is replayed.
     """
     if not stream:
         check_output_path(target.output, target.sample_format)
@@ -143,18 +121,17 @@ def generate_one(
             report, peak = _played(pipeline, request, writer, target.allow)
     for warning in report.warnings:
         stderr.print(f"Note: {warning}")
-    if target.json_file is not None:
-        data = metadata | {"engine": dict(report.engine), "seconds": dict(report.seconds)}
-        data |= {"device_peak_bytes": device.bytes}
-        write_text(target.json_file, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    figures = {"engine": dict(report.engine), "seconds": dict(report.seconds), "device_peak_bytes": device.bytes}
+    write_figures(target.json_file, metadata | figures)
     total = sum(report.seconds.values())
     stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
+    engine = ", ".join(f"{name} {value}" for name, value in report.engine.items())
     rate = pipeline.layout.sample_rate
     length = report.lengths.samples / rate
     stdout.print(
         f"{target.output}: {length:.2f} s of audio at {rate} Hz, peak {peak:.3f}, "
         f"seed {report.request.seed}, {report.request.steps} {report.request.sampler} steps\n"
-        f"in {total:.1f} s ({stages}), {length / total:.2f} × real time, on {_described(report.engine)}"
+        f"in {total:.1f} s ({stages}), {length / total:.2f} × real time, on {engine}"
         + ("" if device.bytes is None else f", at most {device.bytes / 2**20:.0f} MiB of the GPU's memory"),
         soft_wrap=True,
     )
@@ -174,16 +151,7 @@ def generate_batch(
 ) -> None:
     """Generate what a batch file lists and an earlier run has not done, a line on standard output for each.
 
-    Args:
-        target: a bundle and a folder.
-        batch: one generation per line.
-        defaults: settings for lines that do not have their own.
-        keep_loaded: keep all models in memory from one line to the next.
-        reads: what the command reads, none of which may be written over.
-
-    Raises:
-        OutputRejectedError: after the last line, if any output failed its checks.
-
+    Rejected outputs are an error after the last line; `reads` is what none of them may be written over.
     """
     items = read_batch(batch, defaults)
     rejected = 0
@@ -191,10 +159,9 @@ def generate_batch(
         options = BatchOptions(
             target.output, target.sample_format, target.dither, target.allow, target.metadata(pipeline), reads
         )
-        with _progress() as progress:
-            task = progress.add_task("generating", total=len(items))
-            for result in run_batch(pipeline, items, options):
-                progress.update(task, advance=1)
+        with progress("generating") as tick:
+            for done, result in enumerate(run_batch(pipeline, items, options), 1):
+                tick("generating", done, len(items))
                 for warning in result.warnings:
                     stderr.print(f"Note on line {result.line}: {warning}")
                 stdout.print(_result_line(result), soft_wrap=True)
@@ -229,12 +196,15 @@ def _writer(
             yield pcm
     else:
         samples = lengths(pipeline.layout, request.seconds).samples
-        with growing_wav(target.output, rate, samples, metadata=metadata, report=_tell, **how) as growing:
+        with growing_wav(
+            target.output,
+            rate,
+            samples,
+            metadata=metadata,
+            report=_tell,
+            **how,
+        ) as growing:
             yield growing
-
-
-def _tell(growing: Path) -> None:
-    stderr.print(f"Until it is whole, {growing} can be read while it grows.")
 
 
 def _played(
@@ -243,13 +213,15 @@ def _played(
     """Run a generation with progress; return its report and the peak of its audio."""
     report: Report | None = None
     peak = 0.0
-    with _progress() as progress, contextlib.closing(pipeline.stream(request, allow=allow)) as events:
-        task = progress.add_task("starting", total=None)
+    stage, done = "starting", 0
+    with progress(stage) as tick, contextlib.closing(pipeline.stream(request, allow=allow)) as events:
         for event in events:
             if isinstance(event, Started):
-                progress.update(task, description=_STAGES[event.stage], total=None, completed=0)
+                stage, done = _STAGES[event.stage], 0
+                tick(stage, 0, None)
             elif isinstance(event, Stepped):
-                progress.update(task, total=event.steps, advance=1)
+                done += 1
+                tick(stage, done, event.steps)
             elif isinstance(event, AudioChunk):
                 writer.write(event.samples)
                 peak = max(peak, float(np.abs(event.samples).max(initial=0.0)))
@@ -259,10 +231,5 @@ def _played(
     return report, peak
 
 
-def _described(engine: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in engine.items())
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description:<20}"), BarColumn(), TextColumn("{task.completed}"), TimeRemainingColumn())
-    return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
+def _tell(growing: Path) -> None:
+    stderr.print(f"Until it is whole, {growing} can be read while it grows.")

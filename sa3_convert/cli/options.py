@@ -1,75 +1,118 @@
-"""The options of `run`, by what they are about, and those that several commands share."""
+"""The options that several commands share, and what they open and write; each command's own are with it."""
 
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-import typer
+from typer import Argument, Option
+from typer.core import TyperCommand
 
 from sa3_convert.cli import paths
-from sa3_convert.cli.paths import opens, reads, writes
 from sa3_convert.components import Component
+from sa3_convert.errors import UsageError
 from sa3_convert.mnn.compatibility import MnnVersion
+from sa3_convert.system.streams import STANDARD_OUTPUT, is_stream
 
 if TYPE_CHECKING:
     from sa3_convert.checkpoint.reader import Checkpoint
     from sa3_convert.recipe import Recipe
 
+_T = TypeVar("_T")
+
+Device = Literal["cpu", "cuda", "opencl", "vulkan"]
+Level = Literal["normal", "high", "low"]
+CASE = "'prompt=P seed=S seconds=D'"
+DEFAULT_RECIPE = Path("configs/int8.yaml")
+
+
+def panel(title: str) -> Callable[..., Any]:
+    """Return what describes options of one group in the help."""
+    return partial(Option, rich_help_panel=title)
+
+
+runtime = panel("How the models run")
+
 CheckpointArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="CHECKPOINT", help="Folder of a checkpoint, or a hub id that was fetched before.", callback=paths.opens
-    ),
+    str, Argument(metavar="CHECKPOINT", help="Folder, or a hub id that was fetched before.", callback=paths.opens)
+]
+BundleArgument = Annotated[Path, Argument(metavar="BUNDLE", help="Folder that `convert` made.", callback=paths.opens)]
+BundlesArgument = Annotated[
+    list[Path], Argument(metavar="BUNDLE…", help="Folders that `convert` made.", callback=paths.opens)
 ]
 LoraOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--lora",
+    Option(
         metavar="FILE[:STRENGTH]",
         help="LoRA (.safetensors) to merge into the weights; 1 is its full strength. Several are applied in order.",
         callback=paths.reads,
     ),
 ]
-BundleArgument = Annotated[
-    Path, typer.Argument(metavar="BUNDLE", help="Folder that `convert` made.", callback=paths.opens)
+RecipeOption = Annotated[
+    Path,
+    Option(
+        metavar="FILE", help="How to store each component: a file, or the name of one of ours.", callback=paths.reads
+    ),
+]
+TargetOption = Annotated[
+    MnnVersion | None, Option(help="Oldest MNN to be right on; the oldest that reads the recipe's types.")
 ]
 ComponentOption = Annotated[
-    list[Component] | None, typer.Option("--component", help="Only this component; may be given several times.")
+    list[Component] | None, Option(metavar="NAME", help=f"Only this one, several times: {', '.join(Component)}.")
 ]
-OneComponentOption = Annotated[Component, typer.Option("--component", help="The component.")]
-JsonFileOption = Annotated[
+OneComponentOption = Annotated[Component, Option(metavar="NAME", help=f"One of {', '.join(Component)}.")]
+JsonOption = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         "--json",
-        metavar="FILE",
-        help="Also write the figures as JSON; - is standard output, and tables then go to standard error.",
+        metavar="[FILE]",
+        help="Also write the figures as JSON; - or no FILE is standard output, and tables go to standard error.",
         callback=paths.writes,
     ),
 ]
-ThreadsOption = Annotated[
-    int | None, typer.Option("--threads", min=1, max=256, help="Threads; all cores when not given.")
+ThreadsOption = Annotated[int | None, runtime(min=1, max=256, help="All cores when not given.")]
+BackendOption = Annotated[
+    Device, runtime("--backend", "--device", help="`run` takes the CPU where `doctor` found MNN wrong.")
+]
+MemoryOption = Annotated[Level, runtime(help="MNN: low keeps weights quantised in memory.")]
+PrecisionOption = Annotated[Level, runtime(help="MNN: high computes in float32.")]
+ReferencesOption = Annotated[
+    Path | None, Option(metavar="DIR", help="Where reference outputs are kept; beside the bundle by default.")
 ]
 
 
+class Command(TyperCommand):
+    """A command of which `--json` may come without its file."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse, with `-` for a file that is not there: at the end, before an option, or where an argument would lack.
+
+        The last is how `inspect --json FILE.mnn` is read.
+        """
+        options = args[: args.index("--")] if "--" in args else args
+        if "--json" in options:
+            after = options.index("--json") + 1
+            value = args[after : after + 1]
+            if not value or (value != ["-"] and value[0].startswith("-")) or self._lacks_argument(ctx, args):
+                args = [*args[:after], str(STANDARD_OUTPUT), *args[after:]]
+        return super().parse_args(ctx, args)
+
+    def _lacks_argument(self, ctx: Any, args: list[str]) -> bool:
+        given = self.make_parser(ctx).parse_args(list(args))[0]
+        return any(p.required and not given.get(p.name) for p in self.params if p.param_type_name == "argument")
+
+
 def open_recipe(recipe: Path) -> "Recipe":
-    """Read the recipe that the user named, by path or by the name of one of ours.
-
-    Raises:
-        RecipeError: it is not there, or not valid.
-
-    """
+    """Read the recipe that the user named, by path or by the name of one of ours."""
     from sa3_convert.recipe import load_recipe, recipe_file
 
     return load_recipe(recipe_file(recipe))
 
 
 def open_checkpoint(checkpoint: str, loras: list[str] | None) -> "Checkpoint":
-    """Open what the user named, with its LoRAs; what these change is listed on stderr.
-
-    Raises:
-        InputError: a file is missing, damaged, or does not fit the others.
-        UsageError: a LoRA's strength is no number, or a LoRA is given twice.
-
-    """
+    """Open what the user named, with its LoRAs; what these change is told on stderr."""
     from sa3_convert.checkpoint.lora_file import LoraRequest
     from sa3_convert.checkpoint.reader import Checkpoint, resolve_checkpoint
 
@@ -83,134 +126,32 @@ def open_checkpoint(checkpoint: str, loras: list[str] | None) -> "Checkpoint":
     return opened
 
 
-EngineChoice = Literal["mnn", "onnxruntime", "onnxruntime-int8", "torch"]
-Sampler = Literal["pingpong", "euler", "rk4", "dpmpp"]
-Format = Literal["pcm16", "pcm24", "float"]
+def write_figures(file: Path | None, data: Mapping[str, Any]) -> None:
+    """Write what `--json` asks for, if it does: every command's figures have a schema number."""
+    if file is not None:
+        from sa3_convert.system.files import write_text
 
-OutputOption = Annotated[
-    Path | None,
-    typer.Option(
-        "-o",
-        "--output",
-        metavar="FILE.wav",
-        help="Where to write the audio; with --batch a folder; - is standard output.",
-    ),
-]
-PromptOption = Annotated[str | None, typer.Option("--prompt", help="What to generate.")]
-SecondsOption = Annotated[float | None, typer.Option("--seconds", help="Duration; 10 when not given.")]
-StepsOption = Annotated[
-    int | None, typer.Option("--steps", help="Denoising steps; what suits the model when not given.")
-]
-SeedOption = Annotated[
-    int | None, typer.Option("--seed", help="The same seed gives the same start noise everywhere; 0 when not given.")
-]
-SamplerOption = Annotated[Sampler | None, typer.Option("--sampler", help="What suits the model when not given.")]
-CfgScaleOption = Annotated[float | None, typer.Option("--cfg-scale", help="Guidance; 1 is none.")]
-ApgScaleOption = Annotated[
-    float | None,
-    typer.Option("--apg-scale", help="Share of the guidance's parallel part that is removed; 1 when not given."),
-]
-NegativePromptOption = Annotated[str | None, typer.Option("--negative-prompt", help="What guidance moves away from.")]
-InitAudioOption = Annotated[
-    Path | None, typer.Option("--init-audio", metavar="FILE", help="Start from this audio.", callback=reads)
-]
-InitNoiseOption = Annotated[
-    float | None, typer.Option("--init-noise-level", help="How much of it is replaced by noise; 0.9 when not given.")
-]
-InpaintAudioOption = Annotated[
-    Path | None,
-    typer.Option("--inpaint-audio", metavar="FILE", help="Keep this audio but --inpaint.", callback=reads),
-]
-InpaintOption = Annotated[
-    list[str] | None,
-    typer.Option("--inpaint", metavar="START:END", help="Seconds to generate anew; several times."),
-]
-BatchOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--batch",
-        metavar="FILE.jsonl",
-        help="One generation per line, a JSON object of settings (prompt, seconds, seed, …, output); other options are "
-        "the defaults. What an interrupted run has done is not done again.",
-        callback=reads,
-    ),
-]
-StreamOption = Annotated[
-    bool,
-    typer.Option(
-        "--stream",
-        help="Hand audio on while it is decoded: raw samples to standard output, or with -o a WAV that can be read "
-        "while it grows, under a name that is told first.",
-    ),
-]
-KeepLoadedOption = Annotated[
-    bool, typer.Option("--keep-loaded", help="With --batch: keep all models in memory from one line to the next.")
-]
-EngineOption = Annotated[
-    EngineChoice,
-    typer.Option(
-        "--engine",
-        help="What runs the models; onnxruntime-int8 needs `convert --with-ort-int8`, torch needs --checkpoint.",
-    ),
-]
-CheckpointOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--checkpoint", metavar="DIR", help="For --engine torch: what the bundle was made from.", callback=opens
-    ),
-]
-MemoryOption = Annotated[
-    Literal["normal", "high", "low"], typer.Option("--memory", help="MNN: low keeps weights quantised in memory.")
-]
-PrecisionOption = Annotated[
-    Literal["normal", "high", "low"], typer.Option("--precision", help="MNN: high computes in float32.")
-]
-SplitOption = Annotated[
-    bool,
-    typer.Option(
-        "--split-dit", help="MNN: compute once what stays the same in all steps; needs `convert --with-split-dit`."
-    ),
-]
-BackendOption = Annotated[
-    Literal["cpu", "cuda", "opencl", "vulkan"],
-    typer.Option(
-        "--device", "--backend", help="Where models run; MNN places a component on the CPU if `doctor` found it wrong."
-    ),
-]
-PlaceOption = Annotated[
-    list[str] | None,
-    typer.Option("--place", metavar="COMPONENT=DEVICE", help="MNN: run this component there, whatever the probes say."),
-]
-FormatOption = Annotated[Format, typer.Option("--format", help="How samples are stored.")]
-DitherOption = Annotated[bool, typer.Option("--dither", help="Dither integer samples.")]
-AllowOption = Annotated[
-    list[str] | None,
-    typer.Option("--allow", metavar="CHECK", help="Waive an output check: silence, clipping, … (several times)."),
-]
-FromOption = Annotated[
-    Path | None,
-    typer.Option("--from", metavar="FILE.json", help="Settings written by --json; replays them.", callback=reads),
-]
-SideFileOption = Annotated[
-    Path | None,
-    typer.Option("--json", metavar="FILE", help="Write settings and times; - is standard output.", callback=writes),
-]
+        # What a terminal obeys is escaped where one may listen, and half a character, which is no UTF-8, everywhere.
+        text = json.dumps({"schema": 1, **data}, indent=2, ensure_ascii=is_stream(file))
+        write_text(file, text.encode(errors="backslashreplace").decode() + "\n")
 
-RecipeOption = Annotated[
-    Path,
-    typer.Option(
-        "--recipe",
-        metavar="FILE",
-        help="How to store each component: a file, or the name of one of ours.",
-        callback=paths.reads,
-    ),
-]
-TargetOption = Annotated[
-    MnnVersion | None,
-    typer.Option(
-        "--target-mnn",
-        help="The oldest MNN that the models must be right on; when not given, the oldest that can read what the "
-        "recipe stores.",
-    ),
-]
-DEFAULT_RECIPE = Path("configs/int8.yaml")
+
+def listed(
+    option: str, text: str | None, kind: Callable[[str], _T], default: Sequence[_T], fits: Callable[[_T], bool]
+) -> tuple[_T, ...]:
+    """Return what an option lists, separated by commas and each once."""
+    if text is None:
+        return tuple(default)
+    try:
+        found = tuple(dict.fromkeys(kind(part) for part in text.split(",")))
+    except ValueError:
+        found = ()
+    if not found or not all(fits(value) for value in found):
+        example = ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in default)
+        raise UsageError(f"{option} {text!r} is no list of such numbers; write for example {example}.")
+    return found
+
+
+def is_duration(seconds: float) -> bool:
+    """Whether there can be so much audio."""
+    return math.isfinite(seconds) and seconds > 0

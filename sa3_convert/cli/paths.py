@@ -5,7 +5,7 @@ import unicodedata
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import typer
 
@@ -15,18 +15,11 @@ from sa3_convert.system.streams import check_stream, claim_standard_output, desc
 Named = tuple[str, Path]
 """A path, and what it is to the user: an option or a line of a file."""
 
-_DEPTHS = ("*", "*/*")
-"""Where a checkpoint has files."""
-
 
 def require_apart(writes: Iterable[Named], reads: Iterable[Named]) -> None:
     """Check, before anything is done, that no file is written over one that is read, or over another that is written.
 
     Links of either kind are followed; of a folder that is read, every file that it is read for counts.
-
-    Raises:
-        UsageError: one is.
-
     """
     read = {key: named for named in reads for file in _files(named[1]) for key in _keys(file)}
     written: dict[Hashable, Named] = {}
@@ -43,12 +36,7 @@ def require_apart(writes: Iterable[Named], reads: Iterable[Named]) -> None:
 
 
 def require_outside(writes: Iterable[Named], reads: Iterable[Named]) -> None:
-    """Check that no folder that is made lies within one that is read, or around it.
-
-    Raises:
-        UsageError: one does.
-
-    """
+    """Check that no folder that is made lies within one that is read, or around it."""
     folders = [(reader, source, Path(os.path.realpath(source))) for reader, source in reads if source.is_dir()]
     for name, path in writes:
         made = Path(os.path.realpath(path))
@@ -77,8 +65,8 @@ def _files(path: Path) -> Iterator[Path]:
     try:
         yield from Bundle.open(path).all_files()
     except BundleError:
-        for depth in _DEPTHS:
-            yield from path.glob(depth)
+        # Where a checkpoint has files.
+        yield from (*path.glob("*"), *path.glob("*/*"))
 
 
 def _keys(path: Path) -> Iterator[Hashable]:
@@ -138,12 +126,7 @@ def opens(context: typer.Context, parameter: typer.CallbackParam, value: Any) ->
 
 
 def writes(context: typer.Context, parameter: typer.CallbackParam, value: Path | None) -> Path | None:
-    """Note a file that is written; `-` is standard output, which from here on takes nothing else.
-
-    Raises:
-        UsageError: it cannot be written, or is what is read or written already.
-
-    """
+    """Note a file that is written; `-` is standard output, which from here on takes nothing else."""
     if value is not None:
         writes_as(context, _name(parameter), value)
     return value
@@ -176,12 +159,7 @@ def updates(context: typer.Context, parameter: typer.CallbackParam, value: Path)
 
 
 def writes_model(context: typer.Context, parameter: typer.CallbackParam, value: Path) -> Path:
-    """Note a model that is written, which may need a second file beside it.
-
-    Raises:
-        UsageError: as `writes`, or it would be written into a pipe or a device.
-
-    """
+    """Note a model that is written, which may need a second file beside it."""
     name = _name(parameter)
     if is_stream(value):
         raise UsageError(f"{name} {value}: a model may need a second file beside it. Name a file.")
@@ -204,14 +182,11 @@ def makes(context: typer.Context, parameter: typer.CallbackParam, value: Path | 
 
 
 def _noted(context: typer.Context) -> _Paths:
-    found: _Paths = context.meta.setdefault(_META, _Paths())
-    return found
+    return cast("_Paths", context.meta.setdefault(_META, _Paths()))
 
 
 def _listed(value: Any) -> list[str]:
-    if value is None:
-        return []
-    return [str(given) for given in (value if isinstance(value, list | tuple) else [value])]
+    return [] if value is None else [str(one) for one in (value if isinstance(value, list | tuple) else [value])]
 
 
 def _name(parameter: typer.CallbackParam) -> str:

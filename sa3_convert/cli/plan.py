@@ -3,94 +3,99 @@
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
+from typer import Option
 
+from sa3_convert.cli import options as o
+from sa3_convert.cli import paths
 from sa3_convert.cli.echo import echo
-from sa3_convert.cli.options import (
-    DEFAULT_RECIPE,
-    CheckpointArgument,
-    LoraOption,
-    OneComponentOption,
-    RecipeOption,
-    ThreadsOption,
-    open_checkpoint,
-    open_recipe,
-)
-from sa3_convert.cli.paths import writes
 from sa3_convert.errors import UsageError
+
+if TYPE_CHECKING:
+    from sa3_convert.lab.planner.planner import Target
+
+OutOption = Annotated[
+    Path, Option(metavar="FILE.yaml", help="The recipe; - is standard output.", callback=paths.writes)
+]
+SizeOption = Annotated[float | None, Option(min=0.01, help="Size of the model.")]
+FidelityOption = Annotated[float | None, Option(help="Fidelity of the model, in dB.")]
+ByOption = Annotated[
+    Literal["layer", "role"],
+    Option(help="What gets one precision: each layer, or all layers of a name but for its numbers."),
+]
+ScalesOption = Annotated[Literal["fp16", "fp32"], Option(help="Type of scales and minima.")]
+CacheOption = Annotated[Path | None, Option(metavar="DIR", help="Where measurements are kept; beside --out.")]
 
 
 def plan(
-    checkpoint: CheckpointArgument,
-    component: OneComponentOption,
-    out: Annotated[
-        Path,
-        typer.Option("--out", metavar="FILE.yaml", help="The recipe to write; - is standard output.", callback=writes),
-    ],
-    target_mib: Annotated[float | None, typer.Option("--target-mib", min=0.01, help="Size of the model.")] = None,
-    min_snr: Annotated[float | None, typer.Option("--min-snr", help="Fidelity of the model, in dB.")] = None,
-    by: Annotated[
-        Literal["layer", "role"],
-        typer.Option("--by", help="What gets one precision: each layer, or all layers of a name but for its numbers."),
-    ] = "layer",
-    scales: Annotated[Literal["fp16", "fp32"], typer.Option("--scales", help="Type of scales and minima.")] = "fp16",
-    recipe: RecipeOption = DEFAULT_RECIPE,
-    lora: LoraOption = None,
-    cache: Annotated[
-        Path | None, typer.Option("--cache", metavar="DIR", help="Where measurements are kept; beside --out.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, and stop.")] = False,
-    threads: ThreadsOption = None,
+    checkpoint: o.CheckpointArgument,
+    component: o.OneComponentOption,
+    out: OutOption,
+    target_mib: SizeOption = None,
+    min_snr: FidelityOption = None,
+    by: ByOption = "layer",
+    scales: ScalesOption = "fp16",
+    recipe: o.RecipeOption = o.DEFAULT_RECIPE,
+    lora: o.LoraOption = None,
+    cache: CacheOption = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what would be measured, and stop.")] = False,
+    json_file: o.JsonOption = None,
+    threads: o.ThreadsOption = None,
 ) -> None:
-    """Choose each layer's precision by its measured sensitivity, for a size or a fidelity; write a recipe."""
-    if (target_mib is None) == (min_snr is None):
-        raise UsageError("Give either --target-mib or --min-snr.")
-    if not math.isfinite(target_mib or min_snr or 0):
-        raise UsageError("--target-mib and --min-snr are finite numbers.")
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    """Write a recipe that gives each layer the precision it needs.
 
-    from sa3_convert.cli.console import planned_table, stderr, stdout
-    from sa3_convert.cli.paths import require_apart
-    from sa3_convert.lab.planner.planner import Target, layers_to_measure, measure, passes_to_run, plan_component
+    Each layer's sensitivity is measured, and the best precisions are chosen for a size or a fidelity.
+    """
+    target = _target(target_mib, min_snr)
+    from sa3_convert.cli.console import planned_rows, planned_table, progress, stdout
+    from sa3_convert.lab.planner.planner import layers_to_measure, measure, passes_to_run, plan_component
     from sa3_convert.recipe import recipe_file
     from sa3_convert.system.files import write_text
 
     # Also where a name stands for one of the project's own.
-    require_apart([("--out", out)], [("--recipe", recipe_file(recipe))])
-    base = open_recipe(recipe)
-    opened = open_checkpoint(checkpoint, lora)
+    paths.require_apart([("--out", out)], [("--recipe", recipe_file(recipe))])
+    base = o.open_recipe(recipe)
+    opened = o.open_checkpoint(checkpoint, lora)
     folder = cache or out.absolute().parent / ".sa3-convert-cache"
     if dry_run:
-        layers = layers_to_measure(opened, component)
-        echo(
-            f"{component.value}: {len(layers)} layers would be measured in {passes_to_run(component)} backward passes; "
-            f"the results are kept in {folder}."
-        )
+        layers, passes = layers_to_measure(opened, component), passes_to_run(component)
+        o.write_figures(json_file, {"component": component, "layers": list(layers), "passes": passes})
+        echo(f"{component.value}: {len(layers)} layers would be measured in {passes} backward passes.")
+        echo(f"The results are kept in {folder}.")
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
-        task = bar.add_task(f"{component.value}: preparing", total=None)
-
-        def tick(what: str, done: int, total: int) -> None:
-            bar.update(task, description=f"{component.value}: {what}", completed=done, total=total)
-
-        sensitivity = measure(opened, component, scales, folder, tick, threads)
-    target = Target(size=None if target_mib is None else round(target_mib * 2**20), snr_db=min_snr)
+    with progress(f"{component.value}: preparing") as tick:
+        sensitivity = measure(
+            opened,
+            component,
+            scales,
+            folder,
+            lambda what, done, total: tick(f"{component.value}: {what}", done, total),
+            threads,
+        )
     made = plan_component(opened, component, base.for_component(component), sensitivity, target, by)
-    changed = base.model_copy(
-        update={
-            "name": re.sub("[^a-z0-9._-]+", "-", out.stem.lower()).lstrip("._-")[:100] or "planned",
-            "description": f"Planned for {component.value}: {_asked(target_mib, min_snr)}.",
-            "components": dict(base.components) | {component: made.recipe},
-        }
-    )
-    write_text(out, changed.to_yaml())
+    changed = {
+        "name": re.sub("[^a-z0-9._-]+", "-", out.stem.lower()).lstrip("._-")[:100] or "planned",
+        "description": f"Planned for {component.value}: {_asked(target_mib, min_snr)}.",
+        "components": dict(base.components) | {component: made.recipe},
+    }
+    write_text(out, base.model_copy(update=changed).to_yaml())
+    figures = {"component": component, "bytes": made.size, "predicted_db": made.predicted_db, "bound_db": made.bound_db}
+    o.write_figures(json_file, figures | {"precisions": planned_rows(made)})
     stdout.print(planned_table(component, made))
     echo(f"{out}: predicted {made.predicted_db:.1f} dB; no plan of this size is above {made.bound_db:.1f} dB.")
     loras = "".join(f" --lora {text}" for text in lora or ())
     echo(f"Next: sa3-convert convert {checkpoint}{loras} --recipe {out} --out {out.with_suffix('')}")
+
+
+def _target(target_mib: float | None, min_snr: float | None) -> "Target":
+    if (target_mib is None) == (min_snr is None):
+        raise UsageError("Give either --target-mib or --min-snr.")
+    if not math.isfinite(target_mib or min_snr or 0):
+        raise UsageError("--target-mib and --min-snr are finite numbers.")
+    from sa3_convert.lab.planner.planner import Target
+
+    return Target(size=None if target_mib is None else round(target_mib * 2**20), snr_db=min_snr)
 
 
 def _asked(target_mib: float | None, min_snr: float | None) -> str:

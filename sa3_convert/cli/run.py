@@ -1,99 +1,158 @@
 """`run`: prompts to audio."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import typer
+from typer import Context, Option
 
 from sa3_convert.cli import options as o
 from sa3_convert.cli import paths
-from sa3_convert.cli.options import BundleArgument, LoraOption, ThreadsOption
 from sa3_convert.errors import InputError, UsageError
 from sa3_convert.system.streams import STANDARD_OUTPUT, is_stream
 from sa3_convert.system.untrusted import read_json
 
+_SETTINGS = (
+    "prompt", "seconds", "steps", "seed", "sampler", "cfg_scale", "apg_scale", "negative_prompt", "init_audio",
+    "init_noise_level", "inpaint_audio", "inpaint",
+)  # fmt: skip
+"""Options that are settings of a request, by its names."""
+
+_guidance, _audio = o.panel("Guidance"), o.panel("From audio")
+_many, _files = o.panel("Batches and streams"), o.panel("Files and checks")
+
+OutputOption = Annotated[
+    Path | None,
+    Option(
+        "-o",
+        "--output",
+        metavar="FILE.wav",
+        help="Where to write the audio; with --batch a folder; - is standard output.",
+    ),
+]
+PromptOption = Annotated[str | None, Option(help="What to generate.")]
+SecondsOption = Annotated[float | None, Option(help="Duration; 10 when not given.")]
+StepsOption = Annotated[int | None, Option(help="Denoising steps; what suits the model when not given.")]
+SeedOption = Annotated[
+    int | None, Option(help="The same seed gives the same start noise everywhere; 0 when not given.")
+]
+SamplerOption = Annotated[
+    Literal["pingpong", "euler", "rk4", "dpmpp"] | None, Option(help="What suits the model when not given.")
+]
+CfgScaleOption = Annotated[float | None, _guidance(help="Guidance; 1 is none.")]
+ApgScaleOption = Annotated[
+    float | None, _guidance(help="Share of the guidance's parallel part that is removed; 1 when not given.")
+]
+NegativePromptOption = Annotated[str | None, _guidance(help="What guidance moves away from.")]
+InitAudioOption = Annotated[Path | None, _audio(metavar="FILE", help="Start from this audio.", callback=paths.reads)]
+InitNoiseOption = Annotated[float | None, _audio(help="How much of it is replaced by noise; 0.9 when not given.")]
+InpaintAudioOption = Annotated[
+    Path | None, _audio(metavar="FILE", help="Keep this audio but --inpaint.", callback=paths.reads)
+]
+InpaintOption = Annotated[
+    list[str] | None, _audio(metavar="START:END", help="Seconds to generate anew; several times.")
+]
+BatchOption = Annotated[
+    Path | None,
+    _many(
+        metavar="FILE.jsonl",
+        help="One generation per line, a JSON object of settings (prompt, seconds, seed, …, output); other options are "
+        "the defaults. What an interrupted run has done is not done again.",
+        callback=paths.reads,
+    ),
+]
+StreamOption = Annotated[
+    bool,
+    _many(
+        "--stream",
+        help="Hand audio on while it is decoded: raw samples to standard output, or with -o a WAV that can be read "
+        "while it grows, under a name that is told first.",
+    ),
+]
+KeepLoadedOption = Annotated[
+    bool, _many("--keep-loaded", help="With --batch: keep all models in memory from one line to the next.")
+]
+EngineOption = Annotated[
+    Literal["mnn", "onnxruntime", "onnxruntime-int8", "torch"],
+    o.runtime(help="What runs the models; onnxruntime-int8 needs `convert --with-ort-int8`, torch needs --checkpoint."),
+]
+CheckpointOption = Annotated[
+    Path | None,
+    o.runtime(metavar="DIR", help="For --engine torch: what the bundle was made from.", callback=paths.opens),
+]
+SplitOption = Annotated[
+    bool,
+    o.runtime(
+        "--split-dit", help="MNN: compute once what stays the same in all steps; needs `convert --with-split-dit`."
+    ),
+]
+PlaceOption = Annotated[
+    list[str] | None,
+    o.runtime(metavar="COMPONENT=DEVICE", help="MNN: run this component there, whatever the probes say."),
+]
+FormatOption = Annotated[Literal["pcm16", "pcm24", "float"], _files("--format", help="How samples are stored.")]
+DitherOption = Annotated[bool, _files("--dither", help="Dither integer samples.")]
+AllowOption = Annotated[
+    list[str] | None, _files(metavar="CHECK", help="Waive an output check: silence, clipping, … (several times).")
+]
+FromOption = Annotated[
+    Path | None,
+    Option("--from", metavar="FILE.json", help="Settings written by --json; replays them.", callback=paths.reads),
+]
+
 
 def run(
-    bundle: BundleArgument,
-    context: typer.Context,
-    output: o.OutputOption = None,
-    prompt: o.PromptOption = None,
-    seconds: o.SecondsOption = None,
-    steps: o.StepsOption = None,
-    seed: o.SeedOption = None,
-    sampler: o.SamplerOption = None,
-    cfg_scale: o.CfgScaleOption = None,
-    apg_scale: o.ApgScaleOption = None,
-    negative_prompt: o.NegativePromptOption = None,
-    init_audio: o.InitAudioOption = None,
-    init_noise_level: o.InitNoiseOption = None,
-    inpaint_audio: o.InpaintAudioOption = None,
-    inpaint: o.InpaintOption = None,
-    batch: o.BatchOption = None,
-    stream: o.StreamOption = False,
-    keep_loaded: o.KeepLoadedOption = False,
-    engine: o.EngineOption = "mnn",
-    checkpoint: o.CheckpointOption = None,
-    lora: LoraOption = None,
+    bundle: o.BundleArgument,
+    context: Context,
+    output: OutputOption = None,
+    prompt: PromptOption = None,
+    seconds: SecondsOption = None,
+    steps: StepsOption = None,
+    seed: SeedOption = None,
+    sampler: SamplerOption = None,
+    cfg_scale: CfgScaleOption = None,
+    apg_scale: ApgScaleOption = None,
+    negative_prompt: NegativePromptOption = None,
+    init_audio: InitAudioOption = None,
+    init_noise_level: InitNoiseOption = None,
+    inpaint_audio: InpaintAudioOption = None,
+    inpaint: InpaintOption = None,
+    batch: BatchOption = None,
+    stream: StreamOption = False,
+    keep_loaded: KeepLoadedOption = False,
+    engine: EngineOption = "mnn",
+    checkpoint: CheckpointOption = None,
+    lora: o.LoraOption = None,
     memory: o.MemoryOption = "normal",
     precision: o.PrecisionOption = "high",
     backend: o.BackendOption = "cpu",
-    place: o.PlaceOption = None,
-    split_dit: o.SplitOption = False,
-    sample_format: o.FormatOption = "pcm16",
-    dither: o.DitherOption = False,
-    allow: o.AllowOption = None,
-    from_file: o.FromOption = None,
-    json_file: o.SideFileOption = None,
-    threads: ThreadsOption = None,
+    place: PlaceOption = None,
+    split_dit: SplitOption = False,
+    sample_format: FormatOption = "pcm16",
+    dither: DitherOption = False,
+    allow: AllowOption = None,
+    from_file: FromOption = None,
+    json_file: o.JsonOption = None,
+    threads: o.ThreadsOption = None,
 ) -> None:
     """Generate audio: from text, from audio, or anew within audio."""
-    given: dict[str, Any] = {
-        "prompt": prompt,
-        "seconds": seconds,
-        "steps": steps,
-        "seed": seed,
-        "sampler": sampler,
-        "cfg_scale": cfg_scale,
-        "apg_scale": apg_scale,
-        "negative_prompt": negative_prompt,
-        "init_audio": None if init_audio is None else str(init_audio),
-        "init_noise_level": init_noise_level,
-        "inpaint_audio": None if inpaint_audio is None else str(inpaint_audio),
-        "inpaint": [_region(text) for text in inpaint] if inpaint else None,
-    }
-    settings = {name: value for name, value in given.items() if value is not None}
+    settings = {name: value for name in _SETTINGS if (value := context.params[name]) not in (None, [], ())}
+    if inpaint:
+        settings["inpaint"] = [_region(text) for text in inpaint]
     _check_mode(output, batch, stream, keep_loaded, from_file, json_file)
     output = output or STANDARD_OUTPUT
     if batch is None:
         paths.writes_as(context, "--output", output)
-
-    from sa3_convert.cli.generate import Target, generate_batch, generate_one
-
-    options: dict[str, Any] = {} if threads is None else {"threads": threads}
-    if engine == "mnn":
-        from sa3_convert.cli.generate import placed
-
-        places = placed(backend, precision, memory, place or ())
-        options |= {
-            "memory": memory,
-            "precision": precision,
-            "backend": backend,
-            "places": places,
-            "split": split_dit,
-        }
-    elif (memory, precision, split_dit) != ("normal", "high", False) or place:
-        raise UsageError("--memory, --precision, --place and --split-dit are settings of --engine mnn.")
-    elif backend in ("cpu", "cuda"):
-        options |= {"backend": backend}
-    else:
-        raise UsageError(f"--device {backend} is for --engine mnn; --engine {engine} runs on cpu or cuda.")
     if (engine == "torch") != (checkpoint is not None):
         raise UsageError("--engine torch and --checkpoint DIR belong together.")
     if lora and engine != "torch":
         raise UsageError("A bundle has its LoRAs in its weights (`convert --lora`); --lora is for --engine torch.")
-    if checkpoint is not None:
-        options |= {"checkpoint": checkpoint, "loras": tuple(lora or ())}
+
+    from sa3_convert.cli.generate import Target, generate_batch, generate_one
+
+    options = _engine_options(engine, backend, memory, precision, place or (), split_dit)
+    options |= {} if threads is None else {"threads": threads}
+    options |= {} if checkpoint is None else {"checkpoint": checkpoint, "loras": tuple(lora or ())}
     target = Target(bundle, engine, options, output, sample_format, dither, tuple(allow or ()), json_file)
     if batch is not None:
         generate_batch(target, batch, settings, keep_loaded=keep_loaded, reads=paths.reads_as(context, ()))
@@ -101,6 +160,22 @@ def run(
         request, origin = _request(settings, from_file)
         paths.reads_as(context, ((f"--from {from_file}:", path) for path in request.audio_files()))
         generate_one(target, request, stream=stream, origin=origin)
+
+
+def _engine_options(
+    engine: str, backend: o.Device, memory: o.Level, precision: o.Level, place: Sequence[str], split: bool
+) -> dict[str, Any]:
+    """Return what an engine is opened with; places are told."""
+    if engine == "mnn":
+        from sa3_convert.cli.generate import placed
+
+        places = placed(backend, precision, memory, place)
+        return {"memory": memory, "precision": precision, "backend": backend, "places": places, "split": split}
+    if (memory, precision, split) != ("normal", "high", False) or place:
+        raise UsageError("--memory, --precision, --place and --split-dit are settings of --engine mnn.")
+    if backend not in ("cpu", "cuda"):
+        raise UsageError(f"--device {backend} is for --engine mnn; --engine {engine} runs on cpu or cuda.")
+    return {"backend": backend}
 
 
 def _check_mode(

@@ -3,44 +3,32 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
+from sa3_convert.cli import options as o
 from sa3_convert.cli import paths
 from sa3_convert.cli.echo import echo
-from sa3_convert.cli.options import (
-    DEFAULT_RECIPE,
-    CheckpointArgument,
-    LoraOption,
-    OneComponentOption,
-    RecipeOption,
-    TargetOption,
-    open_checkpoint,
-    open_recipe,
-)
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
 from sa3_convert.mnn.compatibility import target_for
 
 
 def export(
-    checkpoint: CheckpointArgument,
-    component: OneComponentOption,
-    out: Annotated[
-        Path, typer.Option("--out", metavar="FILE.onnx", help="The reference ONNX.", callback=paths.writes_model)
-    ],
-    lora: LoraOption = None,
+    checkpoint: o.CheckpointArgument,
+    component: o.OneComponentOption,
+    out: Annotated[Path, Option(metavar="FILE.onnx", help="The reference ONNX.", callback=paths.writes_model)],
+    lora: o.LoraOption = None,
     inputs_embeds: Annotated[
-        bool,
-        typer.Option("--inputs-embeds", help="Of text_encoder: take rows of its table and a float mask, no integers."),
+        bool, Option("--inputs-embeds", help="Of text_encoder: take rows of its table and a float mask, no integers.")
     ] = False,
 ) -> None:
-    """Stage 1: a component's network as fp32 ONNX, weights beside it in FILE.onnx.data."""
+    """Stage 1: a component as fp32 ONNX, weights in FILE.onnx.data."""
     if inputs_embeds and component is not Component.TEXT_ENCODER:
         raise UsageError("--inputs-embeds is for --component text_encoder.")
     from sa3_convert.components import contract
     from sa3_convert.export.component import export_component, export_embedded_text_encoder
 
-    opened = open_checkpoint(checkpoint, lora)
+    opened = o.open_checkpoint(checkpoint, lora)
     contract(component, opened.layout)
     opened.check_values(component)
     if inputs_embeds:
@@ -51,18 +39,16 @@ def export(
 
 
 def fuse(
-    reference: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="What `export` wrote.", callback=paths.reads)],
-    component: OneComponentOption,
-    out: Annotated[
-        Path, typer.Option("--out", metavar="FILE.onnx", help="The ONNX for MNN.", callback=paths.writes_model)
-    ],
-    recipe: RecipeOption = DEFAULT_RECIPE,
-    target_mnn: TargetOption = None,
+    reference: Annotated[Path, Argument(metavar="FILE.onnx", help="What `export` wrote.", callback=paths.reads)],
+    component: o.OneComponentOption,
+    out: Annotated[Path, Option(metavar="FILE.onnx", help="The ONNX for MNN.", callback=paths.writes_model)],
+    recipe: o.RecipeOption = o.DEFAULT_RECIPE,
+    target_mnn: o.TargetOption = None,
 ) -> None:
-    """Stage 2: the passes that make an ONNX safe for MNN, and the hazard lint."""
+    """Stage 2: make an ONNX safe for MNN, and lint it for hazards."""
     from sa3_convert.passes.pipeline import onnx_for_mnn
 
-    chosen = open_recipe(recipe).for_component(component)
+    chosen = o.open_recipe(recipe).for_component(component)
     report = onnx_for_mnn(reference, out, component, chosen, target_mnn=target_for(chosen, target_mnn))
     for name, count in report.counts().items():
         echo(f"{name:<24} {count}")
@@ -71,20 +57,18 @@ def fuse(
 
 def mnn(
     source: Annotated[
-        Path,
-        typer.Argument(metavar="FILE.onnx", help="What `fuse` wrote, or another graph.", callback=paths.reads),
+        Path, Argument(metavar="FILE.onnx", help="What `fuse` wrote, or another graph.", callback=paths.reads)
     ],
-    component: OneComponentOption,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE.mnn", help="The model.", callback=paths.writes_model)],
-    recipe: RecipeOption = DEFAULT_RECIPE,
-    target_mnn: TargetOption = None,
+    component: o.OneComponentOption,
+    out: Annotated[Path, Option(metavar="FILE.mnn", help="The model.", callback=paths.writes_model)],
+    recipe: o.RecipeOption = o.DEFAULT_RECIPE,
+    target_mnn: o.TargetOption = None,
     floor_db: Annotated[
-        float | None,
-        typer.Option("--floor-db", min=0, help="Least ratio against ONNX Runtime; the recipe's when not given."),
+        float | None, Option(min=0, help="Least ratio against ONNX Runtime; the recipe's when not given.")
     ] = None,
     input_file: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             "--input",
             metavar="FILE.npz",
             help="Inputs by name to compare with, instead of made-up ones.",
@@ -92,7 +76,10 @@ def mnn(
         ),
     ] = None,
 ) -> None:
-    """Stage 3: the hazard lint, and MNN's converter, judged by its file and by ONNX Runtime's outputs."""
+    """Stage 3: convert with MNN, and judge what it wrote.
+
+    The hazard lint comes first; the file, and its outputs beside ONNX Runtime's, last.
+    """
     from sa3_convert.check.any_graph import verify_any
     from sa3_convert.lab.bisect.bisect import read_arrays
     from sa3_convert.mnn.compatibility import oldest_reader
@@ -100,7 +87,7 @@ def mnn(
     from sa3_convert.passes.hazards import refuse_hazards
     from sa3_convert.passes.pipeline import load_onnx
 
-    chosen = open_recipe(recipe).for_component(component)
+    chosen = o.open_recipe(recipe).for_component(component)
     target = target_for(chosen, target_mnn)
     refuse_hazards(load_onnx(source), target_mnn=target)
     given = None if input_file is None else read_arrays(input_file)

@@ -1,95 +1,138 @@
 """`verify`: what a bundle really is."""
 
-import json
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from sa3_convert.cli import verify_options as o
-from sa3_convert.cli.options import BundleArgument, ComponentOption, JsonFileOption, ThreadsOption
+from typer import Option
+
+from sa3_convert.cli import options as o
+from sa3_convert.cli import paths
 from sa3_convert.errors import UsageError
 
 if TYPE_CHECKING:
-    pass
+    from sa3_convert.bundle.reader import Bundle
+    from sa3_convert.lab.generations.cases import GenerationCase
+    from sa3_convert.lab.generations.full import Verification
+
+_full, _report = o.panel("With --full"), o.panel("Report")
+
+QuickOption = Annotated[bool, Option("--quick", help="Fewer and shorter sampled inputs: what `convert` runs.")]
+FullOption = Annotated[bool, Option("--full", help="Also compare whole generations, step by step and end to end.")]
+BisectOption = Annotated[
+    bool | None,
+    Option(
+        "--bisect/--no-bisect",
+        help="Name the operator to blame in models that fall short; the default of --full. With --report: show every "
+        "model's operators; the default.",
+    ),
+]
+PromptsOption = Annotated[str | None, _full(metavar="N,N,…", help="By number, 0 to 7; all by default.")]
+SeedsOption = Annotated[str | None, _full(metavar="N,N,…", help="Start noises; 0,1 by default.")]
+SecondsOption = Annotated[str | None, _full(metavar="S,S,…", help="Durations; 2,5,10 by default.")]
+CasesOption = Annotated[list[str] | None, _full(metavar=o.CASE, help="This generation only; several times.")]
+StepsOption = Annotated[int, _full(min=1, max=1000, help="Denoising steps.")]
+EngineOption = Annotated[Literal["mnn", "onnxruntime-int8"], _full(help="What runs the generations.")]
+ReferencesMibOption = Annotated[
+    int, Option(min=1, help="Bound of that folder; what was used least recently goes first.")
+]
+ReportOption = Annotated[
+    Path | None,
+    _report(
+        "--report",
+        metavar="DIR",
+        help="Write index.html, report.json and summary.md there, in place of an earlier one.",
+        callback=paths.makes,
+    ),
+]
+SinceOption = Annotated[
+    Path | None,
+    _report(metavar="REPORT.json", help="Also say what changed since this earlier one.", callback=paths.reads),
+]
 
 
 def verify(
-    bundle: BundleArgument,
-    component: ComponentOption = None,
-    json_file: JsonFileOption = None,
-    report_folder: o.ReportOption = None,
-    since: o.SinceOption = None,
-    quick: o.QuickOption = False,
-    full: o.FullOption = False,
-    prompts: o.PromptsOption = None,
-    seeds: o.SeedsOption = None,
-    seconds: o.SecondsOption = None,
-    case: o.CasesOption = None,
-    steps: o.StepsOption = 8,
-    engine: o.EngineOption = "mnn",
+    bundle: o.BundleArgument,
+    component: o.ComponentOption = None,
+    quick: QuickOption = False,
+    full: FullOption = False,
+    bisecting: BisectOption = None,
+    json_file: o.JsonOption = None,
+    prompts: PromptsOption = None,
+    seeds: SeedsOption = None,
+    seconds: SecondsOption = None,
+    case: CasesOption = None,
+    steps: StepsOption = 8,
+    engine: EngineOption = "mnn",
     references: o.ReferencesOption = None,
-    references_mib: o.ReferencesMibOption = 2048,
-    bisecting: o.BisectOption = None,
+    references_mib: ReferencesMibOption = 2048,
+    report_folder: ReportOption = None,
+    since: SinceOption = None,
     backend: o.BackendOption = "cpu",
     memory: o.MemoryOption = "normal",
     precision: o.PrecisionOption = "high",
-    threads: ThreadsOption = None,
+    threads: o.ThreadsOption = None,
 ) -> None:
-    """Compare every model of a bundle with ONNX Runtime on its fp32 reference."""
+    """Compare every model of a bundle with its fp32 reference."""
     if not full and any(option is not None for option in (prompts, seeds, seconds, case, references)):
         raise UsageError("--prompts, --seeds, --seconds, --case and --references choose generations; add --full.")
-    usual = (backend, memory, precision) == ("cpu", "normal", "high")
+    settings = {"backend": backend, "memory": memory, "precision": precision}
+    usual = settings == {"backend": "cpu", "memory": "normal", "precision": "high"}
     if not usual and (full or report_folder is not None):
         raise UsageError("--backend, --memory and --precision are for `verify` without --full and --report.")
     if since is not None and report_folder is None:
         raise UsageError("--since says with what a report is compared; add --report DIR.")
-    cases = o.chosen_cases(prompts, seeds, seconds, case)
+    cases = chosen_cases(prompts, seeds, seconds, case)
     from sa3_convert.bundle.reader import Bundle
-    from sa3_convert.check.bundle import verify_bundle
-    from sa3_convert.check.reference_store import ReferenceStore
-    from sa3_convert.cli.console import show_verdict
-    from sa3_convert.cli.full import show_verification, shown_progress
-    from sa3_convert.lab.generations.end_to_end import default_references
-    from sa3_convert.lab.generations.full import Verification, verify_fully, with_bisections, workload
-    from sa3_convert.system.files import write_text
+    from sa3_convert.cli.full import ReportWriter, show_verification
 
-    opened, components = Bundle.open(bundle), tuple(component or ())
-    reporting = None
-    if report_folder is not None:
-        from sa3_convert.cli.full import ReportWriter
-
-        reporting = ReportWriter(report_folder, since)
+    opened = Bundle.open(bundle)
+    reporting = None if report_folder is None else ReportWriter(report_folder, since)
+    how: dict[str, Any] = {"components": tuple(component or ()), "quick": quick, "threads": threads}
     if full:
-        store = ReferenceStore(references or default_references(opened), references_mib << 20)
-        work = workload(opened, cases, steps=steps, components=components, quick=quick)
-        with shown_progress(work) as report:
-            findings = verify_fully(
-                opened,
-                cases=cases,
-                steps=steps,
-                components=components,
-                engine=engine,
-                quick=quick,
-                store=store,
-                threads=threads,
-                bisecting=bisecting is not False,
-                report=report,
-                heard=reporting.hear if reporting is not None else lambda case, side, audio: None,
-            )
+        heard = {} if reporting is None else {"heard": reporting.hear}
+        more = {"cases": cases, "steps": steps, "engine": engine, "bisecting": bisecting is not False}
+        findings = _whole_generations(opened, references, references_mib << 20, **how, **more, **heard)
     else:
-        findings = Verification.of(
-            verify_bundle(
-                opened,
-                components=components,
-                quick=quick,
-                threads=threads,
-                report=show_verdict,
-                settings=None if usual else {"backend": backend, "memory": memory, "precision": precision},
-            )
-        )
-        if bisecting:
-            findings = with_bisections(opened, findings, threads=threads)
-    if json_file is not None:
-        write_text(json_file, json.dumps(findings.to_data(), indent=2) + "\n")
+        findings = _sampled_inputs(opened, settings=None if usual else settings, bisecting=bool(bisecting), **how)
+    o.write_figures(json_file, findings.to_data())
     show_verification(findings, bundle, references)
     if reporting is not None:
         reporting.write(opened, findings, bisecting=bisecting is not False, threads=threads)
     findings.check()
+
+
+def _whole_generations(bundle: "Bundle", references: Path | None, limit: int, **how: Any) -> "Verification":
+    from sa3_convert.check.reference_store import ReferenceStore
+    from sa3_convert.cli.full import shown_progress
+    from sa3_convert.lab.generations.end_to_end import default_references
+    from sa3_convert.lab.generations.full import verify_fully, workload
+
+    store = ReferenceStore(references or default_references(bundle), limit)
+    what = {name: how[name] for name in ("steps", "components", "quick")}
+    with shown_progress(workload(bundle, how["cases"], **what)) as report:
+        return verify_fully(bundle, store=store, report=report, **how)
+
+
+def _sampled_inputs(bundle: "Bundle", *, bisecting: bool, threads: int | None, **how: Any) -> "Verification":
+    from sa3_convert.check.bundle import verify_bundle
+    from sa3_convert.cli.console import show_verdict
+    from sa3_convert.lab.generations.full import Verification, with_bisections
+
+    findings = Verification.of(verify_bundle(bundle, threads=threads, report=show_verdict, **how))
+    return with_bisections(bundle, findings, threads=threads) if bisecting else findings
+
+
+def chosen_cases(
+    prompts: str | None, seeds: str | None, seconds: str | None, names: Sequence[str] | None
+) -> "tuple[GenerationCase, ...]":
+    """Return the generations that options choose: by name, or all of some prompts, seeds and durations."""
+    from sa3_convert.lab.generations.cases import DURATIONS, PROMPTS, SEEDS, GenerationCase, all_cases
+
+    if names:
+        if any(option is not None for option in (prompts, seeds, seconds)):
+            raise UsageError("--case names whole generations; --prompts, --seeds and --seconds do not go with it.")
+        return tuple(dict.fromkeys(GenerationCase.parse(name) for name in names))
+    numbers = o.listed("--prompts", prompts, int, range(len(PROMPTS)), lambda n: 0 <= n < len(PROMPTS))
+    starts = o.listed("--seeds", seeds, int, SEEDS, lambda n: 0 <= n < 1 << 64)
+    return all_cases(numbers, starts, o.listed("--seconds", seconds, float, DURATIONS, o.is_duration))

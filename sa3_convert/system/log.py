@@ -1,11 +1,9 @@
 """One log for what others say while they work: Python's warnings, and what native libraries print past Python."""
 
 import contextlib
-import ctypes
 import logging
 import os
 import sys
-import tempfile
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
@@ -98,8 +96,6 @@ class _Keep(logging.Handler):
 
 
 _STDOUT, _STDERR = 1, 2
-_C = ctypes.CDLL(None)
-_C_STDOUT = ctypes.c_void_p.in_dll(_C, "__stdoutp" if sys.platform == "darwin" else "stdout")
 
 
 class CapturedText:
@@ -129,6 +125,8 @@ class _Redirection:
         with self._lock:
             _flush()
             if self._file is None:
+                import tempfile
+
                 self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - lives as long as the process
             if self._users == 0:
                 self._saved = os.dup(self._descriptor)
@@ -162,7 +160,10 @@ def _flush() -> None:
         if stream is not None:
             with contextlib.suppress(ValueError):  # closed
                 stream.flush()
-    _C.fflush(_C_STDOUT)
+    import ctypes
+
+    library = ctypes.CDLL(None)
+    library.fflush(ctypes.c_void_p.in_dll(library, "__stdoutp" if sys.platform == "darwin" else "stdout"))
 
 
 def capture_stdout() -> contextlib.AbstractContextManager[CapturedText]:

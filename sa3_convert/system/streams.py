@@ -156,7 +156,7 @@ class _Patient(io.TextIOWrapper):
             io.BufferedWriter(raw),
             encoding=stream.encoding,
             errors="backslashreplace",
-            line_buffering=raw.isatty() or descriptor == _ERR,
+            line_buffering=True,
             write_through=getattr(stream, "write_through", False),
         )
 

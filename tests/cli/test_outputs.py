@@ -172,9 +172,7 @@ def test_every_path_of_every_command_says_whether_it_is_read_or_written() -> Non
         "synthesize folder",
         "fetch folder",
         # Of commands that write nothing.
-        "table bundles",
         "table bench",
-        "inspect file",
     }
 
 
