@@ -15,8 +15,6 @@ from sa3_convert.cli.comparison_tables import render_bisect, render_end_to_end, 
 from sa3_convert.cli.console import stderr, stdout
 from sa3_convert.lab.generations.cases import GenerationCase
 from sa3_convert.lab.generations.full import Verification
-from sa3_convert.lab.report.changes import read_report
-from sa3_convert.lab.report.folder import OPERATORS, PAGE, SUMMARY, bisected_models, check_folder, write_report
 from sa3_convert.lab.report.formatting import shown_size
 
 
@@ -30,6 +28,10 @@ class ReportWriter:
     """
 
     def __init__(self, folder: Path, since: Path | None) -> None:
+        # What draws is loaded for a report alone.
+        from sa3_convert.lab.report.changes import read_report
+        from sa3_convert.lab.report.folder import check_folder
+
         check_folder(folder)
         self._folder = folder
         self._since = None if since is None else read_report(since)
@@ -41,6 +43,8 @@ class ReportWriter:
 
     def write(self, bundle: Bundle, found: Verification, *, bisecting: bool, threads: int | None) -> None:
         """Look at every model operator by operator, if that is wanted, write the folder, and say where it stands."""
+        from sa3_convert.lab.report.folder import OPERATORS, PAGE, SUMMARY, bisected_models, write_report
+
         layers = {}
         if bisecting:
             with shown_progress({OPERATORS: 1.0}) as progress:
