@@ -50,7 +50,8 @@ def test_help_works_with_no_heavy_package_installed(arguments: list[str]) -> Non
 
 
 def test_the_command_line_is_there_without_what_only_commands_need() -> None:
-    program = "import sys, sa3_convert.cli.app; print(*{'pydantic', 'yaml', 'numpy', 'rich', 'ctypes', 'tempfile'} & sys.modules.keys())"
+    late = {"pydantic", "yaml", "numpy", "rich", "ctypes", "tempfile"}
+    program = f"import sys, sa3_convert.cli.app; print(*{late} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 
