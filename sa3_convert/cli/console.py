@@ -17,9 +17,8 @@ from sa3_convert.bundle.reader import Bundle
 from sa3_convert.check.results import Verdict
 from sa3_convert.components import Component
 from sa3_convert.convert.conversion import StageEvent
-from sa3_convert.convert.existing import RESULTS
-from sa3_convert.convert.plan import Estimate, Plan, Step, bytes_needed, total
-from sa3_convert.convert.stages import ConvertRequest
+from sa3_convert.convert.plan import ComponentPlan, ConversionPlan, ConvertRequest, Estimate, bytes_needed, total
+from sa3_convert.convert.stages import STAGES, STAGES_OF
 from sa3_convert.system.untrusted import printable
 
 if TYPE_CHECKING:
@@ -45,22 +44,13 @@ class EscapingConsole(Console):
 stdout = EscapingConsole(highlight=False, markup=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
 stderr = EscapingConsole(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
-_VERBS = {
-    "export": "exporting",
-    "ort-int8": "quantising",
-    "round": "rounding",
-    "mnn": "converting",
-    "verify": "verifying",
-    "split": "splitting",
-}
-
 
 def show_stage(event: StageEvent) -> None:
     """Print one line per finished stage; a started one is shown on a terminal only."""
     name = f"{event.component.value:<18}"
     if event.state == "started":
         if stderr.is_terminal:
-            stderr.print(f"{name} {_VERBS[event.stage]} …", Control(ControlType.CARRIAGE_RETURN), end="")
+            stderr.print(f"{name} {STAGES[event.stage].verb} …", Control(ControlType.CARRIAGE_RETURN), end="")
         return
     time = "unchanged" if event.state == "reused" else f"{event.seconds:.1f} s"
     stderr.print(f"{name} {event.stage:<9} {time:>10}  {event.detail:<24}")
@@ -125,7 +115,7 @@ def bundle_table(bundle: Bundle) -> Table:
     return table
 
 
-def plan_table(request: ConvertRequest, plan: Plan) -> Table:
+def plan_table(request: ConvertRequest, plan: ConversionPlan) -> Table:
     """Return what a conversion would do, with sizes estimated from the tensors' shapes."""
     steps = plan.steps
     table = Table(title=f"Plan for {request.out} (nothing was done)", title_justify="left")
@@ -153,13 +143,13 @@ def plan_table(request: ConvertRequest, plan: Plan) -> Table:
     return table
 
 
-def _to_do(step: Step) -> str:
+def _to_do(step: ComponentPlan) -> str:
     """Return the stages that run, and the files that are put in place from what earlier runs left."""
-    ready = [kind for kind in step.place if not set(RESULTS[kind]) & set(step.todo)]
+    ready = [kind for kind in step.place if not set(STAGES_OF[kind]) & set(step.todo)]
     return " → ".join((*step.todo, *([f"place {', '.join(ready)}"] if ready else [])))
 
 
-def _bundle_to_do(plan: Plan) -> Iterator[str]:
+def _bundle_to_do(plan: ConversionPlan) -> Iterator[str]:
     """Yield what changes in a bundle besides its components' files."""
     if plan.shared:
         yield f"write {', '.join(plan.shared)}"
@@ -168,7 +158,7 @@ def _bundle_to_do(plan: Plan) -> Iterator[str]:
     yield "write the manifest"
 
 
-def dropped(plan: Plan) -> list[str]:
+def dropped(plan: ConversionPlan) -> list[str]:
     """Return what a bundle had and will not have."""
     return [f"{a.kind} of {a.component.value}" if a.component else a.kind for a in plan.dropped]
 

@@ -47,8 +47,7 @@ def convert(
     from sa3_convert.cli.console import bundle_table, dropped, plan_table, show_stage, stderr, stdout
     from sa3_convert.convert.cache import cache_beside
     from sa3_convert.convert.conversion import convert as make_bundle
-    from sa3_convert.convert.plan import Plan, plan
-    from sa3_convert.convert.stages import ConvertRequest
+    from sa3_convert.convert.plan import ConversionPlan, ConvertRequest, plan
     from sa3_convert.lab.doctor.results import check_conversion
 
     resolved = open_recipe(recipe)
@@ -72,7 +71,7 @@ def convert(
         stdout.print(plan_table(request, plan(request)))
         return
 
-    def show(plan: Plan) -> None:
+    def show(plan: ConversionPlan) -> None:
         if plan.dropped:
             stderr.print(f"Left out of the bundle from now on: {', '.join(dropped(plan))}.")
         if any(step.todo for step in plan.steps):

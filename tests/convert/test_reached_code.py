@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 
 from sa3_convert.components import Component
-from sa3_convert.convert import conversion
+from sa3_convert.convert.cache import Notes
 from sa3_convert.convert.code_digest import PACKAGE, Source
+from sa3_convert.convert.stages import STAGES, ComponentJob, Stage
 from sa3_convert.recipe import load_recipe
 from sa3_convert.rounding import ort_int8
 from tests.bundles import CONFIGS, Convert
 from tests.convert.test_convert import with_component
-
-STAGES = ("export", "round", "mnn", "verify", "ort_int8", "split")
 
 
 @contextmanager
@@ -42,18 +41,25 @@ def watched(calls: set[tuple[str, str]]) -> Iterator[None]:
         threading.setprofile(None)
 
 
-BESIDE = {("sa3_convert.system.log", "_Keep"), ("sa3_convert.system.files", "_Descriptor")}
-"""What runs whatever a stage does: it takes in what is logged, and lets go of what nobody holds any more."""
+BESIDE = {
+    ("sa3_convert.system.log", "_Keep"),
+    ("sa3_convert.system.files", "_Descriptor"),
+    *(("sa3_convert.convert.stages", name) for name in ("Stage", "ComponentJob")),
+    ("sa3_convert.convert.cache", "CachedResult"),
+    ("sa3_convert.checkpoint.reader", "Checkpoint"),
+}
+"""What runs whatever a stage does: it takes in what is logged, lets go of what nobody holds any more, and gives the
+stage what it asks for."""
 
 
 @pytest.mark.parametrize(
     ("component", "stages"),
     [
-        (Component.NUMBER_CONDITIONER, {"export", "mnn", "verify", "ort_int8"}),
+        (Component.NUMBER_CONDITIONER, {"export", "mnn", "verify", "ort-int8"}),
         pytest.param(Component.TEXT_ENCODER, {"export", "round", "mnn", "verify"}, marks=pytest.mark.slow),
-        pytest.param(Component.DIT, {"export", "mnn", "verify", "ort_int8", "split"}, marks=pytest.mark.slow),
-        pytest.param(Component.DECODER, {"export", "mnn", "verify", "ort_int8"}, marks=pytest.mark.slow),
-        pytest.param(Component.ENCODER, {"export", "mnn", "verify", "ort_int8"}, marks=pytest.mark.slow),
+        pytest.param(Component.DIT, {"export", "mnn", "verify", "ort-int8", "split"}, marks=pytest.mark.slow),
+        pytest.param(Component.DECODER, {"export", "mnn", "verify", "ort-int8"}, marks=pytest.mark.slow),
+        pytest.param(Component.ENCODER, {"export", "mnn", "verify", "ort-int8"}, marks=pytest.mark.slow),
     ],
 )
 def test_every_function_that_a_stage_calls_is_followed(
@@ -66,19 +72,15 @@ def test_every_function_that_a_stage_calls_is_followed(
 ) -> None:
     calls: dict[str, set[tuple[str, str]]] = {}
 
-    def watch(stage: str) -> None:
-        run = getattr(conversion, f"{stage}_stage")
+    make = Stage.make
 
-        def watching(*arguments: Any) -> Any:
-            with watched(calls.setdefault(stage, set())):
-                return run(*arguments)
+    def watching(stage: Stage, job: ComponentJob, folder: Path) -> Notes:
+        with watched(calls.setdefault(stage.name, set())):
+            return make(stage, job, folder)
 
-        monkeypatch.setattr(conversion, f"{stage}_stage", watching)
-
+    monkeypatch.setattr(Stage, "make", watching)
     # How close the models come on this machine is not what is looked at.
     monkeypatch.setattr(ort_int8, "FLOORS_DB", dict.fromkeys(Component, 1.0))
-    for stage in STAGES:
-        watch(stage)
     recipe = with_component(load_recipe(CONFIGS / "int8.yaml"), component, floor_db=1.0)
     converted(
         toy,
@@ -86,13 +88,13 @@ def test_every_function_that_a_stage_calls_is_followed(
         tmp_path / "out",
         cache=tmp_path / "cache",
         components=(component,),
-        with_ort_int8="ort_int8" in stages,
+        with_ort_int8="ort-int8" in stages,
         with_split_dit=True,
     )
     assert calls.keys() == stages
     source = Source(PACKAGE)
     for stage, called in calls.items():
-        reached = source.reached([("sa3_convert.convert.stages", f"{stage}_stage")])
+        reached = source.reached([("sa3_convert.convert.stages", STAGES[stage].work.__name__)])
         named = {(module, name) for module, name in called if not name.startswith("<")}
         assert len(named) > 10
         assert {one for one in named - BESIDE if one not in reached} == set()
