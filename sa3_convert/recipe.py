@@ -234,11 +234,6 @@ def _known_keys() -> list[str]:
     return sorted({"extends", *(field.alias or name for model in models for name, field in model.model_fields.items())})
 
 
-def plain(recipe: ComponentRecipe) -> dict[str, Any]:
-    """Return a component's recipe as JSON-ready data, for fingerprints and manifests."""
-    return recipe.model_dump(mode="json")
-
-
 _CONFIGS: Final = "configs"
 _EXTENDS: Final = "extends"
 _LARGEST_FILE: Final = 64 << 10

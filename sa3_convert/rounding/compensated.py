@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -115,7 +115,7 @@ GridOf = Callable[[str], Grid | None]
 _NOTHING: Final = 1e-30
 
 
-Call = tuple[Tensor, tuple[Any, ...]]
+Call = tuple[Tensor, Sequence[Any]]
 """What a block is called with: its state [1, positions, width], and what every block takes beside it."""
 
 
@@ -163,8 +163,8 @@ def round_blocks(
         originals, states = _run(block, [sample.original for sample in samples], [group[0] for group in groups])
         finished: dict[str, _Finished] = {}
         for group in groups:
-            moved = _inputs_of(block, [sample.rounded for sample in samples], group[0])
-            inputs = _Inputs(originals.pop(group[0]), moved, len(fit))
+            moved = reaching(block, group[0], [(state, *rest) for state, rest in (one.rounded for one in samples)])
+            inputs = _Inputs(originals.pop(group[0]), [first.flatten(0, -2) for first, *_ in moved], len(fit))
             for path in group:
                 linear = block.get_submodule(path)
                 yield from _replaced(linear, f"{name}.{path}", inputs, grid_of)
@@ -230,7 +230,35 @@ class _Finished(nn.Module):
 
 
 class _ReachedError(Exception):
-    """A block has run as far as it had to."""
+    """A network has run as far as it had to."""
+
+
+@contextlib.contextmanager
+def _watched(
+    network: nn.Module, paths: Sequence[str], back: Callable[[str, nn.Module, tuple[Any, ...]], None]
+) -> Iterator[None]:
+    """Call back before the modules at some paths of a network run."""
+    handles = [network.get_submodule(path).register_forward_pre_hook(partial(back, path)) for path in paths]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def reaching(network: nn.Module, path: str, calls: Iterable[Sequence[Any]]) -> list[tuple[Any, ...]]:
+    """Return what reaches a module of a network in each call, which runs no further."""
+    caught: list[tuple[Any, ...]] = []
+
+    def catch(_: str, __: nn.Module, arguments: tuple[Any, ...]) -> None:
+        caught.append(arguments)
+        raise _ReachedError
+
+    with _watched(network, [path], catch):
+        for arguments in calls:
+            with contextlib.suppress(_ReachedError):
+                network(*arguments)
+    return caught
 
 
 def _groups(block: nn.Module, call: Call) -> list[list[str]]:
@@ -241,7 +269,7 @@ def _groups(block: nn.Module, call: Call) -> list[list[str]]:
         seen.setdefault(id(arguments[0]), (arguments[0], []))[1].append(path)
 
     linears = [path for path, module in block.named_modules() if isinstance(module, nn.Linear)]
-    with _Watching(block, linears, note):
+    with _watched(block, linears, note):
         block(call[0], *call[1])
     return [paths for _, paths in seen.values()]
 
@@ -251,37 +279,6 @@ def _run(
 ) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
     """Return what reached the watched linears, [positions, in] per call, and the states behind the block."""
     caught: dict[str, list[Tensor]] = {path: [] for path in watched}
-    with _Watching(block, watched, lambda path, _, arguments: caught[path].append(arguments[0].flatten(0, -2))):
+    with _watched(block, watched, lambda path, _, arguments: caught[path].append(arguments[0].flatten(0, -2))):
         states = [block(state, *arguments) for state, arguments in calls]
     return caught, states
-
-
-def _inputs_of(block: nn.Module, calls: Sequence[Call], path: str) -> list[Tensor]:
-    """Return what reached one linear, [positions, in] per call; the block runs no further."""
-    caught: list[Tensor] = []
-
-    def catch(_: str, __: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        caught.append(arguments[0].flatten(0, -2))
-        raise _ReachedError
-
-    with _Watching(block, [path], catch):
-        for state, arguments in calls:
-            with contextlib.suppress(_ReachedError):
-                block(state, *arguments)
-    return caught
-
-
-class _Watching:
-    """Calls back before the linears at some paths of a block run, while it is entered."""
-
-    def __init__(
-        self, block: nn.Module, paths: Sequence[str], back: Callable[[str, nn.Module, tuple[Tensor, ...]], None]
-    ) -> None:
-        self._handles = [block.get_submodule(path).register_forward_pre_hook(partial(back, path)) for path in paths]
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()

@@ -75,17 +75,6 @@ def grid_for(scheme: WeightScheme, layer: str) -> Grid | None:
     return None if bits is None else Grid(bits, scheme.symmetric, block_size, half_scales=scheme.scales == "fp16")
 
 
-def round_as_converter(weight: Floats, grid: Grid) -> Floats:
-    """Return the weight as MNN's converter would store it; shape [out, in, *kernel]."""
-
-    def rounded(rows: torch.Tensor) -> torch.Tensor:
-        lo, step = _extreme_grid(rows, grid)
-        codes = _codes(rows, lo, step, grid)
-        return _towards_zero(lo) + _towards_zero(step) * codes if grid.half_scales else lo + step * codes
-
-    return _by_rows(weight, grid, rounded)
-
-
 def round_least_squares(weight: Floats, grid: Grid) -> Floats:
     """Return the weight on the grid of least squared error that the converter reproduces; shape [out, in, *kernel]."""
     return _by_rows(weight, grid, lambda rows: to_grid(rows, *least_squares_grid(rows, grid), grid))
@@ -166,13 +155,6 @@ def _extreme_grid(rows: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.T
 
 def _storable(numbers: torch.Tensor, grid: Grid) -> torch.Tensor:
     return numbers.half().float() if grid.half_scales else numbers
-
-
-def _towards_zero(numbers: torch.Tensor) -> torch.Tensor:
-    """Return what MNN keeps of float32 numbers as float16: the bits that fit, below 2⁻¹⁴ multiples of 2⁻²⁴."""
-    cut = (numbers.view(torch.int32) & ~0x1FFF).view(torch.float32)
-    small = (numbers * 2.0**24).trunc_() / 2.0**24
-    return torch.where(numbers.abs() < 2.0**-14, small, cut)
 
 
 def _codes(rows: torch.Tensor, lo: torch.Tensor, step: torch.Tensor, grid: Grid) -> torch.Tensor:

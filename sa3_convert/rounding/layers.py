@@ -29,14 +29,6 @@ class Layer:
     """Whether the graph holds [in, out], as a MatMul does, instead of [out, in, *kernel]."""
 
     @property
-    def input_name(self) -> str:
-        """Name of the activation that the weight is multiplied with."""
-        value = self.node.inputs[0]
-        assert value is not None
-        assert value.name is not None
-        return value.name
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight as [out, in, *kernel]."""
         tensor = self.weight.const_value
