@@ -42,12 +42,7 @@ def verify_sessions(
 
 
 def run_samples(session: Session, samples: Iterable[Sample]) -> list[Outputs]:
-    """Return the outputs of every sample, in order; they are small beside any model.
-
-    Raises:
-        VerificationError: the model does not take these inputs: it is of another component or another layout.
-
-    """
+    """Return the outputs of every sample, in order; one that does not take them is of another component."""
     try:
         return [session.run(sample.feeds) for sample in samples]
     except ValueError as error:
@@ -61,12 +56,7 @@ def compare_runs(
     reference: Sequence[Outputs],
     target: Sequence[Outputs],
 ) -> ComponentFidelity:
-    """Return the figures of finished runs.
-
-    Raises:
-        VerificationError: as `verify_sessions`.
-
-    """
+    """Return the figures of finished runs; what cannot be compared raises VerificationError."""
     ports = contract(component, layout)
     measurements: list[Measurement] = []
     for sample, expected, actual in zip(samples, reference, target, strict=True):

@@ -36,12 +36,7 @@ SHARED: Final[Mapping[ArtifactKind, str]] = {
 
 
 def existing_bundle(request: "ConvertRequest") -> Bundle | None:
-    """Return the bundle that stands at `out` if it can be completed; a damaged one is made anew.
-
-    Raises:
-        UsageError: something stands there that this would replace; not with `force`.
-
-    """
+    """Return the bundle at `out` if it can be completed; a damaged one is made anew, another one refused."""
     out = request.out
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file; give a folder.")

@@ -57,13 +57,7 @@ class ConvertRequest:
     threads: int | None = None
 
     def job(self, component: Component) -> ComponentJob:
-        """Return what is to be done with a component.
-
-        Raises:
-            RecipeError: the recipe does not mention it.
-            UsageError: the MNN that is asked for cannot read what the recipe stores.
-
-        """
+        """Return what is to be done with a component; refused is a target that cannot read what its recipe stores."""
         recipe = self.recipe.for_component(component)
         target = target_for(recipe, self.target_mnn)
         return ComponentJob(self.checkpoint, component, recipe, target, self.threads)
@@ -80,12 +74,7 @@ class ConvertRequest:
         return bool(stage.folder) and not self.with_reference
 
     def selected(self) -> tuple[Component, ...]:
-        """Return the components to convert, in pipeline order.
-
-        Raises:
-            UsageError: the checkpoint has no such component.
-
-        """
+        """Return the components to convert, in pipeline order; one that the checkpoint lacks is refused."""
         available = components_of(self.checkpoint.layout)
         for component in self.components:
             if component not in available:

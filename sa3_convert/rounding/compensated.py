@@ -37,20 +37,10 @@ class InputMoments:
 
 
 def round_error_compensated(weight: Floats, moments: InputMoments, grid: Grid) -> Floats:
-    """Return a linear's weight on the converter's grid, with the least output error that is found.
+    """Return a linear's weight [out, in] on the converter's grid, with the least output error that is found.
 
-    Args:
-        weight: [out, in] float32.
-        moments: of its inputs.
-        grid: the grid of the file that will be written.
-
-    Returns:
-        [out, in] float32 that the converter's own rounding leaves as it is. Groups in which compensation would lose an
-        end of the grid are rounded by least squares instead.
-
-    Raises:
-        ValueError: the shapes do not belong together.
-
+    The converter's own rounding leaves it as it is: groups in which compensation would lose an end of the grid are
+    rounded by least squares instead.
     """
     if weight.ndim != 2 or moments.rounded.shape != (weight.shape[1], weight.shape[1]):
         raise ValueError(f"weight {weight.shape} and moments {tuple(moments.rounded.shape)} do not belong together")
@@ -148,14 +138,9 @@ class RoundedLinear:
 def round_blocks(
     blocks: Mapping[str, nn.Module], fit: Sequence[Streams], check: Sequence[Streams], grid_of: GridOf
 ) -> Iterator[RoundedLinear]:
-    """Round the linears of consecutive blocks in place; both sequences of samples advance with them.
+    """Round the linears of consecutive blocks in place, on samples to fit on and to check with, which advance too.
 
-    Args:
-        blocks: by name, in order; each maps (state, *arguments) to the next state.
-        fit: samples to fit on.
-        check: samples to check with.
-        grid_of: the grid of each linear, by full name.
-
+    Each block maps (state, *arguments) to the next state; a linear's grid is asked for by its full name.
     """
     samples = [*fit, *check]
     for name, block in blocks.items():

@@ -81,17 +81,9 @@ def round_least_squares(weight: Floats, grid: Grid) -> Floats:
 
 
 def least_squares_grid(rows: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (lo, step) of least squared error per row.
+    """Return (lo, step), [groups, 1] each, of least squared error per row of [groups, length]; lo is 0 if symmetric.
 
     With 8 bits the extremes already are within 0.1 dB of it for anything but far outliers, and fewer starts are tried.
-
-    Args:
-        rows: [groups, length] float32.
-        grid: bits and symmetry.
-
-    Returns:
-        Two tensors [groups, 1]; lo is zero for a symmetric grid.
-
     """
     first_lo, first_step = (_storable(number, grid) for number in _extreme_grid(rows, grid))
     best_lo, best_step = first_lo, first_step
@@ -133,9 +125,7 @@ def _by_rows(weight: Floats, grid: Grid, rounded: Callable[[torch.Tensor], torch
 def one_thread() -> Iterator[int]:
     """Keep torch from handing small pieces to other threads, which takes many times as long as the work itself.
 
-    Yields:
-        How many threads torch may use outside.
-
+    Yields the number of threads that torch may use outside.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

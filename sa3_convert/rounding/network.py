@@ -41,18 +41,7 @@ def round_network(
     *,
     threads: int | None = None,
 ) -> list[RoundedLinear]:
-    """Round the linears of a component's stack.
-
-    Args:
-        checkpoint: where the weights come from.
-        component: one that has a stack.
-        recipe: how it will be stored.
-        threads: for torch; None leaves it as it is.
-
-    Raises:
-        CheckpointError: its weights are missing, damaged, or do not fit its configuration.
-
-    """
+    """Round the linears of a component's stack as its recipe says; without threads, torch keeps its number."""
     if threads:
         torch.set_num_threads(threads)
     scheme, stack = recipe.weights, SPECS[component].stack
