@@ -164,12 +164,7 @@ def components_of(layout: "CheckpointLayout") -> tuple[Component, ...]:
 
 
 def contract(component: Component, layout: "CheckpointLayout") -> Contract:
-    """Return the I/O contract of a component.
-
-    Raises:
-        UsageError: a checkpoint of this layout has no such component.
-
-    """
+    """Return the I/O contract of a component; UsageError if a checkpoint of this layout has none."""
     if component not in components_of(layout):
         raise UsageError(f"This checkpoint holds an autoencoder alone; it has no component {component.value!r}.")
     return SPECS[component].contract(layout)

@@ -29,10 +29,6 @@ def layer_pattern(pattern: str) -> SchemaValidator:
     r"""Compile a pattern; what is returned tells by `isinstance_python` whether it is found in a name.
 
     Names of layers are ASCII, and so are the classes `\d`, `\w` and `\s`: those of all Unicode take milliseconds each.
-
-    Raises:
-        ValueError: it is no regular expression, uses what this engine does not have, or repeats too much.
-
     """
     size = len(pattern)
     for count in _COUNTED.findall(pattern):
@@ -178,12 +174,7 @@ class Recipe(_Strict):
         return self
 
     def for_component(self, component: Component) -> ComponentRecipe:
-        """Return a component's part.
-
-        Raises:
-            RecipeError: the recipe does not mention it.
-
-        """
+        """Return a component's part; a recipe that does not mention it is refused."""
         try:
             return self.components[component]
         except KeyError:
@@ -234,11 +225,6 @@ def _known_keys() -> list[str]:
     return sorted({"extends", *(field.alias or name for model in models for name, field in model.model_fields.items())})
 
 
-def plain(recipe: ComponentRecipe) -> dict[str, Any]:
-    """Return a component's recipe as JSON-ready data, for fingerprints and manifests."""
-    return recipe.model_dump(mode="json")
-
-
 _CONFIGS: Final = "configs"
 _EXTENDS: Final = "extends"
 _LARGEST_FILE: Final = 64 << 10
@@ -250,14 +236,6 @@ def recipe_file(given: Path, beside: Path = Path()) -> Path:
     """Return the file that is meant: itself, or the project's own of that name wherever the command is run.
 
     `int8`, `int8.yaml` and `configs/int8.yaml` are the same recipe where no file of that name is in the way.
-
-    Args:
-        given: a path or a name.
-        beside: the folder that a relative path counts from.
-
-    Raises:
-        RecipeError: neither is there.
-
     """
     path = beside / given
     if os.path.isfile(path):  # noqa: PTH113 -- Path.is_file raises for a name that is too long
@@ -283,14 +261,6 @@ def read_recipe(path: Path, *, resolved: bool = False) -> Any:
 
     A mapping is put over a mapping key by key; anything else, lists too, replaces what was there. Name and description
     are a recipe's own.
-
-    Args:
-        path: the file.
-        resolved: whether it may not extend another, as one in a bundle, which is written with all that it says.
-
-    Raises:
-        RecipeError: a file is missing, cannot be read, or extends itself by way of others.
-
     """
     if not resolved:
         return _over_its_base(path, ())

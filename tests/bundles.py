@@ -10,7 +10,7 @@ from sa3_convert.checkpoint.lora_file import LoraRequest
 from sa3_convert.checkpoint.reader import Checkpoint
 from sa3_convert.checkpoint.synthetic import synthesize
 from sa3_convert.convert.conversion import Outcome, StageEvent, convert
-from sa3_convert.convert.stages import ConvertRequest
+from sa3_convert.convert.plan import ConvertRequest
 from sa3_convert.recipe import Recipe, load_recipe
 
 CONFIGS = Path(__file__).parents[1] / "configs"

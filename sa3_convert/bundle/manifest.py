@@ -71,7 +71,7 @@ SPLIT_KINDS: Final[tuple[ArtifactKind, ArtifactKind]] = ("mnn-prepare", "mnn-ste
 _LONGEST_NAME: Final = 60
 _KEPT_OUTSIDE = ("onnx", "onnx-int8")
 """Kinds whose files may be kept outside of the bundle."""
-_COMPANIONS: Mapping[ArtifactKind, str] = {
+COMPANIONS: Mapping[ArtifactKind, str] = {
     "mnn": ".weight",
     "mnn-prepare": ".weight",
     "mnn-step": ".weight",
@@ -147,7 +147,7 @@ class Artifact(FileEntry):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
-        suffix = _COMPANIONS.get(self.kind)
+        suffix = COMPANIONS.get(self.kind)
         if (suffix is None) is not (self.component is None):
             raise ValueError(f"{self.kind} is {'no model' if suffix is None else 'a model'} of a component")
         if self.kind in SPLIT_KINDS and self.component is not Component.DIT:

@@ -50,15 +50,9 @@ class Published:
 def published_path(
     variant: str, component: Component, precision: str, *, own: bool = False, loras: Sequence[LoraEntry] = ()
 ) -> str:
-    """Return a model's path in the published hub tree.
+    """Return a model's path in the published hub tree, by its audited precision and the adapters that change it.
 
-    Args:
-        variant: name of the checkpoint's variant, such as `small-music`.
-        component: the component.
-        precision: its audited precision, such as `int8`.
-        own: whether the variant has weights of its own where the tree has one file for all variants.
-        loras: the adapters that change the component.
-
+    `own` says that the variant has weights of its own where the tree has one file for all variants.
     """
     names = published_names(variant)
     family, base = names.folder, names.base + _tag(loras)
@@ -91,12 +85,7 @@ def _tag(loras: Sequence[LoraEntry]) -> str:
 
 
 def published_files(bundles: Sequence[Bundle]) -> list[Published]:
-    """Return every file of the published tree, each path once.
-
-    Raises:
-        BundleError: two bundles offer different contents for one path, of the same precision or of different weights.
-
-    """
+    """Return every file of the published tree, each path once; refused if one would have different contents."""
     chosen: dict[str, Published] = {}
     for bundle in bundles:
         tier = _tier(bundle)
@@ -180,12 +169,7 @@ def _preferred(first: Published | None, second: Published) -> Published:
 
 
 def _flattened(files: list[Published]) -> list[Published]:
-    """Return the files under their names alone, each once.
-
-    Raises:
-        BundleError: two different files would have one name.
-
-    """
+    """Return the files under their names alone, each once; two different files of one name are refused."""
     flat: dict[str, Published] = {}
     for file in files:
         name = Path(file.path).name

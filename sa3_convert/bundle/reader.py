@@ -28,10 +28,6 @@ class Bundle:
 
     The folder is held open, so that manifest and files are of one bundle whatever comes to stand under its name. A file
     that was checked once is afterwards only asked whether it is still the same.
-
-    Raises:
-        OSError: there is no such folder.
-
     """
 
     def __init__(self, path: Path, manifest: Manifest, folder: HeldFolder | None = None) -> None:
@@ -76,12 +72,7 @@ class Bundle:
         return tuple(c for c in Component if any(a.component is c and a.kind == "mnn" for a in self.manifest.artifacts))
 
     def artifact(self, component: Component | None, kind: ArtifactKind = "mnn") -> Artifact:
-        """Return an artifact.
-
-        Raises:
-            BundleError: the bundle does not have it.
-
-        """
+        """Return an artifact; BundleError if the bundle does not have it."""
         for artifact in self.manifest.artifacts:
             if artifact.component is component and artifact.kind == kind:
                 return artifact
@@ -105,12 +96,7 @@ class Bundle:
 
     @contextlib.contextmanager
     def reading(self, kind: ArtifactKind) -> Iterator[Path]:
-        """Yield the path of a checked file that belongs to no component; it must still be the same after the block.
-
-        Raises:
-            BundleError: see `check`, or it was replaced meanwhile.
-
-        """
+        """Yield the path of a checked file that belongs to no component; it must still be the same after the block."""
         file = self.checked(None, kind)
         try:
             yield file.path

@@ -43,12 +43,7 @@ class Bench(_Data):
 
     @classmethod
     def read(cls, path: Path) -> "Bench":
-        """Read a file that `bench --json` wrote.
-
-        Raises:
-            InputError: it is missing, damaged or something else.
-
-        """
+        """Read a file that `bench --json` wrote; InputError if it is something else."""
         try:
             text = read_text(path)
             parse_json(text)

@@ -39,10 +39,6 @@ def any_samples(model: ir.Model) -> Iterator[Sample]:
     Floats are normal, but for `t`, from 0 to 1, `seconds`, up to the longest duration, and a mask of floats, ones (what
     is computed behind the end of a mask means nothing). Integers that look up rows are rows of their table; others are
     masks: ones, then zeros.
-
-    Raises:
-        InputError: an input has a type that numbers cannot be made up for.
-
     """
     inputs = [value for value in model.graph.inputs if value.name not in model.graph.initializers]
     dynamic = any(not isinstance(size, int) for value in inputs for size in value.shape or ())
@@ -54,12 +50,7 @@ def any_samples(model: ir.Model) -> Iterator[Sample]:
 
 
 def sample_of(model: ir.Model, name: str, feeds: Mapping[str, NDArray[Any]]) -> Sample:
-    """Return inputs that were given, which must be those of the graph.
-
-    Raises:
-        InputError: one is missing or unknown.
-
-    """
+    """Return inputs that were given; any but those of the graph are refused."""
     wanted = [str(value.name) for value in model.graph.inputs if value.name not in model.graph.initializers]
     if set(wanted) != set(feeds):
         raise InputError(f"{name} holds {', '.join(feeds) or 'nothing'}; the graph takes {', '.join(wanted)}.")

@@ -30,13 +30,7 @@ class Judged:
 
 
 def bundle_recipe(bundle: Bundle) -> Recipe:
-    """Return the recipe in a bundle.
-
-    Raises:
-        RecipeError: it is not valid.
-        VerificationError: it is another than the manifest names.
-
-    """
+    """Return the recipe in a bundle, which must be the one that the manifest names."""
     with bundle.reading("recipe") as file:
         recipe = load_recipe(file, resolved=True)
     if recipe.name != bundle.manifest.recipe:
@@ -48,13 +42,7 @@ def bundle_recipe(bundle: Bundle) -> Recipe:
 
 
 def models_of(bundle: Bundle, recipe: Recipe, component: Component) -> list[Judged]:
-    """Return the models of a component, their files held to manifest and recipe.
-
-    Raises:
-        VerificationError: manifest, recipe and file disagree about what is stored.
-        ModelFileError: a file cannot be read.
-
-    """
+    """Return the models of a component, their files held to manifest and recipe, which must agree."""
     wanted = recipe.for_component(component)
     models = [Judged(component, "mnn", bundle.artifact(component), wanted.floor_db)]
     _check_claims(bundle.file(component), models[0].artifact, wanted.precision, wanted.floor_db, "recipe")

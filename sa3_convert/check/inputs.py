@@ -50,15 +50,8 @@ class Sample:
 def sample_inputs(component: Component, layout: CheckpointLayout, *, seed: int, latents: int) -> Sample:
     """Return one sample of a component's inputs, as its contract names, types and shapes them.
 
-    Args:
-        component: which one.
-        layout: the checkpoint's dimensions.
-        seed: any integer of at least 0; also walks through prompt lengths, durations, noise levels and masks.
-        latents: T. Rounded up to an even number where the component needs that, ignored where it has no length.
-
-    Raises:
-        UsageError: a checkpoint of this layout has no such component.
-
+    The seed, any integer of at least 0, also walks through prompt lengths, durations, noise levels and masks. T, the
+    number of latents, is rounded up to an even one where the component needs that, ignored where it has no length.
     """
     ports = contract(component, layout)
     if SPECS[component].even_latents:

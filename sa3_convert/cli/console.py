@@ -28,9 +28,8 @@ from sa3_convert.check.results import Verdict
 from sa3_convert.cli.echo import is_silent
 from sa3_convert.components import Component
 from sa3_convert.convert.conversion import StageEvent
-from sa3_convert.convert.existing import RESULTS
-from sa3_convert.convert.plan import Estimate, Plan, Step, bytes_needed, total
-from sa3_convert.convert.stages import ConvertRequest
+from sa3_convert.convert.plan import ComponentPlan, ConversionPlan, ConvertRequest, Estimate, bytes_needed, total
+from sa3_convert.convert.stages import STAGES, STAGES_OF
 from sa3_convert.system.log import is_shown
 from sa3_convert.system.untrusted import printable
 
@@ -66,22 +65,13 @@ class EscapingConsole(Console):
 stdout = EscapingConsole(highlight=False, markup=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
 stderr = EscapingConsole(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
-_VERBS = {
-    "export": "exporting",
-    "ort-int8": "quantising",
-    "round": "rounding",
-    "mnn": "converting",
-    "verify": "verifying",
-    "split": "splitting",
-}
-
 
 def show_stage(event: StageEvent) -> None:
     """Print a line when a stage begins, which on a terminal its result replaces, and one when it is done."""
     name = f"{event.component.value:<18}"
     if event.state == "started":
         after: tuple[object, ...] = (Control(ControlType.CARRIAGE_RETURN),) if stderr.is_terminal else ()
-        stderr.print(f"{name} {_VERBS[event.stage]} …", *after, end="" if after else "\n")
+        stderr.print(f"{name} {STAGES[event.stage].verb} …", *after, end="" if after else "\n")
         return
     time = "unchanged" if event.state == "reused" else f"{event.seconds:.1f} s"
     stderr.print(f"{name} {event.stage:<9} {time:>10}  {event.detail:<24}")
@@ -160,7 +150,7 @@ def bundle_rows(bundle: Bundle) -> list[dict[str, Any]]:
     ]
 
 
-def plan_table(request: ConvertRequest, plan: Plan) -> Table:
+def plan_table(request: ConvertRequest, plan: ConversionPlan) -> Table:
     """Return what a conversion would do, with sizes estimated from the tensors' shapes."""
     numbers = ("reference MiB", "model MiB", "memory GiB", "about")
     table = grid(f"Plan for {request.out} (nothing was done)", ("component", "stored"), numbers, ("to do",))
@@ -182,7 +172,7 @@ def plan_table(request: ConvertRequest, plan: Plan) -> Table:
     return table
 
 
-def plan_data(request: ConvertRequest, plan: Plan) -> dict[str, Any]:
+def plan_data(request: ConvertRequest, plan: ConversionPlan) -> dict[str, Any]:
     """Return what `plan_table` shows."""
     rows = [
         {
@@ -199,13 +189,13 @@ def plan_data(request: ConvertRequest, plan: Plan) -> dict[str, Any]:
     return {"components": rows, "up_to_date": plan.up_to_date, "disk_bytes": bytes_needed(plan.steps)}
 
 
-def _to_do(step: Step) -> str:
+def _to_do(step: ComponentPlan) -> str:
     """Return the stages that run, and the files that are put in place from what earlier runs left."""
-    ready = [kind for kind in step.place if not set(RESULTS[kind]) & set(step.todo)]
+    ready = [kind for kind in step.place if not set(STAGES_OF[kind]) & set(step.todo)]
     return " → ".join((*step.todo, *([f"place {', '.join(ready)}"] if ready else [])))
 
 
-def _bundle_to_do(plan: Plan) -> Iterator[str]:
+def _bundle_to_do(plan: ConversionPlan) -> Iterator[str]:
     """Yield what changes in a bundle besides its components' files."""
     if plan.shared:
         yield f"write {', '.join(plan.shared)}"
@@ -214,13 +204,13 @@ def _bundle_to_do(plan: Plan) -> Iterator[str]:
     yield "write the manifest"
 
 
-def show_dropped(plan: Plan) -> None:
+def show_dropped(plan: ConversionPlan) -> None:
     """Say what a bundle had and will not have."""
     if plan.dropped:
         stderr.print(f"Left out of the bundle from now on: {', '.join(_dropped(plan))}.")
 
 
-def _dropped(plan: Plan) -> list[str]:
+def _dropped(plan: ConversionPlan) -> list[str]:
     return [f"{a.kind} of {a.component.value}" if a.component else a.kind for a in plan.dropped]
 
 

@@ -10,7 +10,7 @@ from sa3_convert.cli import paths
 from sa3_convert.cli.echo import echo
 
 if TYPE_CHECKING:
-    from sa3_convert.convert.stages import ConvertRequest
+    from sa3_convert.convert.plan import ConvertRequest
 
 _more, _how = o.panel("More in the bundle"), o.panel("How to work")
 
@@ -45,8 +45,7 @@ def convert(
     """
     from sa3_convert.cli import console
     from sa3_convert.convert.cache import cache_beside
-    from sa3_convert.convert.plan import plan
-    from sa3_convert.convert.stages import ConvertRequest
+    from sa3_convert.convert.plan import ConvertRequest, plan
     from sa3_convert.lab.doctor.results import check_conversion
     from sa3_convert.system.log import is_shown
 

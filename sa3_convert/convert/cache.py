@@ -73,14 +73,7 @@ class StageCache:
         self._root = root
 
     def find(self, stage: str, key: str, notes: type[N]) -> CachedResult[N] | None:
-        """Return the whole, undamaged result of a stage, or None. Nothing is changed, and nothing outside it is read.
-
-        Args:
-            stage: name of the stage.
-            key: fingerprint of everything that the result depends on.
-            notes: what the stage notes.
-
-        """
+        """Return the whole, undamaged result of a stage with its kind of notes, or None; nothing outside it is read."""
         folder = self._root / stage / key
         try:
             listed = {file.name: file for file in folder.iterdir()}
@@ -98,18 +91,7 @@ class StageCache:
         return CachedResult(folder, entry.files, found) if whole else None
 
     def make(self, stage: str, key: str, make: Callable[[Path], N], *, replace: bool = False) -> CachedResult[N]:
-        """Make a stage's result and keep it.
-
-        Args:
-            stage: name of the stage.
-            key: fingerprint of everything that the result depends on.
-            make: puts the result's files into the empty folder it is given and returns notes.
-            replace: take the place of a whole result too.
-
-        Raises:
-            ConversionError: something else stands in its place and cannot be removed.
-
-        """
+        """Make a stage's result in an empty folder and keep it; with `replace`, in the place of a whole one too."""
         place = self._root / stage / key
         with partial_folder(place) as temporary:
             made = make(temporary)

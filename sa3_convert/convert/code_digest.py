@@ -36,13 +36,7 @@ def _digests() -> "KeptDigests":
 
 
 class KeptDigests:
-    """Digests that are worked out once for each state of the source files, in half a second, and kept on disk.
-
-    Args:
-        package: folder of the package.
-        kept: where they are kept; a file that is damaged or of another state of the source counts as absent.
-
-    """
+    """Digests, worked out once for each state of the source, in half a second, and kept in a sealed file."""
 
     def __init__(self, package: Path, kept: Path) -> None:
         self._source = Source(package)
@@ -186,12 +180,7 @@ class Source:
         self._modules: dict[str, _Module | None] = {}
 
     def reached(self, starts: Iterable[tuple[str, str]]) -> "Reached":
-        """Return everything that some names, each with its module, depend on.
-
-        Raises:
-            LookupError: there is no such name; its hash would stand for nothing.
-
-        """
+        """Return everything that some names, each with its module, depend on; a name that is not there is refused."""
         reached = Reached(self)
         for module_name, name in starts:
             if (module := self.module(module_name)) is None or name not in module.bound:

@@ -5,14 +5,15 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from sa3_convert.bundle.manifest import (
+    COMPANIONS,
     MANIFEST,
-    SPLIT_KINDS,
     Artifact,
     ArtifactKind,
     CheckpointOrigin,
@@ -22,28 +23,10 @@ from sa3_convert.bundle.manifest import (
 )
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.components import Component
-from sa3_convert.convert.cache import CachedResult, Notes, StageCache
-from sa3_convert.convert.existing import (
-    ORT_INT8_FOLDER,
-    REFERENCE_FOLDER,
-    SHARED,
-    checkpoint_digests,
-    lora_entries,
-    shared_text,
-)
-from sa3_convert.convert.plan import Plan, Step, plan
-from sa3_convert.convert.stages import (
-    PLANNED,
-    ConvertRequest,
-    Stage,
-    export_stage,
-    mnn_stage,
-    ort_int8_stage,
-    round_stage,
-    split_names,
-    split_stage,
-    verify_stage,
-)
+from sa3_convert.convert.cache import Notes, StageCache
+from sa3_convert.convert.existing import SHARED, checkpoint_digests, lora_entries, shared_text
+from sa3_convert.convert.plan import ComponentPlan, ConversionPlan, ConvertRequest, plan
+from sa3_convert.convert.stages import STAGES, STAGES_OF, ComponentJob, Stage
 from sa3_convert.errors import ConversionError, UsageError
 from sa3_convert.system.checked_files import inside
 from sa3_convert.system.files import copy_file, sweep, write_text
@@ -53,14 +36,10 @@ from sa3_convert.system.machine import tool_versions
 if TYPE_CHECKING:
     from sa3_convert.checkpoint.reader import Checkpoint
 
-Results = Mapping[Stage, CachedResult[Any]]
 
-
-def assemble(request: ConvertRequest, plan: Plan, results: Mapping[Component, Results]) -> Bundle:
-    """Put the files in place that the plan says, the manifest last."""
-    artifacts = list(plan.kept)
-    for step in plan.steps:
-        artifacts += _component_artifacts(request, step, results[step.component])
+def assemble(request: ConvertRequest, plan: ConversionPlan) -> Bundle:
+    """Put the files in place that the plan says, from the results of its stages, the manifest last."""
+    artifacts = [*plan.kept, *(_artifact(request, step, kind) for step in plan.steps for kind in step.place)]
     artifacts += [_shared_artifact(request, kind) for kind in plan.shared]
     order = list(Component)
     artifacts.sort(key=lambda a: (order.index(a.component) if a.component else len(order), a.kind))
@@ -82,88 +61,39 @@ def assemble(request: ConvertRequest, plan: Plan, results: Mapping[Component, Re
     return bundle
 
 
-def _component_artifacts(request: ConvertRequest, step: Step, results: Results) -> Iterator[Artifact]:
-    component, name = step.component, f"{step.component.value}.mnn"
-    recipe = request.recipe.for_component(component)
-    for kind in step.place:
-        if kind == "mnn":
-            yield Artifact(
-                **_placed(request, results["mnn"], name),
-                kind=kind,
-                component=component,
-                precision=recipe.precision,
-                storage=results["mnn"].notes.storage,
-                fidelity=results["verify"].notes.fidelity,
-                floor_db=recipe.floor_db,
-                target_mnn=request.target_of(component),
-                fingerprint=step.keys["verify"],
-            )
-        elif kind == "onnx":
-            yield Artifact(
-                **_kept(request, results["export"], component, REFERENCE_FOLDER),
-                kind=kind,
-                component=component,
-                precision="fp32",
-                fingerprint=step.keys["export"],
-            )
-        elif kind == "onnx-int8":
-            notes = results["ort-int8"].notes
-            yield Artifact(
-                **_kept(request, results["ort-int8"], component, ORT_INT8_FOLDER),
-                kind=kind,
-                component=component,
-                precision=notes.precision,
-                fidelity=notes.fidelity,
-                floor_db=notes.floor_db,
-                fingerprint=step.keys["ort-int8"],
-            )
-        else:
-            yield Artifact(
-                **_placed(request, results["split"], split_names(component)[SPLIT_KINDS.index(kind)]),
-                kind=kind,
-                component=component,
-                precision=recipe.precision,
-                fidelity=results["split"].notes.fidelity,
-                floor_db=recipe.floor_db,
-                fingerprint=step.keys["split"],
-            )
-
-
-def _placed(request: ConvertRequest, result: CachedResult[Any], name: str) -> dict[str, Any]:
-    """Put a `.mnn` into the bundle, with its file of weights if it has one; return how the manifest describes both."""
-    mnn, weights = _entries(result, name, f"{name}.weight", "")
-    for entry in filter(None, (mnn, weights)):
-        copy_file(result.file(entry.path), _own(request.out, entry.path))
-    if weights is None:
-        # Of an earlier, larger model: MNN finds it by its name.
-        (request.out / f"{name}.weight").unlink(missing_ok=True)
-    return dict(mnn) | {"companion": weights}
-
-
-def _kept(request: ConvertRequest, result: CachedResult[Any], component: Component, folder: str) -> dict[str, Any]:
-    """Return how the manifest describes an ONNX that stays in the cache, or is copied if the bundle shall hold it."""
-    name = component.value
-    onnx, data = _entries(result, f"{name}.onnx", f"{name}.onnx.data", f"{folder}/")
-    if request.with_reference:
-        for entry in filter(None, (onnx, data)):
-            copy_file(result.file(Path(entry.path).name), _own(request.out, entry.path))
-    kept_at = None if request.with_reference else os.path.relpath(result.folder, request.out)
-    return dict(onnx) | {"companion": data, "kept_at": kept_at}
+def _artifact(request: ConvertRequest, step: ComponentPlan, kind: ArtifactKind) -> Artifact:
+    """Put a component's file where the plan says, what is loaded with it too, and return what the manifest says."""
+    makers = [STAGES[name] for name in STAGES_OF[kind]]
+    stage, result = makers[0], step.job.results[makers[0].name]
+    name = stage.leaves[kind].format(step.component.value)
+    in_cache = request.in_cache(stage)
+    entries = []
+    for file in (name, name + COMPANIONS[kind]):
+        place = Path(stage.folder, file).as_posix()
+        if file in result.files:
+            size = result.file(file).stat().st_size
+            entries.append(FileEntry(path=place, sha256=result.files[file], bytes=size))
+            if not in_cache:
+                copy_file(result.file(file), _own(request.out, place))
+        elif not in_cache:
+            # Of an earlier, larger model: it would be found by its name.
+            (request.out / place).unlink(missing_ok=True)
+    notes = {key: value for maker in makers for key, value in step.job.results[maker.name].notes}
+    return Artifact(
+        **dict(entries[0]),
+        companion=entries[1] if len(entries) > 1 else None,
+        kept_at=os.path.relpath(result.folder, request.out) if in_cache else None,
+        kind=kind,
+        component=step.component,
+        fingerprint=step.keys[makers[-1].name],
+        **{key: value for key, value in notes.items() if key in Artifact.model_fields},
+    )
 
 
 def _own(out: Path, name: str) -> Path:
     """Return where a file of the bundle is written: a link that someone put there is not followed out of it."""
     inside(out, name)
     return out / name
-
-
-def _entries(result: CachedResult[Any], main: str, companion: str, folder: str) -> tuple[FileEntry, FileEntry | None]:
-    found = [
-        FileEntry(path=folder + file, sha256=result.files[file], bytes=result.file(file).stat().st_size)
-        for file in (main, companion)
-        if file in result.files
-    ]
-    return found[0], found[1] if len(found) > 1 else None
 
 
 def _shared_artifact(request: ConvertRequest, kind: ArtifactKind) -> Artifact:
@@ -188,7 +118,7 @@ class StageEvent:
     """Something that the user may want to see happen."""
 
     component: Component
-    stage: Stage
+    stage: str
     state: Literal["started", "done", "reused"]
     seconds: float = 0.0
     detail: str = ""
@@ -205,7 +135,9 @@ class Outcome:
     up_to_date: bool
 
 
-def convert(request: ConvertRequest, report: Report, planned: Callable[[Plan], None] = lambda _: None) -> Outcome:
+def convert(
+    request: ConvertRequest, report: Report, planned: Callable[[ConversionPlan], None] = lambda _: None
+) -> Outcome:
     """Make or complete the bundle at `request.out`: work out what has to be done, and do that.
 
     Args:
@@ -221,8 +153,6 @@ def convert(request: ConvertRequest, report: Report, planned: Callable[[Plan], N
         UsageError: another bundle stands at `out`, or another conversion into it is running.
 
     """
-    for component in request.selected():
-        request.recipe.for_component(component)
     found, todo = _manifest(request.out), plan(request)
     request.out.mkdir(parents=True, exist_ok=True)
     with _lock(request.out):
@@ -234,8 +164,9 @@ def convert(request: ConvertRequest, report: Report, planned: Callable[[Plan], N
         planned(todo)
         if todo.existing is not None and todo.up_to_date:
             return Outcome(todo.existing, up_to_date=True)
-        results = {step.component: _make_component(request, cache, step, report) for step in todo.steps}
-        return Outcome(assemble(request, todo, results), up_to_date=False)
+        for step in todo.steps:
+            _run_stages(request, cache, step, report)
+        return Outcome(assemble(request, todo), up_to_date=False)
 
 
 def _manifest(out: Path) -> bytes | None:
@@ -247,7 +178,7 @@ def _manifest(out: Path) -> bytes | None:
 
 def _sweep(out: Path, cache: StageCache) -> None:
     """Remove what a conversion that was killed has left."""
-    for folder in (out, out / REFERENCE_FOLDER, out / ORT_INT8_FOLDER):
+    for folder in {out / stage.folder for stage in STAGES.values()}:
         sweep(folder)
     cache.sweep()
 
@@ -266,60 +197,23 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _make_component(
-    request: ConvertRequest, cache: StageCache, step: Step, report: Report
-) -> Mapping[Stage, CachedResult[Any]]:
-    """Run the stages of a component that the plan says, and return their results with those that were there."""
-    results: dict[Stage, CachedResult[Any]] = {}
-    makers = _makers(request, step.component, results)
-    for stage, key in step.keys.items():
-        if stage in step.found:
-            results[stage] = step.found[stage]
-            note("kept", results[stage].notes.log)
-            report(StageEvent(step.component, stage, "reused", detail=results[stage].notes.detail))
-        elif stage in step.todo:
-            report(StageEvent(step.component, stage, "started"))
+def _run_stages(request: ConvertRequest, cache: StageCache, step: ComponentPlan, report: Report) -> None:
+    """Run the stages of a component that the plan says; their results and those that were there go into its job."""
+    for name, key in step.keys.items():
+        if name in step.found:
+            step.job.results[name] = found = step.found[name]
+            note("kept", found.notes.log)
+            report(StageEvent(step.component, name, "reused", detail=found.notes.detail))
+        elif name in step.todo:
+            report(StageEvent(step.component, name, "started"))
             started = time.perf_counter()
-            results[stage] = cache.make(stage, key, _logged(makers[stage]), replace=request.force)
-            seconds = time.perf_counter() - started
-            report(StageEvent(step.component, stage, "done", seconds, results[stage].notes.detail))
-    return results
+            made = cache.make(name, key, partial(_make, STAGES[name], step.job), replace=request.force)
+            step.job.results[name] = made
+            report(StageEvent(step.component, name, "done", time.perf_counter() - started, made.notes.detail))
 
 
-def _logged(make: Callable[[Path], Notes]) -> Callable[[Path], Notes]:
-    """Return a maker whose notes also tell what was logged while it ran."""
-
-    def making(folder: Path) -> Notes:
-        with kept() as lines:
-            notes = make(folder)
-        return notes.model_copy(update={"log": tuple(lines)})
-
-    return making
-
-
-def _makers(
-    request: ConvertRequest, component: Component, results: Mapping[Stage, CachedResult[Any]]
-) -> Mapping[Stage, Callable[[Path], Notes]]:
-    """Return what makes each stage's result in a folder; each is called when the results that it reads are there."""
-    checkpoint, threads, layout = request.checkpoint, request.threads, request.checkpoint.layout
-    recipe, target_mnn = request.recipe.for_component(component), request.target_of(component)
-
-    def reference() -> Path:
-        return results["export"].file(f"{component.value}.onnx")
-
-    def rounded() -> Path | None:
-        return results["round"].file(PLANNED) if "round" in results else None
-
-    def target() -> Path:
-        return results["mnn"].file(f"{component.value}.mnn")
-
-    return {
-        "export": lambda folder: export_stage(checkpoint, component, folder),
-        "round": lambda folder: round_stage(checkpoint, component, recipe, folder, threads),
-        "mnn": lambda folder: mnn_stage(reference(), component, recipe, rounded(), folder, target_mnn),
-        "verify": lambda _: verify_stage(reference(), target(), component, recipe, layout, threads),
-        "ort-int8": lambda folder: ort_int8_stage(reference(), component, layout, folder, threads),
-        "split": lambda folder: split_stage(
-            reference(), component, recipe, rounded(), layout, folder, threads, target_mnn
-        ),
-    }
+def _make(stage: Stage, job: ComponentJob, folder: Path) -> Notes:
+    """Run a stage; its notes also tell what was logged meanwhile."""
+    with kept() as lines:
+        notes = stage.make(job, folder)
+    return notes.model_copy(update={"log": tuple(lines)})

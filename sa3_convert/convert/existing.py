@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Final
 
 from sa3_convert.bundle.manifest import (
     BOTTLENECK,
+    COMPANIONS,
     MANIFEST,
     RECIPE,
-    SPLIT_KINDS,
     TOKENIZER,
     Artifact,
     ArtifactKind,
@@ -19,24 +19,14 @@ from sa3_convert.bundle.manifest import (
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.checkpoint.config import TEXT_ENCODER_FOLDER
 from sa3_convert.components import Component, components_of
-from sa3_convert.convert.stages import ConvertRequest, Keys, Stage, split_names
+from sa3_convert.convert.stages import STAGES, STAGES_OF, StageKeys
 from sa3_convert.errors import BundleError, UsageError
 from sa3_convert.system.machine import tool_versions
 
 if TYPE_CHECKING:
     from sa3_convert.checkpoint.reader import Checkpoint
+    from sa3_convert.convert.plan import ConvertRequest
 
-REFERENCE_FOLDER: Final = "reference"
-"""Where a bundle keeps its reference ONNX files."""
-ORT_INT8_FOLDER: Final = "onnxruntime-int8"
-"""Where a bundle keeps what ONNX Runtime computes with integers."""
-RESULTS: Final[Mapping[ArtifactKind, tuple[Stage, ...]]] = {
-    "mnn": ("mnn", "verify"),
-    "onnx": ("export",),
-    "onnx-int8": ("ort-int8",),
-    **dict.fromkeys(SPLIT_KINDS, ("split",)),
-}
-"""The stages that a component's file is made from; it carries the fingerprint of the last."""
 SHARED: Final[Mapping[ArtifactKind, str]] = {
     "recipe": RECIPE,
     "bottleneck_params": BOTTLENECK,
@@ -45,13 +35,8 @@ SHARED: Final[Mapping[ArtifactKind, str]] = {
 """Files for all components."""
 
 
-def existing_bundle(request: ConvertRequest) -> Bundle | None:
-    """Return the bundle that stands at `out` if it can be completed; a damaged one is made anew.
-
-    Raises:
-        UsageError: something stands there that this would replace; not with `force`.
-
-    """
+def existing_bundle(request: "ConvertRequest") -> Bundle | None:
+    """Return the bundle at `out` if it can be completed; a damaged one is made anew, another one refused."""
     out = request.out
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file; give a folder.")
@@ -76,11 +61,18 @@ def existing_bundle(request: ConvertRequest) -> Bundle | None:
     return bundle if found[:2] == wanted[:2] else None
 
 
-def _refuse_other_files(request: ConvertRequest) -> None:
+def _refuse_other_files(request: "ConvertRequest") -> None:
     out = request.out
     leftovers = {file.name for file in out.iterdir() if not file.name.startswith(".")} if out.exists() else set()
-    models = {name for c in Component for name in (f"{c.value}.mnn", *split_names(c))}
-    known = {*SHARED.values(), REFERENCE_FOLDER, ORT_INT8_FOLDER, *models, *(f"{name}.weight" for name in models)}
+    names = {
+        name.format(component.value) + ending
+        for stage in STAGES.values()
+        for kind, name in stage.leaves.items()
+        for ending in ("", COMPANIONS[kind])
+        for component in Component
+        if not stage.folder
+    }
+    known = {*SHARED.values(), *(stage.folder for stage in STAGES.values()), *names}
     if (foreign := sorted(leftovers - known)) and not request.force:
         raise UsageError(
             f"--out {out} holds other files ({foreign[0]}, …). Give an empty folder, or --force to write into it."
@@ -92,7 +84,7 @@ def _made_from(manifest: Manifest) -> tuple[str, str, tuple[tuple[str, float], .
     return manifest.variant, manifest.recipe, tuple((lora.sha256, lora.strength) for lora in manifest.loras)
 
 
-def _asked_for(request: ConvertRequest) -> tuple[str, str, tuple[tuple[str, float], ...]]:
+def _asked_for(request: "ConvertRequest") -> tuple[str, str, tuple[tuple[str, float], ...]]:
     checkpoint = request.checkpoint
     loras = tuple((lora.file.sha256, lora.strength) for lora in checkpoint.loras)
     return checkpoint.variant_name, request.recipe.name, loras
@@ -119,7 +111,7 @@ def lora_entries(checkpoint: "Checkpoint") -> tuple[LoraEntry, ...]:
     )
 
 
-def of_other_weights(bundle: Bundle, request: ConvertRequest) -> list[Component]:
+def of_other_weights(bundle: Bundle, request: "ConvertRequest") -> list[Component]:
     """Return the components of a bundle that are not converted now and were not made from this checkpoint's weights."""
     digests, selected = bundle.manifest.checkpoint.digests, request.selected()
     return [
@@ -129,13 +121,13 @@ def of_other_weights(bundle: Bundle, request: ConvertRequest) -> list[Component]
     ]
 
 
-def checkpoint_digests(request: ConvertRequest) -> dict[Component, str]:
+def checkpoint_digests(request: "ConvertRequest") -> dict[Component, str]:
     """Return the digest of each component's tensors."""
     checkpoint = request.checkpoint
     return {component: checkpoint.digest(component) for component in components_of(checkpoint.layout)}
 
 
-def is_current(bundle: Bundle, request: ConvertRequest) -> bool:
+def is_current(bundle: Bundle, request: "ConvertRequest") -> bool:
     """Tell whether a manifest says what it would say now, apart from its files and from components that nobody has."""
     manifest, digests = bundle.manifest, bundle.manifest.checkpoint.digests
     return (
@@ -147,17 +139,21 @@ def is_current(bundle: Bundle, request: ConvertRequest) -> bool:
     )
 
 
-def is_right(bundle: Bundle, artifact: Artifact, request: ConvertRequest, keys: Keys) -> bool:
+def is_right(bundle: Bundle, artifact: Artifact, request: "ConvertRequest", keys: StageKeys) -> bool:
     """Tell whether a component's file is whole, where it is wanted, and what would be made now."""
     return (
-        artifact.kind in RESULTS
-        and artifact.fingerprint == keys.get(RESULTS[artifact.kind][-1], "")
+        artifact.fingerprint == keys.get(STAGES_OF[artifact.kind][-1], "")
         and not (request.with_reference and artifact.kept_at is not None)
         and bundle.is_whole(artifact)
     )
 
 
-def is_right_shared(bundle: Bundle, artifact: Artifact, request: ConvertRequest) -> bool:
+def shared_kinds(request: "ConvertRequest") -> list[ArtifactKind]:
+    """Return the files for all components that a bundle of this checkpoint has."""
+    return [kind for kind in SHARED if kind != "tokenizer" or request.checkpoint.layout.text_encoder is not None]
+
+
+def is_right_shared(bundle: Bundle, artifact: Artifact, request: "ConvertRequest") -> bool:
     """Tell whether a file for all components is whole and what would be written now."""
     if artifact.kind == "bottleneck_params":
         decoder = Component.DECODER
@@ -168,7 +164,7 @@ def is_right_shared(bundle: Bundle, artifact: Artifact, request: ConvertRequest)
     return same and artifact.path == SHARED[artifact.kind] and bundle.is_whole(artifact)
 
 
-def shared_text(request: ConvertRequest, kind: ArtifactKind) -> str | None:
+def shared_text(request: "ConvertRequest", kind: ArtifactKind) -> str | None:
     """Return what a file for all components holds; None if this checkpoint has none, or has it in its weights."""
     if kind == "recipe":
         return request.recipe.to_yaml()

@@ -1,28 +1,31 @@
-"""What a conversion will do, decided before anything is made: which stages, how long, how much memory."""
+"""What a conversion is asked for, and what it will do, decided before anything is made: stages, time, memory, room."""
 
 import math
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from sa3_convert.bundle.manifest import SPLIT_KINDS, Artifact, ArtifactKind
+from sa3_convert.bundle.manifest import Artifact, ArtifactKind
 from sa3_convert.bundle.reader import Bundle
-from sa3_convert.components import TOKEN_TABLE, Component
+from sa3_convert.components import TOKEN_TABLE, Component, components_of
 from sa3_convert.convert.cache import CachedResult, StageCache
 from sa3_convert.convert.existing import (
-    RESULTS,
-    SHARED,
     existing_bundle,
     is_current,
     is_right,
     is_right_shared,
     of_other_weights,
+    shared_kinds,
 )
-from sa3_convert.convert.stages import INPUTS, NOTES, ConvertRequest, Keys, Stage
-from sa3_convert.errors import InputError
-from sa3_convert.recipe import ComponentRecipe
+from sa3_convert.convert.stages import STAGES, STAGES_OF, ComponentJob, Stage, StageKeys, stage_keys
+from sa3_convert.errors import InputError, UsageError
+from sa3_convert.mnn.compatibility import MnnVersion, target_for
+from sa3_convert.recipe import ComponentRecipe, Recipe
+
+if TYPE_CHECKING:
+    from sa3_convert.checkpoint.reader import Checkpoint
 
 _GIB: Final = 2**30
 _PROC: Final = Path("/proc/meminfo")
@@ -32,58 +35,72 @@ _LEAST_MEMORY: Final = 0.6
 
 
 @dataclass(frozen=True, slots=True)
-class Rate:
-    """What a stage takes, as `start` + `per_gib` · GiB of reference."""
+class ConvertRequest:
+    """What to convert, how, and to where."""
 
-    seconds_per_gib: float
-    memory_per_gib: float
-    """GiB, not counting pages of mapped files, which the system takes back when it needs them."""
-    start_seconds: float = 1.0
-    start_memory: float = 1.0
-    """Of true-size components; toys take less."""
+    checkpoint: "Checkpoint"
+    recipe: Recipe
+    out: Path
+    cache: Path
+    components: tuple[Component, ...] = ()
+    """Empty means all that the checkpoint has."""
+    force: bool = False
+    """Redo everything, and replace a bundle that was made from something else."""
+    with_reference: bool = False
+    """Copy the reference ONNX files into the bundle instead of leaving them in the cache."""
+    with_ort_int8: bool = False
+    """Also make what the engine `onnxruntime-int8` runs; it is kept where the reference is."""
+    target_mnn: MnnVersion | None = None
+    """The oldest MNN that the result has to be right on; None is, by component, the oldest that can read it."""
+    with_split_dit: bool = False
+    """Also make the DiT in two parts, of which one runs once per generation."""
+    threads: int | None = None
 
-    def memory(self, gib: float) -> float:
-        """Return GiB for a reference of `gib`."""
-        return min(self.start_memory, _LEAST_MEMORY + 4 * gib) + self.memory_per_gib * gib
+    def job(self, component: Component) -> ComponentJob:
+        """Return what is to be done with a component; refused is a target that cannot read what its recipe stores."""
+        recipe = self.recipe.for_component(component)
+        target = target_for(recipe, self.target_mnn)
+        return ComponentJob(self.checkpoint, component, recipe, target, self.threads)
 
+    def kinds(self, component: Component) -> tuple[ArtifactKind, ...]:
+        """Return the files that are asked for of a component."""
+        job = self.job(component)
+        return tuple(
+            kind for stage in STAGES.values() if stage.applies(job) and stage.asked(self) for kind in stage.leaves
+        )
 
-_RATES: Final[Mapping[Stage, Rate]] = {
-    "export": Rate(23, 0.4, start_seconds=10),
-    "round": Rate(170, 1.2, start_memory=3.4),
-    "mnn": Rate(18, 0.3),
-    "verify": Rate(10, 1.1, start_memory=1.5),
-    "ort-int8": Rate(20, 1.5),
-    "split": Rate(40, 1.1, start_seconds=4, start_memory=1.5),
-}
-_PLANNED_SECONDS_PER_GIB: Final = 27
-"""What rounding by least squares adds to the mnn stage."""
+    def in_cache(self, stage: Stage) -> bool:
+        """Tell whether what a stage leaves stays in the cache, where the bundle's manifest says to find it."""
+        return bool(stage.folder) and not self.with_reference
+
+    def selected(self) -> tuple[Component, ...]:
+        """Return the components to convert, in pipeline order; one that the checkpoint lacks is refused."""
+        available = components_of(self.checkpoint.layout)
+        for component in self.components:
+            if component not in available:
+                have = ", ".join(c.value for c in available)
+                raise UsageError(f"This checkpoint has no component {component.value!r}; it has {have}.")
+        return tuple(c for c in available if not self.components or c in self.components)
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Of one component, or of all."""
+    """What one component takes, or all."""
 
     seconds: float
     memory_bytes: int
     """At the most, in one process."""
 
 
-def estimate(stages: Iterable[Stage], reference_bytes: int, recipe: ComponentRecipe) -> Estimate:
-    """Return what some stages of a component will take.
-
-    Args:
-        stages: those that have to run.
-        reference_bytes: of its float32 reference.
-        recipe: how it will be stored.
-
-    """
+def estimate(stages: Iterable[str], reference_bytes: int, recipe: ComponentRecipe) -> Estimate:
+    """Return what some stages of a component with a float32 reference of this size will take."""
     size = reference_bytes / _GIB
-    rates = {stage: _RATES[stage] for stage in stages}
-    seconds = sum(rate.start_seconds + rate.seconds_per_gib * size for rate in rates.values())
-    if "mnn" in rates and recipe.weights is not None and recipe.weights.rounding == "least_squares":
-        seconds += _PLANNED_SECONDS_PER_GIB * size
-    memory = max((rate.memory(size) for rate in rates.values()), default=0.0)
-    return Estimate(seconds, round(memory * _GIB))
+    costs = [STAGES[stage].cost for stage in stages]
+    seconds = sum(cost.start_seconds + cost.seconds_per_gib * size for cost in costs)
+    if recipe.weights is not None and recipe.weights.rounding == "least_squares":
+        seconds += sum(cost.least_squares_per_gib * size for cost in costs)
+    memory = (min(c.start_memory, _LEAST_MEMORY + 4 * size) + c.memory_per_gib * size for c in costs)
+    return Estimate(seconds, round(max(memory, default=0.0) * _GIB))
 
 
 def total(estimates: Iterable[Estimate]) -> Estimate:
@@ -95,10 +112,7 @@ def total(estimates: Iterable[Estimate]) -> Estimate:
 def available_memory(meminfo: Path = _PROC, group: Path = _GROUP) -> int | None:
     """Return how much memory a process can still get, swap included, or None where the system does not tell.
 
-    Args:
-        meminfo: Linux's description of the machine's memory.
-        group: folder of the control group, whose limit counts too.
-
+    What Linux says of the machine counts, and the limit of the control group.
     """
     found = _fields(meminfo)
     if "MemAvailable" not in found:
@@ -130,32 +144,39 @@ def _number(file: Path) -> int | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ComponentPlan:
     """One component's part of the plan."""
 
-    component: Component
-    keys: Keys
-    todo: tuple[Stage, ...]
+    job: ComponentJob
+    keys: StageKeys
+    todo: tuple[str, ...]
     """Stages that have to run."""
     place: tuple[ArtifactKind, ...]
     """Files that the bundle gets, or that its manifest says where to find, from the results of stages."""
-    found: Mapping[Stage, CachedResult[Any]]
+    found: Mapping[str, CachedResult[Any]]
     """Results of the cache that this needs."""
     reference_bytes: int
     model_bytes: int
     """Estimated from the tensors' shapes."""
-    placed_bytes: int
-    """Of what is put into the bundle, at the most."""
+    bytes_needed: int
+    """Of what lasts, in cache and bundle."""
+    scratch_bytes: int
+    """Of what passes."""
     takes: Estimate
+
+    @property
+    def component(self) -> Component:
+        """Which one."""
+        return self.job.component
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ConversionPlan:
     """Everything that a conversion will do."""
 
     existing: Bundle | None
     """The bundle that is completed, if one stands there."""
-    steps: tuple[Step, ...]
+    steps: tuple[ComponentPlan, ...]
     kept: tuple[Artifact, ...]
     """Files that stay as they are, of components that are not converted too."""
     dropped: tuple[Artifact, ...]
@@ -186,7 +207,7 @@ def estimate_model_bytes(shapes: dict[str, tuple[int, ...]], recipe: ComponentRe
     return total
 
 
-def plan(request: ConvertRequest) -> Plan:
+def plan(request: ConvertRequest) -> ConversionPlan:
     """Return what has to be done. What stays of the components, or is used, was read and has its hash; nothing changes.
 
     Extras that the bundle has stay without being asked for, as long as they are what would be made now.
@@ -196,22 +217,25 @@ def plan(request: ConvertRequest) -> Plan:
         InputError: disk or memory do not have room for it.
 
     """
+    jobs = [request.job(component) for component in request.selected()]
     existing = existing_bundle(request)
-    keys = {component: request.keys(component) for component in request.selected()}
+    keys = {job.component: stage_keys(job) for job in jobs}
     kept = _kept(request, existing, keys)
-    steps = tuple(_step(request, component, keys[component], kept) for component in keys)
+    steps = tuple(_component_plan(request, job, keys[job.component], kept) for job in jobs)
     _require_room(request, steps)
     _require_memory(steps)
     stays = {(artifact.component, artifact.kind) for artifact in kept}
-    shared = tuple(kind for kind in _shared(request) if (None, kind) not in stays)
+    shared = tuple(kind for kind in shared_kinds(request) if (None, kind) not in stays)
     placed = {(step.component, kind) for step in steps for kind in step.place} | {(None, kind) for kind in shared}
     listed = existing.manifest.artifacts if existing else ()
     dropped = tuple(artifact for artifact in listed if (artifact.component, artifact.kind) not in stays | placed)
     done = existing is not None and not placed and not dropped and is_current(existing, request)
-    return Plan(existing, steps, kept, dropped, shared, up_to_date=done)
+    return ConversionPlan(existing, steps, kept, dropped, shared, up_to_date=done)
 
 
-def _kept(request: ConvertRequest, existing: Bundle | None, keys: Mapping[Component, Keys]) -> tuple[Artifact, ...]:
+def _kept(
+    request: ConvertRequest, existing: Bundle | None, keys: Mapping[Component, StageKeys]
+) -> tuple[Artifact, ...]:
     if existing is None:
         return ()
     others = of_other_weights(existing, request)
@@ -228,74 +252,62 @@ def _kept(request: ConvertRequest, existing: Bundle | None, keys: Mapping[Compon
     return tuple(kept)
 
 
-def _shared(request: ConvertRequest) -> Collection[ArtifactKind]:
-    return [kind for kind in SHARED if kind != "tokenizer" or request.checkpoint.layout.text_encoder is not None]
-
-
-def _step(request: ConvertRequest, component: Component, keys: Keys, kept: Collection[Artifact]) -> Step:
-    have = {artifact.kind for artifact in kept if artifact.component is component}
-    place = tuple(kind for kind in request.kinds(component) if kind not in have)
+def _component_plan(
+    request: ConvertRequest, job: ComponentJob, keys: StageKeys, kept: Collection[Artifact]
+) -> ComponentPlan:
+    have = {artifact.kind for artifact in kept if artifact.component is job.component}
+    place = tuple(kind for kind in request.kinds(job.component) if kind not in have)
     todo, found = _stages(request, keys, place)
-    recipe = request.recipe.for_component(component)
-    shapes = {name: entry.shape for name, entry in request.checkpoint.stored(component).items()}
+    shapes = {name: entry.shape for name, entry in job.checkpoint.stored(job.component).items()}
     reference_bytes = 4 * sum(math.prod(shape) for shape in shapes.values())
-    model_bytes = estimate_model_bytes(shapes, recipe)
+    model_bytes = estimate_model_bytes(shapes, job.recipe)
+    # The integer form has a quarter of the reference's weights, but all of its token table.
+    sizes = {stage.name: reference_bytes if stage.folder else model_bytes for stage in STAGES.values()}
+    made = sum(sizes[name] for name in todo if STAGES[name].leaves)
     # Two parts have the weights of one model between them.
-    sizes = {"mnn": model_bytes} | dict.fromkeys(SPLIT_KINDS, model_bytes // 2)
-    if request.with_reference:
-        sizes |= {"onnx": reference_bytes, "onnx-int8": reference_bytes}
-    return Step(
-        component=component,
+    makers = {kind: STAGES[STAGES_OF[kind][0]] for kind in place}
+    placed = sum(sizes[s.name] // len(s.leaves) for s in makers.values() if not request.in_cache(s))
+    return ComponentPlan(
+        job=job,
         keys=keys,
         todo=todo,
         place=place,
         found=found,
         reference_bytes=reference_bytes,
         model_bytes=model_bytes,
-        placed_bytes=sum(sizes.get(kind, 0) for kind in place),
-        takes=estimate(todo, reference_bytes, recipe),
+        bytes_needed=made + placed,
+        scratch_bytes=max((STAGES[name].cost.scratch for name in todo), default=0) * reference_bytes,
+        takes=estimate(todo, reference_bytes, job.recipe),
     )
 
 
 def _stages(
-    request: ConvertRequest, keys: Keys, place: Collection[ArtifactKind]
-) -> tuple[tuple[Stage, ...], dict[Stage, CachedResult[Any]]]:
+    request: ConvertRequest, keys: StageKeys, place: Collection[ArtifactKind]
+) -> tuple[tuple[str, ...], dict[str, CachedResult[Any]]]:
     """Return the stages that have to run for some files, and the results of the cache that they and the files need."""
     cache = StageCache(request.cache)
-    needed = {stage for kind in place for stage in RESULTS[kind]}
-    todo: list[Stage] = []
-    found: dict[Stage, CachedResult[Any]] = {}
-    for stage in reversed(tuple(keys)):
-        if stage not in needed:
+    needed = {stage for kind in place for stage in STAGES_OF[kind]}
+    todo: list[str] = []
+    found: dict[str, CachedResult[Any]] = {}
+    for name in reversed(tuple(keys)):
+        if name not in needed:
             continue
-        result = None if request.force else cache.find(stage, keys[stage], NOTES[stage])
+        stage = STAGES[name]
+        result = None if request.force else cache.find(name, keys[name], stage.notes)
         if result is None:
-            todo.insert(0, stage)
-            needed.update(INPUTS[stage])
+            todo.insert(0, name)
+            needed.update(stage.reads)
         else:
-            found[stage] = result
+            found[name] = result
     return tuple(todo), found
 
 
-def bytes_needed(steps: Sequence[Step]) -> int:
-    """Return the temporary and lasting room that a plan takes at its peak."""
-    lasting = sum(
-        # The integer form has a quarter of the reference's weights, but all of its token table.
-        s.reference_bytes * (("export" in s.todo) + ("ort-int8" in s.todo))
-        + s.model_bytes * (("mnn" in s.todo) + ("split" in s.todo))
-        + s.placed_bytes
-        for s in steps
-    )
-    # While one component is converted, its rewritten ONNX and the converter's scratch file with all weights exist too;
-    # of one in two parts, also those parts.
-    passing = max(
-        ((2 + ("split" in s.todo)) * s.reference_bytes for s in steps if {"mnn", "ort-int8", "split"} & set(s.todo)),
-        default=0,
-    )
-    return lasting + passing
+def bytes_needed(steps: Sequence[ComponentPlan]) -> int:
+    """Return the temporary and lasting room that a plan takes at its peak: components are converted one by one."""
+    return sum(step.bytes_needed for step in steps) + max((step.scratch_bytes for step in steps), default=0)
 
 
-def _require_room(request: ConvertRequest, steps: Sequence[Step]) -> None:
+def _require_room(request: ConvertRequest, steps: Sequence[ComponentPlan]) -> None:
     folder = request.cache
     while not folder.exists():
         folder = folder.parent
@@ -308,7 +320,7 @@ def _require_room(request: ConvertRequest, steps: Sequence[Step]) -> None:
         )
 
 
-def _require_memory(steps: Sequence[Step]) -> None:
+def _require_memory(steps: Sequence[ComponentPlan]) -> None:
     free = available_memory()
     for step in steps:
         needed = step.takes.memory_bytes

@@ -1,43 +1,41 @@
-"""What one conversion is asked for, and its stages: what each depends on, and what it makes."""
+"""The stages of a conversion, in one table: what each reads, depends on, does, leaves and takes."""
 
+import inspect
+import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
-from sa3_convert.bundle.manifest import SPLIT_KINDS, ArtifactKind, Fidelity
+from sa3_convert.bundle.manifest import ArtifactKind, Fidelity
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
-from sa3_convert.components import Component, components_of, contract
-from sa3_convert.convert.cache import Notes
+from sa3_convert.components import Component, contract
+from sa3_convert.convert.cache import CachedResult, Notes
 from sa3_convert.convert.code_digest import code_digest
-from sa3_convert.errors import UsageError
-from sa3_convert.mnn.compatibility import DEFAULT_TARGET, MnnVersion, target_for
-from sa3_convert.recipe import ComponentRecipe, Recipe, plain
+from sa3_convert.mnn.compatibility import DEFAULT_TARGET, MnnVersion
+from sa3_convert.recipe import ComponentRecipe
 from sa3_convert.system.machine import version_of
 from sa3_convert.system.sealed import fingerprint
 
 if TYPE_CHECKING:
-    from sa3_convert.check.results import ComponentFidelity
+    from sa3_convert.arrays import Session
     from sa3_convert.checkpoint.reader import Checkpoint
+    from sa3_convert.convert.plan import ConvertRequest
 
-Stage = Literal["export", "round", "mnn", "verify", "ort-int8", "split"]
-Keys = Mapping[Stage, str]
-"""Fingerprints of the stages that a component can go through, in order; each contains those of its inputs."""
-
-INPUTS: Final[Mapping[Stage, tuple[Stage, ...]]] = {
-    "export": (),
-    "round": (),
-    "mnn": ("export", "round"),
-    "verify": ("export", "mnn"),
-    "ort-int8": ("export",),
-    "split": ("export", "round"),
-}
-"""The stages in order, with those whose files each reads; `round` where the recipe asks for it."""
+StageKeys = Mapping[str, str]
+"""Fingerprints of the stages that a component can go through, in order; each contains those of what it reads."""
 PLANNED: Final = "weights.safetensors"
 """What the round stage leaves."""
 CHANGING: Final[Mapping[Component, tuple[str, ...]]] = {Component.DIT: ("x", "t")}
 """Components that run several times in one generation, and the inputs that differ between those runs."""
+
+
+class ModelNotes(Notes):
+    """Of a file that comes into a bundle. What is called as in `Artifact` is what the manifest says of it."""
+
+    precision: str
 
 
 class RoundNotes(Notes):
@@ -46,75 +44,33 @@ class RoundNotes(Notes):
     gains_db: dict[str, float]
 
 
-class MnnNotes(Notes):
+class MnnNotes(ModelNotes):
     """What was done, and what the file holds."""
 
     storage: dict[str, Any]
     passes: dict[str, int]
+    target_mnn: MnnVersion
 
 
 class FidelityNotes(Notes):
-    """How close a model is to its reference."""
+    """How close a model is to its reference, and how close it has to be."""
 
     fidelity: Fidelity
-
-
-class OrtInt8Notes(FidelityNotes):
-    """Of the form for ONNX Runtime, which has floors of its own."""
-
     floor_db: float
-    precision: Literal["int8", "fp32"]
 
 
-NOTES: Final[Mapping[Stage, type[Notes]]] = {
-    "export": Notes,
-    "round": RoundNotes,
-    "mnn": MnnNotes,
-    "verify": FidelityNotes,
-    "ort-int8": OrtInt8Notes,
-    "split": FidelityNotes,
-}
+class JudgedModelNotes(ModelNotes, FidelityNotes):
+    """Of a file that is judged by the stage that makes it."""
 
 
-def stage_keys(
-    checkpoint: "Checkpoint", component: Component, recipe: ComponentRecipe, *, target_mnn: MnnVersion = DEFAULT_TARGET
-) -> Keys:
-    """Return the fingerprints of a component's stages: weights, dimensions, recipe, our code, and the tools."""
-
-    def key(stage: Callable[..., Notes], *tools: str, **parts: Any) -> str:
-        return fingerprint(code=code_digest(stage), tools=[version_of(name) for name in tools], **parts)
-
-    keys: dict[Stage, str] = {}
-    keys["export"] = export = key(
-        export_stage,
-        *("torch", "onnx", "onnx-ir", "onnxscript"),
-        component=component.value,
-        weights=checkpoint.digest(component),
-        contract=repr(contract(component, checkpoint.layout)),
-        layout=repr(checkpoint.layout),
-    )
-    storage = {name: value for name, value in plain(recipe).items() if name != "floor_db"}
-    if recipe.compensates:
-        keys["round"] = key(round_stage, "torch", export=export, recipe=storage)
-    keys["mnn"] = key(
-        mnn_stage, "MNN", "onnx-ir", export=keys.get("round", export), recipe=storage, target_mnn=target_mnn
-    )
-    keys["verify"] = key(verify_stage, "onnxruntime", mnn=keys["mnn"], floor_db=recipe.floor_db)
-    keys["ort-int8"] = key(ort_int8_stage, "onnx", "onnxruntime", export=export)
-    if component in CHANGING:
-        keys["split"] = key(split_stage, verify=keys["verify"])
-    return keys
-
-
-def export_stage(checkpoint: "Checkpoint", component: Component, folder: Path) -> Notes:
+def export_stage(checkpoint: "Checkpoint", component: Component, folder: Path) -> ModelNotes:
     """Export one component's reference ONNX into `folder`."""
     from sa3_convert.export.component import export_component
 
     checkpoint.check_values(component)
     path = folder / f"{component.value}.onnx"
     export_component(checkpoint, component, path)
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    return Notes(detail=f"{size / 2**20:.1f} MiB")
+    return ModelNotes(precision="fp32", detail=_size(folder))
 
 
 def round_stage(
@@ -146,14 +102,44 @@ def mnn_stage(
     from sa3_convert.passes.pipeline import onnx_for_mnn
     from sa3_convert.rounding.layers import PlannedWeights
 
-    target = folder / f"{component.value}.mnn"
+    weights = None if planned is None else PlannedWeights(planned)
     with tempfile.TemporaryDirectory(prefix="onnx-", dir=folder) as scratch:
         prepared = Path(scratch) / reference.name
-        weights = None if planned is None else PlannedWeights(planned)
         passes = onnx_for_mnn(reference, prepared, component, recipe, planned=weights, target_mnn=target_mnn)
-        storage = mnn_from_onnx(prepared, target, recipe, target_mnn=target_mnn)
-    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-    return MnnNotes(storage=storage.summary(), passes=passes.counts(), detail=f"{size / 2**20:.1f} MiB")
+        storage = mnn_from_onnx(prepared, folder / f"{component.value}.mnn", recipe, target_mnn=target_mnn)
+    return MnnNotes(
+        precision=recipe.precision,
+        storage=storage.summary(),
+        passes=passes.counts(),
+        target_mnn=target_mnn,
+        detail=_size(folder),
+    )
+
+
+def verify_stage(
+    reference: Path, target: Path, component: Component, floor_db: float, layout: CheckpointLayout, threads: int | None
+) -> FidelityNotes:
+    """Run target and reference on the same inputs; below the floor is an error, so no result is kept."""
+    from sa3_convert.mnn.session import MnnSession
+
+    ports = contract(component, layout)
+    inputs, outputs = ([port.name for port in side] for side in (ports.inputs, ports.outputs))
+    opened = partial(MnnSession, target, inputs=inputs, outputs=outputs)
+    return FidelityNotes(**_judged(reference, opened, component, floor_db, layout, threads))
+
+
+def ort_int8_stage(
+    reference: Path, component: Component, layout: CheckpointLayout, folder: Path, threads: int | None
+) -> JudgedModelNotes:
+    """Quantise the reference for ONNX Runtime and compare the two; below the floor is an error."""
+    from sa3_convert.ort import OrtSession
+    from sa3_convert.rounding.ort_int8 import FLOORS_DB, quantise_for_ort
+
+    target = folder / reference.name
+    precision = "int8" if quantise_for_ort(reference, target) else "fp32"
+    opened = partial(OrtSession, target, optimise=True)
+    figures = _judged(reference, opened, component, FLOORS_DB[component], layout, threads)
+    return JudgedModelNotes(precision=precision, **figures)
 
 
 def split_stage(
@@ -165,15 +151,16 @@ def split_stage(
     folder: Path,
     threads: int | None,
     target_mnn: MnnVersion,
-) -> FidelityNotes:
+) -> JudgedModelNotes:
     """Convert a component in two parts, and compare them, run as one, with the reference."""
-    from sa3_convert.check.compare import verify_split
     from sa3_convert.mnn.converter import mnn_from_onnx
+    from sa3_convert.mnn.session import MnnSession
     from sa3_convert.passes.pipeline import onnx_for_mnn
     from sa3_convert.passes.split import rules_of_part, split_onnx
     from sa3_convert.rounding.layers import PlannedWeights
+    from sa3_convert.runtime.sessions import SplitSession
 
-    targets = [folder / name for name in split_names(component)]
+    targets = [folder / f"{component.value}_{part}.mnn" for part in ("prepare", "step")]
     weights = None if planned is None else PlannedWeights(planned)
     with tempfile.TemporaryDirectory(prefix="onnx-", dir=folder) as scratch:
         parts = [Path(scratch) / target.with_suffix(".onnx").name for target in targets]
@@ -183,109 +170,224 @@ def split_stage(
             prepared = Path(scratch) / "for-mnn" / part.name
             onnx_for_mnn(part, prepared, component, own, planned=weights, target_mnn=target_mnn)
             mnn_from_onnx(prepared, target, own, target_mnn=target_mnn)
-    result = verify_split(reference, targets[0], targets[1], component, layout, quick=True, threads=threads)
-    result.check_floor(recipe.floor_db)
-    return FidelityNotes(**_figures(result))
+
+    def opened(threads: int) -> SplitSession:
+        prepare, step = (MnnSession(target, threads=threads) for target in targets)
+        return SplitSession(prepare, step)
+
+    figures = _judged(reference, opened, component, recipe.floor_db, layout, threads)
+    return JudgedModelNotes(precision=recipe.precision, **figures)
 
 
-def split_names(component: Component) -> tuple[str, str]:
-    """Return the file names of the two parts of a component."""
-    return f"{component.value}_prepare.mnn", f"{component.value}_step.mnn"
+def _size(folder: Path) -> str:
+    return f"{sum(file.stat().st_size for file in folder.iterdir()) / 2**20:.1f} MiB"
 
 
-def verify_stage(
+def _judged(
     reference: Path,
-    target: Path,
+    target: "Callable[..., Session]",
     component: Component,
-    recipe: ComponentRecipe,
+    floor_db: float,
     layout: CheckpointLayout,
     threads: int | None,
-) -> FidelityNotes:
-    """Run target and reference on the same inputs; below the floor is an error, so no result is kept."""
-    from sa3_convert.check.compare import verify_files
+) -> dict[str, Any]:
+    """Return the figures of a target, given by what opens it for some `threads`; below the floor is an error."""
+    from sa3_convert.check.compare import verify_sessions
+    from sa3_convert.check.inputs import samples_for
+    from sa3_convert.ort import OrtSession
 
-    result = verify_files(reference, target, component, layout, quick=True, threads=threads)
-    result.check_floor(recipe.floor_db)
-    return FidelityNotes(**_figures(result))
-
-
-def ort_int8_stage(
-    reference: Path, component: Component, layout: CheckpointLayout, folder: Path, threads: int | None
-) -> OrtInt8Notes:
-    """Quantise the reference for ONNX Runtime and compare the two; below the floor is an error."""
-    from sa3_convert.check.compare import verify_onnx
-    from sa3_convert.rounding.ort_int8 import FLOORS_DB, quantise_for_ort
-
-    target = folder / reference.name
-    quantised = quantise_for_ort(reference, target)
-    result = verify_onnx(reference, target, component, layout, quick=True, threads=threads)
-    floor = FLOORS_DB[component]
-    result.check_floor(floor)
-    return OrtInt8Notes(**_figures(result), floor_db=floor, precision="int8" if quantised else "fp32")
-
-
-def _figures(result: "ComponentFidelity") -> dict[str, Any]:
+    threads = threads or os.cpu_count() or 1
+    opened = partial(OrtSession, reference, threads=threads), partial(target, threads=threads)
+    result = verify_sessions(*opened, component, layout, samples_for(component, layout, quick=True))
+    result.check_floor(floor_db)
     worst = result.worst
-    return {
-        "fidelity": Fidelity(
-            signal_to_noise_db=worst.signal_to_noise_db, cosine=worst.cosine, max_abs_error=worst.max_abs_error
-        ),
-        "detail": f"{worst.signal_to_noise_db:.1f} dB",
-    }
+    figures = Fidelity(
+        signal_to_noise_db=worst.signal_to_noise_db, cosine=worst.cosine, max_abs_error=worst.max_abs_error
+    )
+    return {"fidelity": figures, "floor_db": floor_db, "detail": f"{worst.signal_to_noise_db:.1f} dB"}
+
+
+@dataclass(slots=True)
+class ComponentJob:
+    """One component that is to be converted, and what its stages have left so far."""
+
+    checkpoint: "Checkpoint"
+    component: Component
+    recipe: ComponentRecipe
+    target_mnn: MnnVersion = DEFAULT_TARGET
+    threads: int | None = None
+    results: dict[str, CachedResult[Any]] = field(default_factory=dict)
+
+    def given(self, folder: Path) -> dict[str, Any]:
+        """Return what a stage that works in `folder` can be given, by the names of its parameters."""
+        files = {"reference": ("export", "{}.onnx"), "planned": ("round", PLANNED), "target": ("mnn", "{}.mnn")}
+        left = {
+            what: self.results[stage].file(name.format(self.component.value))
+            for what, (stage, name) in files.items()
+            if stage in self.results
+        }
+        own = {name: getattr(self, name) for name in ("checkpoint", "component", "recipe", "target_mnn", "threads")}
+        recipe = {"floor_db": self.recipe.floor_db, "planned": None}
+        return {**own, **recipe, "layout": self.checkpoint.layout, "folder": folder, **left}
+
+    def origin(self) -> dict[str, Any]:
+        """Return what the component is, for fingerprints."""
+        return {
+            "component": self.component.value,
+            "weights": self.checkpoint.digest(self.component),
+            "contract": repr(contract(self.component, self.checkpoint.layout)),
+            "layout": repr(self.checkpoint.layout),
+        }
+
+    def storage(self) -> dict[str, Any]:
+        """Return how it will be stored, for fingerprints."""
+        recipe = self.recipe.model_dump(mode="json", exclude={"floor_db"})
+        return {"recipe": recipe, "target_mnn": self.target_mnn}
 
 
 @dataclass(frozen=True, slots=True)
-class ConvertRequest:
-    """What to convert, how, and to where."""
+class StageCost:
+    """What a stage takes, beyond a start, per GiB of the float32 reference."""
 
-    checkpoint: "Checkpoint"
-    recipe: Recipe
-    out: Path
-    cache: Path
-    components: tuple[Component, ...] = ()
-    """Empty means all that the checkpoint has."""
-    force: bool = False
-    """Redo everything, and replace a bundle that was made from something else."""
-    with_reference: bool = False
-    """Copy the reference ONNX files into the bundle instead of leaving them in the cache."""
-    with_ort_int8: bool = False
-    """Also make what the engine `onnxruntime-int8` runs; it is kept where the reference is."""
-    target_mnn: MnnVersion | None = None
-    """The oldest MNN that the result has to be right on; None is, by component, the oldest that can read it."""
-    with_split_dit: bool = False
-    """Also make the DiT in two parts, of which one runs once per generation."""
-    threads: int | None = None
+    seconds_per_gib: float
+    memory_per_gib: float
+    """GiB, not counting pages of mapped files, which the system takes back when it needs them."""
+    start_seconds: float = 1.0
+    start_memory: float = 1.0
+    """GiB of true-size components; toys take less."""
+    least_squares_per_gib: float = 0.0
+    """Seconds that rounding by least squares adds."""
+    scratch: int = 0
+    """GiB of temporary files, all weights in each."""
 
-    def keys(self, component: Component) -> Keys:
-        """Return the fingerprints of a component's stages."""
-        recipe = self.recipe.for_component(component)
-        return stage_keys(self.checkpoint, component, recipe, target_mnn=self.target_of(component))
 
-    def kinds(self, component: Component) -> tuple[ArtifactKind, ...]:
-        """Return the files that are asked for of a component."""
-        int8: tuple[ArtifactKind, ...] = ("onnx-int8",) if self.with_ort_int8 else ()
-        split = SPLIT_KINDS if self.with_split_dit and component in CHANGING else ()
-        return ("mnn", "onnx", *int8, *split)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """Everything that is known of one stage."""
 
-    def target_of(self, component: Component) -> MnnVersion:
-        """Return the oldest MNN that a component is made to be right on.
+    name: str
+    verb: str
+    """What it is doing, for people."""
+    work: Callable[..., Notes]
+    """Does it. Its parameters say what it is given; as the key knows all the code that they lead to, they are few."""
+    notes: type[Notes]
+    reads: tuple[str, ...] = ()
+    """Earlier stages whose results it uses, where the component goes through them."""
+    tools: tuple[str, ...]
+    """Distributions whose versions its key knows."""
+    depends: Callable[[ComponentJob], Mapping[str, Any]] = lambda _: {}
+    """What else its key knows, beside the keys of what it reads."""
+    applies: Callable[[ComponentJob], bool] = lambda _: True
+    """Whether a component can go through it."""
+    asked: "Callable[[ConvertRequest], bool]" = lambda _: True
+    """Whether a bundle gets what it leaves without having had it before."""
+    leaves: Mapping[ArtifactKind, str] = field(default_factory=dict)
+    """Names of the models that it leaves, {} standing for the component; what is loaded with them lies beside."""
+    folder: str = ""
+    """Where a bundle holds them. With a folder of their own they are ONNX, as large as the reference, and stay in the
+    cache unless the bundle shall have its reference."""
+    judges: ArtifactKind | None = None
+    """The kind that an earlier stage left and whose fidelity it measures."""
+    cost: StageCost
 
-        Raises:
-            UsageError: what is asked for cannot read what the recipe stores.
+    def make(self, job: ComponentJob, folder: Path) -> Notes:
+        """Do it, and leave its files in an empty folder."""
+        given = job.given(folder)
+        return self.work(**{name: given[name] for name in inspect.signature(self.work).parameters})
 
-        """
-        return target_for(self.recipe.for_component(component), self.target_mnn)
 
-    def selected(self) -> tuple[Component, ...]:
-        """Return the components to convert, in pipeline order.
+STAGES: Final[Mapping[str, Stage]] = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            name="export",
+            verb="exporting",
+            work=export_stage,
+            notes=ModelNotes,
+            tools=("torch", "onnx", "onnx-ir", "onnxscript"),
+            depends=ComponentJob.origin,
+            leaves={"onnx": "{}.onnx"},
+            folder="reference",
+            cost=StageCost(23, 0.4, start_seconds=10),
+        ),
+        Stage(
+            name="round",
+            verb="rounding",
+            work=round_stage,
+            notes=RoundNotes,
+            tools=("torch",),
+            depends=lambda job: job.origin() | job.storage(),
+            applies=lambda job: job.recipe.compensates,
+            cost=StageCost(170, 1.2, start_memory=3.4),
+        ),
+        Stage(
+            name="mnn",
+            verb="converting",
+            work=mnn_stage,
+            notes=MnnNotes,
+            reads=("export", "round"),
+            tools=("MNN", "onnx-ir"),
+            depends=ComponentJob.storage,
+            leaves={"mnn": "{}.mnn"},
+            cost=StageCost(18, 0.3, least_squares_per_gib=27, scratch=2),
+        ),
+        Stage(
+            name="verify",
+            verb="verifying",
+            work=verify_stage,
+            notes=FidelityNotes,
+            reads=("export", "mnn"),
+            tools=("MNN", "onnxruntime"),
+            depends=lambda job: {"floor_db": job.recipe.floor_db},
+            judges="mnn",
+            cost=StageCost(10, 1.1, start_memory=1.5),
+        ),
+        Stage(
+            name="ort-int8",
+            verb="quantising",
+            work=ort_int8_stage,
+            notes=JudgedModelNotes,
+            reads=("export",),
+            tools=("onnx", "onnxruntime"),
+            asked=lambda request: request.with_ort_int8,
+            leaves={"onnx-int8": "{}.onnx"},
+            folder="onnxruntime-int8",
+            cost=StageCost(20, 1.5, scratch=2),
+        ),
+        Stage(
+            name="split",
+            verb="splitting",
+            work=split_stage,
+            notes=JudgedModelNotes,
+            reads=("export", "round"),
+            tools=("MNN", "onnx-ir", "onnxruntime"),
+            depends=lambda job: job.storage() | {"floor_db": job.recipe.floor_db},
+            applies=lambda job: job.component in CHANGING,
+            asked=lambda request: request.with_split_dit,
+            leaves={"mnn-prepare": "{}_prepare.mnn", "mnn-step": "{}_step.mnn"},
+            cost=StageCost(40, 1.1, start_seconds=4, start_memory=1.5, scratch=3),
+        ),
+    )
+}
+"""In the order in which a component goes through them."""
+STAGES_OF: Final[Mapping[ArtifactKind, tuple[str, ...]]] = {
+    kind: (maker.name, *(judge.name for judge in STAGES.values() if judge.judges == kind))
+    for maker in STAGES.values()
+    for kind in maker.leaves
+}
+"""What makes a component's file, and what judges it, if that is another stage: its manifest has the key of the last."""
 
-        Raises:
-            UsageError: the checkpoint has no such component.
 
-        """
-        available = components_of(self.checkpoint.layout)
-        for component in self.components:
-            if component not in available:
-                have = ", ".join(c.value for c in available)
-                raise UsageError(f"This checkpoint has no component {component.value!r}; it has {have}.")
-        return tuple(c for c in available if not self.components or c in self.components)
+def stage_keys(job: ComponentJob) -> StageKeys:
+    """Return the fingerprints of a component's stages: what they read and depend on, our code, and the tools."""
+    keys: dict[str, str] = {}
+    for stage in STAGES.values():
+        if stage.applies(job):
+            keys[stage.name] = fingerprint(
+                stage=stage.name,
+                code=code_digest(stage.work),
+                tools=[version_of(name) for name in stage.tools],
+                reads=[keys[name] for name in stage.reads if name in keys],
+                depends=stage.depends(job),
+            )
+    return keys

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -37,20 +37,10 @@ class InputMoments:
 
 
 def round_error_compensated(weight: Floats, moments: InputMoments, grid: Grid) -> Floats:
-    """Return a linear's weight on the converter's grid, with the least output error that is found.
+    """Return a linear's weight [out, in] on the converter's grid, with the least output error that is found.
 
-    Args:
-        weight: [out, in] float32.
-        moments: of its inputs.
-        grid: the grid of the file that will be written.
-
-    Returns:
-        [out, in] float32 that the converter's own rounding leaves as it is. Groups in which compensation would lose an
-        end of the grid are rounded by least squares instead.
-
-    Raises:
-        ValueError: the shapes do not belong together.
-
+    The converter's own rounding leaves it as it is: groups in which compensation would lose an end of the grid are
+    rounded by least squares instead.
     """
     if weight.ndim != 2 or moments.rounded.shape != (weight.shape[1], weight.shape[1]):
         raise ValueError(f"weight {weight.shape} and moments {tuple(moments.rounded.shape)} do not belong together")
@@ -115,7 +105,7 @@ GridOf = Callable[[str], Grid | None]
 _NOTHING: Final = 1e-30
 
 
-Call = tuple[Tensor, tuple[Any, ...]]
+Call = tuple[Tensor, Sequence[Any]]
 """What a block is called with: its state [1, positions, width], and what every block takes beside it."""
 
 
@@ -148,14 +138,9 @@ class RoundedLinear:
 def round_blocks(
     blocks: Mapping[str, nn.Module], fit: Sequence[Streams], check: Sequence[Streams], grid_of: GridOf
 ) -> Iterator[RoundedLinear]:
-    """Round the linears of consecutive blocks in place; both sequences of samples advance with them.
+    """Round the linears of consecutive blocks in place, on samples to fit on and to check with, which advance too.
 
-    Args:
-        blocks: by name, in order; each maps (state, *arguments) to the next state.
-        fit: samples to fit on.
-        check: samples to check with.
-        grid_of: the grid of each linear, by full name.
-
+    Each block maps (state, *arguments) to the next state; a linear's grid is asked for by its full name.
     """
     samples = [*fit, *check]
     for name, block in blocks.items():
@@ -163,8 +148,8 @@ def round_blocks(
         originals, states = _run(block, [sample.original for sample in samples], [group[0] for group in groups])
         finished: dict[str, _Finished] = {}
         for group in groups:
-            moved = _inputs_of(block, [sample.rounded for sample in samples], group[0])
-            inputs = _Inputs(originals.pop(group[0]), moved, len(fit))
+            moved = reaching(block, group[0], [(state, *rest) for state, rest in (one.rounded for one in samples)])
+            inputs = _Inputs(originals.pop(group[0]), [first.flatten(0, -2) for first, *_ in moved], len(fit))
             for path in group:
                 linear = block.get_submodule(path)
                 yield from _replaced(linear, f"{name}.{path}", inputs, grid_of)
@@ -230,7 +215,35 @@ class _Finished(nn.Module):
 
 
 class _ReachedError(Exception):
-    """A block has run as far as it had to."""
+    """A network has run as far as it had to."""
+
+
+@contextlib.contextmanager
+def _watched(
+    network: nn.Module, paths: Sequence[str], back: Callable[[str, nn.Module, tuple[Any, ...]], None]
+) -> Iterator[None]:
+    """Call back before the modules at some paths of a network run."""
+    handles = [network.get_submodule(path).register_forward_pre_hook(partial(back, path)) for path in paths]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def reaching(network: nn.Module, path: str, calls: Iterable[Sequence[Any]]) -> list[tuple[Any, ...]]:
+    """Return what reaches a module of a network in each call, which runs no further."""
+    caught: list[tuple[Any, ...]] = []
+
+    def catch(_: str, __: nn.Module, arguments: tuple[Any, ...]) -> None:
+        caught.append(arguments)
+        raise _ReachedError
+
+    with _watched(network, [path], catch):
+        for arguments in calls:
+            with contextlib.suppress(_ReachedError):
+                network(*arguments)
+    return caught
 
 
 def _groups(block: nn.Module, call: Call) -> list[list[str]]:
@@ -241,7 +254,7 @@ def _groups(block: nn.Module, call: Call) -> list[list[str]]:
         seen.setdefault(id(arguments[0]), (arguments[0], []))[1].append(path)
 
     linears = [path for path, module in block.named_modules() if isinstance(module, nn.Linear)]
-    with _Watching(block, linears, note):
+    with _watched(block, linears, note):
         block(call[0], *call[1])
     return [paths for _, paths in seen.values()]
 
@@ -251,37 +264,6 @@ def _run(
 ) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
     """Return what reached the watched linears, [positions, in] per call, and the states behind the block."""
     caught: dict[str, list[Tensor]] = {path: [] for path in watched}
-    with _Watching(block, watched, lambda path, _, arguments: caught[path].append(arguments[0].flatten(0, -2))):
+    with _watched(block, watched, lambda path, _, arguments: caught[path].append(arguments[0].flatten(0, -2))):
         states = [block(state, *arguments) for state, arguments in calls]
     return caught, states
-
-
-def _inputs_of(block: nn.Module, calls: Sequence[Call], path: str) -> list[Tensor]:
-    """Return what reached one linear, [positions, in] per call; the block runs no further."""
-    caught: list[Tensor] = []
-
-    def catch(_: str, __: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        caught.append(arguments[0].flatten(0, -2))
-        raise _ReachedError
-
-    with _Watching(block, [path], catch):
-        for state, arguments in calls:
-            with contextlib.suppress(_ReachedError):
-                block(state, *arguments)
-    return caught
-
-
-class _Watching:
-    """Calls back before the linears at some paths of a block run, while it is entered."""
-
-    def __init__(
-        self, block: nn.Module, paths: Sequence[str], back: Callable[[str, nn.Module, tuple[Tensor, ...]], None]
-    ) -> None:
-        self._handles = [block.get_submodule(path).register_forward_pre_hook(partial(back, path)) for path in paths]
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()

@@ -75,34 +75,15 @@ def grid_for(scheme: WeightScheme, layer: str) -> Grid | None:
     return None if bits is None else Grid(bits, scheme.symmetric, block_size, half_scales=scheme.scales == "fp16")
 
 
-def round_as_converter(weight: Floats, grid: Grid) -> Floats:
-    """Return the weight as MNN's converter would store it; shape [out, in, *kernel]."""
-
-    def rounded(rows: torch.Tensor) -> torch.Tensor:
-        lo, step = _extreme_grid(rows, grid)
-        codes = _codes(rows, lo, step, grid)
-        return _towards_zero(lo) + _towards_zero(step) * codes if grid.half_scales else lo + step * codes
-
-    return _by_rows(weight, grid, rounded)
-
-
 def round_least_squares(weight: Floats, grid: Grid) -> Floats:
     """Return the weight on the grid of least squared error that the converter reproduces; shape [out, in, *kernel]."""
     return _by_rows(weight, grid, lambda rows: to_grid(rows, *least_squares_grid(rows, grid), grid))
 
 
 def least_squares_grid(rows: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (lo, step) of least squared error per row.
+    """Return (lo, step), [groups, 1] each, of least squared error per row of [groups, length]; lo is 0 if symmetric.
 
     With 8 bits the extremes already are within 0.1 dB of it for anything but far outliers, and fewer starts are tried.
-
-    Args:
-        rows: [groups, length] float32.
-        grid: bits and symmetry.
-
-    Returns:
-        Two tensors [groups, 1]; lo is zero for a symmetric grid.
-
     """
     first_lo, first_step = (_storable(number, grid) for number in _extreme_grid(rows, grid))
     best_lo, best_step = first_lo, first_step
@@ -144,9 +125,7 @@ def _by_rows(weight: Floats, grid: Grid, rounded: Callable[[torch.Tensor], torch
 def one_thread() -> Iterator[int]:
     """Keep torch from handing small pieces to other threads, which takes many times as long as the work itself.
 
-    Yields:
-        How many threads torch may use outside.
-
+    Yields the number of threads that torch may use outside.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -166,13 +145,6 @@ def _extreme_grid(rows: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.T
 
 def _storable(numbers: torch.Tensor, grid: Grid) -> torch.Tensor:
     return numbers.half().float() if grid.half_scales else numbers
-
-
-def _towards_zero(numbers: torch.Tensor) -> torch.Tensor:
-    """Return what MNN keeps of float32 numbers as float16: the bits that fit, below 2⁻¹⁴ multiples of 2⁻²⁴."""
-    cut = (numbers.view(torch.int32) & ~0x1FFF).view(torch.float32)
-    small = (numbers * 2.0**24).trunc_() / 2.0**24
-    return torch.where(numbers.abs() < 2.0**-14, small, cut)
 
 
 def _codes(rows: torch.Tensor, lo: torch.Tensor, step: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -29,14 +29,6 @@ class Layer:
     """Whether the graph holds [in, out], as a MatMul does, instead of [out, in, *kernel]."""
 
     @property
-    def input_name(self) -> str:
-        """Name of the activation that the weight is multiplied with."""
-        value = self.node.inputs[0]
-        assert value is not None
-        assert value.name is not None
-        return value.name
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight as [out, in, *kernel]."""
         tensor = self.weight.const_value
@@ -111,12 +103,7 @@ class PlannedWeights:
         return cls(path)
 
     def names(self) -> frozenset[str]:
-        """Return the layers that it holds.
-
-        Raises:
-            ConversionError: the file is missing or damaged.
-
-        """
+        """Return the layers that it holds; a missing or damaged file is a ConversionError, as for `read`."""
         try:
             with safe_open(self.path, "numpy") as file:
                 return frozenset(file.keys())
@@ -124,12 +111,7 @@ class PlannedWeights:
             raise self._unreadable(error) from None
 
     def read(self, layer: str) -> Floats:
-        """Return one layer's weight.
-
-        Raises:
-            ConversionError: the file is missing or damaged, or does not hold it.
-
-        """
+        """Return one layer's weight."""
         try:
             with safe_open(self.path, "numpy") as file:
                 weight: Floats = file.get_tensor(layer)

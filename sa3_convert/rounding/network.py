@@ -1,7 +1,7 @@
 """Error-compensated rounding of one component's network, on samples that no verification uses."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -14,7 +14,7 @@ from sa3_convert.components import SPECS, Component
 from sa3_convert.networks.build import build_network
 from sa3_convert.passes.quantise_embedding import best_curve, quantise_rows
 from sa3_convert.recipe import ComponentRecipe, WeightScheme
-from sa3_convert.rounding.compensated import Call, RoundedLinear, Streams, round_blocks
+from sa3_convert.rounding.compensated import RoundedLinear, Streams, reaching, round_blocks
 from sa3_convert.rounding.grid import grid_for, round_least_squares
 
 if TYPE_CHECKING:
@@ -24,19 +24,6 @@ CALIBRATION_SEED: Final = 1000
 """First seed of calibration; verification uses small ones, so nothing is judged on what it was made from."""
 CHECK_SEED: Final = 2000
 """First seed of the samples on which rounding proves itself."""
-_RUNS: Final = {Component.TEXT_ENCODER: 32, Component.DIT: 16}
-_OTHER_RUNS: Final = 4
-
-
-def calibration_samples(
-    component: Component, checkpoint: "Checkpoint", *, first_seed: int = CALIBRATION_SEED
-) -> list[Sample]:
-    """Return inputs that are not among those of any verification."""
-    latents = 0 if component is Component.TEXT_ENCODER else 64
-    seeds = range(first_seed, first_seed + _RUNS.get(component, _OTHER_RUNS))
-    return [sample_inputs(component, checkpoint.layout, seed=seed, latents=latents) for seed in seeds]
-
-
 _INPUTS_PER_SAMPLE: Final[Mapping[Component, int]] = {Component.TEXT_ENCODER: 3, Component.DIT: 48}
 """A prompt has a hundred tokens on average; with few positions per input, what is fitted does not carry over: twice as
 many prompts are worth 0.35 dB on others."""
@@ -54,18 +41,7 @@ def round_network(
     *,
     threads: int | None = None,
 ) -> list[RoundedLinear]:
-    """Round the linears of a component's stack.
-
-    Args:
-        checkpoint: where the weights come from.
-        component: one that has a stack.
-        recipe: how it will be stored.
-        threads: for torch; None leaves it as it is.
-
-    Raises:
-        CheckpointError: its weights are missing, damaged, or do not fit its configuration.
-
-    """
+    """Round the linears of a component's stack as its recipe says; without threads, torch keeps its number."""
     if threads:
         torch.set_num_threads(threads)
     scheme, stack = recipe.weights, SPECS[component].stack
@@ -80,10 +56,12 @@ def round_network(
         for seed in (*range(CALIBRATION_SEED, CALIBRATION_SEED + fit), *range(CHECK_SEED, CHECK_SEED + check))
     ]
     with torch.no_grad():
-        originals = _calls(network, blocks, inputs)
+        first = next(iter(blocks))
+        originals = [(state, rest) for state, *rest in reaching(network, first, inputs)]
         _round_front(network, stack, scheme)
         with _stored_embedding(network, recipe):
-            streams = [Streams(*calls) for calls in zip(originals, _calls(network, blocks, inputs), strict=True)]
+            moved = [(state, rest) for state, *rest in reaching(network, first, inputs)]
+        streams = [Streams(*calls) for calls in zip(originals, moved, strict=True)]
         return list(round_blocks(blocks, streams[:fit], streams[fit:], partial(grid_for, scheme)))
 
 
@@ -102,28 +80,6 @@ def _without_padding(sample: Sample) -> list[Tensor]:
     if "padding_mask" in feeds:
         feeds["padding_mask"] = np.ones_like(feeds["padding_mask"])
     return [torch.from_numpy(np.ascontiguousarray(array)) for array in feeds.values()]
-
-
-class _ReachedError(Exception):
-    """The network has run as far as its stack."""
-
-
-def _calls(network: nn.Module, blocks: Mapping[str, nn.Module], inputs: Sequence[Sequence[Tensor]]) -> list[Call]:
-    """Return what the first block is called with for each sample."""
-    calls: list[Call] = []
-
-    def catch(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        calls.append((arguments[0], arguments[1:]))
-        raise _ReachedError
-
-    handle = next(iter(blocks.values())).register_forward_pre_hook(catch)
-    try:
-        for tensors in inputs:
-            with contextlib.suppress(_ReachedError):
-                network(*tensors)
-    finally:
-        handle.remove()
-    return calls
 
 
 def _round_front(network: nn.Module, stack: str, scheme: WeightScheme) -> None:

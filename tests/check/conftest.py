@@ -10,7 +10,7 @@ from sa3_convert.bundle.reader import Bundle
 from sa3_convert.checkpoint.reader import Checkpoint
 from sa3_convert.components import Component
 from sa3_convert.convert.conversion import convert
-from sa3_convert.convert.stages import ConvertRequest
+from sa3_convert.convert.plan import ConvertRequest
 from sa3_convert.recipe import Recipe
 from tests.conftest import GOLDEN
 

@@ -1,5 +1,6 @@
 """Reference against target on the same cases; whatever cannot be compared fails."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -7,16 +8,27 @@ import pytest
 from numpy.typing import NDArray
 
 from sa3_convert.arrays import Arrays
-from sa3_convert.check.compare import verify_component
+from sa3_convert.check.compare import verify_sessions
+from sa3_convert.check.inputs import sample_inputs
 from sa3_convert.check.metrics import MAX_DB
+from sa3_convert.check.results import ComponentFidelity
 from sa3_convert.components import Component
 from sa3_convert.errors import VerificationError
 from tests.lab.bisect.sessions import LAYOUT, Change, StandIn
 
 
-def verify(component: Component, change: Change, **kwargs: Any) -> Any:
-    options = {"lengths": (4, 6), "seeds": (0, 1), **kwargs}
-    return verify_component(StandIn(component), StandIn(component, change), component, LAYOUT, **options)
+def compared(reference: StandIn, target: StandIn, *cases: tuple[int, int]) -> ComponentFidelity:
+    """Compare two sessions of a component on pairs of length and seed."""
+    component = reference.component
+    samples = [sample_inputs(component, LAYOUT, seed=seed, latents=length) for length, seed in cases]
+    return verify_sessions(lambda: reference, lambda: target, component, LAYOUT, samples)
+
+
+CASES = tuple(itertools.product((4, 6), (0, 1)))
+
+
+def verify(component: Component, change: Change, *cases: tuple[int, int]) -> ComponentFidelity:
+    return compared(StandIn(component), StandIn(component, change), *(cases or CASES))
 
 
 @pytest.mark.parametrize("component", Component)
@@ -26,19 +38,14 @@ def test_a_faithful_target_is_as_close_as_can_be(component: Component) -> None:
     assert result.worst.max_abs_error == 0
 
 
-def test_every_length_is_run_with_every_seed() -> None:
+def test_every_sample_is_measured_in_order() -> None:
     result = verify(Component.DECODER, lambda array: array)
     assert [m.case for m in result.measurements] == ["seed=0 T=4", "seed=1 T=4", "seed=0 T=6", "seed=1 T=6"]
 
 
-def test_a_component_without_a_length_is_run_once_per_seed() -> None:
-    result = verify(Component.NUMBER_CONDITIONER, lambda array: array)
-    assert [m.case for m in result.measurements] == ["seed=0", "seed=1"]
-
-
 def test_both_sessions_get_the_same_feeds() -> None:
     reference, target = StandIn(Component.DIT), StandIn(Component.DIT)
-    verify_component(reference, target, Component.DIT, LAYOUT, lengths=(5,), seeds=(0, 1, 2))
+    compared(reference, target, (5, 0), (5, 1), (5, 2))
     for ours, theirs in zip(reference.calls, target.calls, strict=True):
         assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
@@ -53,7 +60,7 @@ def test_all_runs_of_the_reference_come_before_those_of_the_target() -> None:
 
         return StandIn(Component.DECODER, note)
 
-    verify_component(session("r"), session("t"), Component.DECODER, LAYOUT, lengths=(2,), seeds=(0, 1))
+    compared(session("r"), session("t"), (2, 0), (2, 1))
     assert order == ["r", "r", "t", "t"]
 
 
@@ -70,8 +77,8 @@ def test_errors_at_padded_positions_of_the_dit_do_not_count() -> None:
         return array
 
     # Seed 1 has one padded position, seed 0 none.
-    assert verify(Component.DIT, spoil_the_last, lengths=(8,), seeds=(1,)).worst.signal_to_noise_db == MAX_DB
-    assert verify(Component.DIT, spoil_the_last, lengths=(8,), seeds=(0,)).worst.signal_to_noise_db < 0
+    assert verify(Component.DIT, spoil_the_last, (8, 1)).worst.signal_to_noise_db == MAX_DB
+    assert verify(Component.DIT, spoil_the_last, (8, 0)).worst.signal_to_noise_db < 0
 
 
 def test_a_non_finite_value_counts_even_where_the_output_is_undefined() -> None:
@@ -81,7 +88,7 @@ def test_a_non_finite_value_counts_even_where_the_output_is_undefined() -> None:
         return array
 
     with pytest.raises(VerificationError, match=r"target's out \(dit, seed=1 T=8\) holds NaN"):
-        verify(Component.DIT, spoil_the_last, lengths=(8,), seeds=(1,))
+        verify(Component.DIT, spoil_the_last, (8, 1))
 
 
 def test_wrong_padding_rows_of_a_text_encoding_are_not_hidden_by_the_prompt() -> None:
@@ -90,7 +97,7 @@ def test_wrong_padding_rows_of_a_text_encoding_are_not_hidden_by_the_prompt() ->
         array[:, -1] *= -1
         return array
 
-    result = verify(Component.TEXT_ENCODER, spoil_the_last, seeds=(0,))
+    result = verify(Component.TEXT_ENCODER, spoil_the_last, (4, 0))
     assert result.worst_case.output == "last_hidden_state (padding)"
     prompt = next(m for m in result.measurements if m.output == "last_hidden_state")
     assert prompt.signal_to_noise_db == MAX_DB
@@ -116,14 +123,7 @@ def test_a_reference_that_breaks_the_contract_fails_even_if_the_target_agrees() 
         return array[..., :-1]
 
     with pytest.raises(VerificationError, match="the contract says"):
-        verify_component(
-            StandIn(Component.DECODER, short),
-            StandIn(Component.DECODER, short),
-            Component.DECODER,
-            LAYOUT,
-            lengths=(2,),
-            seeds=(0,),
-        )
+        compared(StandIn(Component.DECODER, short), StandIn(Component.DECODER, short), (2, 0))
 
 
 def test_a_model_that_does_not_take_the_components_inputs_fails() -> None:
@@ -132,12 +132,9 @@ def test_a_model_that_does_not_take_the_components_inputs_fails() -> None:
             raise ValueError("other.onnx takes seconds, not latents")
 
     with pytest.raises(VerificationError, match="takes seconds, not latents"):
-        verify_component(
-            Picky(Component.DECODER), StandIn(Component.DECODER), Component.DECODER, LAYOUT, lengths=(2,), seeds=(0,)
-        )
+        compared(Picky(Component.DECODER), StandIn(Component.DECODER), (2, 0))
 
 
-@pytest.mark.parametrize("empty", [{"lengths": ()}, {"seeds": ()}])
-def test_comparing_nothing_is_no_success(empty: dict[str, Any]) -> None:
+def test_comparing_nothing_is_no_success() -> None:
     with pytest.raises(VerificationError, match="nothing was compared"):
-        verify(Component.DECODER, lambda array: array, **empty)
+        compared(StandIn(Component.DECODER), StandIn(Component.DECODER))

@@ -1,16 +1,20 @@
 """Bundles that lost a little: valid files whose weights are rounded a little worse than they were."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from sa3_convert.bundle.manifest import FileEntry
 from sa3_convert.bundle.reader import Bundle
-from sa3_convert.check.compare import verify_files
+from sa3_convert.check.compare import verify_sessions
+from sa3_convert.check.inputs import samples_for
 from sa3_convert.check.results import ComponentFidelity
-from sa3_convert.components import Component
+from sa3_convert.components import Component, contract
 from sa3_convert.mnn.file.storage import read_storage
+from sa3_convert.mnn.session import MnnSession
+from sa3_convert.ort import OrtSession
 
 _ROUNDING = 1 / 12
 """Of a step squared: the error that rounding makes; a code that is moved by one makes an error of 1."""
@@ -38,9 +42,13 @@ def lose(folder: Path, component: Component, loss_db: float) -> Bundle:
     bundle = Bundle.open(folder)
     file = bundle.file(component)
     model = file.read_bytes()
+    outputs = [port.name for port in contract(component, bundle.layout).outputs]
+    samples = samples_for(component, bundle.layout, quick=True)
 
     def fidelity() -> ComponentFidelity:
-        return verify_files(bundle.file(component, "onnx"), file, component, bundle.layout, quick=True, threads=1)
+        reference = partial(OrtSession, bundle.file(component, "onnx"), threads=1)
+        target = partial(MnnSession, file, outputs=outputs, threads=1)
+        return verify_sessions(reference, target, component, bundle.layout, samples)
 
     before, wanted = fidelity(), 10 ** (loss_db / 10) - 1
     share = wanted * _ROUNDING

@@ -16,20 +16,21 @@ from sa3_convert.checkpoint.lora_file import LoraRequest
 from sa3_convert.checkpoint.reader import Checkpoint
 from sa3_convert.cli import app as cli
 from sa3_convert.components import Component
-from sa3_convert.convert import conversion
 from sa3_convert.convert.cache import Notes, StageCache
 from sa3_convert.convert.conversion import convert
-from sa3_convert.convert.existing import ORT_INT8_FOLDER, REFERENCE_FOLDER, SHARED
-from sa3_convert.convert.plan import Plan, plan
+from sa3_convert.convert.existing import SHARED
+from sa3_convert.convert.plan import ConversionPlan, ConvertRequest, plan
 from sa3_convert.convert.stages import (
     PLANNED,
-    ConvertRequest,
+    STAGES,
+    STAGES_OF,
+    ComponentJob,
     FidelityNotes,
+    JudgedModelNotes,
     MnnNotes,
-    OrtInt8Notes,
+    ModelNotes,
     RoundNotes,
     Stage,
-    split_names,
 )
 from sa3_convert.errors import Sa3Error, UsageError
 from sa3_convert.recipe import load_recipe
@@ -41,47 +42,28 @@ from tests.convert.test_convert import with_component
 FIDELITY = Fidelity(signal_to_noise_db=99.0, cosine=1.0, max_abs_error=0.0)
 
 
-def leave(folder: Path, notes: Notes, *names: str) -> Notes:
-    """Do a stage's work in no time: leave files of the names that it leaves."""
-    for name in names:
-        (folder / name).write_text(f"{folder.parent.name} {name}")
-    return notes
+NOTES: dict[type[Notes], Notes] = {
+    ModelNotes: ModelNotes(precision="fp32"),
+    RoundNotes: RoundNotes(gains_db={}),
+    MnnNotes: MnnNotes(precision="int8", storage={"types": {}}, passes={}, target_mnn="3.1"),
+    FidelityNotes: FidelityNotes(fidelity=FIDELITY, floor_db=1),
+    JudgedModelNotes: JudgedModelNotes(precision="int8", fidelity=FIDELITY, floor_db=1),
+}
 
 
 @pytest.fixture
 def quick_stages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is planned is looked at here, not what the stages compute."""
+    """What is planned is looked at here, not what the stages compute: they leave files of the names that they leave."""
 
-    def onnx(component: Component) -> tuple[str, str]:
-        return f"{component.value}.onnx", f"{component.value}.onnx.data"
+    def make(stage: Stage, job: ComponentJob, folder: Path) -> Notes:
+        for earlier in stage.reads:
+            assert not STAGES[earlier].applies(job) or any(job.results[earlier].folder.iterdir())
+        onnx = [f"{name}.data" for name in stage.leaves.values() if name.endswith(".onnx")]
+        for name in (*stage.leaves.values(), *onnx, *([PLANNED] if stage.name == "round" else [])):
+            (folder / name.format(job.component.value)).write_text(f"{folder.parent.name} {name}")
+        return NOTES[stage.notes]
 
-    def export(_: Checkpoint, component: Component, folder: Path) -> Notes:
-        return leave(folder, Notes(), *onnx(component))
-
-    def rounded(_: Checkpoint, component: Component, recipe: object, folder: Path, threads: object) -> Notes:
-        return leave(folder, RoundNotes(gains_db={}), PLANNED)
-
-    def mnn(reference: Path, component: Component, recipe: object, planned: Path | None, folder: Path, _: str) -> Notes:
-        assert reference.is_file()
-        assert planned is None or planned.is_file()
-        return leave(folder, MnnNotes(storage={"types": {}}, passes={}), f"{component.value}.mnn")
-
-    def verify(reference: Path, target: Path, *_: object) -> Notes:
-        assert reference.is_file()
-        assert target.is_file()
-        return FidelityNotes(fidelity=FIDELITY)
-
-    def ort_int8(reference: Path, component: Component, _: object, folder: Path, threads: object) -> Notes:
-        assert reference.is_file()
-        return leave(folder, OrtInt8Notes(fidelity=FIDELITY, floor_db=1, precision="int8"), *onnx(component))
-
-    def split(reference: Path, component: Component, _: object, planned: object, *rest: Any) -> Notes:
-        assert reference.is_file()
-        return leave(rest[1], FidelityNotes(fidelity=FIDELITY), *split_names(component))
-
-    stages = {"export": export, "round": rounded, "mnn": mnn, "verify": verify, "ort_int8": ort_int8, "split": split}
-    for name, stage in stages.items():
-        monkeypatch.setattr(conversion, f"{name}_stage", stage)
+    monkeypatch.setattr(Stage, "make", make)
 
 
 class World:
@@ -143,17 +125,17 @@ def snapshot(*folders: Path) -> dict[Path, tuple[int, int, bytes]]:
     return {file: (file.stat().st_ino, file.stat().st_mtime_ns, file.read_bytes()) for file in files}
 
 
-def files_placed(request: ConvertRequest, planned: Plan) -> set[str]:
+def files_placed(request: ConvertRequest, planned: ConversionPlan) -> set[str]:
     """Return the files of the bundle that a plan says are written."""
     written = {SHARED[kind] for kind in planned.shared} | ({MANIFEST} if not planned.up_to_date else set())
     for step in planned.steps:
-        name = step.component.value
-        prepare, for_step = split_names(step.component)
-        names = {"mnn": [f"{name}.mnn"], "mnn-prepare": [prepare], "mnn-step": [for_step]}
-        if request.with_reference:
-            for kind, folder in (("onnx", REFERENCE_FOLDER), ("onnx-int8", ORT_INT8_FOLDER)):
-                names[kind] = [f"{folder}/{name}.onnx", f"{folder}/{name}.onnx.data"]
-        written |= {file for kind in step.place for file in names.get(kind, ())}
+        for kind in step.place:
+            stage = STAGES[STAGES_OF[kind][0]]
+            name = stage.leaves[kind].format(step.component.value)
+            if not stage.folder:
+                written.add(name)
+            elif request.with_reference:
+                written |= {f"{stage.folder}/{name}", f"{stage.folder}/{name}.data"}
     return written
 
 
@@ -217,7 +199,7 @@ def check_bundle(request: ConvertRequest, bundle: Bundle) -> None:
 
 @pytest.mark.parametrize("stage", ["mnn", "verify", "ort-int8", "split"])
 def test_a_result_without_the_notes_that_are_needed_is_made_again(
-    quick_stages: None, toy: Path, tmp_path: Path, stage: Stage
+    quick_stages: None, toy: Path, tmp_path: Path, stage: str
 ) -> None:
     request = replace(World(toy, tmp_path, 0).request(), components=(), force=False, with_ort_int8=True)
     request = replace(request, with_split_dit=True, recipe=load_recipe(CONFIGS / "int8.yaml"))

@@ -5,6 +5,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -12,14 +14,13 @@ from typing import Any
 import pytest
 
 from sa3_convert.components import Component
-from sa3_convert.convert import conversion
+from sa3_convert.convert.cache import Notes
 from sa3_convert.convert.code_digest import PACKAGE, Source
+from sa3_convert.convert.stages import STAGES, Stage
 from sa3_convert.recipe import load_recipe
 from sa3_convert.rounding import ort_int8
 from tests.bundles import CONFIGS, Convert
 from tests.convert.test_convert import with_component
-
-STAGES = ("export", "round", "mnn", "verify", "ort_int8", "split")
 
 
 @contextmanager
@@ -49,11 +50,11 @@ BESIDE = {("sa3_convert.system.log", "_Keep"), ("sa3_convert.system.files", "_De
 @pytest.mark.parametrize(
     ("component", "stages"),
     [
-        (Component.NUMBER_CONDITIONER, {"export", "mnn", "verify", "ort_int8"}),
+        (Component.NUMBER_CONDITIONER, {"export", "mnn", "verify", "ort-int8"}),
         pytest.param(Component.TEXT_ENCODER, {"export", "round", "mnn", "verify"}, marks=pytest.mark.slow),
-        pytest.param(Component.DIT, {"export", "mnn", "verify", "ort_int8", "split"}, marks=pytest.mark.slow),
-        pytest.param(Component.DECODER, {"export", "mnn", "verify", "ort_int8"}, marks=pytest.mark.slow),
-        pytest.param(Component.ENCODER, {"export", "mnn", "verify", "ort_int8"}, marks=pytest.mark.slow),
+        pytest.param(Component.DIT, {"export", "mnn", "verify", "ort-int8", "split"}, marks=pytest.mark.slow),
+        pytest.param(Component.DECODER, {"export", "mnn", "verify", "ort-int8"}, marks=pytest.mark.slow),
+        pytest.param(Component.ENCODER, {"export", "mnn", "verify", "ort-int8"}, marks=pytest.mark.slow),
     ],
 )
 def test_every_function_that_a_stage_calls_is_followed(
@@ -66,19 +67,18 @@ def test_every_function_that_a_stage_calls_is_followed(
 ) -> None:
     calls: dict[str, set[tuple[str, str]]] = {}
 
-    def watch(stage: str) -> None:
-        run = getattr(conversion, f"{stage}_stage")
+    def watch(stage: Stage) -> Stage:
+        @wraps(stage.work)
+        def watching(**given: Any) -> Notes:
+            with watched(calls.setdefault(stage.name, set())):
+                return stage.work(**given)
 
-        def watching(*arguments: Any) -> Any:
-            with watched(calls.setdefault(stage, set())):
-                return run(*arguments)
+        return replace(stage, work=watching)
 
-        monkeypatch.setattr(conversion, f"{stage}_stage", watching)
-
+    for name, stage in STAGES.items():
+        monkeypatch.setitem(STAGES, name, watch(stage))
     # How close the models come on this machine is not what is looked at.
     monkeypatch.setattr(ort_int8, "FLOORS_DB", dict.fromkeys(Component, 1.0))
-    for stage in STAGES:
-        watch(stage)
     recipe = with_component(load_recipe(CONFIGS / "int8.yaml"), component, floor_db=1.0)
     converted(
         toy,
@@ -86,13 +86,13 @@ def test_every_function_that_a_stage_calls_is_followed(
         tmp_path / "out",
         cache=tmp_path / "cache",
         components=(component,),
-        with_ort_int8="ort_int8" in stages,
+        with_ort_int8="ort-int8" in stages,
         with_split_dit=True,
     )
     assert calls.keys() == stages
     source = Source(PACKAGE)
-    for stage, called in calls.items():
-        reached = source.reached([("sa3_convert.convert.stages", f"{stage}_stage")])
-        named = {(module, name) for module, name in called if not name.startswith("<")}
+    for name, called in calls.items():
+        reached = source.reached([("sa3_convert.convert.stages", STAGES[name].work.__name__)])
+        named = {(module, function) for module, function in called if not function.startswith("<")}
         assert len(named) > 10
         assert {one for one in named - BESIDE if one not in reached} == set()

@@ -5,8 +5,7 @@ from pathlib import Path
 from sa3_convert.checkpoint.reader import Checkpoint
 from sa3_convert.components import Component
 from sa3_convert.convert.conversion import StageEvent, convert
-from sa3_convert.convert.plan import plan
-from sa3_convert.convert.stages import ConvertRequest
+from sa3_convert.convert.plan import ConvertRequest, plan
 from sa3_convert.recipe import ComponentRecipe, Recipe, Rounding, WeightScheme
 
 TEXT_ENCODER = Component.TEXT_ENCODER

@@ -10,8 +10,9 @@ from sa3_convert.errors import ConversionError
 from sa3_convert.passes.pipeline import load_onnx, save_onnx
 from sa3_convert.passes.weights import round_weights
 from sa3_convert.recipe import LayerRule, ScaleType, WeightScheme
-from sa3_convert.rounding.grid import Grid, round_as_converter
+from sa3_convert.rounding.grid import Grid
 from tests.passes.graphs import graph, run_mnn, run_ort, signal_to_noise_db
+from tests.rounding.converter import round_as_converter
 
 RNG = np.random.default_rng(0)
 FIRST, SECOND = (RNG.standard_normal((64, 64)).astype(np.float32) / 8 for _ in range(2))

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from sa3_convert.arrays import Floats
 from sa3_convert.rounding.compensated import InputMoments, round_error_compensated
-from sa3_convert.rounding.grid import Grid, round_as_converter, round_least_squares
+from sa3_convert.rounding.grid import Grid, round_least_squares
+from tests.rounding.converter import round_as_converter
 
 FOUR_BITS = Grid(bits=4, symmetric=False, block_size=None)
 

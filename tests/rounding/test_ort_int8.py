@@ -1,5 +1,6 @@
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 from onnx import numpy_helper
 
 from sa3_convert.bundle.reader import Bundle
-from sa3_convert.check.compare import verify_onnx
+from sa3_convert.check.compare import verify_sessions
+from sa3_convert.check.inputs import samples_for
 from sa3_convert.components import Component
 from sa3_convert.errors import ConversionError
 from sa3_convert.ort import OrtSession
@@ -68,7 +70,9 @@ def test_the_integer_form_is_above_its_floor_and_is_not_the_reference(
     component: Component, quantised: dict[Component, tuple[Path, Path, int]], toy_int8: Bundle
 ) -> None:
     reference, target, count = quantised[component]
-    result = verify_onnx(reference, target, component, toy_int8.layout, quick=True, threads=2)
+    openers = partial(OrtSession, reference, threads=2), partial(OrtSession, target, threads=2, optimise=True)
+    samples = samples_for(component, toy_int8.layout, quick=True)
+    result = verify_sessions(*openers, component, toy_int8.layout, samples)
     result.check_floor(FLOORS_DB[component])
     assert (result.worst.signal_to_noise_db < 60) == (count > 0)
 

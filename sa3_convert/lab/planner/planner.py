@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from sa3_convert.check.inputs import sample_inputs
 from sa3_convert.components import TOKEN_TABLE, Component
 from sa3_convert.convert.code_digest import code_digest
-from sa3_convert.convert.stages import stage_keys
+from sa3_convert.convert.stages import ComponentJob, stage_keys
 from sa3_convert.errors import UsageError
 from sa3_convert.lab.planner.allocation import Allocation, Option, allocate, smallest_for_error
 from sa3_convert.lab.planner.sensitivity import (
@@ -103,7 +103,7 @@ def measure(
     checkpoint: "Checkpoint", component: Component, scales: ScaleType, cache: Path, tick: Tick, threads: int | None
 ) -> Sensitivity:
     """Return the sensitivities of a component, measured now or kept from before; an interrupted measurement resumes."""
-    keys = stage_keys(checkpoint, component, ComponentRecipe(floor_db=1))
+    keys = stage_keys(ComponentJob(checkpoint, component, ComponentRecipe(floor_db=1)))
     code = code_digest(sample_inputs, layers_to_measure, measure_curvature, _priced)
     key = fingerprint(export=keys["export"], cases=_CASES[component], code=code)
     folder = cache / "sensitivity"

@@ -20,6 +20,7 @@ class StandIn:
     """Returns seeded values of the contract's output shape; `change` falsifies them."""
 
     def __init__(self, component: Component, change: Change = lambda array: array) -> None:
+        self.component = component
         self.contract = contract(component, LAYOUT)
         self.change = change
         self.calls: list[Arrays] = []

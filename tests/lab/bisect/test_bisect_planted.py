@@ -10,7 +10,7 @@ from sa3_convert.checkpoint.reader import Checkpoint
 from sa3_convert.checkpoint.synthetic import synthesize
 from sa3_convert.components import Component, components_of
 from sa3_convert.convert.conversion import convert
-from sa3_convert.convert.stages import ConvertRequest
+from sa3_convert.convert.plan import ConvertRequest
 from sa3_convert.lab.bisect.bisect import DEFAULT_LATENTS
 from sa3_convert.recipe import Recipe
 from tests.lab.bisect.planting import FAULTS, blames, layers, plant
