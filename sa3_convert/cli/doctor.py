@@ -27,7 +27,6 @@ def doctor(
 
     with stderr.status("probing") as status:
         found = diagnose(backend, lambda done, total: status.update(f"probing {backend}: {done} of {total}"))
-    kept = save(found)
     write_figures(json_file, found.to_data())
     for line in (*verdict_lines(found), "", *surroundings_lines(found.surroundings)):
         echo(line)
@@ -35,4 +34,4 @@ def doctor(
         stdout.print(probe_table(found, everything=everything))
     else:
         echo("\n`--probes` lists what does not work and what is done about it.")
-    echo(f"Kept in {kept}")
+    echo(f"Kept in {save(found)}")
