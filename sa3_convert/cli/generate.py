@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from sa3_convert.cli.console import progress, stderr, stdout
 from sa3_convert.cli.options import write_figures
-from sa3_convert.cli.paths import Named
 from sa3_convert.components import Component
 from sa3_convert.errors import AudioError, BundleError, OutputRejectedError, UsageError
 from sa3_convert.lab.doctor.results import saved
@@ -31,6 +30,7 @@ from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.placement import parse_places, placement
 from sa3_convert.runtime.request import AudioChunk, GenerateRequest, Report, Started, Stepped
 from sa3_convert.system.machine import PeakMemory
+from sa3_convert.system.overlap import Named
 from sa3_convert.system.streams import STANDARD_OUTPUT, descriptor_of, is_terminal, opened_stream
 
 _NAMES = {"pcm16": "s16le", "pcm24": "s24le", "float": "f32le"}

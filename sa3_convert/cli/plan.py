@@ -11,6 +11,7 @@ from sa3_convert.cli import options as o
 from sa3_convert.cli import paths
 from sa3_convert.cli.echo import echo
 from sa3_convert.errors import UsageError
+from sa3_convert.system.overlap import require_apart
 
 if TYPE_CHECKING:
     from sa3_convert.lab.planner.planner import Target
@@ -54,7 +55,7 @@ def plan(
     from sa3_convert.system.files import write_text
 
     # Also where a name stands for one of the project's own.
-    paths.require_apart([("--out", out)], [("--recipe", recipe_file(recipe))])
+    require_apart([("--out", out)], [("--recipe", recipe_file(recipe))])
     base = o.open_recipe(recipe)
     opened = o.open_checkpoint(checkpoint, lora)
     folder = cache or out.absolute().parent / ".sa3-convert-cache"
