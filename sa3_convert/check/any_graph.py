@@ -16,8 +16,7 @@ from sa3_convert.check.metrics import Sums, sums_of
 from sa3_convert.check.results import ComponentFidelity, Measurement
 from sa3_convert.components import Component
 from sa3_convert.errors import InputError, ModelFileError, VerificationError
-from sa3_convert.mnn.isolated import TIMEOUT_SECONDS
-from sa3_convert.mnn.jobs import run_jobs
+from sa3_convert.mnn.isolated import TIMEOUT_SECONDS, run_jobs
 from sa3_convert.mnn.onnx_input import read_onnx_input
 from sa3_convert.mnn.worker import Job
 from sa3_convert.ort import OrtSession

@@ -10,9 +10,8 @@ from sa3_convert.bundle.manifest import Artifact
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.check.compare import Outputs, compare_runs, run_samples
 from sa3_convert.check.inputs import Sample, samples_for
-from sa3_convert.check.progress import Progress, sampled_stage
 from sa3_convert.check.reference_store import ReferenceStore, digest_of
-from sa3_convert.check.results import BundleFidelity, Verdict
+from sa3_convert.check.results import BundleFidelity, Progress, Verdict, sampled_stage
 from sa3_convert.components import Component
 from sa3_convert.errors import ConversionError, VerificationError
 from sa3_convert.recipe import Recipe, load_recipe

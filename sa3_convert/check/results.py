@@ -229,3 +229,17 @@ class BundleFidelity:
         """Raise VerificationError naming every model that falls short."""
         if self.problems:
             raise VerificationError("\n".join(self.problems))
+
+
+Progress = Callable[[str, int, int], None]
+"""(what is being done, how much of it is done, how much there is of it)"""
+
+
+def sampled_stage(component: Component, engine: EngineName) -> str:
+    """Return the name of running a model on sampled inputs."""
+    return f"{component.value}, sampled inputs, {engine}"
+
+
+def reference_stage(component: Component) -> str:
+    """Return the name of computing a reference over all cases."""
+    return f"{component.value}, reference"

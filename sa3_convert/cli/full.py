@@ -10,7 +10,7 @@ from rich.progress import Progress as Bar
 
 from sa3_convert.arrays import Floats
 from sa3_convert.bundle.reader import Bundle
-from sa3_convert.check.progress import Progress
+from sa3_convert.check.results import Progress
 from sa3_convert.cli.comparison_tables import render_bisect, render_end_to_end, render_fidelity, render_generations
 from sa3_convert.cli.console import stderr, stdout
 from sa3_convert.lab.generations.cases import GenerationCase

@@ -1,14 +1,17 @@
-"""Start a worker process that shares nothing with this one: own folder, own environment, output kept, bounded time."""
+"""Worker processes that share nothing with this one: MNN's converter, and runs of models that may end them."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from sa3_convert.errors import ConversionError
-from sa3_convert.mnn.worker import FULL_DISK, has_room
+from sa3_convert.mnn.worker import FULL_DISK, Job, JobOutcome, has_room
 from sa3_convert.system.log import note
 
 # -P: the working directory is not searched for modules.
@@ -104,3 +107,42 @@ def _environment(folder: Path) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
+
+
+JOB_SECONDS = 60.0
+# Fresh memory holds this pattern instead of what happens to lie there (glibc): what reads out of bounds is found every
+# time.
+_PATTERN = ("env", "MALLOC_PERTURB_=165")
+
+
+def run_jobs(jobs: Sequence[Job], folder: Path, *, timeout: float = JOB_SECONDS) -> list[JobOutcome]:
+    """Run jobs in one process after the other: where one ends the process, the next goes on behind it."""
+    found: list[JobOutcome] = []
+    while len(found) < len(jobs):
+        waiting = jobs[len(found) :]
+        listed = folder / "jobs.json"
+        listed.write_text(json.dumps([asdict(job) for job in waiting]), encoding="utf-8")
+        try:
+            start(["run", str(listed)], folder, timeout)
+            ended = "The process ended without a word."
+        except ConversionError as error:
+            ended = str(error)
+        done = [_outcome(job) for job in waiting]
+        found += [outcome for outcome in done if outcome is not None]
+        if None in done:
+            found.append(JobOutcome(ended, ()))
+    return found[: len(jobs)]
+
+
+def _outcome(job: Job) -> JobOutcome | None:
+    try:
+        data = json.loads(Path(job.report).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return JobOutcome(data["error"], tuple(data["messages"]))
+
+
+def start(arguments: Sequence[str], folder: Path, timeout: float = JOB_SECONDS, command: Sequence[str] = WORKER) -> str:
+    """Run a worker whose fresh memory is filled with a pattern; return what it printed."""
+    pattern = _PATTERN if os.name == "posix" and shutil.which("env") else ()
+    return run_worker(arguments, folder, timeout=timeout, command=(*pattern, *command))

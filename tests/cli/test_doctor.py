@@ -13,11 +13,10 @@ from sa3_convert.components import Component
 from sa3_convert.errors import BackendError
 from sa3_convert.lab.doctor import examine as room
 from sa3_convert.lab.doctor import results as store
-from sa3_convert.lab.doctor.examine import examine
+from sa3_convert.lab.doctor.examine import examine, surroundings
 from sa3_convert.lab.doctor.probes import PROBES
 from sa3_convert.lab.doctor.records import RECORDS
 from sa3_convert.lab.doctor.results import Answer, Diagnosis, ProbeResult, setting_name
-from sa3_convert.lab.doctor.surroundings import surroundings
 from sa3_convert.mnn.session import has_backend
 from sa3_convert.system.machine import version_of
 

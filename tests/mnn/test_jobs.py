@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from sa3_convert.errors import ConversionError
-from sa3_convert.mnn import jobs as runner
-from sa3_convert.mnn.jobs import run_jobs
+from sa3_convert.mnn import isolated as runner
+from sa3_convert.mnn.isolated import run_jobs
 from sa3_convert.mnn.worker import Job
 from tests.passes.graphs import graph, mnn_of
 

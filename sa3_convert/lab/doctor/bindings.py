@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sa3_convert.mnn.jobs import start
+from sa3_convert.mnn.isolated import start
 from sa3_convert.mnn.session import BACKENDS, forward_type_name, has_backend, load_mnn
 from sa3_convert.mnn.worker import SCRATCH
 from sa3_convert.system.log import capture_stdout

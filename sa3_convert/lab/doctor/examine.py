@@ -1,5 +1,6 @@
 """Run probes on a backend and judge what comes: the only place that decides between works and wrong."""
 
+import importlib
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,17 +13,16 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from sa3_convert.check.metrics import MAX_DB, compare
-from sa3_convert.errors import ConversionError, ModelFileError
+from sa3_convert.errors import BackendError, ConversionError, ModelFileError
 from sa3_convert.lab.doctor.probe import GraphProbe, Probe, Setting, ToolProbe, converted
 from sa3_convert.lab.doctor.probes import PROBES
 from sa3_convert.lab.doctor.results import Answer, Diagnosis, ProbeResult, this_machine
-from sa3_convert.lab.doctor.surroundings import surroundings
-from sa3_convert.mnn.jobs import run_jobs
-from sa3_convert.mnn.session import Backend, require_backend
+from sa3_convert.mnn.isolated import run_jobs
+from sa3_convert.mnn.session import Backend, require_backend, runtime_backends
 from sa3_convert.mnn.worker import Job, JobOutcome
 from sa3_convert.passes.hazard_kinds import HAZARD_KINDS
 from sa3_convert.system.files import partial_folder
-from sa3_convert.system.machine import version_of
+from sa3_convert.system.machine import gpus, machine, version_of
 
 HALF_DB = 40.0
 """What is asked of a GPU at any precision but high, where it computes with half floats (66 dB for one operator)."""
@@ -195,3 +195,37 @@ def diagnose(backend: Backend, report: Progress = lambda done, total: None) -> D
         seconds=time.perf_counter() - start,
         surroundings=surroundings(),
     )
+
+
+def surroundings() -> dict[str, Any]:
+    """Return what is there, JSON-ready. What is not installed or does not load is None."""
+    found = machine()
+    found["gpus"] = [{"name": gpu.name, "driver": gpu.driver, "memory_bytes": gpu.memory_bytes} for gpu in gpus()]
+    return found | {
+        "mnn_backends": _mnn_backends(),
+        "onnxruntime_providers": _onnxruntime_providers(),
+        "torch_cuda": _torch_cuda(),
+    }
+
+
+def _mnn_backends() -> dict[str, bool] | None:
+    try:
+        return runtime_backends()
+    except BackendError:
+        return None
+
+
+def _onnxruntime_providers() -> list[str] | None:
+    try:
+        return list(importlib.import_module("onnxruntime").get_available_providers())
+    except ImportError:
+        return None
+
+
+def _torch_cuda() -> dict[str, Any] | None:
+    """Return torch's CUDA version (None for a CPU build) and whether it finds a device."""
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError:
+        return None
+    return {"version": torch.version.cuda, "available": bool(torch.cuda.is_available())}

@@ -15,8 +15,7 @@ from onnx import numpy_helper, parser
 from sa3_convert.components import Component
 from sa3_convert.errors import ConversionError
 from sa3_convert.lab.doctor.results import setting_name
-from sa3_convert.mnn.isolated import run_worker
-from sa3_convert.mnn.jobs import JOB_SECONDS
+from sa3_convert.mnn.isolated import JOB_SECONDS, run_worker
 
 Level = Literal["normal", "high", "low"]
 Feeds = Mapping[str, NDArray[Any]]

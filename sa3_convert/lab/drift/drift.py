@@ -12,8 +12,8 @@ from sa3_convert.arrays import Arrays, Session
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.check.bundle import bundle_recipe, verify_bundle
 from sa3_convert.check.inputs import sample_inputs
-from sa3_convert.check.progress import Progress
 from sa3_convert.check.reference_store import ReferenceStore
+from sa3_convert.check.results import Progress
 from sa3_convert.checkpoint.variants import size_of
 from sa3_convert.components import Component
 from sa3_convert.errors import InputError

@@ -11,8 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from sa3_convert.check.inputs import Region, text_regions
 from sa3_convert.check.metrics import Fidelity, compare
-from sa3_convert.check.progress import Progress, reference_stage
-from sa3_convert.check.results import FINITE, Decibels, Figures, Spread
+from sa3_convert.check.results import FINITE, Decibels, Figures, Progress, Spread, reference_stage
 from sa3_convert.components import Component
 from sa3_convert.errors import VerificationError
 from sa3_convert.lab.generations.cases import GenerationCase

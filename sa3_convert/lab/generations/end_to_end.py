@@ -11,9 +11,8 @@ from pydantic.dataclasses import dataclass
 from sa3_convert.arrays import Floats
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.check.metrics import compare
-from sa3_convert.check.progress import Progress
 from sa3_convert.check.reference_store import ReferenceStore
-from sa3_convert.check.results import FINITE, derived
+from sa3_convert.check.results import FINITE, Progress, derived
 from sa3_convert.components import Component
 from sa3_convert.convert.cache import cache_beside
 from sa3_convert.errors import VerificationError

@@ -11,9 +11,8 @@ from pydantic.dataclasses import dataclass
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.check.bundle import verify_bundle
 from sa3_convert.check.inputs import lengths_of, samples_for
-from sa3_convert.check.progress import Progress, reference_stage, sampled_stage
 from sa3_convert.check.reference_store import ReferenceStore
-from sa3_convert.check.results import FINITE, BundleFidelity, advice, derived
+from sa3_convert.check.results import FINITE, BundleFidelity, Progress, advice, derived, reference_stage, sampled_stage
 from sa3_convert.components import Component
 from sa3_convert.lab.bisect.bisect import bisect_bundle
 from sa3_convert.lab.bisect.result import BisectResult

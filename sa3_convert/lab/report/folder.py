@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sa3_convert.bundle.reader import Bundle
-from sa3_convert.check.progress import Progress
+from sa3_convert.check.results import Progress
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
 from sa3_convert.lab.bisect.bisect import bisect_bundle
