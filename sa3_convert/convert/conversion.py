@@ -16,22 +16,18 @@ from sa3_convert.bundle.manifest import (
     MANIFEST,
     Artifact,
     ArtifactKind,
-    CheckpointOrigin,
     FileEntry,
-    Manifest,
-    as_text,
 )
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.components import Component
 from sa3_convert.convert.cache import Notes, StageCache
-from sa3_convert.convert.existing import SHARED, checkpoint_digests, lora_entries, shared_text
+from sa3_convert.convert.existing import SHARED, manifest_of, shared_text
 from sa3_convert.convert.plan import ComponentPlan, ConversionPlan, ConvertRequest, plan
 from sa3_convert.convert.stages import STAGES, STAGES_OF, ComponentJob, Stage
 from sa3_convert.errors import ConversionError, UsageError
 from sa3_convert.system.checked_files import inside
 from sa3_convert.system.files import copy_file, sweep, write_text
 from sa3_convert.system.log import kept, note
-from sa3_convert.system.machine import tool_versions
 
 if TYPE_CHECKING:
     from sa3_convert.checkpoint.reader import Checkpoint
@@ -43,20 +39,7 @@ def assemble(request: ConvertRequest, plan: ConversionPlan) -> Bundle:
     artifacts += [_shared_artifact(request, kind) for kind in plan.shared]
     order = list(Component)
     artifacts.sort(key=lambda a: (order.index(a.component) if a.component else len(order), a.kind))
-    manifest = Manifest(
-        schema_version=1,
-        variant=request.checkpoint.variant_name,
-        recipe=request.recipe.name,
-        checkpoint=CheckpointOrigin(
-            source=as_text(request.checkpoint.layout.source_id or request.checkpoint.folder.name),
-            digests=checkpoint_digests(request),
-        ),
-        loras=lora_entries(request.checkpoint),
-        tools=tool_versions(),
-        layout=request.checkpoint.layout,
-        artifacts=tuple(artifacts),
-    )
-    bundle = Bundle(request.out, manifest)
+    bundle = Bundle(request.out, manifest_of(request, artifacts))
     bundle.write()
     return bundle
 
@@ -160,7 +143,10 @@ def convert(
             # Another conversion has ended since.
             todo = plan(request)
         cache = StageCache(request.cache)
-        _sweep(request.out, cache)
+        # What a conversion that was killed has left.
+        for folder in {request.out / stage.folder for stage in STAGES.values()}:
+            sweep(folder)
+        cache.sweep()
         planned(todo)
         if todo.existing is not None and todo.up_to_date:
             return Outcome(todo.existing, up_to_date=True)
@@ -174,13 +160,6 @@ def _manifest(out: Path) -> bytes | None:
         return (out / MANIFEST).read_bytes()
     except OSError:
         return None
-
-
-def _sweep(out: Path, cache: StageCache) -> None:
-    """Remove what a conversion that was killed has left."""
-    for folder in {out / stage.folder for stage in STAGES.values()}:
-        sweep(folder)
-    cache.sweep()
 
 
 @contextlib.contextmanager

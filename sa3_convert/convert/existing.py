@@ -1,7 +1,7 @@
-"""What stands where a bundle shall be: whether it may be completed, and what in it is what would be made now."""
+"""What a bundle says of itself, and what stands in its place: whether that may be completed, what in it is right."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from sa3_convert.bundle.manifest import (
@@ -12,6 +12,7 @@ from sa3_convert.bundle.manifest import (
     TOKENIZER,
     Artifact,
     ArtifactKind,
+    CheckpointOrigin,
     LoraEntry,
     Manifest,
     as_text,
@@ -24,7 +25,6 @@ from sa3_convert.errors import BundleError, UsageError
 from sa3_convert.system.machine import tool_versions
 
 if TYPE_CHECKING:
-    from sa3_convert.checkpoint.reader import Checkpoint
     from sa3_convert.convert.plan import ConvertRequest
 
 SHARED: Final[Mapping[ArtifactKind, str]] = {
@@ -47,18 +47,19 @@ def existing_bundle(request: "ConvertRequest") -> Bundle | None:
         bundle = Bundle.open(out)
     except BundleError:
         return None
-    found, wanted = _made_from(bundle.manifest), _asked_for(request)
-    if found != wanted and not request.force:
+    wanted = manifest_of(request)
+    found, asked = _made_from(bundle.manifest), _made_from(wanted)
+    if found != asked and not request.force:
         raise UsageError(
-            f"{out} holds a bundle of {_described(*found[:2], bundle.manifest.loras)}; this would replace it by "
-            f"{_described(*wanted[:2], lora_entries(request.checkpoint))}. Give another --out, or --force."
+            f"{out} holds a bundle of {_described(bundle.manifest)}; this would replace it by {_described(wanted)}. "
+            "Give another --out, or --force."
         )
     if not request.force and (others := ", ".join(c.value for c in of_other_weights(bundle, request))):
         raise UsageError(
             f"{others} in {out} would stay, but came from other weights than this checkpoint's. "
             "Convert them too (leave --component away), give another --out, or --force to drop them."
         )
-    return bundle if found[:2] == wanted[:2] else None
+    return bundle if found[:2] == asked[:2] else None
 
 
 def _refuse_other_files(request: "ConvertRequest") -> None:
@@ -84,20 +85,15 @@ def _made_from(manifest: Manifest) -> tuple[str, str, tuple[tuple[str, float], .
     return manifest.variant, manifest.recipe, tuple((lora.sha256, lora.strength) for lora in manifest.loras)
 
 
-def _asked_for(request: "ConvertRequest") -> tuple[str, str, tuple[tuple[str, float], ...]]:
+def _described(manifest: Manifest) -> str:
+    loras = f"LoRAs {', '.join(lora.label for lora in manifest.loras)}" if manifest.loras else "no LoRA"
+    return f"{manifest.variant} with recipe {manifest.recipe!r} and {loras}"
+
+
+def manifest_of(request: "ConvertRequest", artifacts: Sequence[Artifact] = ()) -> Manifest:
+    """Return the manifest of a bundle that was made as is asked for."""
     checkpoint = request.checkpoint
-    loras = tuple((lora.file.sha256, lora.strength) for lora in checkpoint.loras)
-    return checkpoint.variant_name, request.recipe.name, loras
-
-
-def _described(variant: str, recipe: str, loras: tuple[LoraEntry, ...]) -> str:
-    inside = f"LoRAs {', '.join(lora.label for lora in loras)}" if loras else "no LoRA"
-    return f"{variant} with recipe {recipe!r} and {inside}"
-
-
-def lora_entries(checkpoint: "Checkpoint") -> tuple[LoraEntry, ...]:
-    """Return what the manifest says of a checkpoint's adapters."""
-    return tuple(
+    loras = tuple(
         LoraEntry(
             name=as_text(lora.file.path.name),
             sha256=lora.file.sha256,
@@ -108,6 +104,19 @@ def lora_entries(checkpoint: "Checkpoint") -> tuple[LoraEntry, ...]:
             layers=checkpoint.layers_changed(lora),
         )
         for lora in checkpoint.loras
+    )
+    return Manifest(
+        schema_version=1,
+        variant=checkpoint.variant_name,
+        recipe=request.recipe.name,
+        checkpoint=CheckpointOrigin(
+            source=as_text(checkpoint.layout.source_id or checkpoint.folder.name),
+            digests={component: checkpoint.digest(component) for component in components_of(checkpoint.layout)},
+        ),
+        loras=loras,
+        tools=tool_versions(),
+        layout=checkpoint.layout,
+        artifacts=tuple(artifacts),
     )
 
 
@@ -129,14 +138,11 @@ def checkpoint_digests(request: "ConvertRequest") -> dict[Component, str]:
 
 def is_current(bundle: Bundle, request: "ConvertRequest") -> bool:
     """Tell whether a manifest says what it would say now, apart from its files and from components that nobody has."""
-    manifest, digests = bundle.manifest, bundle.manifest.checkpoint.digests
-    return (
-        _made_from(manifest) == _asked_for(request)
-        and manifest.loras == lora_entries(request.checkpoint)
-        and manifest.tools == tool_versions()
-        and manifest.layout == request.checkpoint.layout
-        and all(digests.get(c) == request.checkpoint.digest(c) for c in {*request.selected(), *bundle.components})
-    )
+    found, wanted = bundle.manifest, manifest_of(request)
+    digests = (found.checkpoint.digests, wanted.checkpoint.digests)
+    return all(
+        getattr(found, name) == getattr(wanted, name) for name in ("variant", "recipe", "loras", "tools", "layout")
+    ) and all(digests[0].get(c) == digests[1].get(c) for c in {*request.selected(), *bundle.components})
 
 
 def is_right(bundle: Bundle, artifact: Artifact, request: "ConvertRequest", keys: StageKeys) -> bool:
