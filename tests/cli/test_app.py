@@ -18,7 +18,7 @@ import sys
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {HEAVY!r}:
-            raise ImportError(f"blocked: {{name}}")
+            raise ImportError(f"blocked: {{name}}", name=name)
 sys.meta_path.insert(0, Blocker())
 from sa3_convert.cli import main
 main(sys.argv[1:])
