@@ -136,7 +136,8 @@ def run(
     threads: o.ThreadsOption = None,
 ) -> None:
     """Generate audio: from text, from audio, or anew within audio."""
-    settings = {name: value for name in _SETTINGS if (value := context.params[name]) not in (None, [], ())}
+    given = {name: value for name in _SETTINGS if (value := context.params[name]) not in (None, [], ())}
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     if inpaint:
         settings["inpaint"] = [_region(text) for text in inpaint]
     _check_mode(output, batch, stream, keep_loaded, from_file, json_file)

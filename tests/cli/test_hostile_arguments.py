@@ -33,6 +33,7 @@ ODD = (
 WORK = (
     "sa3_convert.export.component.export_component",
     "sa3_convert.mnn.converter.mnn_from_onnx",
+    "sa3_convert.mnn.file.storage.read_storage",
     "sa3_convert.passes.pipeline.onnx_for_mnn",
     "sa3_convert.check.bundle.verify_bundle",
     "sa3_convert.lab.generations.full.verify_fully",
