@@ -185,7 +185,7 @@ def test_the_command_line_lists_what_a_lora_changes(
 ) -> None:
     recipe = str(CONFIGS / "fp32.yaml")
     convert = ["convert", str(toy), "--recipe", recipe, "--out", str(tmp_path / "out"), "--dry-run"]
-    assert cli.run([*convert, "--lora", f"{adapter}:0.25"]) == 0
+    assert cli.run(["--verbose", *convert, "--lora", f"{adapter}:0.25"]) == 0
     # A narrow terminal folds cells.
     listed = "".join(c for c in capsys.readouterr().err if c.isalnum() or c in "._*")
     for word in ("warm.safetensors", "bora", "0.25", SECONDS):

@@ -17,7 +17,7 @@ _PROGRAM = """
 import os, signal, sys, time
 from pathlib import Path
 from sa3_convert.cli import main
-from sa3_convert.supervisor import working_on
+from sa3_convert.system.supervisor import working_on
 import sa3_convert.cli.app as app
 def run(arguments):
     Path("child").write_text(str(os.getpid()))
@@ -42,7 +42,7 @@ def started(body: str, folder: Path, ignore: tuple[signal.Signals, ...] = ()) ->
     running = subprocess.Popen(
         program(body),
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -87,7 +87,7 @@ def test_a_crash_names_the_file_that_was_in_hand(fault: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("spoilt", ["b'\\xff' * 4096", "struct.pack('d', math.inf)", "struct.pack('d', -1.0)"])
 def test_a_page_that_the_child_has_spoilt_is_no_trouble(spoilt: str, tmp_path: Path) -> None:
     spoil = f"data = {spoilt}\nsupervisor._page._memory[: len(data)] = data\nos.write(supervisor._page.wakes, b'x')"
-    head = "import math, struct\nfrom sa3_convert import supervisor\n"
+    head = "import math, struct\nfrom sa3_convert.system import supervisor\n"
     code, complaint = ended(f"{head}{_HELD}\n    pass\n{spoil}\ntime.sleep(0.2)\nos.abort()", tmp_path)
     assert code in (3, 4)
     assert complaint.startswith("sa3-convert: ")
@@ -151,7 +151,7 @@ def test_a_signal_is_raised_once_and_all_is_cleaned_up(
     number: str, code: int, word: str, to_all: bool, tmp_path: Path
 ) -> None:
     body = """
-from sa3_convert.files import atomic_path
+from sa3_convert.system.files import atomic_path
 with atomic_path(Path("out/x.wav")):
     try:
         Path("begun").touch()
@@ -207,7 +207,7 @@ def test_a_library_that_dies_of_a_signal_that_was_passed_on_is_no_crash(tmp_path
 
 def test_a_second_signal_ends_what_does_not_end(tmp_path: Path) -> None:
     body = """
-from sa3_convert.files import atomic_path
+from sa3_convert.system.files import atomic_path
 with atomic_path(Path("out/x.wav")):
     try:
         Path("begun").touch()
