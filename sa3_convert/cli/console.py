@@ -35,7 +35,7 @@ from sa3_convert.system.untrusted import printable
 
 if TYPE_CHECKING:
     from sa3_convert.checkpoint.lora import Lora
-    from sa3_convert.lab.planner.planner import Plan as BitPlan
+    from sa3_convert.lab.planner.planner import BitPlan
 
 _PIPED_WIDTH = 140
 """Columns for tables that go to a file or a log, where nothing says how wide it is."""

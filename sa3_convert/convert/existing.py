@@ -130,12 +130,6 @@ def of_other_weights(bundle: Bundle, request: "ConvertRequest") -> list[Componen
     ]
 
 
-def checkpoint_digests(request: "ConvertRequest") -> dict[Component, str]:
-    """Return the digest of each component's tensors."""
-    checkpoint = request.checkpoint
-    return {component: checkpoint.digest(component) for component in components_of(checkpoint.layout)}
-
-
 def is_current(bundle: Bundle, request: "ConvertRequest") -> bool:
     """Tell whether a manifest says what it would say now, apart from its files and from components that nobody has."""
     found, wanted = bundle.manifest, manifest_of(request)

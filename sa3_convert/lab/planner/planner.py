@@ -67,7 +67,7 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class BitPlan:
     """A component's plan and its proof."""
 
     recipe: ComponentRecipe
@@ -137,7 +137,7 @@ def plan_component(
     sensitivity: Sensitivity,
     target: Target,
     by: By = "layer",
-) -> Plan:
+) -> BitPlan:
     """Return the best plan for a size, or the smallest for a fidelity."""
     fixed = _bytes_beside(checkpoint, component, base)
     groups = layers_by_pattern(sensitivity.layers, by)
@@ -161,7 +161,7 @@ def plan_component(
     rounding: Rounding = "error_compensated" if base.compensates else "least_squares"
     scheme = scheme_of(allocation, groups, sensitivity.scales, rounding)
     recipe = base.model_copy(update={"weights": scheme, "floor_db": floor})
-    return Plan(recipe, allocation, groups, fixed)
+    return BitPlan(recipe, allocation, groups, fixed)
 
 
 def _bytes_beside(checkpoint: "Checkpoint", component: Component, base: ComponentRecipe) -> int:
