@@ -119,9 +119,9 @@ def _run(arguments: list[str]) -> int:
         result = INTERRUPTED
     except (typer.Abort, typer.Exit) as leave:
         result = getattr(leave, "exit_code", 1)
-    except SystemExit:
-        # So Typer leaves where the reader of an output has gone away, and nowhere else.
-        result = BROKEN_PIPE
+    except SystemExit as leave:
+        # So Typer leaves with 1 where the reader of an output has gone away, and with 0 where a shell asks for words.
+        result = BROKEN_PIPE if leave.code else 0
     except Exception as error:  # the outermost frame: what reaches it and is not ours is a bug to be reported as one
         # A C extension may have made an error of its own of an interrupt.
         result = INTERRUPTED if received() else _failed(error, arguments)
