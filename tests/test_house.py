@@ -68,7 +68,6 @@ UPWARDS = {
     ("checkpoint/reader.py", "sa3_convert.runtime.prompts"),
     ("rounding/network.py", "sa3_convert.check.inputs"),
     ("rounding/network.py", "sa3_convert.passes.quantise_embedding"),
-    ("system/overlap.py", "sa3_convert.bundle.reader"),
 }
 """Imports that go the wrong way. This list only gets shorter."""
 

@@ -10,7 +10,6 @@ import io
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from sa3_convert.checkpoint.reader import TOKENIZER, Checkpoint
 from sa3_convert.checkpoint.tensor_file import INDEX, WEIGHTS, shard_names
 from sa3_convert.checkpoint.variants import PINNED
 from sa3_convert.errors import CheckpointError, UsageError
-from sa3_convert.system.files import check_new_folder, copy_file, sha256_file, write_text
+from sa3_convert.system.files import check_new_folder, copy_file, require_space, sha256_file, write_text
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are there and the bytes in all."""
@@ -184,7 +183,8 @@ class _Download:
             damaged = self._cache.folder / missing[0].name
             raise CheckpointError(f"{damaged} is damaged. Remove it, and run the same command with a network.")
         total = sum(file.size for file in missing)
-        self._check_space(total - sum(_size(self._partial(file)) for file in missing))
+        there = sum(_size(self._partial(file)) for file in missing)
+        require_space(self._folder, total - there, self._source.hub_id)
         done, report = 0, _monotone(progress, total)
         for file in missing:
             self._transfer(file, lambda there, done=done: report(done + there))  # type: ignore[misc]
@@ -212,14 +212,6 @@ class _Download:
     def _partial(self, file: HubFile) -> Path:
         """Return where a file grows; under its hash, so that what another commit left is continued only if it is it."""
         return self._folder / f"{file.digest}.partial"
-
-    def _check_space(self, needed: int) -> None:
-        free = shutil.disk_usage(self._folder).free
-        if free < needed:
-            raise UsageError(
-                f"{self._source.hub_id} needs {needed / 2**30:.1f} GiB more, {self._folder.parent} has "
-                f"{free / 2**30:.1f} GiB left. Make room or give a folder on another disk."
-            )
 
     def _transfer(self, file: HubFile, grown: Callable[[int], None]) -> None:
         partial = self._partial(file)

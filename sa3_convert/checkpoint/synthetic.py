@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -31,8 +30,7 @@ from sa3_convert.checkpoint.tensors import (
     expected_text_encoder_tensors,
 )
 from sa3_convert.checkpoint.variants import Size, Variant, variant_named
-from sa3_convert.errors import UsageError
-from sa3_convert.system.files import atomic_folder
+from sa3_convert.system.files import atomic_folder, require_space
 
 Weights = Literal["gaussian", "heavy-tailed"]
 Piece = NDArray[np.float32]
@@ -203,22 +201,13 @@ def synthesize(
             tensors = expected_text_encoder_tensors(layout.text_encoder, decoder=True)
             files[partial / TEXT_ENCODER_FOLDER / "model.safetensors"] = tensors
         total = sum(spec.nbytes for tensors in files.values() for spec in tensors.values())
-        _check_space(partial, total)
+        require_space(partial, total, "The checkpoint")
         done = 0
         for path, tensors in files.items():
             for written in _write_tensors(path, tensors, chosen, seed, weights):
                 done += written
                 if progress is not None:
                     progress(done, total)
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UsageError(
-            f"The checkpoint needs {needed / 2**30:.1f} GiB, {folder.parent} has {free / 2**30:.1f} GiB left. "
-            "Make room or give a folder on another disk."
-        )
 
 
 def _write_json(path: Path, data: object) -> None:

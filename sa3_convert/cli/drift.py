@@ -14,7 +14,6 @@ from sa3_convert.errors import DriftError, UsageError
 
 if TYPE_CHECKING:
     from sa3_convert.bundle.reader import Bundle
-    from sa3_convert.lab.drift.baseline import Figure
     from sa3_convert.lab.drift.compare import Drift
     from sa3_convert.lab.drift.drift import Plan
 
@@ -103,6 +102,7 @@ def _work(bundle: "Bundle", plan: "Plan") -> dict[str, float]:
 def _complaint(bundle: "Bundle", file: Path, found: "Drift") -> str:
     """Return what moved, and what to do next."""
     from sa3_convert.lab.drift.compare import worst_cases
+    from sa3_convert.lab.report.formatting import bisect_command
 
     names = dict.fromkeys(row.figure.component.value for row in found.failures)
     since = found.baseline.history[-1]
@@ -111,21 +111,10 @@ def _complaint(bundle: "Bundle", file: Path, found: "Drift") -> str:
         f"{since.date} ({since.reason}), in {', '.join(names)}; the table shows them. Look closer with:"
     ]
     for figure in worst_cases(found.failures):
-        command = ["sa3-convert", "bisect", str(bundle.path), "--component", figure.component.value, *_inputs(figure)]
-        lines.append(f"  {shlex.join(command)}")
+        lines.append(f"  {bisect_command(bundle.path, figure.component, figure.case or '', figure.step)}")
     update = ["sa3-convert", "drift", str(bundle.path), "--baseline", str(file), "--update", "--reason", "…"]
     lines.append(f"If it is meant to be so: {shlex.join(update)}")
     return "\n".join(lines)
-
-
-def _inputs(figure: "Figure") -> list[str]:
-    """Return the options with which `bisect` runs a model on what a figure was worst at."""
-    case = figure.case or ""
-    if case.startswith("prompt="):
-        return ["--case", case] + ([] if figure.step is None else ["--step", str(figure.step)])
-    # A sampled input: "seed=3", and "T=108" where there is a length.
-    names = {"seed": "--seed", "T": "--latents"}
-    return [part for pair in case.split() for part in (names[pair.split("=")[0]], pair.split("=")[1])]
 
 
 def _save(file: Path | None, found: "Drift") -> None:

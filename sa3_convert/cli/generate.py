@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from sa3_convert.bundle.overlap import Named
 from sa3_convert.cli.console import progress, stderr, stdout
 from sa3_convert.cli.options import write_figures
 from sa3_convert.components import Component
@@ -30,7 +31,6 @@ from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.placement import parse_places, placement
 from sa3_convert.runtime.request import AudioChunk, GenerateRequest, Report, Started, Stepped
 from sa3_convert.system.machine import PeakMemory
-from sa3_convert.system.overlap import Named
 from sa3_convert.system.streams import STANDARD_OUTPUT, descriptor_of, is_terminal, opened_stream
 
 _NAMES = {"pcm16": "s16le", "pcm24": "s24le", "float": "f32le"}

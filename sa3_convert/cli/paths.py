@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import typer
 
+from sa3_convert.bundle.overlap import Named, require_apart, require_outside
 from sa3_convert.errors import UsageError
-from sa3_convert.system.overlap import Named, require_apart, require_outside
 from sa3_convert.system.streams import check_stream, claim_standard_output, descriptor_of, is_stream
 
 _META = "sa3_convert.paths"

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Option
 
+from sa3_convert.bundle.overlap import require_apart
 from sa3_convert.cli import options as o
 from sa3_convert.cli import paths
 from sa3_convert.cli.echo import echo
 from sa3_convert.errors import UsageError
-from sa3_convert.system.overlap import require_apart
 
 if TYPE_CHECKING:
     from sa3_convert.lab.planner.planner import Target

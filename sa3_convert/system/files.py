@@ -155,6 +155,16 @@ def check_new_folder(path: Path) -> None:
         raise UsageError(f"{path} is not empty. Name a folder that does not exist yet, or is empty.")
 
 
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Raise UsageError unless so many bytes more find room in a folder, whose parent is what users know."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UsageError(
+            f"{what} needs {needed / 2**30:.1f} GiB more, {folder.parent} has {free / 2**30:.1f} GiB left. "
+            "Make room or give a folder on another disk."
+        )
+
+
 @contextlib.contextmanager
 def partial_folder(path: Path) -> Iterator[Path]:
     """Yield a new folder beside `path`, under a temporary name, that is gone after the block unless it was renamed."""

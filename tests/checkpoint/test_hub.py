@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from sa3_convert.checkpoint import hub as hub_module
 from sa3_convert.checkpoint import hub_client
 from sa3_convert.checkpoint.hub import Fetched, fetch
 from sa3_convert.checkpoint.reader import Checkpoint
@@ -227,7 +226,7 @@ def test_no_network_is_told(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_told_beforehand(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 100_000})
-    monkeypatch.setattr(hub_module.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     with pytest.raises(UsageError, match="GiB left"):
         fetch(ID, tmp_path / "out", endpoint=hub.address)
     assert hub.transfers("model.safetensors") == []

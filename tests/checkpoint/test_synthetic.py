@@ -9,7 +9,6 @@ import pytest
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from sa3_convert.checkpoint import synthetic
 from sa3_convert.checkpoint.reader import Checkpoint
 from sa3_convert.checkpoint.synthetic import synthesize
 from sa3_convert.checkpoint.variants import VARIANTS
@@ -180,7 +179,7 @@ def test_an_unknown_variant_is_refused(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_told_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(synthetic.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     with pytest.raises(UsageError, match=r"needs 9\.\d GiB"):
         synthesize(tmp_path / "a", "medium", "full")
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from sa3_convert.check.metrics import MAX_DB, compare
-from sa3_convert.errors import BackendError, ConversionError, ModelFileError
+from sa3_convert.errors import ConversionError, ModelFileError
 from sa3_convert.lab.doctor.probe import GraphProbe, Probe, Setting, ToolProbe, converted
 from sa3_convert.lab.doctor.probes import PROBES
 from sa3_convert.lab.doctor.results import Answer, Diagnosis, ProbeResult, this_machine
@@ -198,28 +198,14 @@ def diagnose(backend: Backend, report: Progress = lambda done, total: None) -> D
 
 
 def surroundings() -> dict[str, Any]:
-    """Return what is there, JSON-ready. What is not installed or does not load is None."""
+    """Return what is there, JSON-ready; where torch is not installed None stands for it."""
     found = machine()
     found["gpus"] = [{"name": gpu.name, "driver": gpu.driver, "memory_bytes": gpu.memory_bytes} for gpu in gpus()]
     return found | {
-        "mnn_backends": _mnn_backends(),
-        "onnxruntime_providers": _onnxruntime_providers(),
+        "mnn_backends": runtime_backends(),
+        "onnxruntime_providers": list(ort.get_available_providers()),
         "torch_cuda": _torch_cuda(),
     }
-
-
-def _mnn_backends() -> dict[str, bool] | None:
-    try:
-        return runtime_backends()
-    except BackendError:
-        return None
-
-
-def _onnxruntime_providers() -> list[str] | None:
-    try:
-        return list(importlib.import_module("onnxruntime").get_available_providers())
-    except ImportError:
-        return None
 
 
 def _torch_cuda() -> dict[str, Any] | None:

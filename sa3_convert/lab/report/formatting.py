@@ -79,8 +79,11 @@ def replay(
     return shlex.join(["sa3-convert", "bisect", str(bundle), *words])
 
 
-def bisect_command(bundle: Path, component: Component, sample: str = "") -> str:
-    """Return the command that bisects a model, on a sampled input by its name, as 'seed=3 T=108'."""
-    options = {"seed": "--seed", "T": "--latents"}
-    words = [word for pair in sample.split() for word in (options[pair.split("=")[0]], pair.split("=")[1])]
+def bisect_command(bundle: Path, component: Component, case: str = "", step: int | None = None) -> str:
+    """Return the command that bisects a model: on a sampled input, as 'seed=3 T=108', or at a step of a generation."""
+    if case.startswith("prompt="):
+        words = ["--case", case, *([] if step is None else ["--step", str(step)])]
+    else:
+        options = {"seed": "--seed", "T": "--latents"}
+        words = [word for pair in case.split() for word in (options[pair.split("=")[0]], pair.split("=")[1])]
     return shlex.join(["sa3-convert", "bisect", str(bundle), "--component", component.value, *words])

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from sa3_convert.bundle.overlap import require_apart, require_outside
 from sa3_convert.errors import UsageError
-from sa3_convert.system.overlap import require_apart, require_outside
 
 
 @pytest.fixture
