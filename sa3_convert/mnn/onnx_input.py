@@ -62,7 +62,7 @@ def read_onnx_input(path: Path) -> OnnxInput:
     if not path.is_file():
         raise ConversionError(f"{path} does not exist; there is nothing to convert. Export the checkpoint first.")
     try:
-        model = onnx.load(path, load_external_data=False)
+        model = onnx.load(path, format="protobuf", load_external_data=False)
     except DecodeError as error:
         raise ConversionError(f"{path} is not an ONNX file, or is truncated ({error}). Export it again.") from None
     except OSError as error:

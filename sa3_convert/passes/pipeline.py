@@ -167,7 +167,7 @@ def load_onnx(path: Path) -> ir.Model:
     """
     try:
         open_regular(path).close()
-        model = ir.load(path.resolve())
+        model = ir.load(path.resolve(), format="protobuf")
     except FileNotFoundError:
         raise ModelFileError(f"{path} does not exist.") from None
     except (OSError, ValueError, DecodeError) as error:

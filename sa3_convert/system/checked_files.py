@@ -57,11 +57,15 @@ class FileState:
 class _Descriptor:
     """An open file or folder, closed when nobody holds it any more; until then no other gets its inode."""
 
+    number = -1
+    """Until it has one: an interrupt may come before."""
+
     def __init__(self, number: int) -> None:
         self.number = number
 
     def __del__(self) -> None:
-        os.close(self.number)
+        if self.number >= 0:
+            os.close(self.number)
 
 
 class HeldFolder:

@@ -81,3 +81,23 @@ def test_inputs_that_are_not_the_graphs_are_an_input_error(tmp_path: Path, feeds
     np.savez(tmp_path / "inputs.npz", **feeds)
     assert mnn(source, "--input", str(tmp_path / "inputs.npz")) == 3
     assert not source.with_suffix(".mnn").exists()
+
+
+@pytest.mark.parametrize("command", ["mnn", "fuse"])
+@pytest.mark.parametrize("name", ["model.json", "model.textproto", "model.onnxtxt", "model.onnx"])
+def test_a_file_is_read_as_onnx_whatever_its_name_ends_with(
+    command: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text('{"not": "a model"}')
+    arguments = [
+        command,
+        str(tmp_path / name),
+        "--component",
+        "dit",
+        "--recipe",
+        "int8",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert cli.run(arguments) == 3
+    assert name in capsys.readouterr().err

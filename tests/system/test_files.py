@@ -11,6 +11,7 @@ import pytest
 
 import sa3_convert.system.files as files
 from sa3_convert.errors import BundleError, UsageError
+from sa3_convert.system import checked_files
 from sa3_convert.system.checked_files import CheckedFile, HeldFolder, inside, named
 from sa3_convert.system.files import (
     atomic_folder,
@@ -377,3 +378,9 @@ def test_a_pair_can_be_made_in_a_folder_that_is_being_made(tmp_path: Path) -> No
     with atomic_folder(tmp_path / "new") as folder, atomic_pair(folder / "m.mnn", ".weight") as made:
         made.write_text("model")
     assert (tmp_path / "new" / "m.mnn").read_text() == "model"
+
+
+def test_a_descriptor_that_an_interrupt_kept_from_its_number_goes_in_silence() -> None:
+    # What an interrupt leaves between the making of an object and its first statement.
+    unfinished = checked_files._Descriptor.__new__(checked_files._Descriptor)
+    unfinished.__del__()

@@ -41,7 +41,7 @@ class ReferenceGraph:
         self._folder = path.parent
         self._threads = threads
         try:
-            model = onnx.load(path, load_external_data=False)
+            model = onnx.load(path, format="protobuf", load_external_data=False)
         except (OSError, DecodeError) as error:
             raise ModelFileError(f"{path} cannot be read as ONNX: {error}") from None
         # What is declared at a symbolic length would contradict the concrete one.
