@@ -136,6 +136,17 @@ def test_what_is_imported_inside_functions_and_named_as_text_counts(tmp_path: Pa
     assert set(imports_of(file)) == expected
 
 
+def test_no_onnx_file_is_read_or_written_in_a_format_that_its_name_chooses() -> None:
+    calls = [
+        (path.name, node)
+        for path in modules()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {"onnx.load", "onnx.save", "ir.load", "ir.save"}
+    ]
+    assert calls
+    assert [name for name, call in calls if "format" not in {keyword.arg for keyword in call.keywords}] == []
+
+
 def test_no_file_is_too_long_to_be_read() -> None:
     lengths = {str(path.relative_to(SOURCE)): len(path.read_text("utf-8").splitlines()) for path in modules()}
     assert {name: length for name, length in lengths.items() if length > LONGEST_FILE} == {}

@@ -73,7 +73,13 @@ def _forget_origin(model: ir.Model) -> None:
 
 def _write(model: ir.Model, contract: Contract, path: Path) -> None:
     with atomic_pair(path, _DATA) as temporary:
-        ir.save(model, temporary, external_data=data_path(temporary).name, size_threshold_bytes=INLINE_BELOW)
+        ir.save(
+            model,
+            temporary,
+            format="protobuf",
+            external_data=data_path(temporary).name,
+            size_threshold_bytes=INLINE_BELOW,
+        )
         check_onnx(temporary, contract)
 
 
@@ -83,7 +89,7 @@ def check_onnx(path: Path, contract: Contract) -> None:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ConversionError(f"The exported {path.name} is not valid ONNX: {error}") from error
-    graph = onnx.load(path, load_external_data=False).graph
+    graph = onnx.load(path, format="protobuf", load_external_data=False).graph
     for kind, values, ports in (
         ("inputs", graph.input, contract.inputs),
         ("outputs", graph.output, contract.outputs),

@@ -152,7 +152,13 @@ def save_onnx(model: ir.Model, target: Path, *, check: Callable[[Path], None] = 
     """
     try:
         with atomic_pair(target, _DATA) as written:
-            ir.save(model, written, external_data=written.name + _DATA, size_threshold_bytes=_EXTERNAL_FROM_BYTES)
+            ir.save(
+                model,
+                written,
+                format="protobuf",
+                external_data=written.name + _DATA,
+                size_threshold_bytes=_EXTERNAL_FROM_BYTES,
+            )
             check(written)
     except OSError as error:
         raise ConversionError(f"{target} cannot be written: {error}") from None

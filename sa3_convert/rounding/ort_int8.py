@@ -77,19 +77,23 @@ def quantise_for_ort(reference: Path, target: Path) -> int:
 
 def _products(reference: Path) -> tuple[int, list[str]]:
     """Return how many MatMuls have constant weights, and the names of the Gemms."""
-    model = onnx.load(reference, load_external_data=False)
+    model = _read(reference)
     constants = {tensor.name for tensor in model.graph.initializer}
     wanted = sum(node.op_type == "MatMul" and node.input[1] in constants for node in model.graph.node)
     return wanted, [node.name for node in model.graph.node if node.op_type == "Gemm"]
 
 
+def _read(path: Path) -> onnx.ModelProto:
+    try:
+        return onnx.load(path, format="protobuf", load_external_data=False)
+    except DecodeError as error:
+        raise ConversionError(f"{named(path)} cannot be read as ONNX: {error}.") from None
+
+
 def check_integer_form(reference: Path, target: Path) -> int:
     """Hold an integer form to its reference; returns and raises what `quantise_for_ort` does."""
     wanted, singles = _products(reference)
-    try:
-        model = onnx.load(target, load_external_data=False)
-    except DecodeError as error:
-        raise ConversionError(f"{named(target)} cannot be read as ONNX: {error}.") from None
+    model = _read(target)
     found = sum(node.op_type == _INTEGER_PRODUCT for node in model.graph.node)
     constants = {tensor.name for tensor in model.graph.initializer}
     left = sum(node.op_type in ("MatMul", "Gemm") and node.input[1] in constants for node in model.graph.node)

@@ -93,6 +93,14 @@ def test_bytes_that_are_no_model_are_refused(copied: Path) -> None:
         verify_bundle(replaced(copied, lambda path: path.write_bytes(b"\xff" * 99) and None), quick=True)
 
 
+def test_a_reference_that_is_no_model_is_refused(copied: Path) -> None:
+    (reference,) = copied.glob("**/reference/dit.onnx")
+    reference.write_bytes(b"\xff" * 99)
+    entry: dict[str, Any] = dict(FileEntry.of(copied, str(reference.relative_to(copied))))
+    with pytest.raises(VerificationError, match=r"reference/dit\.onnx cannot be read as ONNX"):
+        verify_bundle(rewrite(copied, Component.DIT, "onnx", **entry), quick=True)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

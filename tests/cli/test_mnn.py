@@ -83,21 +83,26 @@ def test_inputs_that_are_not_the_graphs_are_an_input_error(tmp_path: Path, feeds
     assert not source.with_suffix(".mnn").exists()
 
 
+TEXT_ENDINGS = ("json", "textproto", "onnxtxt")
+"""For which the ONNX library reads and writes text."""
+
+
 @pytest.mark.parametrize("command", ["mnn", "fuse"])
-@pytest.mark.parametrize("name", ["model.json", "model.textproto", "model.onnxtxt", "model.onnx"])
-def test_a_file_is_read_as_onnx_whatever_its_name_ends_with(
-    command: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("ending", ["onnx", *TEXT_ENDINGS])
+def test_what_is_no_onnx_is_an_input_error_whatever_its_name_ends_with(
+    command: str, ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / name).write_text('{"not": "a model"}')
-    arguments = [
-        command,
-        str(tmp_path / name),
-        "--component",
-        "dit",
-        "--recipe",
-        "int8",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    assert cli.run(arguments) == 3
-    assert name in capsys.readouterr().err
+    source = tmp_path / f"model.{ending}"
+    source.write_text('{"not": "a model"}')
+    options = ["--component", "dit", "--recipe", "int8", "--out", str(tmp_path / "out")]
+    assert cli.run([command, str(source), *options]) == 3
+    assert source.name in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ending", TEXT_ENDINGS)
+def test_a_graph_is_written_and_read_as_onnx_whatever_its_name_ends_with(ending: str, tmp_path: Path) -> None:
+    source, fused = written(tmp_path, LINEAR, w=WEIGHT), tmp_path / f"fused.{ending}"
+    options = ["--component", "decoder", "--recipe", "fp32", "--out"]
+    assert cli.run(["fuse", str(source), *options, str(fused)]) == 0
+    assert onnx.load(fused, format="protobuf").graph.output[0].name == "y"
+    assert mnn(fused) == 0

@@ -87,7 +87,14 @@ class GraphProbe:
             model = ir.serde.deserialize_model(proto)
             self.rewrite(model)
             proto = ir.serde.serialize_model(model)
-        onnx.save(proto, path, save_as_external_data=self.external_data, location=f"{path.name}.data", size_threshold=0)
+        onnx.save(
+            proto,
+            path,
+            format="protobuf",
+            save_as_external_data=self.external_data,
+            location=f"{path.name}.data",
+            size_threshold=0,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
