@@ -51,6 +51,7 @@ ROOMS = (
     ("passes",),
     ("runtime",),
     ("check",),
+    ("publish",),
     ("convert", "api"),
     ("lab/__init__", "lab/bench", "lab/bisect", "lab/doctor", "lab/planner"),
     ("lab/generations",),

@@ -1,1 +1,1 @@
-"""Bundles: manifest, layout on disk, published trees."""
+"""Bundles: manifest, reading a folder, size tables."""

@@ -200,6 +200,8 @@ class Manifest(_Data):
     """The whole `manifest.json`. No word of it is used before it was held to an alphabet, and no number to bounds."""
 
     schema_version: Literal[1] = Field(alias="schema")
+    base: Literal[".", "..", "../.."] = "."
+    """Folder that all paths are relative to, and lie in, seen from the manifest's: exported bundles share files."""
     variant: Name
     recipe: Name
     checkpoint: CheckpointOrigin

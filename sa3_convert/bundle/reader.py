@@ -22,6 +22,8 @@ from sa3_convert.system.checked_files import CheckedFile, FileState, HeldFolder,
 from sa3_convert.system.files import write_text
 from sa3_convert.system.untrusted import NotAFileError, parse_json, read_text
 
+_SHOWN = 10
+
 
 class Bundle:
     """A folder with a manifest.
@@ -33,19 +35,24 @@ class Bundle:
     def __init__(self, path: Path, manifest: Manifest, folder: HeldFolder | None = None) -> None:
         self.path = path
         self.manifest = manifest
-        self._folder = HeldFolder(path) if folder is None else folder
+        self._folder, self.root = HeldFolder(path) if folder is None else folder, path
+        if manifest.base != ".":
+            self.root = Path(os.path.realpath(path / manifest.base))
+            self._folder = HeldFolder(self._folder.root / manifest.base, self.root)
         self._checked: dict[str, CheckedFile] = {}
 
     @classmethod
     def open(cls, path: Path) -> "Bundle":
-        """Read a bundle's manifest; the files themselves are looked at by `check`.
+        """Read the manifest of a bundle, or of the one bundle in a tree; its files are looked at by `check`.
 
         Raises:
-            BundleError: no bundle stands there, or its manifest is damaged.
+            BundleError: no bundle stands there or several do, or its manifest is damaged.
 
         """
         file = path / MANIFEST
         try:
+            path = _folder_of(path)
+            file = path / MANIFEST
             folder = HeldFolder(path)
             inside(folder.root, MANIFEST)
             text = read_text(folder.root / MANIFEST)
@@ -165,8 +172,8 @@ class Bundle:
 
     def _named(self, artifact: Artifact, entry: FileEntry) -> Path:
         if artifact.kept_at is None:
-            return self.path / entry.path
-        return self.path / artifact.kept_at / Path(entry.path).name
+            return self.root / entry.path
+        return self.root / artifact.kept_at / Path(entry.path).name
 
     def _reached(self, artifact: Artifact, entry: FileEntry) -> Path:
         """Return the path by which a file is reached, whatever the bundle's name leads to by now."""
@@ -187,3 +194,13 @@ class Bundle:
         """Write the manifest; the last thing that happens to a bundle, so that it never describes what is not there."""
         inside(self.path, MANIFEST)
         write_text(self.path / MANIFEST, self.manifest.to_json())
+
+
+def _folder_of(path: Path) -> Path:
+    """Return the folder with the manifest: this one, or the only one that has one among those up to two below it."""
+    if (path / MANIFEST).exists():
+        return path
+    found = sorted({file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/{MANIFEST}")})
+    if len(found) > 1:
+        raise BundleError(f"{path} holds {len(found)} bundles. Name one: {', '.join(map(str, found[:_SHOWN]))}.")
+    return found[0] if found else path

@@ -88,6 +88,6 @@ def _make(request: "ConvertRequest", json_file: Path | None) -> None:
     if outcome.up_to_date:
         echo(f"{request.out} is up to date; nothing was done.")
     elif request.checkpoint.layout.dit is None:
-        echo(f"Next: sa3-convert bundle export {request.out} --to DIR --layout flat")
+        echo(f"Next: sa3-convert bundle export {request.out} --to DIR")
     else:
         echo(f'Next: sa3-convert run {request.out} --prompt "warm analog synth pad" --seconds 10 -o out.wav')

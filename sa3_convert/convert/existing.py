@@ -47,6 +47,8 @@ def existing_bundle(request: "ConvertRequest") -> Bundle | None:
         bundle = Bundle.open(out)
     except BundleError:
         return None
+    if bundle.manifest.base != ".":
+        raise UsageError(f"{out} is part of what `bundle export` wrote. Give another --out.")
     wanted = manifest_of(request)
     found, asked = _made_from(bundle.manifest), _made_from(wanted)
     if found != asked and not request.force:

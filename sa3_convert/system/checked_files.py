@@ -75,20 +75,21 @@ class HeldFolder:
 
     Args:
         path: the folder.
+        name: what people call it, where that is another path.
 
     Raises:
         OSError: there is none.
 
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, name: Path | None = None) -> None:
         self._descriptor = _Descriptor(os.open(path, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY))
-        self.path = path
+        self.path = path if name is None else name
         by_descriptor = _DESCRIPTORS / str(self._descriptor.number)
         self.root = by_descriptor if by_descriptor.is_dir() else path
         """The path by which what is in it is reached; `named` tells what people call it."""
         if self.root is not path:
-            _held[self._descriptor.number] = path
+            _held[self._descriptor.number] = self.path
             weakref.finalize(self, _held.pop, self._descriptor.number, None)
 
 

@@ -103,19 +103,32 @@ def atomic_pair(path: Path, suffix: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a folder that takes the name `path`, where nothing may stand but an empty folder, if the block ends well.
+
+    With `replace` a folder that stands there goes; its new form is whole before it does.
 
     Raises:
         UsageError: something else stands there.
         OSError: nothing can be written there.
 
     """
-    check_new_folder(path)
+    if not replace:
+        check_new_folder(path)
+    final = Path(os.path.realpath(path))
     with partial_folder(path) as temporary:
         yield temporary
-        # Over an empty folder this replaces it; had anything been put there meanwhile, it fails.
-        temporary.rename(os.path.realpath(path))
+        if not (replace and final.is_dir()):
+            # Over an empty folder this replaces it; had anything been put there meanwhile, it fails.
+            temporary.rename(final)
+            return
+        with partial_folder(path) as aside:
+            old = final.rename(aside / final.name)
+            try:
+                temporary.rename(final)
+            except BaseException:
+                old.rename(final)
+                raise
 
 
 @contextlib.contextmanager

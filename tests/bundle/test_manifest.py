@@ -46,7 +46,7 @@ def make_bundle(
     manifest = Manifest(
         schema_version=1,
         variant=variant,
-        recipe="int8",
+        recipe=precision,
         checkpoint=origin_of(digests),
         tools={"MNN": "3.6.1"},
         layout=LAYOUT,

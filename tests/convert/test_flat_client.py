@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from sa3_convert.bundle.published import export_bundles
 from sa3_convert.bundle.reader import Bundle
+from sa3_convert.publish.export import export_bundles
 
 MNN = pytest.importorskip("MNN")
 
@@ -43,7 +43,7 @@ class Client:
 
 def test_a_client_generates_from_the_flat_folder(toy_int8: Bundle, tmp_path: Path) -> None:
     export_bundles([toy_int8], tmp_path / "flat", "flat")
-    flat = tmp_path / "flat"
+    flat = tmp_path / "flat" / "music"
     layout = toy_int8.layout
     assert layout.dit is not None
     assert layout.text_encoder is not None
@@ -52,7 +52,7 @@ def test_a_client_generates_from_the_flat_folder(toy_int8: Bundle, tmp_path: Pat
 
     ids = np.zeros((1, tokens), np.int32)
     ids[0, :3] = (5, 17, 40)
-    text = Client(flat / "text_encoder_int8.mnn").run(
+    text = Client(flat / "text_encoder_int4.mnn").run(
         "last_hidden_state", {}, {"input_ids": ids, "attention_mask": (ids > 0).astype(np.int32)}
     )
     seconds = Client(flat / "number_conditioner_music_int8.mnn").run(

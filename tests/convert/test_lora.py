@@ -163,7 +163,7 @@ def test_whatever_names_the_bundle_names_the_lora(
     assert cli.run(["table", str(adapted.path)]) == 0
     assert label in capsys.readouterr().out
     assert cli.run(["bundle", "export", str(adapted.path), "--to", str(tmp_path / "site")]) == 0
-    (published,) = (tmp_path / "site").glob("music/fp32/number_conditioner_*")
+    (published,) = (tmp_path / "site").glob("music_warm-*/fp32/number_conditioner_*")
     assert published.name.startswith("number_conditioner_music_warm-")
     assert (tmp_path / "site" / "music" / "fp32" / "dit_music_fp32.mnn").is_file()
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from sa3_convert.bundle.manifest import MANIFEST
-from sa3_convert.bundle.published import export_bundles
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.bundle.table import markdown_table
 from sa3_convert.cli.app import run
 from sa3_convert.cli.console import EscapingConsole, bundle_table
 from sa3_convert.errors import BundleError, InputError, Sa3Error
+from sa3_convert.publish.export import export_bundles
 from tests.bundle.test_manifest import make_bundle
 from tests.robustness.contained import Surroundings, mutations
 

@@ -1,4 +1,4 @@
-"""Bundles come out under exactly the names that the published tree and its client use."""
+"""Bundles come out under the names of the published tree, with all that says what they are, and open again."""
 
 import re
 from pathlib import Path
@@ -7,11 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sa3_convert.bundle.manifest import FileEntry, LoraEntry
-from sa3_convert.bundle.published import export_bundles, published_path
+from sa3_convert.bundle.manifest import Artifact, FileEntry, LoraEntry
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError, UsageError
+from sa3_convert.publish.export import Layout, export_bundles
+from sa3_convert.publish.names import published_path
+from sa3_convert.system.files import sha256_file
 from tests.bundle.test_manifest import lora_entry, make_bundle, origin_of, with_loras
 
 PUBLISHED_TREE = {
@@ -33,39 +35,111 @@ PUBLISHED_TREE = {
 }
 
 
+DOCUMENTS = {"README.md", "NOTICE", "SHA256SUMS", "manifest.json", "recipe.yaml", "contract.json"}
+
+
 def tree(folder: Path) -> set[str]:
-    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    """Return what a client looks for: models and what it reads beside them."""
+    found = (p for p in folder.rglob("*") if p.is_file() and p.name not in DOCUMENTS)
+    return {p.relative_to(folder).as_posix() for p in found}
 
 
-def test_four_bundles_make_the_published_tree(tmp_path: Path) -> None:
-    bundles = [
+@pytest.fixture
+def four(tmp_path: Path) -> list[Bundle]:
+    return [
         make_bundle(tmp_path / f"{variant}-{precision}", variant, precision)
         for variant in ("small-music", "small-sfx")
         for precision in ("int8", "fp16")
     ]
-    # int8 and fp16 decoders differ; the one of fewer bits takes the published name.
-    export_bundles(bundles, tmp_path / "hub", "hub")
-    assert tree(tmp_path / "hub") == PUBLISHED_TREE
+
+
+def test_four_bundles_make_the_published_tree_and_the_second_decoder_says_its_precision(
+    four: list[Bundle], tmp_path: Path
+) -> None:
+    export_bundles(four, tmp_path / "hub", "hub")
+    assert tree(tmp_path / "hub") == PUBLISHED_TREE | {"shared/decoder_fused_wn_fp16.mnn"}
+    assert (tmp_path / "hub" / "shared" / "decoder_fused_wn.mnn").read_text() == "decoder int8 "
+
+
+@pytest.mark.parametrize("layout", ["hub", "flat"])
+def test_what_was_exported_opens_as_the_bundles_that_were_handed_in(
+    four: list[Bundle], tmp_path: Path, layout: Layout
+) -> None:
+    export_bundles(four, tmp_path / "out", layout)
+    with pytest.raises(BundleError, match=r"holds 4 bundles\. Name one: "):
+        Bundle.open(tmp_path / "out")
+    opened = [Bundle.open(file.parent) for file in (tmp_path / "out").rglob("manifest.json")]
+    assert len(opened) == len(four)
+    for bundle in opened:
+        bundle.check()
+        label = bundle.manifest.label, bundle.artifact(Component.DIT).precision
+        (given,) = (b for b in four if (b.manifest.label, b.artifact(Component.DIT).precision) == label)
+        for component in Component:
+            assert bundle.checked(component).sha256 == given.checked(component).sha256
+            assert bundle.file(component).read_bytes() == given.file(component).read_bytes()
+
+
+@pytest.mark.parametrize("layout", ["hub", "flat"])
+def test_the_only_bundle_of_a_tree_is_found_in_it(tmp_path: Path, layout: Layout) -> None:
+    bundle = make_bundle(tmp_path / "b")
+    export_bundles([bundle], tmp_path / "out", layout)
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    for folder in (tmp_path / "out", tmp_path / "link"):
+        found = Bundle.open(folder)
+        found.check()
+        assert all(path.is_file() for path in found.all_files())
+        assert found.manifest.variant == "small-music"
+
+
+@pytest.mark.parametrize("layout", ["hub", "flat"])
+def test_all_that_was_written_is_in_the_sums_and_licences_are_with_it(
+    four: list[Bundle], tmp_path: Path, layout: Layout
+) -> None:
+    export_bundles(four, tmp_path / "out", layout)
+    roots = [file.parent for file in (tmp_path / "out").rglob("SHA256SUMS")]
+    assert len(roots) == (1 if layout == "hub" else 4)
+    for root in roots:
+        lines = dict(reversed(line.split("  ")) for line in (root / "SHA256SUMS").read_text().splitlines())
+        files = {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()} - {"SHA256SUMS"}
+        assert lines == {name: sha256_file(root / name) for name in files}
+        notice = (root / "NOTICE").read_text()
+        assert "Stability AI Community License" in notice
+        assert "ai.google.dev/gemma/terms" in notice
+
+
+def test_an_export_replaces_an_earlier_one_alone_and_only_when_asked(tmp_path: Path) -> None:
+    bundle, out = make_bundle(tmp_path / "b"), tmp_path / "out"
+    export_bundles([bundle], out, "hub", force=True)
+    with pytest.raises(UsageError, match="not empty"):
+        export_bundles([bundle], out, "hub")
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert export_bundles([bundle], out, "hub", force=True).up_to_date
+    assert times == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    (out / "shared" / "decoder_fused_wn.mnn").write_bytes(b"decoder int8 ".upper())
+    assert not export_bundles([bundle], out, "hub", force=True).up_to_date
+    assert not export_bundles([make_bundle(tmp_path / "c", precision="fp16")], out, "flat", force=True).up_to_date
+    assert {path.name for path in out.iterdir()} == {"music"}
+    (out / "diary.txt").write_text("mine")
+    with pytest.raises(UsageError, match="not empty"):
+        export_bundles([bundle], out, "hub", force=True)
+    assert (out / "diary.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_what_is_not_published_is_told(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b")
+    (bundle.path / "dit.onnx").write_text("reference")
+    extra = Artifact(**dict(FileEntry.of(bundle.path, "dit.onnx")), kind="onnx", component=Component.DIT)
+    artifacts = (*bundle.manifest.artifacts, extra)
+    more = Bundle(bundle.path, bundle.manifest.model_copy(update={"artifacts": artifacts}))
+    (line,) = export_bundles([more], tmp_path / "out", "hub").left_out
+    assert line == f"{bundle.path}: not published are its files of kind onnx."
 
 
 def test_the_text_encoder_is_called_int4_only_when_it_is() -> None:
     path = published_path("small-music", Component.TEXT_ENCODER, "int4")
     assert path == "shared/text_encoder_int4.mnn"
     assert published_path("small-music", Component.TEXT_ENCODER, "int8") != path
-
-
-def test_the_flat_layout_has_the_same_names_in_one_folder(tmp_path: Path) -> None:
-    bundle = make_bundle(tmp_path / "b")
-    export_bundles([bundle], tmp_path / "flat", "flat")
-    assert {p.name for p in (tmp_path / "flat").iterdir()} == {
-        "dit_music_int8.mnn",
-        "encoder_int8.mnn",
-        "number_conditioner_music_int8.mnn",
-        "decoder_fused_wn.mnn",
-        "text_encoder_int8.mnn",
-        "tokenizer.json",
-        "bottleneck_params.json",
-    }
 
 
 def test_contradicting_models_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -143,21 +217,6 @@ def test_each_family_has_its_autoencoder_once(tmp_path: Path) -> None:
     assert (tmp_path / "hub" / "shared" / "decoder_medium_fused_wn.mnn").read_text() == "decoder int8 l"
 
 
-def test_all_families_fit_one_flat_folder(tmp_path: Path) -> None:
-    bundles = [of_variant(tmp_path, variant) for variant in ("small-music", "medium")]
-    published = export_bundles(bundles, tmp_path / "flat", "flat")
-    names = {path.name for path in (tmp_path / "flat").iterdir()}
-    assert len(names) == len(published) == 2 * len(Component) + 3
-    assert {"encoder_int8.mnn", "encoder_medium_int8.mnn"} <= names
-
-
-def test_files_of_one_name_are_not_laid_over_one_another(tmp_path: Path) -> None:
-    fp16, fp32 = (make_bundle(tmp_path / precision, precision=precision) for precision in ("fp16", "fp32"))
-    with pytest.raises(BundleError, match=r"cannot hold both encoder\.mnn.*--layout hub"):
-        export_bundles([fp16, fp32], tmp_path / "flat", "flat")
-    export_bundles([fp16, fp32], tmp_path / "hub", "hub")
-
-
 def adapted(folder: Path, *loras: LoraEntry) -> Bundle:
     """A bundle in which what adapters change has other content than in the plain one."""
     changed = {component for lora in loras for component in lora.layers}
@@ -195,9 +254,12 @@ def test_bundles_with_other_loras_lie_beside_the_plain_one_and_share_what_is_the
         assert (tmp_path / "hub" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
     dits = [name for name in names - plain if "dit_" in name]
     assert len({(tmp_path / "hub" / name).read_bytes() for name in dits}) == len(dits) == 5
-    assert any(re.fullmatch(r"music/int8/dit_music_warm-bright-shiny-[0-9a-f]{12}_int8\.mnn", name) for name in dits)
+    assert any(re.fullmatch(r"(music_warm-bright-shiny-[0-9a-f]{12})/int8/dit_\1_int8\.mnn", name) for name in dits)
     export_bundles(bundles, tmp_path / "flat", "flat")
-    assert {Path(name).name for name in names} == tree(tmp_path / "flat")
+    folders = {path.name for path in (tmp_path / "flat").iterdir()}
+    assert len(folders) == len(bundles)
+    assert "music" in folders
+    assert all((tmp_path / "flat" / folder / "dit_music_int8.mnn").is_file() for folder in folders)
 
 
 @pytest.mark.parametrize("component", Component)
@@ -220,5 +282,5 @@ def test_a_lora_without_effect_leaves_the_plain_names(tmp_path: Path) -> None:
 def test_names_of_lora_files_add_letters_digits_and_hyphens_alone(names: list[str]) -> None:
     loras = [lora_entry(name) for name in names]
     path = published_path("small-music", Component.DIT, "int8", loras=loras)
-    assert re.fullmatch(r"music/int8/dit_music_[a-z0-9-]+-[0-9a-f]{12}_int8\.mnn", path)
-    assert len(path) < 160
+    assert re.fullmatch(r"(music_[a-z0-9-]+-[0-9a-f]{12})/int8/dit_\1_int8\.mnn", path)
+    assert len(path) < 250

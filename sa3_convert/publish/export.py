@@ -1,0 +1,355 @@
+"""Bundles written as a tree: the published one, or a folder per bundle for its client. What was written opens again.
+
+In the published tree bundles share files. Where they offer one name with different contents, as decoders of two
+precisions do, the one of fewest bits has it, as on the seed card, and the others say their precision behind it.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Final, Literal
+
+from sa3_convert.bundle.manifest import MANIFEST, RECIPE, Artifact, FileEntry, LoraEntry, Manifest
+from sa3_convert.bundle.reader import Bundle
+from sa3_convert.bundle.table import markdown_text
+from sa3_convert.checkpoint.variants import published_names
+from sa3_convert.components import Component
+from sa3_convert.errors import BundleError, UsageError
+from sa3_convert.mnn.compatibility import OLDEST_KNOWN, version_numbers
+from sa3_convert.publish.names import (
+    SHARED,
+    client_flags,
+    client_variant,
+    family_folder,
+    published_path,
+    slot_name,
+)
+from sa3_convert.system.checked_files import inside
+from sa3_convert.system.files import atomic_folder, check_new_folder, copy_file, sha256_file
+from sa3_convert.system.untrusted import read_text
+
+Layout = Literal["hub", "flat"]
+
+SUMS: Final = "SHA256SUMS"
+_KINDS: Final = ("mnn", "tokenizer", "bottleneck_params", "recipe")
+_NEEDED: Final = (Component.TEXT_ENCODER, Component.NUMBER_CONDITIONER, Component.DIT, Component.DECODER)
+"""What the client does not start without."""
+_NOTICE: Final = """\
+Converted and quantised from Stable Audio 3 by sa3-convert; the weights were changed by that.
+
+This Stability AI Model is licensed under the Stability AI Community License, Copyright © Stability AI Ltd. All Rights
+Reserved. The licence: https://stability.ai/license
+Powered by Stability AI
+
+The text encoder is T5Gemma. Gemma is provided under and subject to the Gemma Terms of Use found at
+ai.google.dev/gemma/terms
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A bundle's place in a tree."""
+
+    bundle: Bundle
+    folder: str
+    """Of its manifest."""
+    root: str
+    """Of what its manifest's paths are relative to, in the tree; empty for the tree itself."""
+    paths: tuple[tuple[Artifact, str], ...]
+    """Where its files go, from that root."""
+    flags: tuple[str, ...] | None = None
+    """Of the client, where the names are its slots."""
+
+    def manifest(self) -> Manifest:
+        """Return what is said of the bundle there."""
+        moved = []
+        for artifact, path in self.paths:
+            companion = artifact.companion and artifact.companion.model_copy(update={"path": f"{path}.weight"})
+            moved.append(artifact.model_copy(update={"path": path, "companion": companion}))
+        base = "." if self.root == self.folder else "../.."
+        given = self.bundle.manifest.model_copy(update={"artifacts": tuple(moved), "base": base})
+        return Manifest.model_validate_json(given.to_json(), strict=True)
+
+
+@dataclass(frozen=True)
+class Export:
+    """What stands in the tree now."""
+
+    files: dict[str, tuple[Path, FileEntry]] = field(default_factory=dict)
+    """Copies, by path, of what."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """Files that say what the others are, by path."""
+    left_out: tuple[str, ...] = ()
+    """What the bundles have beside it, a sentence each."""
+    up_to_date: bool = False
+
+    def sums(self, root: str) -> str:
+        """Return `SHA256SUMS` of everything below a folder."""
+        hashes = {path: entry.sha256 for path, (_, entry) in self.files.items()}
+        hashes |= {path: hashlib.sha256(text.encode()).hexdigest() for path, text in self.texts.items()}
+        below = {
+            PurePosixPath(path).relative_to(root) if root else path: h
+            for path, h in hashes.items()
+            if PurePosixPath(path).is_relative_to(root)
+        }
+        return "".join(f"{digest}  {path}\n" for path, digest in sorted((str(p), h) for p, h in below.items()))
+
+
+def export_bundles(bundles: Sequence[Bundle], target: Path, layout: Layout, *, force: bool = False) -> Export:
+    """Write bundles as a tree into `target`.
+
+    Args:
+        bundles: open ones.
+        target: a folder that does not exist or is empty.
+        layout: "hub", the published tree, or "flat", a folder per bundle with the names that its client opens.
+        force: an earlier export may stand there; it is replaced unless it is what would be written.
+
+    Raises:
+        UsageError: `target` holds something else.
+        BundleError: a bundle is not what its manifest says, two contradict each other, or the client cannot run one.
+
+    """
+    if not force or not _is_export(target):
+        check_new_folder(target)
+    for bundle in bundles:
+        bundle.check()
+    export = _planned(_in_tree(bundles) if layout == "hub" else [*_for_client(bundles)])
+    if force and _stands(export, target):
+        return Export(export.files, export.texts, export.left_out, up_to_date=True)
+    with atomic_folder(target, replace=force) as temporary:
+        for path, (source, entry) in export.files.items():
+            copy = inside(temporary, path)
+            copy_file(source, copy)
+            if sha256_file(copy) != entry.sha256:
+                raise BundleError(f"{source} changed while it was exported.")
+        for path, text in export.texts.items():
+            file = inside(temporary, path)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8", newline="\n")
+    return export
+
+
+def _planned(placed: Sequence[_Placed]) -> Export:
+    export = Export(left_out=tuple(_left_out(placed)))
+    for one in placed:
+        for artifact, path in one.paths:
+            names = (path, f"{path}.weight")
+            for entry, name in zip(artifact.files, names, strict=False):
+                export.files[_joined(one.root, name)] = (one.bundle.root / entry.path, entry)
+        export.texts[f"{one.folder}/{MANIFEST}"] = one.manifest().to_json()
+    for root in dict.fromkeys(one.root for one in placed):
+        of_root = [one for one in placed if one.root == root]
+        export.texts[_joined(root, "README.md")] = _readme(of_root)
+        export.texts[_joined(root, "NOTICE")] = _NOTICE
+        export.texts[_joined(root, SUMS)] = export.sums(root)
+    return export
+
+
+def _joined(root: str, path: str) -> str:
+    return f"{root}/{path}" if root else path
+
+
+def _left_out(placed: Sequence[_Placed]) -> Iterator[str]:
+    for one in placed:
+        artifacts = one.bundle.manifest.artifacts
+        others = sorted({a.kind for a in artifacts if a.kind not in _KINDS and a.kept_at is None})
+        if others:
+            yield f"{one.bundle.path}: not published are its files of kind {', '.join(others)}."
+
+
+def _is_export(target: Path) -> bool:
+    """Tell whether a folder holds nothing but what an export lists."""
+    listed = set()
+    for sums in (target / SUMS, *target.glob(f"*/{SUMS}")):
+        try:
+            lines = read_text(sums).splitlines()
+        except (OSError, ValueError):
+            continue
+        listed |= {sums, *(sums.parent / line.partition("  ")[2] for line in lines)}
+    found = {path for path in target.rglob("*") if not path.is_dir()} if target.is_dir() else set()
+    return bool(found) and found <= listed
+
+
+def _stands(export: Export, target: Path) -> bool:
+    """Tell whether a folder holds what would be written, to the last byte, and nothing else."""
+    wanted = {path: entry.sha256 for path, (_, entry) in export.files.items()}
+    wanted |= {path: hashlib.sha256(text.encode()).hexdigest() for path, text in export.texts.items()}
+    found = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
+    return found == wanted.keys() and all(sha256_file(target / path) == digest for path, digest in wanted.items())
+
+
+def _in_tree(bundles: Sequence[Bundle]) -> list[_Placed]:
+    """Place bundles in the published tree: each name once, or refused if one would have different contents."""
+    wanted = [
+        (bundle, artifact, path)
+        for bundle in bundles
+        for artifact in bundle.manifest.artifacts
+        if (path := _wanted_path(bundle, artifact, bundles)) is not None
+    ]
+    holders: dict[str, list[tuple[Bundle, Artifact]]] = {}
+    for bundle, artifact, path in sorted(wanted, key=lambda item: _bits(item[1])):
+        holders.setdefault(path, []).append((bundle, artifact))
+    taken: dict[str, tuple[Bundle, Artifact]] = {}
+    names: dict[int, str] = {}
+    for path, offers in holders.items():
+        for bundle, artifact in offers:
+            plain = Path(path)
+            first = offers[0][1]
+            differs = artifact.sha256 != first.sha256 and _bits(artifact) != _bits(first)
+            name = str(plain.with_name(f"{plain.stem}_{artifact.precision}{plain.suffix}")) if differs else path
+            other = taken.setdefault(name, (bundle, artifact))
+            if other[1].sha256 != artifact.sha256:
+                raise BundleError(
+                    f"{name} would come from both {other[0].path} and {bundle.path}, with different contents. "
+                    "Export them into separate folders."
+                )
+            names[id(artifact)] = name
+    placed = [
+        _Placed(bundle, _folder(bundle), "", tuple((a, names[id(a)]) for b, a, _ in wanted if b is bundle))
+        for bundle in bundles
+    ]
+    if twice := [folder for folder, count in Counter(one.folder for one in placed).items() if count > 1]:
+        raise BundleError(f"Two of the bundles would be {twice[0]}. Export them into separate folders.")
+    return placed
+
+
+def _bits(artifact: Artifact) -> int:
+    return int((artifact.precision or "fp32").lstrip("intfp"))
+
+
+def _wanted_path(bundle: Bundle, artifact: Artifact, bundles: Sequence[Bundle]) -> str | None:
+    """Return where the published tree has a file, or None for what it has not."""
+    variant, component = bundle.manifest.variant, artifact.component
+    match artifact.kind:
+        case "tokenizer":
+            return f"shared/{Path(artifact.path).name}"
+        case "bottleneck_params":
+            name = Path(artifact.path)
+            return f"shared/{name.stem}{published_names(variant).codec}{name.suffix}"
+        case "recipe":
+            return f"{_folder(bundle)}/{RECIPE}"
+        case "mnn" if component is not None:
+            # The number conditioner is part of its tier by name; it has a fifth of a megabyte in any precision.
+            is_number = component is Component.NUMBER_CONDITIONER
+            precision = _tier(bundle) if is_number else artifact.precision or "fp32"
+            own = component in SHARED and not _is_shared(component, bundle, bundles)
+            return published_path(variant, component, precision, own=own, loras=_loras(bundle, component))
+    return None
+
+
+def _folder(bundle: Bundle) -> str:
+    return f"{family_folder(bundle.manifest)}/{_tier(bundle)}"
+
+
+def _is_shared(component: Component, bundle: Bundle, bundles: Sequence[Bundle]) -> bool:
+    """Tell whether all bundles that would use the same name for a shared component have the same weights."""
+    codec = published_names(bundle.manifest.variant).codec
+
+    def sharing(other: Bundle) -> bool:
+        same_codec = published_names(other.manifest.variant).codec == codec
+        plain = component in other.components and not _loras(other, component)
+        return plain and (component is Component.TEXT_ENCODER or same_codec)
+
+    return len({other.manifest.checkpoint.digests.get(component) for other in bundles if sharing(other)}) <= 1
+
+
+def _loras(bundle: Bundle, component: Component) -> list[LoraEntry]:
+    """Return the adapters that change a component."""
+    return [lora for lora in bundle.manifest.loras if lora.layers.get(component)]
+
+
+def _tier(bundle: Bundle) -> str:
+    """Return the precision that names the folder: the DiT's, else the decoder's."""
+    for component in (Component.DIT, Component.DECODER):
+        if component in bundle.components:
+            return bundle.artifact(component).precision or "fp32"
+    raise BundleError(f"Bundle {bundle.path} has neither a DiT nor a decoder to publish.")
+
+
+def _for_client(bundles: Sequence[Bundle]) -> Iterator[_Placed]:
+    """Place each bundle in a folder of its own, under the names that the client opens."""
+    families = [family_folder(bundle.manifest) for bundle in bundles]
+    folders = [
+        family if families.count(family) == 1 else f"{family}-{bundle.manifest.recipe}"
+        for family, bundle in zip(families, bundles, strict=True)
+    ]
+    for folder, bundle in zip(folders, bundles, strict=True):
+        if folders.count(folder) > 1:
+            raise UsageError(f"Two of the bundles would be {folder}. Export them into separate folders.")
+        _check_client_runs(bundle)
+        flags = client_flags({c: bundle.artifact(c).precision or "fp32" for c in bundle.components})
+        paths = []
+        for artifact in bundle.manifest.artifacts:
+            if artifact.kind == "mnn" and artifact.component is not None:
+                paths.append((artifact, slot_name(bundle.manifest.variant, artifact.component, flags)))
+            elif artifact.kind in _KINDS:
+                paths.append((artifact, Path(artifact.path).name))
+        yield _Placed(bundle, folder, folder, tuple(paths), flags)
+
+
+def _check_client_runs(bundle: Bundle) -> None:
+    """Refuse what the client would not start with, or sample as what it is not."""
+    manifest = bundle.manifest
+    if manifest.layout.dit is None or manifest.layout.objective != "rf_denoiser":
+        raise BundleError(
+            f"{bundle.path} is {manifest.variant}; the client samples post-trained models alone, in eight ping-pong "
+            "steps. Use --layout hub, or convert the checkpoint without -base in its name."
+        )
+    missing = [component.value for component in _NEEDED if component not in bundle.components]
+    missing += [] if any(a.kind == "tokenizer" for a in manifest.artifacts) else ["tokenizer"]
+    if missing:
+        raise BundleError(
+            f"{bundle.path} has no {', '.join(missing)}, without which the client does not start. Convert the whole "
+            "checkpoint (without --component), or use --layout hub."
+        )
+
+
+def _readme(placed: Sequence[_Placed]) -> str:
+    """Return `README.md` of one root: its bundles, how to run them, and what each file holds."""
+    lines = ["# Stable Audio 3 for MNN", "", "| bundle | model | recipe | MNN |", "|---|---|---|---|"]
+    for one in placed:
+        manifest = one.bundle.manifest
+        at = "this folder" if one.root else f"`{one.folder}`"
+        lines.append(
+            f"| {at} | {markdown_text(manifest.label)} | `{manifest.recipe}` | {_least_mnn(manifest)} or newer |"
+        )
+    at = "." if placed[0].root else placed[0].folder
+    lines += ["", f'    sa3-convert run {at} --prompt "warm analog synth pad" --seconds 10 -o pad.wav', ""]
+    for one in placed:
+        lines += _client_lines(one)
+    lines += ["", "| file | component | stored as | bytes |", "|---|---|---|---|"]
+    rows = {
+        path: f"| `{path}` | {artifact.component.value} | {artifact.precision} | {artifact.bytes} |"
+        for one in placed
+        for artifact, path in one.paths
+        if artifact.component is not None
+    }
+    lines += [rows[path] for path in sorted(rows)]
+    lines += [
+        "",
+        f"`manifest.json` says where each file came from and how close it is to its reference; {SUMS} has all",
+    ]
+    lines += ["hashes (`sha256sum -c`). Licences: NOTICE."]
+    return "\n".join(lines) + "\n"
+
+
+def _client_lines(one: _Placed) -> Iterator[str]:
+    """Yield how the client runs a folder whose names are its slots."""
+    if one.flags is None:
+        return
+    variant = client_variant(one.bundle.manifest.variant)
+    yield f'    sa3-cli --mnn {" ".join(one.flags)} --variant {variant} --models-dir . --prompt "warm analog synth pad"'
+    yield ""
+    yield "The client (stable-audio-3-rs) opens fixed names, whatever they hold: the table says what each one is."
+    layout = one.bundle.layout
+    assert layout.dit is not None
+    assert layout.text_encoder is not None
+    if (layout.autoencoder.latent_dim, layout.text_encoder.max_length, layout.dit.cond_token_dim) != (256, 256, 768):
+        yield "This model is smaller than the published ones, whose shapes are fixed in that client: it cannot run it."
+
+
+def _least_mnn(manifest: Manifest) -> str:
+    targets = [artifact.target_mnn or OLDEST_KNOWN for artifact in manifest.artifacts]
+    return max(targets, key=version_numbers)
