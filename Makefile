@@ -5,15 +5,14 @@ BIN := $(VENV)/bin
 SA3 := $(BIN)/sa3-convert
 READY := $(VENV)/.ready
 
-# The real thing: make convert CHECKPOINT=DIR [RECIPE=configs/int8.yaml] [OUT=DIR]
+# The real thing: make convert CHECKPOINT="DIR_MUSIC DIR_SFX" RECIPE="int8 fp16" makes every pair, and of all of them
+# artifacts/published. A checkpoint may name recipes of its own: DIR_MEDIUM:medium,fp16
 CHECKPOINT ?=
-RECIPE ?= configs/int8.yaml
-OUT ?= artifacts/$(notdir $(patsubst %/,%,$(CHECKPOINT)))-$(basename $(notdir $(RECIPE)))
+RECIPE ?= int8 fp16
 BUNDLE ?= artifacts/toy-small-music-int8
 PROMPT ?= warm analog synth pad with slow attack, 90 BPM
 TOYS := small-music small-sfx
-TOY_RECIPES := int8 fp16
-TOY_BUNDLES := $(foreach variant,$(TOYS),$(TOY_RECIPES:%=artifacts/toy-$(variant)-%))
+TOY_BUNDLES := $(foreach variant,$(TOYS),artifacts/toy-$(variant)-int8 artifacts/toy-$(variant)-fp16)
 REASON ?=
 
 .DEFAULT_GOAL := help
@@ -29,12 +28,9 @@ $(READY): pyproject.toml constraints.txt
 
 setup: $(READY) ## create .venv with everything that is needed
 
-convert: $(READY) ## convert toy checkpoints, or CHECKPOINT=… with RECIPE=…
-ifeq ($(CHECKPOINT),)
-	@$(BIN)/python -m sa3_convert.cli.demo $(TOYS:%=--variants %) $(TOY_RECIPES:%=--recipes %) --folder artifacts
-else
-	$(SA3) convert $(CHECKPOINT) --recipe $(RECIPE) --out $(OUT)
-endif
+convert: $(READY) ## convert CHECKPOINT="DIR…" (else toys) with RECIPE="int8 fp16", and make the published tree
+	@$(BIN)/python -m sa3_convert.cli.convert_all $(or $(CHECKPOINT),$(TOYS:%=--toy %)) $(RECIPE:%=--recipe %) \
+	  --folder artifacts
 
 verify: $(READY) ## verify BUNDLE=… against ONNX Runtime
 	$(SA3) verify $(BUNDLE)

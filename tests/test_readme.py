@@ -94,7 +94,7 @@ def test_the_python_example_runs_as_it_stands(
 
 
 def demo(folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sa3_convert.cli.demo", "--variants", "small-music", "--recipes", "int8"]
+    command = [sys.executable, "-m", "sa3_convert.cli.convert_all", "--toy", "small-music", "--recipe", "int8"]
     return subprocess.run(
         [*command, "--folder", str(folder)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=600
     )
@@ -110,8 +110,14 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_first_command_makes_a_verified_bundle_and_a_wav_and_the_second_time_nothing(artifacts: Path) -> None:
-    Bundle.open(artifacts / "toy-small-music-int8").check(kinds=("mnn", "onnx"))
+def test_the_first_command_makes_a_verified_bundle_a_wav_and_the_tree_and_the_second_time_nothing(
+    artifacts: Path,
+) -> None:
+    bundle, published = Bundle.open(artifacts / "toy-small-music-int8"), Bundle.open(artifacts / "published")
+    bundle.check(kinds=("mnn", "onnx"))
+    assert published.path == artifacts / "published" / "music" / "int8"
+    for component in bundle.components:
+        assert published.checked(component).sha256 == bundle.checked(component).sha256
     audio, rate = soundfile.read(artifacts / "toy-small-music-int8.wav")
     assert rate == 44100
     assert audio.shape == (3 * 44100, 2)
@@ -120,7 +126,7 @@ def test_the_first_command_makes_a_verified_bundle_and_a_wav_and_the_second_time
     before = {path: path.stat().st_mtime_ns for path in artifacts.rglob("*") if path.is_file()}
     second = demo(artifacts)
     assert second.returncode == 0, second.stderr
-    assert "up to date; nothing was done" in second.stdout
+    assert second.stdout.count("up to date; nothing was done") == 2
     after = {path: path.stat().st_mtime_ns for path in artifacts.rglob("*") if path.is_file()}
     assert {p for p in after if not p.name.startswith(".")} == {p for p in before if not p.name.startswith(".")}
     assert all(after[path] == before[path] for path in before if path.name != ".lock")
