@@ -82,7 +82,7 @@ class Reader:
 
     version: str
     because: str
-    """What no older one knows, and where; empty when nothing rules out the oldest known."""
+    """What no older one knows, and where, or why none is named; empty when nothing rules out the oldest known."""
 
     def __str__(self) -> str:
         """Return "MNN 3.6 or newer" with the reason."""
@@ -93,7 +93,9 @@ def oldest_reader(storage: "ModelStorage") -> Reader:
     """Return the oldest MNN that reads and runs a file."""
     found = max(_found(storage), key=lambda item: version_numbers(item[0].since), default=None)
     if found is None:
-        return Reader(OLDEST_KNOWN, "")
+        written = storage.mnn_version
+        early = written is not None and is_older(written, OLDEST_KNOWN)
+        return Reader(OLDEST_KNOWN, f"written by {written}; before {OLDEST_KNOWN} nothing was tried" if early else "")
     novelty, operator = found
     return Reader(novelty.since, f"{novelty.what}, in {operator.name}")
 

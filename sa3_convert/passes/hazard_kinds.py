@@ -8,19 +8,18 @@ rows come from its source. What older versions do with a converted file was meas
 from functools import partial
 
 from sa3_convert.passes import hazard_rules as rules
-from sa3_convert.passes.hazard_rules import HazardKind
+from sa3_convert.passes.hazard_rules import CPU, HazardKind
 from sa3_convert.passes.operator_kinds import OPERATOR_KINDS
 
-_CPU = "3.6.1, CPU, measured"
 _CUDA = "up to 3.6.1, CUDA, from the source"
 _LINT = "refused by the lint"
 _INTEGER_ARITHMETIC = "Add And Equal Greater GreaterOrEqual Less LessOrEqual Max Min Mul Or Sub Xor"
-_wrong = partial(HazardKind, severity="wrong", mnn=_CPU)
-_unsupported = partial(HazardKind, severity="unsupported", mnn=_CPU)
+_wrong = partial(HazardKind, severity="wrong", mnn=CPU)
+_unsupported = partial(HazardKind, severity="unsupported", mnn=CPU)
 _cuda = partial(HazardKind, severity="cuda", mnn=_CUDA)
 _info_cuda = partial(HazardKind, severity="info", mnn=_CUDA)
-_info = partial(HazardKind, severity="info", mnn=_CPU)
-_tool = partial(HazardKind, severity="tool", mnn=_CPU)
+_info = partial(HazardKind, severity="info", mnn=CPU)
+_tool = partial(HazardKind, severity="tool", mnn=CPU)
 
 HAZARD_KINDS: tuple[HazardKind, ...] = (
     _wrong(
@@ -139,7 +138,7 @@ HAZARD_KINDS: tuple[HazardKind, ...] = (
         "pass use_whole_shapes, by --target-mnn; " + _LINT,
         rules.on("Shape", rules.shape_with_range),
         severity="unsupported",
-        mnn="3.0.0 to 3.4.1, measured, converted by 3.6.1",
+        mnn="3.0.0 to 3.4.1, CPU of x86-64, measured, converted by 3.6.1",
     ),
     HazardKind(
         "silu-unknown",
@@ -148,7 +147,7 @@ HAZARD_KINDS: tuple[HazardKind, ...] = (
         "pass spell_silu, by --target-mnn; " + _LINT,
         rules.silu,
         severity="unsupported",
-        mnn="3.0.0, measured, converted by 3.6.1",
+        mnn="3.0.0, CPU of x86-64, measured, converted by 3.6.1",
     ),
     HazardKind(
         "half-scales-unread",
@@ -156,7 +155,7 @@ HAZARD_KINDS: tuple[HazardKind, ...] = (
         "scales: fp32, or convert for 3.6",
         "mnn.target refuses the pair",
         severity="tool",
-        mnn="3.0.0 to 3.5.0, measured, converted by 3.6.1",
+        mnn="3.0.0 to 3.5.0, CPU of x86-64, measured, converted by 3.6.1",
     ),
     _info(
         "unfused-weight-norm",

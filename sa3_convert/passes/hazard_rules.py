@@ -45,7 +45,11 @@ class HazardKind:
     """Recognises it at a node; None where no graph shows it."""
     severity: Severity = field(kw_only=True)
     mnn: str = field(kw_only=True)
-    """Where it was seen: versions and back-end."""
+    """Where it was seen: versions, back-end and processor."""
+
+
+CPU = "3.6.1, CPU of x86-64, measured"
+"""Where most were seen."""
 
 
 INTEGER = frozenset(

@@ -5,19 +5,19 @@ over wide ranges, with inputs as constants, and with dynamic lengths.
 """
 
 from sa3_convert.passes import operator_rules as rules
-from sa3_convert.passes.hazard_rules import HazardKind, Rule, on
+from sa3_convert.passes.hazard_rules import CPU, HazardKind, Rule, on
 
 
-def _wrong(name: str, happens: str, fix: str, found: Rule) -> HazardKind:
+def _wrong(name: str, happens: str, fix: str, found: Rule, mnn: str = CPU) -> HazardKind:
     avoided = "not in our graphs; refused by the lint"
-    return HazardKind(name, happens, fix, avoided, found, severity="wrong", mnn="3.6.1, CPU, measured")
+    return HazardKind(name, happens, fix, avoided, found, severity="wrong", mnn=mnn)
 
 
 OPERATOR_KINDS: tuple[HazardKind, ...] = (
     _wrong(
         "operator-unproven",
         "MNN was not shown to compute this operator right; of those that it converts, many come out wrong or end the "
-        "process (LSTM, GRU, NonMaxSuppression, OneHot, GridSample, Shrink, ConstantOfShape, Loop)",
+        "process (LSTM, whose last state has 5 dB, GRU, If, Loop, NonMaxSuppression, OneHot, GridSample, Shrink)",
         "decompose it into operators that docs/operators.md lists",
         rules.not_shown_right,
     ),
@@ -32,6 +32,14 @@ OPERATOR_KINDS: tuple[HazardKind, ...] = (
         "a comparison of which both sides must be broadcast reads them in the wrong order",
         "Expand one side to the full shape first",
         on("Greater GreaterOrEqual LessOrEqual", rules.compares_two_broadcasts),
+    ),
+    _wrong(
+        "one-element-first",
+        "behind a convolution, a pool or a norm over channels, a constant of one element and the result's rank as the "
+        "first operand is read as if it had as many elements as the second",
+        "a scalar, or the constant as the second operand",
+        on(rules.BINARY, rules.one_element_first),
+        "3.0.0, 3.4.1 and 3.6.1, CPU of x86-64, measured, converted by 3.6.1",
     ),
     _wrong(
         "variadic-broadcast",

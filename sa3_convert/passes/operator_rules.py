@@ -5,7 +5,7 @@ A form that depends on what the graph does not say (an unknown rank, indices tha
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import onnx_ir as ir
 
@@ -37,6 +37,13 @@ _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE}
 _WIDE = _FLOATS | {ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BOOL}
 _LENGTH = re.compile(r"(?:(\d+) ?\* ?)?[A-Za-z_]\w*(?: ?\+ ?(\d+))?")
 _CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
+BINARY = "Add And Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Mul Or Pow Sub Sum Xor"
+_CHANNELS = """
+    AveragePool BatchNormalization Conv ConvTranspose DepthToSpace GlobalAveragePool GlobalMaxPool
+    InstanceNormalization LRN MaxPool PRelu Resize
+"""
+_OVER_CHANNELS = frozenset(_CHANNELS.split())
+"""Operators whose results MNN stores with channels in fours, as it does what is computed from them."""
 
 
 def not_shown_right(node: ir.Node, facts: Facts) -> bool:
@@ -70,6 +77,29 @@ def compares_two_broadcasts(node: ir.Node, facts: Facts) -> bool:
         return False
     out = node.outputs[0].shape
     return out is None or not any(side is not None and list(side) == list(out) for side in sides)
+
+
+def one_element_first(node: ir.Node, facts: Facts) -> bool:
+    """Whether the first operand is a constant of one element and full rank, and the second comes from channels."""
+    first, *others = node.inputs
+    if first is None or first in facts.run_time or not others or first.shape is None or len(first.shape) < 2:
+        return False
+    ranks = [0 if value is None or value.shape is None else len(value.shape) for value in others]
+    return all(size == 1 for size in first.shape) and len(first.shape) >= max(ranks) and _is_over_channels(others)
+
+
+def _is_over_channels(values: Iterable[ir.Value | None]) -> bool:
+    pending, seen = list(values), set()
+    while pending:
+        value = pending.pop()
+        producer = None if value is None else value.producer()
+        if producer is None or producer in seen:
+            continue
+        if producer.op_type in _OVER_CHANNELS:
+            return True
+        seen.add(producer)
+        pending.extend(producer.inputs)
+    return False
 
 
 def compares_no_integers(node: ir.Node, facts: Facts) -> bool:

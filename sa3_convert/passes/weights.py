@@ -186,9 +186,12 @@ def lacking(weight: Floats, grid: Grid) -> NDArray[np.int64]:
         by_step = np.log2(whole / extent)
         # Numbers this large keep b bits even when all of them get one code.
         by_size = np.log2(whole * 2.0**grid.bits / largest)
+        # What is stored of a channel's largest block, a minimum or a step, must not become infinite.
+        room = np.floor(np.log2(HALF_LARGEST * (grid.top if grid.symmetric else 1) / largest.max(axis=1)))
     wanted = np.ceil(np.minimum(by_step, by_size))
-    wanted = np.where((extent == 0) | (largest == 0), 0, np.clip(wanted, 0, _MOST))
-    exponents: NDArray[np.int64] = wanted.max(axis=1).astype(np.int64)
+    wanted = np.where((extent == 0) | (largest == 0), 0, wanted).max(axis=1)
+    most = np.clip(room, 0, _MOST) if grid.half_scales else _MOST
+    exponents: NDArray[np.int64] = np.clip(wanted, 0, most).astype(np.int64)
     return exponents
 
 

@@ -11,7 +11,8 @@ and the weights are replaced by the grid's values. Because both ends of the grid
 own rounding changes nothing. A group in which a chosen grid would lose its ends keeps the converter's own.
 
 MNN can store lo and step as float16. It cuts their last bits off after it has chosen the codes, which shifts levels.
-The search then goes only through grids whose numbers float16 holds, so what was planned still is what is stored.
+The search then goes only through grids whose numbers have float16's 11 bits, so what was planned still is what is
+stored: `passes.weights` lifts channels whose numbers are too small for all of them by powers of two, before or after.
 
 The search alternates, from several clipped starts, between rounding to the nearest level and the closed-form least
 squares fit of (lo, step) or step to the codes (Lloyd's iteration restricted to uniform grids).
@@ -34,6 +35,7 @@ STARTS: Final = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.5, 0.4)
 """Shares of the full range from which the search starts; low ones matter for heavy tails."""
 ITERATIONS: Final = 6
 _WEIGHTS_AT_ONCE: Final = 1 << 17
+_HALF_MANTISSA: Final = 1 << 11
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +146,10 @@ def _extreme_grid(rows: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.T
 
 
 def _storable(numbers: torch.Tensor, grid: Grid) -> torch.Tensor:
-    return numbers.half().float() if grid.half_scales else numbers
+    if not grid.half_scales:
+        return numbers
+    mantissas, exponents = torch.frexp(numbers)
+    return torch.ldexp(mantissas.mul_(_HALF_MANTISSA).round_(), exponents).div_(_HALF_MANTISSA)
 
 
 def _codes(rows: torch.Tensor, lo: torch.Tensor, step: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -65,6 +65,13 @@ def test_the_newest_of_several_decides(storage: ModelStorage) -> None:
     assert (reader.version, reader.because) == ("3.6.1", f"RoPE as one operator, in {first.name}")
 
 
+def test_of_a_file_that_an_untried_version_wrote_only_what_is_known_is_said(storage: ModelStorage) -> None:
+    old = oldest_reader(replace(storage, operators=(), mnn_version="2.8.1"))
+    assert str(old) == "MNN 3.0 or newer (written by 2.8.1; before 3.0 nothing was tried)"
+    assert str(oldest_reader(replace(storage, operators=(), mnn_version="3.0.0"))) == "MNN 3.0 or newer"
+    assert str(oldest_reader(replace(storage, operators=(), mnn_version=None))) == "MNN 3.0 or newer"
+
+
 @pytest.mark.parametrize(("target", "refused"), [("3.5", True), ("3.6", False)])
 def test_what_the_target_cannot_read_is_refused_and_not_kept(
     graph: Path, tmp_path: Path, target: str, refused: bool

@@ -13,8 +13,8 @@ from sa3_convert.mnn.session import MnnSession
 from sa3_convert.passes.pipeline import onnx_for_mnn
 from sa3_convert.passes.weights import LEAST_STEP, lacking, lift_small_weights
 from sa3_convert.recipe import ComponentRecipe, WeightScheme
-from sa3_convert.rounding.grid import Grid
-from sa3_convert.rounding.layers import quantisable_layers
+from sa3_convert.rounding.grid import Grid, round_least_squares
+from sa3_convert.rounding.layers import PlannedWeights, quantisable_layers
 from tests.passes.graphs import checked, graph, run_ort, signal_to_noise_db
 
 RNG = np.random.default_rng(0)
@@ -102,6 +102,44 @@ def test_half_scales_need_more() -> None:
     rows = np.linspace(-1, 1, 64, dtype=np.float32)[None] * np.float32(1e-3)
     assert lacking(rows, Grid(8, False, None)).tolist() == [0]
     assert lacking(rows, Grid(8, False, None, half_scales=True)).tolist() == [3]
+
+
+def test_the_largest_block_of_a_channel_stays_within_what_half_holds() -> None:
+    rows = np.linspace(-1, 1, 64, dtype=np.float32)[None].copy()
+    rows[:, :32] *= np.float32(1e-9)
+    assert lacking(rows, Grid(8, False, 32, half_scales=True)).tolist() == [15]
+    assert lacking(rows, Grid(8, True, 32, half_scales=True)).tolist() == [22]
+    assert lacking(rows, Grid(8, False, 32)).tolist() == [20]
+
+
+SMALL = np.float32([1e-2, 1e-3, 3e-4, 1e-4, 1e-5])
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_rows_that_were_planned_ahead_are_stored_as_planned_however_small(tmp_path: Path, symmetric: bool) -> None:
+    rows = np.random.default_rng(7).standard_normal((5, 8, 64)).astype(np.float32)
+    rows *= SMALL[:, None, None] / np.abs(rows).max(axis=2, keepdims=True)
+    model = graph("(float[1, 16, 64] x) => (float[1, 16, 40] y) { y = MatMul(x, w) }", w=rows.reshape(40, 64).T.copy())
+    wanted = run_ort(model, {"x": X})[0]
+    onnx.save(checked(model), tmp_path / "reference.onnx")
+    scheme = WeightScheme(bits=8, symmetric=symmetric, scales="fp16", rounding="error_compensated")
+    recipe, grid = ComponentRecipe(weights=scheme, floor_db=1), Grid(8, symmetric, None, half_scales=True)
+    planned = {"y": round_least_squares(rows.reshape(40, 64), grid)}
+    onnx_for_mnn(
+        tmp_path / "reference.onnx",
+        tmp_path / "lifted.onnx",
+        Component.DECODER,
+        recipe,
+        planned=PlannedWeights.write(tmp_path / "planned.safetensors", planned),
+    )
+    mnn_from_onnx(tmp_path / "lifted.onnx", tmp_path / "model.mnn", recipe)
+    with MnnSession(tmp_path / "model.mnn", threads=1) as session:
+        found = session.run({"x": X})["y"]
+    for size in range(len(SMALL)):
+        row = slice(8 * size, 8 * size + 8)
+        stored = signal_to_noise_db(wanted[..., row], found[..., row])
+        assert stored == pytest.approx(signal_to_noise_db(wanted[..., row], X @ planned["y"][row].T), abs=0.3)
+        assert stored > 43
 
 
 MAGNITUDES = 10.0 ** -np.arange(2, 9)

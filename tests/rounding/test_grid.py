@@ -44,6 +44,16 @@ def test_what_was_planned_with_half_scales_comes_through_their_truncation(grid: 
     np.testing.assert_allclose(round_as_converter(planned, half), planned, rtol=1e-5, atol=1e-5 * scale, strict=True)
 
 
+@settings(deadline=None, max_examples=60)
+@given(grid=GRIDS, seed=st.integers(0, 1000), exponent=st.integers(-40, 4))
+def test_half_scales_are_planned_alike_whatever_power_of_two_the_weights_are_times(
+    grid: Grid, seed: int, exponent: int
+) -> None:
+    weight, half = gaussian((8, 64), seed), replace(grid, half_scales=True)
+    planned = round_least_squares(np.ldexp(weight, exponent), half)
+    np.testing.assert_array_equal(planned, np.ldexp(round_least_squares(weight, half), exponent))
+
+
 @pytest.mark.parametrize(("bits", "block"), [(8, None), (8, 16), (4, 32)])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_half_scales_cost_a_fifth_of_a_decibel_at_most_and_least_squares_stays_ahead(
