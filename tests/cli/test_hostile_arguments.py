@@ -117,7 +117,7 @@ def arguments_with(name: str, parameter_name: str, value: str) -> list[str]:
 
 
 @pytest.fixture
-def place(tmp_path: Path, toy_int8: Bundle, toy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, toy_int8: Bundle, toy: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
     Path("garbage").write_bytes(random.Random(0).randbytes(5000))
@@ -143,7 +143,10 @@ def place(tmp_path: Path, toy_int8: Bundle, toy: Path, monkeypatch: pytest.Monke
             importlib.import_module(module.name)
     for name in WORK:
         monkeypatch.setattr(name, work)
-    return tmp_path
+    # Somebody reads the pipe: who writes to one that nobody reads waits for a reader, as in any shell.
+    reader = os.open("fifo", os.O_RDONLY | os.O_NONBLOCK)
+    yield tmp_path
+    os.close(reader)
 
 
 class HungError(BaseException):
