@@ -82,9 +82,8 @@ def _feeds_of(
 ) -> "Arrays":
     """Return what a component is run with in a generation."""
     from sa3_convert.check.reference_store import ReferenceStore
-    from sa3_convert.lab.generations.cases import GenerationCase
     from sa3_convert.lab.generations.end_to_end import default_references, staged_pipelines
-    from sa3_convert.lab.generations.trajectory import case_feeds
+    from sa3_convert.lab.generations.trajectory import GenerationCase, case_feeds
 
     store = ReferenceStore(references or default_references(bundle))
     with staged_pipelines(bundle, store=store, steps=steps, threads=threads) as (kept, _):

@@ -8,14 +8,13 @@ from rich.table import Table
 from rich.text import Text
 
 from sa3_convert.check.results import BundleFidelity, Verdict
-from sa3_convert.lab.bisect.result import BisectResult, limit_db
 from sa3_convert.lab.bisect.runtimes import RuntimeComparison
+from sa3_convert.lab.bisect.walk import BisectResult, limit_db
 from sa3_convert.lab.drift.baseline import BundleBaseline, Figure
 from sa3_convert.lab.drift.compare import Drift, limit
-from sa3_convert.lab.generations.audio_metrics import WINDOWS
 from sa3_convert.lab.generations.distribution import Distribution, GenerationFidelity, ratios_by_step
-from sa3_convert.lab.generations.end_to_end import Divergence, EndToEnd
-from sa3_convert.lab.report.formatting import fixed, replay
+from sa3_convert.lab.generations.end_to_end import WINDOWS, Divergence, EndToEnd
+from sa3_convert.lab.report.theme import fixed, replay
 from sa3_convert.runtime.engines import EngineName
 
 

@@ -13,9 +13,9 @@ from sa3_convert.bundle.reader import Bundle
 from sa3_convert.check.results import Progress
 from sa3_convert.cli.comparison_tables import render_bisect, render_end_to_end, render_fidelity, render_generations
 from sa3_convert.cli.console import stderr, stdout
-from sa3_convert.lab.generations.cases import GenerationCase
 from sa3_convert.lab.generations.full import Verification
-from sa3_convert.lab.report.formatting import shown_size
+from sa3_convert.lab.generations.trajectory import GenerationCase
+from sa3_convert.lab.report.theme import shown_size
 
 
 class ReportWriter:
@@ -29,8 +29,8 @@ class ReportWriter:
 
     def __init__(self, folder: Path, since: Path | None) -> None:
         # What draws is loaded for a report alone.
-        from sa3_convert.lab.report.changes import read_report
-        from sa3_convert.lab.report.folder import check_folder
+        from sa3_convert.lab.report.build import check_folder
+        from sa3_convert.lab.report.summary import read_report
 
         check_folder(folder)
         self._folder = folder
@@ -43,7 +43,7 @@ class ReportWriter:
 
     def write(self, bundle: Bundle, found: Verification, *, bisecting: bool, threads: int | None) -> None:
         """Look at every model operator by operator, if that is wanted, write the folder, and say where it stands."""
-        from sa3_convert.lab.report.folder import OPERATORS, PAGE, SUMMARY, bisected_models, write_report
+        from sa3_convert.lab.report.build import OPERATORS, PAGE, SUMMARY, bisected_models, write_report
 
         layers = {}
         if bisecting:

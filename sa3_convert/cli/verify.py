@@ -12,8 +12,8 @@ from sa3_convert.errors import UsageError
 
 if TYPE_CHECKING:
     from sa3_convert.bundle.reader import Bundle
-    from sa3_convert.lab.generations.cases import GenerationCase
     from sa3_convert.lab.generations.full import Verification
+    from sa3_convert.lab.generations.trajectory import GenerationCase
 
 _full, _report = o.panel("With --full"), o.panel("Report")
 
@@ -127,7 +127,7 @@ def chosen_cases(
     prompts: str | None, seeds: str | None, seconds: str | None, names: Sequence[str] | None
 ) -> "tuple[GenerationCase, ...]":
     """Return the generations that options choose: by name, or all of some prompts, seeds and durations."""
-    from sa3_convert.lab.generations.cases import DURATIONS, PROMPTS, SEEDS, GenerationCase, all_cases
+    from sa3_convert.lab.generations.trajectory import DURATIONS, PROMPTS, SEEDS, GenerationCase, all_cases
 
     if names:
         if any(option is not None for option in (prompts, seeds, seconds)):

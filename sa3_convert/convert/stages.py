@@ -77,8 +77,7 @@ def round_stage(
     checkpoint: "Checkpoint", component: Component, recipe: ComponentRecipe, folder: Path, threads: int | None
 ) -> RoundNotes:
     """Round the linears whose rounding makes up for what came before."""
-    from sa3_convert.rounding.layers import PlannedWeights
-    from sa3_convert.rounding.network import round_network
+    from sa3_convert.rounding.network import PlannedWeights, round_network
 
     linears = round_network(checkpoint, component, recipe, threads=threads)
     PlannedWeights.write(folder / PLANNED, {linear.name: linear.weight for linear in linears})
@@ -100,7 +99,7 @@ def mnn_stage(
     """Rewrite the reference for MNN, convert it, and audit the file that comes out."""
     from sa3_convert.mnn.converter import mnn_from_onnx
     from sa3_convert.passes.pipeline import onnx_for_mnn
-    from sa3_convert.rounding.layers import PlannedWeights
+    from sa3_convert.rounding.network import PlannedWeights
 
     weights = None if planned is None else PlannedWeights(planned)
     with tempfile.TemporaryDirectory(prefix="onnx-", dir=folder) as scratch:
@@ -157,7 +156,7 @@ def split_stage(
     from sa3_convert.mnn.session import MnnSession
     from sa3_convert.passes.pipeline import onnx_for_mnn
     from sa3_convert.passes.split import rules_of_part, split_onnx
-    from sa3_convert.rounding.layers import PlannedWeights
+    from sa3_convert.rounding.network import PlannedWeights
     from sa3_convert.runtime.sessions import SplitSession
 
     targets = [folder / f"{component.value}_{part}.mnn" for part in ("prepare", "step")]

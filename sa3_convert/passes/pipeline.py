@@ -24,7 +24,7 @@ from sa3_convert.system.files import atomic_pair
 from sa3_convert.system.untrusted import open_regular
 
 if TYPE_CHECKING:
-    from sa3_convert.rounding.layers import PlannedWeights
+    from sa3_convert.rounding.network import PlannedWeights
 
 _DATA = ".data"
 _EXTERNAL_FROM_BYTES = 256

@@ -14,7 +14,7 @@ from sa3_convert.mnn.layer_rules import LIFTED_SUFFIX
 from sa3_convert.passes import ir_tools
 from sa3_convert.recipe import WeightScheme
 from sa3_convert.rounding.grid import Grid, grid_for, round_least_squares
-from sa3_convert.rounding.layers import Layer, PlannedWeights, quantisable_layers
+from sa3_convert.rounding.network import Layer, PlannedWeights, quantisable_layers
 
 HALF_LARGEST = 65504.0
 HALF_NORMAL = 2.0**-14

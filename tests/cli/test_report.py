@@ -7,7 +7,7 @@ import pytest
 
 import sa3_convert.cli.app as cli
 from sa3_convert.bundle.reader import Bundle
-from sa3_convert.lab.report.folder import DATA, PAGE, SUMMARY
+from sa3_convert.lab.report.build import DATA, PAGE, SUMMARY
 from sa3_convert.recipe import load_recipe
 from tests.bundles import CONFIGS, Convert
 

@@ -14,8 +14,8 @@ from sa3_convert.checkpoint.synthetic import synthesize
 from sa3_convert.components import Component
 from sa3_convert.errors import Sa3Error
 from sa3_convert.lab.drift.drift import Plan, check_drift, find_baseline, update_baseline
-from sa3_convert.lab.generations.cases import all_cases
 from sa3_convert.lab.generations.full import verify_fully
+from sa3_convert.lab.generations.trajectory import all_cases
 from tests.bundles import Convert
 from tests.check.test_damage import (
     Damage,

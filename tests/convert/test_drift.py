@@ -23,7 +23,7 @@ from sa3_convert.lab.drift.drift import (
     speed_figures,
     update_baseline,
 )
-from sa3_convert.lab.generations.cases import all_cases
+from sa3_convert.lab.generations.trajectory import all_cases
 from sa3_convert.recipe import load_recipe
 from tests.bundles import CONFIGS, Convert
 from tests.convert.losing import lose

@@ -14,7 +14,7 @@ from sa3_convert.passes.pipeline import onnx_for_mnn
 from sa3_convert.passes.weights import LEAST_STEP, lacking, lift_small_weights
 from sa3_convert.recipe import ComponentRecipe, WeightScheme
 from sa3_convert.rounding.grid import Grid, round_least_squares
-from sa3_convert.rounding.layers import PlannedWeights, quantisable_layers
+from sa3_convert.rounding.network import PlannedWeights, quantisable_layers
 from tests.passes.graphs import checked, graph, run_ort, signal_to_noise_db
 
 RNG = np.random.default_rng(0)

@@ -20,8 +20,7 @@ from sa3_convert.passes.pipeline import onnx_for_mnn
 from sa3_convert.recipe import ComponentRecipe, LayerRule, Rounding, WeightScheme
 from sa3_convert.rounding.compensated import RoundedLinear, Streams, round_blocks
 from sa3_convert.rounding.grid import Grid, grid_for, round_least_squares
-from sa3_convert.rounding.layers import PlannedWeights, quantisable_layers
-from sa3_convert.rounding.network import round_network
+from sa3_convert.rounding.network import PlannedWeights, quantisable_layers, round_network
 from tests.rounding.converter import round_as_converter
 
 TEXT_ENCODER, DIT = Component.TEXT_ENCODER, Component.DIT

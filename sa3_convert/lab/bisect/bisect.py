@@ -15,9 +15,16 @@ from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.components import Component, Length, contract
 from sa3_convert.errors import InputError, VerificationError
 from sa3_convert.lab.bisect.graphs import ReferenceGraph, TargetGraph
-from sa3_convert.lab.bisect.result import BisectResult, OperatorError, limit_db
 from sa3_convert.lab.bisect.runtimes import Runtime, RuntimeComparison, bisect_against
-from sa3_convert.lab.bisect.walk import TargetRuns, Walk, matched, signal_to_noise
+from sa3_convert.lab.bisect.walk import (
+    BisectResult,
+    OperatorError,
+    TargetRuns,
+    Walk,
+    limit_db,
+    matched,
+    signal_to_noise,
+)
 from sa3_convert.mnn.file.storage import read_storage
 from sa3_convert.mnn.session import Backend, require_backend
 from sa3_convert.ort import OrtSession

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from sa3_convert.components import Component
 from sa3_convert.errors import InputError, UsageError
-from sa3_convert.lab.generations.cases import GenerationCase
+from sa3_convert.lab.generations.trajectory import GenerationCase
 from sa3_convert.system.files import write_text
 from sa3_convert.system.untrusted import parse_json, read_text
 

@@ -14,8 +14,7 @@ from sa3_convert.check.metrics import Fidelity, compare
 from sa3_convert.check.results import FINITE, Decibels, Figures, Progress, Spread, reference_stage
 from sa3_convert.components import Component
 from sa3_convert.errors import VerificationError
-from sa3_convert.lab.generations.cases import GenerationCase
-from sa3_convert.lab.generations.trajectory import StagedPipeline, Trajectory
+from sa3_convert.lab.generations.trajectory import GenerationCase, StagedPipeline, Trajectory
 
 
 class Observation(Figures):

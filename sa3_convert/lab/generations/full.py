@@ -15,8 +15,7 @@ from sa3_convert.check.reference_store import ReferenceStore
 from sa3_convert.check.results import FINITE, BundleFidelity, Progress, advice, derived, reference_stage, sampled_stage
 from sa3_convert.components import Component
 from sa3_convert.lab.bisect.bisect import bisect_bundle
-from sa3_convert.lab.bisect.result import BisectResult
-from sa3_convert.lab.generations.cases import FULL_CASES, STEPS, GenerationCase, end_to_end_cases
+from sa3_convert.lab.bisect.walk import BisectResult
 from sa3_convert.lab.generations.distribution import (
     FREE_RUNNING,
     QUANTITIES,
@@ -34,7 +33,14 @@ from sa3_convert.lab.generations.end_to_end import (
     measure_end_to_end,
     staged_pipelines,
 )
-from sa3_convert.lab.generations.trajectory import StagedPipeline, case_feeds
+from sa3_convert.lab.generations.trajectory import (
+    FULL_CASES,
+    STEPS,
+    GenerationCase,
+    StagedPipeline,
+    case_feeds,
+    end_to_end_cases,
+)
 from sa3_convert.runtime.conditioning import lengths
 from sa3_convert.runtime.engines import KINDS, EngineName
 

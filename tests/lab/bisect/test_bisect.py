@@ -12,7 +12,7 @@ from rich.console import Console
 from sa3_convert.cli.comparison_tables import render_bisect
 from sa3_convert.errors import ModelFileError
 from sa3_convert.lab.bisect.bisect import bisect
-from sa3_convert.lab.bisect.result import BisectResult, limit_db
+from sa3_convert.lab.bisect.walk import BisectResult, limit_db
 from sa3_convert.mnn.converter import mnn_from_onnx
 from sa3_convert.recipe import ComponentRecipe
 from tests.lab.bisect.graphs import Net, Weights, feeds, network, weights, write

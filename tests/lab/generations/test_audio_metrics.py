@@ -7,14 +7,14 @@ import pytest
 from numpy.typing import NDArray
 
 from sa3_convert.errors import VerificationError
-from sa3_convert.lab.generations import audio_metrics
-from sa3_convert.lab.generations.audio_metrics import SILENCE_LUFS, WINDOWS, AudioFidelity, loudness, spectral_distance
+from sa3_convert.lab.generations import end_to_end
+from sa3_convert.lab.generations.end_to_end import SILENCE_LUFS, WINDOWS, AudioFidelity, loudness, spectral_distance
 
 RATE = 44100
 
 
 def compare_audio(reference: NDArray[np.float32], target: NDArray[np.float32]) -> AudioFidelity:
-    return audio_metrics.compare_audio(reference, target, RATE)
+    return end_to_end.compare_audio(reference, target, RATE)
 
 
 def tone(frequency: float, seconds: float = 0.5, level: float = 0.5) -> NDArray[np.float32]:

@@ -18,7 +18,6 @@ from sa3_convert.check.reference_store import ReferenceStore
 from sa3_convert.components import Component, contract
 from sa3_convert.errors import BundleError, UsageError, VerificationError
 from sa3_convert.lab.generations import full
-from sa3_convert.lab.generations.cases import FULL_CASES, GenerationCase, all_cases, end_to_end_cases
 from sa3_convert.lab.generations.distribution import (
     FREE_RUNNING,
     TEACHER_FORCED,
@@ -28,7 +27,7 @@ from sa3_convert.lab.generations.distribution import (
 )
 from sa3_convert.lab.generations.end_to_end import staged_pipelines
 from sa3_convert.lab.generations.full import Verification, verify_fully, with_bisections, workload
-from sa3_convert.lab.generations.trajectory import case_feeds
+from sa3_convert.lab.generations.trajectory import FULL_CASES, GenerationCase, all_cases, case_feeds, end_to_end_cases
 
 CASES = all_cases((0, 4), (1,), (0.5, 1.0))
 STEPS = 2

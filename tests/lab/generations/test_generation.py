@@ -24,7 +24,6 @@ from sa3_convert.check.reference_store import ReferenceStore
 from sa3_convert.cli.comparison_tables import render_end_to_end, render_generations
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError, VerificationError
-from sa3_convert.lab.generations.cases import PROMPTS, GenerationCase, all_cases
 from sa3_convert.lab.generations.distribution import (
     FREE_RUNNING,
     TEACHER_FORCED,
@@ -34,8 +33,17 @@ from sa3_convert.lab.generations.distribution import (
     measure_components,
 )
 from sa3_convert.lab.generations.end_to_end import EndToEnd, measure_end_to_end
-from sa3_convert.lab.generations.trajectory import Memory, StagedPipeline, case_feeds, recorded, replayed
-from sa3_convert.lab.report.formatting import replay
+from sa3_convert.lab.generations.trajectory import (
+    PROMPTS,
+    GenerationCase,
+    Memory,
+    StagedPipeline,
+    all_cases,
+    case_feeds,
+    recorded,
+    replayed,
+)
+from sa3_convert.lab.report.theme import replay
 from sa3_convert.runtime.engines import EngineName
 from sa3_convert.runtime.pipeline import Pipeline
 from tests.conftest import GOLDEN

@@ -7,10 +7,10 @@ import pytest
 from sa3_convert.arrays import Floats
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.components import Component
-from sa3_convert.lab.bisect.result import BisectResult
-from sa3_convert.lab.generations.cases import GenerationCase, all_cases
+from sa3_convert.lab.bisect.walk import BisectResult
 from sa3_convert.lab.generations.full import Verification, verify_fully
-from sa3_convert.lab.report.folder import bisected_models
+from sa3_convert.lab.generations.trajectory import GenerationCase, all_cases
+from sa3_convert.lab.report.build import bisected_models
 
 # The toy bundles' own, which the fixture of the same name one folder up hides.
 from tests.bundles import converted as converted

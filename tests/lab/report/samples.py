@@ -4,9 +4,8 @@ from typing import Any
 
 from sa3_convert.check.results import Figures, Measurement, Spread
 from sa3_convert.components import Component
-from sa3_convert.lab.generations.audio_metrics import AudioFidelity
 from sa3_convert.lab.generations.distribution import Observation
-from sa3_convert.lab.generations.end_to_end import Divergence, EndToEnd, EndToEndCase
+from sa3_convert.lab.generations.end_to_end import AudioFidelity, Divergence, EndToEnd, EndToEndCase
 from sa3_convert.lab.report.schema import (
     Bisection,
     Generations,

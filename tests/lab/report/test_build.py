@@ -7,8 +7,7 @@ from pathlib import Path
 from sa3_convert.components import Component
 from sa3_convert.lab.generations.distribution import TEACHER_FORCED, Distribution, Observation
 from sa3_convert.lab.generations.full import Verification
-from sa3_convert.lab.report.build import build_report
-from sa3_convert.lab.report.folder import DATA, PAGE, SUMMARY, bisected_models, write_report
+from sa3_convert.lab.report.build import DATA, PAGE, SUMMARY, bisected_models, build_report, write_report
 from sa3_convert.lab.report.schema import Report
 from tests.lab.report.conftest import CASES, Verified
 

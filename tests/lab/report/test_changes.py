@@ -6,7 +6,7 @@ import pytest
 
 from sa3_convert.components import Component
 from sa3_convert.errors import InputError
-from sa3_convert.lab.report.changes import changes_since_conversion, changes_since_report, read_report
+from sa3_convert.lab.report.summary import changes_since_conversion, changes_since_report, read_report
 from tests.lab.report import samples
 
 TOOLS = {"MNN": "3.6.1"}

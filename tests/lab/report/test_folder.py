@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sa3_convert.errors import UsageError
-from sa3_convert.lab.report.folder import DATA, PAGE, SUMMARY, check_folder, write_folder
+from sa3_convert.lab.report.build import DATA, PAGE, SUMMARY, check_folder, write_folder
 from tests.lab.report import samples
 
 CONTENTS = {PAGE: "page", DATA: samples.report().to_json(), SUMMARY: "summary"}

@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from sa3_convert.lab.report.folder import PAGE, write_report
+from sa3_convert.lab.report.build import PAGE, write_report
 from tests.browser import Browser, browser
 from tests.lab.report.conftest import Verified
 
