@@ -21,9 +21,10 @@ def export(
 ) -> None:
     """Write bundles as existing clients read them, with manifests, hashes and licences."""
     from sa3_convert.bundle.reader import Bundle
+    from sa3_convert.publish.contract import golden_of
     from sa3_convert.publish.export import export_bundles
 
-    made = export_bundles([Bundle.open(path) for path in bundles], to, layout, force=force)
+    made = export_bundles([Bundle.open(path) for path in bundles], to, layout, force=force, golden=golden_of)
     for line in made.left_out:
         echo(line, err=True)
     for path, (_, entry) in sorted(made.files.items()):

@@ -1,7 +1,7 @@
 """`make convert`: every checkpoint with every recipe into verified bundles, and these into one published tree.
 
-Without a checkpoint it is shown on toys with seeded weights, which are also heard. They make noise, not music; what they
-prove is the path.
+Without a checkpoint it is shown on toys with seeded weights, which are also heard. They make noise, not music; what
+they prove is the path.
 """
 
 import shlex

@@ -5,8 +5,9 @@ precisions do, the one of fewest bits has it, as on the seed card, and the other
 """
 
 import hashlib
+import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Final, Literal
@@ -18,6 +19,7 @@ from sa3_convert.checkpoint.variants import published_names
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError, UsageError
 from sa3_convert.mnn.compatibility import OLDEST_KNOWN, version_numbers
+from sa3_convert.publish.contract import CONTRACT, contract_of
 from sa3_convert.publish.names import (
     SHARED,
     client_flags,
@@ -79,7 +81,7 @@ class Export:
 
     files: dict[str, tuple[Path, FileEntry]] = field(default_factory=dict)
     """Copies, by path, of what."""
-    texts: dict[str, str] = field(default_factory=dict)
+    texts: dict[str, bytes] = field(default_factory=dict)
     """Files that say what the others are, by path."""
     left_out: tuple[str, ...] = ()
     """What the bundles have beside it, a sentence each."""
@@ -88,7 +90,7 @@ class Export:
     def sums(self, root: str) -> str:
         """Return `SHA256SUMS` of everything below a folder."""
         hashes = {path: entry.sha256 for path, (_, entry) in self.files.items()}
-        hashes |= {path: hashlib.sha256(text.encode()).hexdigest() for path, text in self.texts.items()}
+        hashes |= {path: hashlib.sha256(text).hexdigest() for path, text in self.texts.items()}
         below = {
             PurePosixPath(path).relative_to(root) if root else path: h
             for path, h in hashes.items()
@@ -97,7 +99,12 @@ class Export:
         return "".join(f"{digest}  {path}\n" for path, digest in sorted((str(p), h) for p, h in below.items()))
 
 
-def export_bundles(bundles: Sequence[Bundle], target: Path, layout: Layout, *, force: bool = False) -> Export:
+Golden = Callable[[Bundle], Mapping[str, bytes]]
+
+
+def export_bundles(
+    bundles: Sequence[Bundle], target: Path, layout: Layout, *, force: bool = False, golden: Golden = lambda _: {}
+) -> Export:
     """Write bundles as a tree into `target`.
 
     Args:
@@ -105,6 +112,7 @@ def export_bundles(bundles: Sequence[Bundle], target: Path, layout: Layout, *, f
         target: a folder that does not exist or is empty.
         layout: "hub", the published tree, or "flat", a folder per bundle with the names that its client opens.
         force: an earlier export may stand there; it is replaced unless it is what would be written.
+        golden: gives results of a bundle that clients can test themselves with; see `contract.golden_of`.
 
     Raises:
         UsageError: `target` holds something else.
@@ -115,7 +123,7 @@ def export_bundles(bundles: Sequence[Bundle], target: Path, layout: Layout, *, f
         check_new_folder(target)
     for bundle in bundles:
         bundle.check()
-    export = _planned(_in_tree(bundles) if layout == "hub" else [*_for_client(bundles)])
+    export = _planned(_in_tree(bundles) if layout == "hub" else [*_for_client(bundles)], golden)
     if force and _stands(export, target):
         return Export(export.files, export.texts, export.left_out, up_to_date=True)
     with atomic_folder(target, replace=force) as temporary:
@@ -127,23 +135,27 @@ def export_bundles(bundles: Sequence[Bundle], target: Path, layout: Layout, *, f
         for path, text in export.texts.items():
             file = inside(temporary, path)
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text, encoding="utf-8", newline="\n")
+            file.write_bytes(text)
     return export
 
 
-def _planned(placed: Sequence[_Placed]) -> Export:
+def _planned(placed: Sequence[_Placed], golden: Golden) -> Export:
     export = Export(left_out=tuple(_left_out(placed)))
     for one in placed:
         for artifact, path in one.paths:
             names = (path, f"{path}.weight")
             for entry, name in zip(artifact.files, names, strict=False):
                 export.files[_joined(one.root, name)] = (one.bundle.root / entry.path, entry)
-        export.texts[f"{one.folder}/{MANIFEST}"] = one.manifest().to_json()
+        manifest, results = one.manifest(), golden(one.bundle)
+        export.texts[f"{one.folder}/{MANIFEST}"] = manifest.to_json().encode()
+        told = json.dumps(contract_of(manifest, bool(results)), indent=2, ensure_ascii=False) + "\n"
+        export.texts[f"{one.folder}/{CONTRACT}"] = told.encode()
+        export.texts.update({f"{one.folder}/{name}": content for name, content in results.items()})
     for root in dict.fromkeys(one.root for one in placed):
         of_root = [one for one in placed if one.root == root]
-        export.texts[_joined(root, "README.md")] = _readme(of_root)
-        export.texts[_joined(root, "NOTICE")] = _NOTICE
-        export.texts[_joined(root, SUMS)] = export.sums(root)
+        export.texts[_joined(root, "README.md")] = _readme(of_root).encode()
+        export.texts[_joined(root, "NOTICE")] = _NOTICE.encode()
+        export.texts[_joined(root, SUMS)] = export.sums(root).encode()
     return export
 
 
@@ -175,7 +187,7 @@ def _is_export(target: Path) -> bool:
 def _stands(export: Export, target: Path) -> bool:
     """Tell whether a folder holds what would be written, to the last byte, and nothing else."""
     wanted = {path: entry.sha256 for path, (_, entry) in export.files.items()}
-    wanted |= {path: hashlib.sha256(text.encode()).hexdigest() for path, text in export.texts.items()}
+    wanted |= {path: hashlib.sha256(text).hexdigest() for path, text in export.texts.items()}
     found = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
     return found == wanted.keys() and all(sha256_file(target / path) == digest for path, digest in wanted.items())
 

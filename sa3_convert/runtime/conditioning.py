@@ -47,6 +47,12 @@ def check_duration(seconds: float) -> None:
         raise UsageError(f"A duration of {seconds} seconds cannot be generated. Give a positive number.")
 
 
+def alignment(layout: CheckpointLayout) -> int:
+    """Return of what number of latents a generation is a multiple."""
+    encoder = layout.autoencoder.encoder
+    return max(1, (encoder.chunk_size or _DEFAULT_CHUNK) // encoder.stride)
+
+
 def lengths(layout: CheckpointLayout, seconds: float) -> Lengths:
     """Return the lengths of a generation; raise UsageError for a duration that the model cannot generate."""
     limit = max_seconds(layout)
@@ -57,8 +63,7 @@ def lengths(layout: CheckpointLayout, seconds: float) -> Lengths:
     samples = int(seconds * rate)
     if samples == 0:
         raise UsageError(f"{seconds:g} seconds is shorter than one sample at {rate} Hz.")
-    encoder = layout.autoencoder.encoder
-    align = max(1, (encoder.chunk_size or _DEFAULT_CHUNK) // encoder.stride)
+    align = alignment(layout)
     latents = math.ceil(math.ceil(int((seconds + PADDING_SECONDS) * rate) / ratio) / align) * align
     latents = min(latents, layout.sample_size // ratio)
     valid = min(math.ceil(samples / ratio) + int(PADDING_SECONDS * rate / ratio), latents)

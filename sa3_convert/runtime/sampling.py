@@ -141,8 +141,8 @@ def _sine_and_cosine(angle: Floats) -> tuple[Floats, Floats]:
     return sine, cosine
 
 
-_LOGSNR_AT_0: Final = 2.0
-_LOGSNR_SPAN: Final = 8.2
+LOGSNR_AT_0: Final = 2.0
+LOGSNR_SPAN: Final = 8.2
 
 
 def sigmas(steps: int, sigma_max: float = 1.0) -> NDArray[np.float32]:
@@ -157,7 +157,7 @@ def sigmas(steps: int, sigma_max: float = 1.0) -> NDArray[np.float32]:
     if not 0 < sigma_max <= 1:
         raise ValueError(f"sigma_max {sigma_max} is not within (0, 1]")
     times = _linspace_to_zero(sigma_max, steps + 1)
-    logsnr = np.float32(_LOGSNR_AT_0) - times * np.float32(_LOGSNR_SPAN)
+    logsnr = np.float32(LOGSNR_AT_0) - times * np.float32(LOGSNR_SPAN)
     # Rounded to float32 where the reference rounds: the DiT's highest time frequency is 10⁴, so last bits count.
     odds = np.exp(logsnr.astype(np.float64)).astype(np.float32)
     shifted: NDArray[np.float32] = np.float32(1) / (np.float32(1) + odds)

@@ -1,0 +1,206 @@
+"""`contract.json`: all that an app has to know to run a bundle, as numbers and short sentences; of a toy, results too.
+
+What is stated as a number is what the pipeline here computes with. A sentence says what a number cannot.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from numpy.typing import NDArray
+
+from sa3_convert.arrays import Arrays, Session, free
+from sa3_convert.bundle.manifest import Manifest
+from sa3_convert.bundle.reader import Bundle
+from sa3_convert.checkpoint.dimensions import CheckpointLayout
+from sa3_convert.checkpoint.variants import defaults_of, size_of
+from sa3_convert.components import Component, Port, contract
+from sa3_convert.mnn.compatibility import OLDEST_KNOWN, version_numbers
+from sa3_convert.runtime.autoencode import WINDOW, Reach
+from sa3_convert.runtime.conditioning import PADDING_SECONDS, alignment
+from sa3_convert.runtime.engines import Engine, bundle_engine
+from sa3_convert.runtime.pipeline import Pipeline
+from sa3_convert.runtime.request import GenerateRequest
+from sa3_convert.runtime.sampling import LOGSNR_AT_0, LOGSNR_SPAN, TorchGenerator
+
+CONTRACT: Final = "contract.json"
+_GOLDEN: Final = "golden"
+_MEANINGS: Final[Mapping[str, str]] = {
+    "input_ids": "token ids of the prompt, no begin or end token, cut to this length, 0 behind the last",
+    "attention_mask": "1 at tokens, 0 behind them",
+    "last_hidden_state": "embedding; where the mask is 0 it is the learned padding, which the model puts there itself",
+    "seconds": "duration of the wanted audio, clamped and normalised inside",
+    "embedding": "embedding of the duration",
+    "x": "noised latents",
+    "t": "time: the sigma of the step, 1 is noise, 0 is audio",
+    "cross_attn_cond": "last_hidden_state, then embedding, joined along the tokens",
+    "global_embed": "embedding without its middle dimension",
+    "local_add_cond": "inpainting: mask (1 keeps, 0 generates), then mask · latents of what is kept; else all zeros",
+    "padding_mask": "1 at the first `valid` latents, 0 at the padding behind them; attention does not see the latter",
+    "out": "velocity v; x − t · v is the denoised estimate",
+    "latents": "latents as the DiT makes them",
+    "audio": "samples, left and right, within about ±1: clip them",
+    "patched_audio": "audio folded: row c · patch + i of column p is sample p · patch + i of channel c",
+    "encoder_latent": "before the bottleneck",
+}
+
+
+def contract_of(manifest: Manifest, golden: bool = False) -> dict[str, Any]:
+    """Return the contract of a bundle as its manifest describes it, file names included."""
+    layout = manifest.layout
+    models = {a.component: a for a in manifest.artifacts if a.kind == "mnn" and a.component is not None}
+    files = {a.kind: a.path for a in manifest.artifacts if a.kind in ("tokenizer", "bottleneck_params")}
+    least = max((a.target_mnn or OLDEST_KNOWN for a in manifest.artifacts), key=version_numbers, default=OLDEST_KNOWN)
+    components = {
+        component.value: {
+            "file": artifact.path,
+            "sha256": artifact.sha256,
+            "stored_as": artifact.precision,
+            "inputs": [_port(port) for port in contract(component, layout).inputs],
+            "outputs": [_port(port) for port in contract(component, layout).outputs],
+        }
+        for component, artifact in models.items()
+    }
+    return {
+        "schema": 1,
+        "variant": manifest.variant,
+        "recipe": manifest.recipe,
+        "least_mnn": least,
+        "base": manifest.base,
+        "files": files,
+        "components": components,
+        **({} if layout.dit is None else _generation(layout)),
+        "autoencoder": _autoencoder(layout),
+        "golden": f"{_GOLDEN}/{_GOLDEN}.json" if golden else None,
+    }
+
+
+def _port(port: Port) -> dict[str, Any]:
+    shape = [d if isinstance(d, int) else "T" if d.factor == 1 else f"{d.factor}*T" for d in port.shape]
+    return {"name": port.name, "type": port.dtype, "shape": shape, "meaning": _MEANINGS[port.name]}
+
+
+def _generation(layout: CheckpointLayout) -> dict[str, Any]:
+    defaults = defaults_of(layout)
+    return {
+        "lengths": {
+            "sample_rate": layout.sample_rate,
+            "samples_per_latent": layout.autoencoder.downsampling_ratio,
+            "padding_seconds": PADDING_SECONDS,
+            "align": alignment(layout),
+            "max_samples": layout.sample_size,
+            "samples": "int(seconds · sample_rate); of the audio that long is kept",
+            "T": "int((seconds + padding_seconds) · sample_rate) / samples_per_latent rounded up, and that to a "
+            "multiple of align; at most max_samples / samples_per_latent",
+            "valid": "samples / samples_per_latent rounded up + "
+            "int(padding_seconds · sample_rate / samples_per_latent); at most T",
+        },
+        "schedule": {
+            "steps": defaults.steps,
+            "logsnr_at_0": LOGSNR_AT_0,
+            "logsnr_span": LOGSNR_SPAN,
+            "sigmas": "of u = linspace(sigma_max, 0, steps + 1): 1 / (1 + exp(logsnr_at_0 − logsnr_span · u)), in "
+            "float32; the first is sigma_max itself, the last 0",
+            "sigma_max": "1, or with given audio the noise level: "
+            "start = (1 − sigma_max) · latents + sigma_max · noise",
+        },
+        "sampler": {
+            "name": defaults.sampler,
+            "guidance": defaults.guidance,
+            "pingpong": "x = (1 − next) · (x − sigma · v) + next · noise, anew in every step, the last too",
+            "euler": "x = x + (next − sigma) · v",
+        },
+        "noise": {
+            "generator": "MT19937, seeded with the low 32 bits of the seed as its authors do (init_genrand)",
+            "uniform": "low 24 bits of a draw · 2^-24, float32",
+            "normal": "in blocks of 16 uniforms: sqrt(-2 · log(1 − u[i])) times cos and sin of 2π · u[i + 8] are "
+            "numbers i and i + 8; a last block that is not full is drawn anew for the last 16 numbers",
+            "order": "[1, C, T] for the start, then as the sampler asks",
+        },
+    }
+
+
+def _autoencoder(layout: CheckpointLayout) -> dict[str, Any]:
+    auto = layout.autoencoder
+    reaches = {"decoder": Reach.of_decoder(auto.decoder), "encoder": Reach.of_encoder(auto.encoder)}
+    return {
+        "channels": auto.audio_channels,
+        "patch_size": auto.patch_size,
+        "latent_dim": auto.latent_dim,
+        "chunks": {
+            half: {"align": reach.align, "context_left": reach.left, "context_right": reach.right, "at_most": WINDOW}
+            for half, reach in reaches.items()
+        },
+        "chunking": "runs on chunks that start and end at multiples of `align` latents are one run over all if each "
+        "has so much context on both sides, whose output is dropped; an odd end is padded with zeros",
+        "bottleneck": "encode: (encoder_latent · scaling_factor + bias) / running_std; decoding has it inside",
+    }
+
+
+def golden_of(bundle: Bundle) -> dict[str, bytes]:
+    """Return one generation of a toy, file by file: what each model gets first and gives, the noise, the samples.
+
+    Arrays are little-endian, row by row; `golden.json` has their shapes. Of a bundle of true size, or one that cannot
+    generate, there is none.
+    """
+    whole = set(bundle.components) >= {c for c in Component if c is not Component.ENCODER}
+    if not whole or size_of(bundle.layout) != "toy":
+        return {}
+    recorder = _Recorder(bundle_engine(bundle, "mnn", {"threads": 1}), {})
+    with Pipeline.of(bundle, recorder) as pipeline:
+        request = GenerateRequest("warm analog pad", seconds=0.5, seed=7)
+        made = pipeline.generate(request)
+        tokens = pipeline.tokens(request.prompt)
+    report = made.report
+    steps = report.request.steps or 0
+    noise = TorchGenerator(request.seed)
+    shape = report.latents.shape
+    arrays: dict[str, NDArray[Any]] = {f"noise.{i}": noise.randn(shape) for i in range(steps + 1)}
+    arrays |= recorder.recorded | {"samples": made.audio}
+    data = {
+        "prompt": request.prompt,
+        "ids": tokens.ids[tokens.mask == 1].tolist(),
+        "seconds": request.seconds,
+        "seed": request.seed,
+        "steps": steps,
+        "arrays": {name: {"type": str(array.dtype), "shape": array.shape} for name, array in arrays.items()},
+    }
+    files = {f"{_GOLDEN}/{name}.bin": array.tobytes() for name, array in arrays.items()}
+    return files | {f"{_GOLDEN}/{_GOLDEN}.json": (json.dumps(data, indent=2) + "\n").encode()}
+
+
+@dataclass(frozen=True)
+class _Recorder:
+    """An engine whose models note what they got and gave when they ran first; of the decoder what it got."""
+
+    engine: Engine
+    recorded: dict[str, NDArray[Any]]
+
+    @property
+    def name(self) -> Any:
+        return self.engine.name
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return self.engine.settings
+
+    def load(self, component: Component) -> Session:
+        return _RecordedSession(self.engine.load(component), component, self.recorded)
+
+
+@dataclass(frozen=True)
+class _RecordedSession:
+    session: Session
+    component: Component
+    recorded: dict[str, NDArray[Any]]
+
+    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        results = self.session.run(feeds)
+        outputs = {} if self.component is Component.DECODER else results
+        for name, array in {**feeds, **outputs}.items():
+            self.recorded.setdefault(f"{self.component.value}.{name}", array.copy())
+        return results
+
+    def close(self) -> None:
+        free(self.session)

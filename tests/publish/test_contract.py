@@ -1,0 +1,183 @@
+"""What `contract.json` says is what the models are, and a client that has nothing else makes the pipeline's samples."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from numpy.typing import NDArray
+
+from sa3_convert.bundle.reader import Bundle
+from sa3_convert.mnn.session import MnnSession
+from sa3_convert.publish.contract import golden_of
+from sa3_convert.publish.export import export_bundles
+from sa3_convert.runtime.pipeline import Pipeline
+from sa3_convert.runtime.request import GenerateRequest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+STEP = 2.0**-15
+"""Of 16 bits."""
+# Noise, sigmas and chunks are the same up to float32's last bits, which eight steps make a little larger.
+CLOSE = 2.0**-14
+PROMPT = "warm analog pad"
+
+
+@pytest.fixture(scope="module", params=["hub", "flat"])
+def folder(toy_int8: Bundle, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    out = tmp_path_factory.mktemp("published") / "out"
+    export_bundles([toy_int8], out, request.param, golden=golden_of)
+    return Bundle.open(out).path
+
+
+@pytest.fixture(scope="module")
+def contract(folder: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((folder / "contract.json").read_text(encoding="utf-8"))
+    return data
+
+
+def file_of(folder: Path, contract: dict[str, Any], component: str) -> Path:
+    path: Path = folder / contract["base"] / contract["components"][component]["file"]
+    return path
+
+
+def test_its_inputs_are_those_that_the_files_declare(folder: Path, contract: dict[str, Any]) -> None:
+    assert list(contract["components"]) == ["text_encoder", "number_conditioner", "dit", "decoder", "encoder"]
+    for component, said in contract["components"].items():
+        with MnnSession(file_of(folder, contract, component), threads=1) as session:
+            declared = {name: (str(port.dtype), port.shape) for name, port in session.inputs.items()}
+            assert list(session.outputs) == [port["name"] for port in said["outputs"]]
+        shapes = {p["name"]: tuple(d if isinstance(d, int) else -1 for d in p["shape"]) for p in said["inputs"]}
+        types = {p["name"]: p["type"] for p in said["inputs"]}
+        assert declared == {name: (types[name], shapes[name]) for name in shapes}
+        assert all(port["meaning"] for port in said["inputs"] + said["outputs"])
+
+
+def golden(folder: Path, contract: dict[str, Any]) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    data = json.loads((folder / contract["golden"]).read_text())
+    arrays = {
+        name: np.fromfile(folder / "golden" / f"{name}.bin", entry["type"]).reshape(entry["shape"])
+        for name, entry in data["arrays"].items()
+    }
+    return data, arrays
+
+
+def test_golden_inputs_give_golden_outputs(folder: Path, contract: dict[str, Any]) -> None:
+    _, arrays = golden(folder, contract)
+    for component in ("text_encoder", "number_conditioner", "dit"):
+        said = contract["components"][component]
+        feeds = {port["name"]: arrays[f"{component}.{port['name']}"] for port in said["inputs"]}
+        with MnnSession(file_of(folder, contract, component), threads=1) as session:
+            results = session.run(feeds)
+        for name, array in results.items():
+            np.testing.assert_allclose(array, arrays[f"{component}.{name}"], atol=1e-5, strict=True)
+
+
+def client() -> Callable[..., NDArray[np.float32]]:
+    spec = importlib.util.spec_from_file_location("client", EXAMPLES / "client.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    generate: Callable[..., NDArray[np.float32]] = module.generate
+    return generate
+
+
+@pytest.mark.parametrize(("seconds", "seed"), [(0.37, 7), (13.0, 1 << 33 | 5)])
+def test_the_python_client_makes_the_samples_of_the_pipeline(folder: Path, seconds: float, seed: int) -> None:
+    with Pipeline.from_bundle(folder) as pipeline:
+        expected = pipeline.generate(GenerateRequest(PROMPT, seconds=seconds, seed=seed)).audio
+        tokens = pipeline.tokens(PROMPT)
+    made = client()(folder, tokens.ids[tokens.mask == 1].tolist(), seconds, seed)
+    np.testing.assert_allclose(made, expected, atol=CLOSE, strict=True)
+    assert expected.std() > 1e-3
+
+
+def test_the_python_client_needs_mnn_and_numpy_alone() -> None:
+    imported = re.findall(r"^(?:import|from) (\w+)", (EXAMPLES / "client.py").read_text(), re.MULTILINE)
+    assert set(imported) == {"argparse", "itertools", "json", "math", "wave", "pathlib", "MNN", "numpy"}
+
+
+def test_the_constants_of_the_cpp_client_are_those_of_the_contract(contract: dict[str, Any]) -> None:
+    source = (EXAMPLES / "client.cpp").read_text()
+    found = {name: float(value) for name, value in re.findall(r"(k[A-Z]\w+) = ([\d.]+)f?[,;]", source)}
+    lengths, schedule = contract["lengths"], contract["schedule"]
+    chunks = contract["autoencoder"]["chunks"]["decoder"]
+    assert found == {
+        "kSampleRate": lengths["sample_rate"],
+        "kSamplesPerLatent": lengths["samples_per_latent"],
+        "kAlign": lengths["align"],
+        "kMaxSamples": lengths["max_samples"],
+        "kPaddingSeconds": lengths["padding_seconds"],
+        "kSteps": schedule["steps"],
+        "kLogsnrAt0": schedule["logsnr_at_0"],
+        "kLogsnrSpan": schedule["logsnr_span"],
+        "kContextLeft": chunks["context_left"],
+        "kContextRight": chunks["context_right"],
+        "kAtMost": chunks["at_most"],
+    }
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The C++ client, linked to MNN's library or to the one in its wheel, which is the same code."""
+    compiler, home = shutil.which("c++"), os.environ.get("MNN_HOME")
+    if compiler is None:
+        pytest.skip("no C++ compiler is installed")
+    if home is None or not (Path(home) / "include" / "MNN" / "Interpreter.hpp").is_file():
+        pytest.skip("MNN_HOME names no folder with MNN's include/MNN")
+    if (Path(home) / "lib" / "libMNN.so").is_file():
+        library = ["-L", f"{home}/lib", "-lMNN", f"-Wl,-rpath,{home}/lib"]
+    else:
+        if not sysconfig.get_config_var("Py_ENABLE_SHARED"):
+            pytest.skip("MNN_HOME has no lib/libMNN.so, and the library in MNN's wheel needs a shared libpython")
+        wheel = importlib.util.find_spec("_mnncengine")
+        assert wheel is not None
+        assert wheel.origin is not None
+        python = sysconfig.get_config_var("LIBDIR")
+        library = [wheel.origin, "-Wl,--no-as-needed", "-Wl,--allow-shlib-undefined", f"-L{python}"]
+        library += [f"-lpython{sysconfig.get_python_version()}", f"-Wl,-rpath,{python}:{Path(wheel.origin).parent}"]
+    built = tmp_path_factory.mktemp("client") / "client"
+    command = [compiler, "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", str(EXAMPLES / "client.cpp")]
+    done = subprocess.run(
+        [*command, f"-I{home}/include", *library, "-o", str(built)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return built
+
+
+@pytest.mark.parametrize("seconds", [0.37, 13.0])
+def test_the_cpp_client_makes_the_samples_of_the_pipeline(
+    program: Path, folder: Path, contract: dict[str, Any], tmp_path: Path, seconds: float
+) -> None:
+    with Pipeline.from_bundle(folder) as pipeline:
+        expected = pipeline.generate(GenerateRequest(PROMPT, seconds=seconds, seed=7)).audio
+        tokens = pipeline.tokens(PROMPT)
+    models = [str(file_of(folder, contract, c)) for c in ("text_encoder", "number_conditioner", "dit", "decoder")]
+    ids = ",".join(map(str, tokens.ids[tokens.mask == 1].tolist()))
+    wav = tmp_path / "out.wav"
+    done = subprocess.run([str(program), *models, str(wav), ids, str(seconds), "7"], check=False, timeout=60)
+    assert done.returncode == 0
+    made, rate = soundfile.read(wav, dtype="int16")
+    assert rate == 44100
+    np.testing.assert_allclose(made.T / 32767, expected, atol=CLOSE + STEP)
+
+
+def test_true_sizes_have_no_golden_results(toy_int8: Bundle) -> None:
+    auto = toy_int8.layout.autoencoder
+    deeper = replace(auto, decoder=replace(auto.decoder, depth=auto.decoder.depth + 1))
+    larger = toy_int8.manifest.model_copy(update={"layout": replace(toy_int8.layout, autoencoder=deeper)})
+    assert golden_of(Bundle(toy_int8.path, larger)) == {}
