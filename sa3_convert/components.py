@@ -5,7 +5,7 @@ of the product's contract. T, the number of latents, is the only dynamic length.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -143,6 +143,8 @@ class ComponentSpec:
     """SAME-S works on pairs of latents: a caller pads T to an even number and cuts the result."""
     stack: str | None = None
     """Path of the network's blocks that run one after the other, each on the state that the one before leaves."""
+    early_parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of one that runs several times in a generation: parts that can be run ahead, and the inputs that they need."""
 
 
 SPECS: Mapping[Component, ComponentSpec] = {
@@ -150,7 +152,14 @@ SPECS: Mapping[Component, ComponentSpec] = {
     Component.NUMBER_CONDITIONER: ComponentSpec(
         _number_conditioner, ("conditioner.conditioners.seconds_total.",), False, False
     ),
-    Component.DIT: ComponentSpec(_dit, ("model.model.",), False, False, "transformer.layers"),
+    Component.DIT: ComponentSpec(
+        _dit,
+        ("model.model.",),
+        False,
+        False,
+        "transformer.layers",
+        {"prepare": ("cross_attn_cond", "global_embed", "local_add_cond", "padding_mask"), "time": ("t",)},
+    ),
     Component.DECODER: ComponentSpec(
         _decoder, ("pretransform.model.decoder.", "pretransform.model.bottleneck."), True, True
     ),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, computed_field, model_validator
 
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.components import Component, components_of
@@ -63,18 +63,20 @@ TOKENIZER = "tokenizer.json"
 BOTTLENECK = "bottleneck_params.json"
 
 ArtifactKind = Literal[
-    "mnn", "onnx", "onnx-int8", "mnn-prepare", "mnn-step", "tokenizer", "bottleneck_params", "recipe"
+    "mnn", "onnx", "onnx-int8", "mnn-prepare", "mnn-time", "mnn-step", "tokenizer", "bottleneck_params", "recipe"
 ]
-SPLIT_KINDS: Final[tuple[ArtifactKind, ArtifactKind]] = ("mnn-prepare", "mnn-step")
-"""A model in two parts: what runs once per generation, and what runs in every step."""
+SPLIT_KINDS: Final[tuple[ArtifactKind, ...]] = ("mnn-prepare", "mnn-time", "mnn-step")
+"""A model in parts, in their order: what runs once per generation, the time's embedding, and the rest of every step."""
+
+RIGHT_IN_HALF_DB: Final = 40.0
+"""From here on a model may compute with halves: of a model with 30 dB that takes at most 0.4 dB."""
 
 _LONGEST_NAME: Final = 60
 _KEPT_OUTSIDE = ("onnx", "onnx-int8")
 """Kinds whose files may be kept outside of the bundle."""
 COMPANIONS: Mapping[ArtifactKind, str] = {
     "mnn": ".weight",
-    "mnn-prepare": ".weight",
-    "mnn-step": ".weight",
+    **dict.fromkeys(SPLIT_KINDS, ".weight"),
     "onnx": ".data",
     "onnx-int8": ".data",
 }
@@ -135,6 +137,9 @@ class Artifact(FileEntry):
     """Summary of the audit: what the file really holds."""
     fidelity: Fidelity | None = None
     floor_db: Decibels | None = None
+    half_db: Decibels | None = None
+    """Of a model for MNN: the worst ratio that half inputs and half arithmetic alone leave, emulated. Of a model in
+    parts only the last part has them. None is not known."""
     companion: FileEntry | None = None
     """Weights that stand in a file of their own (`.weight` of MNN, `.data` of ONNX)."""
     kept_at: Annotated[str, Field(max_length=4096)] | None = None
@@ -151,7 +156,7 @@ class Artifact(FileEntry):
         if (suffix is None) is not (self.component is None):
             raise ValueError(f"{self.kind} is {'no model' if suffix is None else 'a model'} of a component")
         if self.kind in SPLIT_KINDS and self.component is not Component.DIT:
-            raise ValueError("only a dit is in two parts")
+            raise ValueError("only a dit is in parts")
         # A model's other file is loaded by a name that is made from its own: no other name would be what is checked.
         if self.companion is not None and self.companion.path != f"{self.path}{suffix}":
             raise ValueError(f"what belongs to {self.path} is not {self.companion.path}")
@@ -161,6 +166,14 @@ class Artifact(FileEntry):
         if self.bytes > _SHARED_BYTES.get(self.kind, self.bytes):
             raise ValueError(f"a {self.kind} of {self.bytes} bytes is none")
         return self
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def lowest_precision(self) -> Literal["low", "normal"] | None:
+        """The coarsest precision at which MNN runs a model right, of one in parts the last; None of other files."""
+        if not self.kind.startswith("mnn"):
+            return None
+        return "low" if self.half_db is not None and self.half_db >= RIGHT_IN_HALF_DB else "normal"
 
     @property
     def files(self) -> tuple[FileEntry, ...]:

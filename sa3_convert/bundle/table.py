@@ -1,7 +1,7 @@
 """Bundles side by side as Markdown, from what their manifests say."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -61,7 +61,8 @@ def markdown_table(bundles: Sequence[Bundle], benches: Sequence[Bench] = ()) -> 
     """Return one row per bundle: variant and LoRAs, recipe, size and fidelity of each component, size of all models.
 
     Fidelity is the worst signal-to-noise ratio, in dB, that the conversion measured against ONNX Runtime on the fp32
-    reference. Components that no bundle has get no column; one that a bundle lacks is a dash. Each engine and duration
+    reference. Components that no bundle has get no column; one that a bundle lacks is a dash. `at low` names those that
+    a runtime can compute with half floats, which costs them little. Each engine and duration
     that was measured adds a column: the whole generation's time with the models kept, and the peak memory of a process
     that loads each model for its stage.
 
@@ -74,7 +75,7 @@ def markdown_table(bundles: Sequence[Bundle], benches: Sequence[Bench] = ()) -> 
     present = {component for bundle in bundles for component in bundle.components}
     components = [component for component in Component if component in present]
     speeds = sorted({key for columns in measured.values() for key in columns}, key=lambda key: (key[1], key[0]))
-    header = ["variant", "recipe", *(component.value for component in components), "all"]
+    header = ["variant", "recipe", *(component.value for component in components), "all", "at low"]
     header += [f"{duration:g} s by {engine}" for engine, duration in speeds]
     rows = [header, ["---"] * len(header)]
     for bundle in bundles:
@@ -108,12 +109,25 @@ def _row(bundle: Bundle, components: Sequence[Component]) -> list[str]:
     models = {component: bundle.artifact(component) for component in bundle.components}
     cells = [_cell(models[component]) if component in models else "–" for component in components]
     total = sum(_bytes(model) for model in models.values())
-    return [markdown_text(bundle.manifest.label), f"`{bundle.manifest.recipe}`", *cells, f"{total / 2**20:.1f} MiB"]
+    return [
+        markdown_text(bundle.manifest.label),
+        f"`{bundle.manifest.recipe}`",
+        *cells,
+        f"{total / 2**20:.1f} MiB",
+        _right_at_low(models),
+    ]
 
 
 def _cell(model: Artifact) -> str:
     size = f"{_bytes(model) / 2**20:.1f} MiB"
     return size if model.fidelity is None else f"{size}, {model.fidelity.signal_to_noise_db:.1f} dB"
+
+
+def _right_at_low(models: Mapping[Component, Artifact]) -> str:
+    """Return which components can run with half floats, "–" if that is known of none."""
+    if all(model.half_db is None for model in models.values()):
+        return "–"
+    return ", ".join(c.value for c, model in models.items() if model.lowest_precision == "low") or "none"
 
 
 def _bytes(model: Artifact) -> int:

@@ -209,4 +209,5 @@ def _verdict(
         claimed_db=None if claim is None else claim.signal_to_noise_db,
         measured_db=again.worst.signal_to_noise_db,
         engine=model.engine,
+        half_db=model.artifact.half_db,
     )

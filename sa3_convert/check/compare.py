@@ -1,13 +1,15 @@
 """Reference and target on the same inputs, one model in memory at a time, then compared."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from sa3_convert.arrays import Session
 from sa3_convert.check.inputs import Sample
-from sa3_convert.check.metrics import sums_of
+from sa3_convert.check.metrics import MAX_DB, sums_of
 from sa3_convert.check.results import ComponentFidelity, Measurement
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.components import Component, Contract, contract
@@ -22,6 +24,7 @@ def verify_sessions(
     component: Component,
     layout: CheckpointLayout,
     samples: Sequence[Sample],
+    in_half: Callable[[], Session] | None = None,
 ) -> ComponentFidelity:
     """Compare two models of a component; each is opened for its runs and gone before the other is.
 
@@ -31,6 +34,7 @@ def verify_sessions(
         component: which one both of them are.
         layout: the checkpoint's dimensions.
         samples: the inputs.
+        in_half: opens what computes with halves; beyond their range its ratio is −300 dB.
 
     Raises:
         VerificationError: an output is missing, non-finite, or not of the contract's shape; or there is no sample.
@@ -38,7 +42,13 @@ def verify_sessions(
 
     """
     expected = run_samples(reference(), samples)
-    return compare_runs(component, layout, samples, expected, run_samples(target(), samples))
+    found = compare_runs(component, layout, samples, expected, run_samples(target(), samples))
+    if in_half is None:
+        return found
+    halves, half_db = run_samples(in_half(), samples), -MAX_DB
+    if all(np.isfinite(array).all() for outputs in halves for array in outputs.values()):
+        half_db = compare_runs(component, layout, samples, expected, halves).worst.signal_to_noise_db
+    return replace(found, half_db=half_db)
 
 
 def run_samples(session: Session, samples: Iterable[Sample]) -> list[Outputs]:

@@ -5,7 +5,7 @@ These classes are the data of `verify --json` and of `report.json`, and what the
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, field
 from functools import cached_property, reduce
 from operator import add
 from typing import Annotated, Any, Self, TypeVar
@@ -115,6 +115,8 @@ class ComponentFidelity:
 
     component: Component
     measurements: Annotated[tuple[Measurement, ...], Field(serialization_alias="cases")]
+    half_db: Decibels | None = field(default=None, kw_only=True)
+    """The worst ratio that half inputs and half arithmetic alone leave; None is not known."""
 
     def __post_init__(self) -> None:
         if not self.measurements:

@@ -22,7 +22,7 @@ def bench(
     engine: Annotated[
         list[str] | None,
         Option(
-            help="mnn, mnn-low (weights quantised in memory), mnn-split (the DiT in two parts), onnxruntime, "
+            help="mnn, mnn-low (weights quantised in memory), mnn-split (the DiT in parts), onnxruntime, "
             "onnxruntime-int8 or torch; several times. All that the bundle has when not given."
         ),
     ] = None,

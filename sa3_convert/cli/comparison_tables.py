@@ -31,7 +31,7 @@ def _table(title: str, words: Iterable[str], figures: Iterable[str], *, no_wrap:
 def render_fidelity(result: BundleFidelity) -> Table:
     """Return one row per model: its worst figures, its floor, and whether it passed; about 80 columns wide."""
     title = f"{result.bundle} ({result.recipe}) against ONNX Runtime, fp32"
-    table = _table(title, ("component", "as"), ("dB", "mean", "floor", "cosine", "max error"), no_wrap=True)
+    table = _table(title, ("component", "as"), ("dB", "mean", "floor", "cosine", "max error", "at low"), no_wrap=True)
     table.add_column("", no_wrap=True)
     for verdict in result.verdicts:
         table.add_row(*_row(verdict))
@@ -48,6 +48,7 @@ def _row(verdict: Verdict) -> tuple[str | Text, ...]:
         f"{verdict.floor_db:g}",
         fixed(worst.cosine, 6),
         f"{worst.max_abs_error:.2e}",
+        "–" if verdict.half_db is None else fixed(verdict.half_db, 1),
         Text("ok", "green") if verdict.passed else Text("failed", "red"),
     )
 

@@ -113,7 +113,7 @@ def lora_table(lora: "Lora") -> RenderableType:
 def bundle_table(bundle: Bundle) -> Table:
     """Return the closing table of a conversion: what was made, how big, how close, and its hash."""
     title = f"{bundle.path}: {bundle.manifest.label}, recipe {bundle.manifest.recipe}"
-    table = grid(title, ("component", "stored"), ("MiB", "dB", "floor", "cosine"), ("MNN", "SHA-256"))
+    table = grid(title, ("component", "stored"), ("MiB", "dB", "floor", "cosine", "at low"), ("MNN", "SHA-256"))
     rows = bundle_rows(bundle)
     for row in rows:
         floor, mnn = row["floor_db"], row["target_mnn"]
@@ -124,6 +124,7 @@ def bundle_table(bundle: Bundle) -> Table:
             f"{row['signal_to_noise_db']:.1f}",
             "" if floor is None else f"{floor:g}",
             f"{row['cosine']:.5f}",
+            "" if row["half_db"] is None else f"{row['half_db']:.1f}",
             f"{mnn}+" if mnn else "",
             row["sha256"][:12],
         )
@@ -142,6 +143,8 @@ def bundle_rows(bundle: Bundle) -> list[dict[str, Any]]:
             "signal_to_noise_db": artifact.fidelity.signal_to_noise_db,
             "floor_db": artifact.floor_db,
             "cosine": artifact.fidelity.cosine,
+            "half_db": artifact.half_db,
+            "lowest_precision": artifact.lowest_precision,
             "target_mnn": artifact.target_mnn,
             "sha256": artifact.sha256,
         }

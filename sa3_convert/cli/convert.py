@@ -18,7 +18,7 @@ OutOption = Annotated[Path, Option(metavar="DIR", help="The bundle's folder.", c
 CacheOption = Annotated[Path | None, _how(metavar="DIR", help="Where stages are kept; beside --out.")]
 ReferenceOption = Annotated[bool, _more("--with-reference", help="The reference ONNX, to verify it elsewhere.")]
 OrtInt8Option = Annotated[bool, _more("--with-ort-int8", help="Models for `run --engine onnxruntime-int8`.")]
-SplitDitOption = Annotated[bool, _more("--with-split-dit", help="The DiT in two parts for `run --split-dit`.")]
+SplitDitOption = Annotated[bool, _more("--with-split-dit", help="The DiT in parts for `run --split-dit`.")]
 DryRunOption = Annotated[bool, _how("--dry-run", help="Print the recipe and the plan with sizes, and stop.")]
 ForceOption = Annotated[bool, _how("--force", help="Redo everything; replace another bundle.")]
 

@@ -61,6 +61,16 @@ def placed(backend: Backend, precision: Level, memory: Level, overrides: Sequenc
     return {place.component: place.backend for place in places}
 
 
+@contextlib.contextmanager
+def _opened(target: "Target", **options: Any) -> Iterator[Pipeline]:
+    """Yield the pipeline; what runs at another precision than was asked for is told."""
+    with Pipeline.from_bundle(target.bundle, target.engine, **options, **target.options) as pipeline:
+        if raised := getattr(pipeline.models.engine, "raised", ()):
+            names = ", ".join(component.value for component in raised)
+            stderr.print(f"Precision low is for what was found right in half arithmetic; at normal instead: {names}.")
+        yield pipeline
+
+
 _STAGES = {"text": "reading the prompt", "encode": "encoding audio", "denoise": "denoising", "decode": "decoding"}
 
 
@@ -112,7 +122,7 @@ def generate_one(
         check_output_path(target.output, target.sample_format)
     elif descriptor_of(target.output) != 1:
         check_growing_path(target.output)
-    with PeakMemory() as device, Pipeline.from_bundle(target.bundle, target.engine, **target.options) as pipeline:
+    with PeakMemory() as device, _opened(target) as pipeline:
         made_by = target.metadata(pipeline)
         if origin:
             _check_origin(target, made_by, origin)
@@ -155,7 +165,7 @@ def generate_batch(
     """
     items = read_batch(batch, defaults)
     rejected = 0
-    with Pipeline.from_bundle(target.bundle, target.engine, keep_loaded=keep_loaded, **target.options) as pipeline:
+    with _opened(target, keep_loaded=keep_loaded) as pipeline:
         options = BatchOptions(
             target.output, target.sample_format, target.dither, target.allow, target.metadata(pipeline), reads
         )

@@ -53,7 +53,7 @@ class ConvertRequest:
     target_mnn: MnnVersion | None = None
     """The oldest MNN that the result has to be right on; None is, by component, the oldest that can read it."""
     with_split_dit: bool = False
-    """Also make the DiT in two parts, of which one runs once per generation."""
+    """Also make the DiT in parts, of which one runs once per generation."""
     threads: int | None = None
 
     def job(self, component: Component) -> ComponentJob:

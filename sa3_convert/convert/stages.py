@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from sa3_convert.bundle.manifest import ArtifactKind, Fidelity
+from sa3_convert.bundle.manifest import SPLIT_KINDS, ArtifactKind, Fidelity
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
-from sa3_convert.components import Component, contract
+from sa3_convert.components import SPECS, Component, contract
 from sa3_convert.convert.cache import CachedResult, Notes
 from sa3_convert.convert.code_digest import code_digest
 from sa3_convert.mnn.compatibility import DEFAULT_TARGET, MnnVersion
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from sa3_convert.checkpoint.reader import Checkpoint
     from sa3_convert.convert.plan import ConvertRequest
 
+    Opens = Callable[..., Session]
+
 StageKeys = Mapping[str, str]
 """Fingerprints of the stages that a component can go through, in order; each contains those of what it reads."""
 PLANNED: Final = "weights.safetensors"
 """What the round stage leaves."""
-CHANGING: Final[Mapping[Component, tuple[str, ...]]] = {Component.DIT: ("x", "t")}
-"""Components that run several times in one generation, and the inputs that differ between those runs."""
 
 
 class ModelNotes(Notes):
@@ -57,6 +57,7 @@ class FidelityNotes(Notes):
 
     fidelity: Fidelity
     floor_db: float
+    half_db: float | None = None
 
 
 class JudgedModelNotes(ModelNotes, FidelityNotes):
@@ -116,15 +117,26 @@ def mnn_stage(
 
 
 def verify_stage(
-    reference: Path, target: Path, component: Component, floor_db: float, layout: CheckpointLayout, threads: int | None
+    reference: Path,
+    target: Path,
+    component: Component,
+    recipe: ComponentRecipe,
+    layout: CheckpointLayout,
+    folder: Path,
+    threads: int | None,
+    target_mnn: MnnVersion,
 ) -> FidelityNotes:
     """Run target and reference on the same inputs; below the floor is an error, so no result is kept."""
+    from sa3_convert.check.half import written_in_half
     from sa3_convert.mnn.session import MnnSession
+    from sa3_convert.ort import OrtSession
 
     ports = contract(component, layout)
     inputs, outputs = ([port.name for port in side] for side in (ports.inputs, ports.outputs))
     opened = partial(MnnSession, target, inputs=inputs, outputs=outputs)
-    return FidelityNotes(**_judged(reference, opened, component, floor_db, layout, threads))
+    with written_in_half(reference, folder, component, recipe, target_mnn) as half:
+        opens = opened, partial(OrtSession, half)
+        return FidelityNotes(**_judged(reference, component, recipe.floor_db, layout, threads, *opens))
 
 
 def ort_int8_stage(
@@ -137,7 +149,7 @@ def ort_int8_stage(
     target = folder / reference.name
     precision = "int8" if quantise_for_ort(reference, target) else "fp32"
     opened = partial(OrtSession, target, optimise=True)
-    figures = _judged(reference, opened, component, FLOORS_DB[component], layout, threads)
+    figures = _judged(reference, component, FLOORS_DB[component], layout, threads, opened)
     return JudgedModelNotes(precision=precision, **figures)
 
 
@@ -151,30 +163,31 @@ def split_stage(
     threads: int | None,
     target_mnn: MnnVersion,
 ) -> JudgedModelNotes:
-    """Convert a component in two parts, and compare them, run as one, with the reference."""
+    """Convert a component in parts, and compare them, run as one, with the reference."""
+    from sa3_convert.check.half import written_in_half
     from sa3_convert.mnn.converter import mnn_from_onnx
     from sa3_convert.mnn.session import MnnSession
+    from sa3_convert.ort import OrtSession
     from sa3_convert.passes.pipeline import onnx_for_mnn
     from sa3_convert.passes.split import rules_of_part, split_onnx
     from sa3_convert.rounding.network import PlannedWeights
     from sa3_convert.runtime.sessions import SplitSession
 
-    targets = [folder / f"{component.value}_{part}.mnn" for part in ("prepare", "step")]
+    early = SPECS[component].early_parts
+    targets = [folder / f"{component.value}_{part}.mnn" for part in (*early, "step")]
     weights = None if planned is None else PlannedWeights(planned)
     with tempfile.TemporaryDirectory(prefix="onnx-", dir=folder) as scratch:
-        parts = [Path(scratch) / target.with_suffix(".onnx").name for target in targets]
-        split_onnx(reference, parts[0], parts[1], CHANGING[component])
-        for part, target in zip(parts, targets, strict=True):
+        *parts, rest = (Path(scratch) / target.with_suffix(".onnx").name for target in targets)
+        split_onnx(reference, dict(zip(parts, early.values(), strict=True)), rest)
+        for part, target in zip((*parts, rest), targets, strict=True):
             own = rules_of_part(recipe, part)
             prepared = Path(scratch) / "for-mnn" / part.name
             onnx_for_mnn(part, prepared, component, own, planned=weights, target_mnn=target_mnn)
             mnn_from_onnx(prepared, target, own, target_mnn=target_mnn)
-
-    def opened(threads: int) -> SplitSession:
-        prepare, step = (MnnSession(target, threads=threads) for target in targets)
-        return SplitSession(prepare, step)
-
-    figures = _judged(reference, opened, component, recipe.floor_db, layout, threads)
+        with written_in_half(rest, folder, component, recipe, target_mnn) as half:
+            each = (MnnSession, targets), (OrtSession, [*parts, half])
+            opens = (partial(SplitSession.opened, *kind_and_files) for kind_and_files in each)
+            figures = _judged(reference, component, recipe.floor_db, layout, threads, *opens)
     return JudgedModelNotes(precision=recipe.precision, **figures)
 
 
@@ -183,27 +196,21 @@ def _size(folder: Path) -> str:
 
 
 def _judged(
-    reference: Path,
-    target: "Callable[..., Session]",
-    component: Component,
-    floor_db: float,
-    layout: CheckpointLayout,
-    threads: int | None,
+    reference: Path, component: Component, floor: float, layout: CheckpointLayout, threads: int | None, *opens: "Opens"
 ) -> dict[str, Any]:
-    """Return the figures of a target, given by what opens it for some `threads`; below the floor is an error."""
+    """Return the figures of what opens a target, and maybe what emulates it in halves; below the floor is an error."""
     from sa3_convert.check.compare import verify_sessions
     from sa3_convert.check.inputs import samples_for
     from sa3_convert.ort import OrtSession
 
     threads = threads or os.cpu_count() or 1
-    opened = partial(OrtSession, reference, threads=threads), partial(target, threads=threads)
-    result = verify_sessions(*opened, component, layout, samples_for(component, layout, quick=True))
-    result.check_floor(floor_db)
-    worst = result.worst
-    figures = Fidelity(
-        signal_to_noise_db=worst.signal_to_noise_db, cosine=worst.cosine, max_abs_error=worst.max_abs_error
-    )
-    return {"fidelity": figures, "floor_db": floor_db, "detail": f"{worst.signal_to_noise_db:.1f} dB"}
+    sessions: tuple[Opens, ...] = (partial(OrtSession, reference), *opens)
+    first, target, *halved = (partial(opened, threads=threads) for opened in sessions)
+    result = verify_sessions(first, target, component, layout, samples_for(component, layout, quick=True), *halved)
+    result.check_floor(floor)
+    worst, half_db = result.worst, result.half_db
+    detail = f"{worst.signal_to_noise_db:.1f} dB" + ("" if half_db is None else f", at low {half_db:.1f}")
+    return {"fidelity": Fidelity(**worst.model_dump()), "floor_db": floor, "half_db": half_db, "detail": detail}
 
 
 @dataclass(slots=True)
@@ -226,8 +233,7 @@ class ComponentJob:
             if stage in self.results
         }
         own = {name: getattr(self, name) for name in ("checkpoint", "component", "recipe", "target_mnn", "threads")}
-        recipe = {"floor_db": self.recipe.floor_db, "planned": None}
-        return {**own, **recipe, "layout": self.checkpoint.layout, "folder": folder, **left}
+        return {**own, "planned": None, "layout": self.checkpoint.layout, "folder": folder, **left}
 
     def origin(self) -> dict[str, Any]:
         """Return what the component is, for fingerprints."""
@@ -336,10 +342,10 @@ STAGES: Final[Mapping[str, Stage]] = {
             work=verify_stage,
             notes=FidelityNotes,
             reads=("export", "mnn"),
-            tools=("MNN", "onnxruntime"),
+            tools=("MNN", "onnx-ir", "onnxruntime"),
             depends=lambda job: {"floor_db": job.recipe.floor_db},
             judges="mnn",
-            cost=StageCost(10, 1.1, start_memory=1.5),
+            cost=StageCost(10, 1.1, start_memory=1.5, scratch=1),
         ),
         Stage(
             name="ort-int8",
@@ -361,9 +367,9 @@ STAGES: Final[Mapping[str, Stage]] = {
             reads=("export", "round"),
             tools=("MNN", "onnx-ir", "onnxruntime"),
             depends=lambda job: job.storage() | {"floor_db": job.recipe.floor_db},
-            applies=lambda job: job.component in CHANGING,
+            applies=lambda job: bool(SPECS[job.component].early_parts),
             asked=lambda request: request.with_split_dit,
-            leaves={"mnn-prepare": "{}_prepare.mnn", "mnn-step": "{}_step.mnn"},
+            leaves={kind: f"{{}}_{kind.removeprefix('mnn-')}.mnn" for kind in SPLIT_KINDS},
             cost=StageCost(40, 1.1, start_seconds=4, start_memory=1.5, scratch=3),
         ),
     )

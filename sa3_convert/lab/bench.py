@@ -154,7 +154,7 @@ def contenders(
         names = tuple(
             n
             for n, (engine, options) in _ENGINES.items()
-            if engine != "torch" and KINDS[engine] in kinds and ("split" not in options or SPLIT_KINDS[1] in kinds)
+            if engine != "torch" and KINDS[engine] in kinds and ("split" not in options or SPLIT_KINDS[-1] in kinds)
         )
         names += ("torch",) if checkpoint is not None else ()
     if unknown := [name for name in names if name not in _ENGINES]:

@@ -1,15 +1,15 @@
-"""A graph in two: what stays the same while some inputs change, and the rest.
+"""A graph in parts: what some inputs alone decide, a part for each group of them, and the rest.
 
-    out = f(x, c)   →   s = prepare(c),  out = step(x, c, s)
+    out = f(x, t, c)   →   s = prepare(c),  e = time(t),  out = step(x, c, s, e)
 
-Handed over are values that only unchanging inputs decide, that a changing one meets, and that cost something: at least
+Handed over are values that only a group's inputs decide, that another input meets, and that cost something: at least
 one product with constant weights stands behind each. In the DiT, whose x and t change with every denoising step, these
-are keys and values of all cross-attentions, the local conditioning of all blocks, and the global conditioning. Cheap
-values, such as rotary tables and masks, are computed again rather than handed over; for these the step keeps the inputs
-that they need.
+are of c keys and values of all cross-attentions, the local conditioning of all blocks, and the global conditioning; of
+t its embedding, whose phases half arithmetic would lose. Cheap values, such as rotary tables and masks, are computed
+again rather than handed over; for these the last part keeps the inputs that they need.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -22,32 +22,36 @@ from sa3_convert.recipe import ComponentRecipe
 _PRODUCTS = frozenset({"MatMul", "Gemm", "Conv"})
 
 
-def split_onnx(source: Path, prepare: Path, step: Path, changing: Collection[str]) -> tuple[str, ...]:
-    """Write the two parts of an ONNX file, each with its own weights in `<name>.data`.
+def split_onnx(source: Path, parts: Mapping[Path, Collection[str]], rest: Path) -> tuple[str, ...]:
+    """Write the parts of an ONNX file, each with its own weights in `<name>.data`.
 
     Args:
         source: the whole; not changed.
-        prepare: takes the inputs that its outputs need, gives the values that are handed over.
-        step: takes those and the inputs that it needs itself, gives the outputs of the whole.
-        changing: names of the inputs that change.
+        parts: files for the parts that need some inputs alone, with the names of these; they give what is handed over.
+        rest: takes that and the inputs that it needs itself, gives the outputs of the whole.
 
     Returns:
         The names of the values that are handed over.
 
     Raises:
         ModelFileError: the source is missing or damaged.
-        ConversionError: nothing costly is decided by unchanging inputs alone, or a part cannot be written.
+        ConversionError: nothing costly is decided by the inputs of a part alone, or a part cannot be written.
 
     """
     model = load_onnx(source)
-    values = _handed_over(model.graph, changing)
-    if not values:
-        raise ConversionError(f"{source.name}: everything in it depends on {', '.join(changing)}; it cannot be split.")
-    if unknown := [value.name for value in values if value.type is None or value.shape is None]:
-        raise ConversionError(f"{source.name} does not say what shape {unknown[0]!r} has; run shape inference on it.")
-    save_onnx(_part(model, model.graph.inputs, values), prepare)
-    save_onnx(_part(model, [*model.graph.inputs, *values], model.graph.outputs), step)
-    return tuple(str(value.name) for value in values)
+    inputs, handed = list(model.graph.inputs), []
+    for path, names in parts.items():
+        values = _handed_over(model.graph, names)
+        if not values:
+            raise ConversionError(f"{source.name}: {', '.join(names)} decide nothing alone; it cannot be split.")
+        if unknown := [value.name for value in values if value.type is None or value.shape is None]:
+            raise ConversionError(
+                f"{source.name} does not say what shape {unknown[0]!r} has; run shape inference on it."
+            )
+        save_onnx(_part(model, inputs, values), path)
+        handed += values
+    save_onnx(_part(model, [*inputs, *handed], model.graph.outputs), rest)
+    return tuple(str(value.name) for value in handed)
 
 
 def rules_of_part(recipe: ComponentRecipe, part: Path) -> ComponentRecipe:
@@ -60,9 +64,9 @@ def rules_of_part(recipe: ComponentRecipe, part: Path) -> ComponentRecipe:
     return recipe.model_copy(update={"weights": scheme.model_copy(update={"layers": rules})})
 
 
-def _handed_over(graph: ir.Graph, changing: Collection[str]) -> list[ir.Value]:
-    fixed = {value for value in graph.inputs if value.name not in changing}
-    moving = {value for value in graph.inputs if value.name in changing}
+def _handed_over(graph: ir.Graph, names: Collection[str]) -> list[ir.Value]:
+    fixed = {value for value in graph.inputs if value.name in names}
+    moving = {value for value in graph.inputs if value.name not in names}
     costly: set[ir.Value] = set()
     found: list[ir.Value] = []
     for node in graph:

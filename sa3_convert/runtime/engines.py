@@ -1,7 +1,7 @@
 """What runs the models: MNN, ONNX Runtime or torch, behind one small interface. Each is imported when it is used."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
@@ -67,11 +67,13 @@ class MnnEngine:
     memory: Level = "normal"
     """`normal` unpacks quantised weights; `low` keeps them as they are stored, for less memory and more error."""
     precision: Level = "high"
+    """`low` is for components that are right in half arithmetic, and for the last of the parts; others get `normal`."""
+    right_at_low: Collection[Component] = ()
     backend: Backend = "cpu"
     places: Mapping[Component, Backend] = field(default_factory=dict)
     """Components that run elsewhere than on `backend`."""
-    parts: tuple[CheckedFile, CheckedFile] | None = None
-    """The DiT in two parts, to be run instead of the whole; see `passes.split`."""
+    parts: tuple[CheckedFile, ...] | None = None
+    """The DiT in parts, to be run instead of the whole; see `passes.split`."""
     name: EngineName = field(default="mnn", init=False)
 
     @property
@@ -84,19 +86,29 @@ class MnnEngine:
             "memory": self.memory,
             "precision": self.precision,
         } | {f"{component.value} on": place for component, place in self.places.items() if place != self.backend}
+        settings |= {f"{component.value} at": "normal" for component in self.raised}
         return settings if self.parts is None else settings | {"dit": "split"}
+
+    @property
+    def raised(self) -> tuple[Component, ...]:
+        """Components that get another precision than `low`, which was asked for."""
+        return tuple(c for c in self.files if c not in self.right_at_low) if self.precision == "low" else ()
 
     def load(self, component: Component) -> Session:
         """Load a model; see `Engine.load`."""
         ports = contract(component, self.layout)
+        level: Level = "normal" if component in self.raised else self.precision
         if component is Component.DIT and self.parts is not None:
-            prepare, step = (self._session(component, part) for part in self.parts)
-            return HeldSession(SplitSession(prepare, step), self.parts, ports)
+            *early, last = self.parts
+            # What decides phases and conditions, and is small: its precision is never low.
+            before: Level = "normal" if level == "low" else level
+            sessions = [self._session(component, part, before) for part in early]
+            return HeldSession(SplitSession(*sessions, self._session(component, last, level)), self.parts, ports)
         file = _file(self.files, component, "MNN")
         names = {"inputs": [port.name for port in ports.inputs], "outputs": [port.name for port in ports.outputs]}
-        return HeldSession(self._session(component, file, **names), (file,), ports)
+        return HeldSession(self._session(component, file, level, **names), (file,), ports)
 
-    def _session(self, component: Component, file: CheckedFile, **names: list[str]) -> "MnnSession":
+    def _session(self, component: Component, file: CheckedFile, precision: Level, **names: list[str]) -> "MnnSession":
         from sa3_convert.mnn.session import MnnSession
 
         session = MnnSession(
@@ -104,7 +116,7 @@ class MnnEngine:
             **names,
             threads=self.threads or default_threads(),
             memory=self.memory,
-            precision=self.precision,
+            precision=precision,
             backend=self.places.get(component, self.backend),
         )
         if session.weight_file_bytes and file.companion is None:
@@ -299,8 +311,11 @@ def bundle_engine(bundle: Bundle, name: EngineName, options: Mapping[str, Any], 
     }
     if name == "mnn":
         settings = dict(options)
-        parts = _parts(bundle, check=check) if settings.pop("split", False) else None
-        return MnnEngine(bundle.layout, files, parts=parts, **settings)
+        split = settings.pop("split", False)
+        parts = _parts(bundle, check=check) if split else None
+        judged = {c: bundle.artifact(c, SPLIT_KINDS[-1] if split and c is Component.DIT else kind) for c in files}
+        right_at_low = frozenset(c for c, artifact in judged.items() if artifact.lowest_precision == "low")
+        return MnnEngine(bundle.layout, files, parts=parts, right_at_low=right_at_low, **settings)
     if name == "onnxruntime-int8" and not files:
         raise BundleError(
             f"Bundle {bundle.path} has nothing for the engine onnxruntime-int8. Convert again with --with-ort-int8."
@@ -308,12 +323,12 @@ def bundle_engine(bundle: Bundle, name: EngineName, options: Mapping[str, Any], 
     return OrtEngine(bundle.layout, files, quantised=name == "onnxruntime-int8", **options)
 
 
-def _parts(bundle: Bundle, *, check: bool) -> tuple[CheckedFile, CheckedFile]:
-    kinds = {artifact.kind for artifact in bundle.manifest.artifacts}
-    if not kinds.issuperset(SPLIT_KINDS):
-        raise BundleError(f"Bundle {bundle.path} has no DiT in two parts. Convert again with --with-split-dit.")
-    prepare, step = (bundle.checked(Component.DIT, kind, contents=check) for kind in SPLIT_KINDS)
-    return prepare, step
+def _parts(bundle: Bundle, *, check: bool) -> tuple[CheckedFile, ...]:
+    """Return those that the bundle has: of older conversions there are two."""
+    listed = {artifact.kind for artifact in bundle.manifest.artifacts}
+    if SPLIT_KINDS[-1] not in listed:
+        raise BundleError(f"Bundle {bundle.path} has no DiT in parts. Convert again with --with-split-dit.")
+    return tuple(bundle.checked(Component.DIT, kind, contents=check) for kind in SPLIT_KINDS if kind in listed)
 
 
 def _torch_engine(bundle: Bundle, options: Mapping[str, Any], *, check: bool) -> TorchEngine:

@@ -1,7 +1,8 @@
-"""Sessions around sessions: held to a checked file and a layout, and two parts that run as one."""
+"""Sessions around sessions: held to a checked file and a layout, and parts that run as one."""
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,53 +77,59 @@ _KEPT = 2
 """Guidance alternates between two conditions."""
 
 
-class Part(Protocol):
+class Part(Session, Protocol):
     """A session that knows the names of its inputs."""
 
     @property
-    def inputs(self) -> Sequence[str] | Any:
+    def inputs(self) -> Iterable[str]:
         """Names of the inputs."""
-        ...
-
-    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
-        """Run once."""
-        ...
-
-    def close(self) -> None:
-        """Free the model."""
         ...
 
 
 class SplitSession:
-    """Runs `step` with what `prepare` made of the same unchanging inputs; see `passes.split`."""
+    """Runs parts in turn, each on the feeds and on what those before it made; see `passes.split`.
 
-    def __init__(self, prepare: Part, step: Part) -> None:
-        self._prepare = prepare
-        self._step = step
-        self._kept: list[tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]] = []
+    What all but the last made of the same inputs is kept.
+    """
+
+    def __init__(self, *parts: Part) -> None:
+        *self._early, self._last = parts
+        self._kept: list[list[tuple[Arrays, Arrays]]] = [[] for _ in self._early]
+
+    @classmethod
+    def opened(cls, kind: Callable[..., Part], files: Iterable[Path], **options: Any) -> Self:
+        """Open files as sessions of a kind."""
+        return cls(*(kind(file, **options) for file in files))
 
     def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
         """Run once; ValueError if a feed is missing, unknown, or not what a part takes."""
-        unchanging = set(self._prepare.inputs)
-        if missing := sorted(unchanging - feeds.keys()):
-            raise ValueError(f"the model takes {', '.join(sorted(unchanging))}; {missing[0]} is missing")
-        available = {**feeds, **self._prepared({name: feeds[name] for name in unchanging})}
-        wanted = set(self._step.inputs)
-        if unknown := sorted(feeds.keys() - wanted - unchanging):
+        known = {name for part in (*self._early, self._last) for name in part.inputs}
+        if unknown := sorted(feeds.keys() - known):
             raise ValueError(f"the model takes no {unknown[0]}")
-        return self._step.run({name: array for name, array in available.items() if name in wanted})
+        available = dict(feeds)
+        for part, kept in zip(self._early, self._kept, strict=True):
+            available |= _made(part, _taken(part, available), kept)
+        return self._last.run(_taken(self._last, available))
 
     def close(self) -> None:
-        """Free both parts and what is kept."""
-        self._kept.clear()
-        self._prepare.close()
-        self._step.close()
+        """Free the parts and what is kept."""
+        for kept in self._kept:
+            kept.clear()
+        for part in (*self._early, self._last):
+            free(part)
 
-    def _prepared(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        for known, made in self._kept:
-            if all(np.array_equal(known[name], array) for name, array in feeds.items()):
-                return made
-        made = self._prepare.run(feeds)
-        # Copies: a caller may change its arrays in place.
-        self._kept = [*self._kept, ({name: array.copy() for name, array in feeds.items()}, made)][-_KEPT:]
-        return made
+
+def _taken(part: Part, available: Arrays) -> Arrays:
+    if missing := sorted(set(part.inputs) - available.keys()):
+        raise ValueError(f"the model takes {', '.join(sorted(part.inputs))}; {missing[0]} is missing")
+    return {name: available[name] for name in part.inputs}
+
+
+def _made(part: Part, feeds: Arrays, kept: list[tuple[Arrays, Arrays]]) -> Arrays:
+    for known, made in kept:
+        if all(np.array_equal(known[name], array) for name, array in feeds.items()):
+            return made
+    made = part.run(feeds)
+    # Copies: a caller may change its arrays in place.
+    kept[:] = [*kept, ({name: array.copy() for name, array in feeds.items()}, made)][-_KEPT:]
+    return made

@@ -204,3 +204,22 @@ def test_a_damaged_manifest_is_a_clear_error_or_still_valid(
         assert bundle.components == tuple(Component)
         return
     assert str(folder) in message
+
+
+@pytest.mark.parametrize(("half_db", "lowest"), [(None, "normal"), (39.9, "normal"), (40.0, "low"), (300.0, "low")])
+def test_a_model_needs_the_precision_at_which_it_was_shown_right(
+    tmp_path: Path, half_db: float | None, lowest: str
+) -> None:
+    make_bundle(tmp_path)
+    path = tmp_path / MANIFEST
+    data = json.loads(path.read_text())
+    # What follows from the figure is not believed but made again; older manifests have neither.
+    del data["artifacts"][0]["half_db"]
+    data["artifacts"][0]["lowest_precision"] = "low"
+    if half_db is not None:
+        data["artifacts"][0]["half_db"] = half_db
+    path.write_text(json.dumps(data))
+    manifest = Bundle.open(tmp_path).manifest
+    assert manifest.artifacts[0].lowest_precision == lowest
+    assert json.loads(manifest.to_json())["artifacts"][0]["lowest_precision"] == lowest
+    assert manifest.artifacts[-1].lowest_precision is None

@@ -36,7 +36,7 @@ def cells(line: str) -> list[str]:
 
 def test_each_bundle_is_a_row_and_each_component_of_any_of_them_a_column(small: Bundle, other: Bundle) -> None:
     header, rule, *rows = map(cells, markdown_table([small, other]).splitlines())
-    assert header == ["variant", "recipe", "text_encoder", "number_conditioner", "all"]
+    assert header == ["variant", "recipe", "text_encoder", "number_conditioner", "all", "at low"]
     assert set(rule) == {"---"}
     assert [row[:2] for row in rows] == [["small-music", "`int8`"], ["small-music", "`fp16`"]]
     assert {len(row) for row in rows} == {len(header)}
@@ -50,6 +50,11 @@ def test_size_and_fidelity_are_those_of_the_manifest(other: Bundle) -> None:
         assert model.fidelity is not None
         assert cell == f"{model.bytes / 2**20:.1f} MiB, {model.fidelity.signal_to_noise_db:.1f} dB"
     assert row[4] == f"{sum(model.bytes for model in models) / 2**20:.1f} MiB"
+
+
+def test_what_can_run_with_halves_is_named(small: Bundle, other: Bundle) -> None:
+    rows = [cells(line) for line in markdown_table([small, other]).splitlines()[2:]]
+    assert [row[-1] for row in rows] == ["none", "text_encoder"]
 
 
 def test_the_command_prints_the_table(small: Bundle, other: Bundle) -> None:

@@ -138,3 +138,20 @@ def test_a_model_that_does_not_take_the_components_inputs_fails() -> None:
 def test_comparing_nothing_is_no_success() -> None:
     with pytest.raises(VerificationError, match="nothing was compared"):
         compared(StandIn(Component.DECODER), StandIn(Component.DECODER))
+
+
+def test_the_ratio_in_halves_stands_beside_the_targets() -> None:
+    component = Component.DECODER
+    samples = [sample_inputs(component, LAYOUT, seed=seed, latents=4) for seed in range(2)]
+
+    def verify(in_half: Change) -> ComponentFidelity:
+        sessions = StandIn(component), StandIn(component), StandIn(component, in_half)
+        reference, target, halved = ((lambda session=session: session) for session in sessions)
+        return verify_sessions(reference, target, component, LAYOUT, samples, halved)
+
+    assert compared(StandIn(component), StandIn(component), (4, 0)).half_db is None
+    found = verify(lambda array: array * np.float32(1.25))
+    assert found.half_db == pytest.approx(20 * np.log10(4), abs=1e-4)
+    assert found.worst.signal_to_noise_db == MAX_DB
+    # Beyond half's range there is nothing to compare.
+    assert verify(lambda array: np.full_like(array, np.inf)).half_db == -MAX_DB

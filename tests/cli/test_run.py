@@ -391,3 +391,22 @@ def test_a_bundle_without_encoder_generates_from_text_and_says_what_it_lacks_for
     assert cli.run(["run", str(copy), *SHORT, "--init-audio", str(output), "-o", str(copy.parent / "y.wav")]) == 3
     assert "component 'encoder'" in complaint(capsys)
     assert not (copy.parent / "y.wav").exists()
+
+
+def test_precision_low_is_given_to_what_is_right_with_it_and_the_rest_is_told(
+    run: Callable[..., int], batch: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = tmp_path / "figures.json"
+    low = [*SHORT, "--precision", "low"]
+    assert run(*low, "-o", str(tmp_path / "a.wav"), "--json", str(figures)) == 0
+    captured = capsys.readouterr()
+    assert "at normal instead: number_conditioner, dit.\n" in captured.err
+    assert "number_conditioner at normal, dit at normal" in captured.out
+    engine = json.loads(figures.read_text())["engine"]
+    assert (engine["precision"], engine["dit at"], engine["number_conditioner at"]) == ("low", "normal", "normal")
+    assert {name for name in engine if name.endswith(" at")} == {"dit at", "number_conditioner at"}
+    lines = batch({"prompt": "pad", "seconds": 0.5, "steps": 1})
+    assert run("--batch", str(lines), "-o", str(tmp_path / "out"), "--precision", "low", "--allow", "silence") == 0
+    assert capsys.readouterr().err.count("at normal instead: number_conditioner, dit.") == 1
+    assert run(*SHORT, "-o", str(tmp_path / "b.wav")) == 0
+    assert "instead" not in capsys.readouterr().err

@@ -28,6 +28,7 @@ TEXT = """(float[1, N, 64] x, float[1, 5, 64] c, float[1, N] m) => (float[1, N, 
     met = Add(masked, total)
     y = MatMul(met, C)
 }"""
+UNCHANGING = ("c", "m")
 AXES = {"axis": np.array([1]), "last": np.array([2])}
 
 
@@ -50,7 +51,7 @@ def names(path: Path) -> tuple[list[str], set[str]]:
 
 
 def test_each_part_has_its_own_inputs_and_weights(whole: Path, tmp_path: Path) -> None:
-    handed = split_onnx(whole, tmp_path / "prepare.onnx", tmp_path / "step.onnx", ["x"])
+    handed = split_onnx(whole, {tmp_path / "prepare.onnx": UNCHANGING}, tmp_path / "step.onnx")
     assert handed == ("total",)
     assert names(tmp_path / "prepare.onnx") == (["c"], {"B"})
     # The mask's part costs nothing, so it is computed where it is needed.
@@ -61,7 +62,7 @@ def test_each_part_has_its_own_inputs_and_weights(whole: Path, tmp_path: Path) -
 
 def test_another_tool_cuts_out_the_same_parts(whole: Path, tmp_path: Path) -> None:
     prepare, step = tmp_path / "prepare.onnx", tmp_path / "step.onnx"
-    handed = split_onnx(whole, prepare, step, ["x"])
+    handed = split_onnx(whole, {prepare: UNCHANGING}, step)
     for ours, inputs, outputs in ((prepare, (), handed), (step, handed, ("y",))):
         theirs = gs.import_onnx(onnx.load(whole))
         tensors = theirs.tensors()
@@ -85,7 +86,7 @@ def test_the_weights_of_a_part_stand_in_the_order_of_the_whole(tmp_path: Path) -
     model = graph(text.format(" ".join(steps)), **many)
     common.ShapeInferencePass()(model)
     save_onnx(model, tmp_path / "whole.onnx")
-    split_onnx(tmp_path / "whole.onnx", tmp_path / "prepare.onnx", tmp_path / "step.onnx", ["x"])
+    split_onnx(tmp_path / "whole.onnx", {tmp_path / "prepare.onnx": UNCHANGING}, tmp_path / "step.onnx")
     found = onnx.load(tmp_path / "prepare.onnx", load_external_data=False).graph
     assert [tensor.name for tensor in found.initializer] == list(many)
 
@@ -97,7 +98,7 @@ def test_the_parts_in_turn_give_what_the_whole_gives(
 ) -> None:
     folder = tmp_path_factory.mktemp("split")
     write_whole(folder / "whole.onnx")
-    split_onnx(folder / "whole.onnx", folder / "prepare.onnx", folder / "step.onnx", ["x"])
+    split_onnx(folder / "whole.onnx", {folder / "prepare.onnx": UNCHANGING}, folder / "step.onnx")
     random = np.random.default_rng(seed)
     shapes = {"x": (1, length, 64), "c": (1, 5, 64), "m": (1, length)}
     feeds = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
@@ -107,24 +108,34 @@ def test_the_parts_in_turn_give_what_the_whole_gives(
     np.testing.assert_array_equal(step.run({"x": feeds["x"], "m": feeds["m"], **prepared})["y"], expected)
 
 
-@pytest.mark.parametrize("changing", [["x", "c", "m"], ["x", "c"]])
-def test_where_nothing_costly_stays_the_same_nothing_is_written(
-    whole: Path, tmp_path: Path, changing: list[str]
-) -> None:
+def test_two_groups_of_inputs_get_a_part_each(tmp_path: Path) -> None:
+    text = "(float[1, 64] x, float[1, 64] c, float[1, 64] t) => (float[1, 64] y) {\n"
+    text += "k = MatMul(c, A) e = MatMul(t, B) s = Add(k, e) h = MatMul(x, C) y = Add(h, s) }"
+    model = graph(text, **WEIGHTS)
+    common.ShapeInferencePass()(model)
+    save_onnx(model, tmp_path / "whole.onnx")
+    paths = [tmp_path / f"{name}.onnx" for name in ("prepare", "time", "step")]
+    assert split_onnx(tmp_path / "whole.onnx", {paths[0]: ["c"], paths[1]: ["t"]}, paths[2]) == ("k", "e")
+    found = [(["c"], {"A"}), (["t"], {"B"}), (["x", "k", "e"], {"C"})]
+    assert [names(path) for path in paths] == found
+
+
+@pytest.mark.parametrize("inputs", [[], ["m"]])
+def test_where_nothing_costly_stays_the_same_nothing_is_written(whole: Path, tmp_path: Path, inputs: list[str]) -> None:
     with pytest.raises(ConversionError, match="cannot be split"):
-        split_onnx(whole, tmp_path / "prepare.onnx", tmp_path / "step.onnx", changing)
+        split_onnx(whole, {tmp_path / "prepare.onnx": inputs}, tmp_path / "step.onnx")
     assert not (tmp_path / "prepare.onnx").exists()
 
 
 def test_a_value_of_unknown_shape_is_told(tmp_path: Path) -> None:
     save_onnx(graph(TEXT, **WEIGHTS, **AXES), tmp_path / "whole.onnx")
     with pytest.raises(ConversionError, match="what shape 'total' has"):
-        split_onnx(tmp_path / "whole.onnx", tmp_path / "prepare.onnx", tmp_path / "step.onnx", ["x"])
+        split_onnx(tmp_path / "whole.onnx", {tmp_path / "prepare.onnx": UNCHANGING}, tmp_path / "step.onnx")
 
 
 def test_the_whole_is_not_changed(whole: Path, tmp_path: Path) -> None:
     before = whole.read_bytes()
-    split_onnx(whole, tmp_path / "prepare.onnx", tmp_path / "step.onnx", ["x"])
+    split_onnx(whole, {tmp_path / "prepare.onnx": UNCHANGING}, tmp_path / "step.onnx")
     assert whole.read_bytes() == before
 
 
@@ -133,11 +144,11 @@ def test_a_file_that_is_no_onnx_is_told(tmp_path: Path, content: bytes | None) -
     if content is not None:
         (tmp_path / "whole.onnx").write_bytes(content)
     with pytest.raises(ModelFileError):
-        split_onnx(tmp_path / "whole.onnx", tmp_path / "prepare.onnx", tmp_path / "step.onnx", ["x"])
+        split_onnx(tmp_path / "whole.onnx", {tmp_path / "prepare.onnx": UNCHANGING}, tmp_path / "step.onnx")
 
 
 def test_a_part_gets_the_rules_of_its_own_layers(whole: Path, tmp_path: Path) -> None:
-    split_onnx(whole, tmp_path / "prepare.onnx", tmp_path / "step.onnx", ["x"])
+    split_onnx(whole, {tmp_path / "prepare.onnx": UNCHANGING}, tmp_path / "step.onnx")
     rules = (LayerRule(match="^k$", bits=4), LayerRule(match="^[hy]$", bits=6))
     recipe = ComponentRecipe(weights=WeightScheme(bits=8, layers=rules), floor_db=10)
     for part, index in (("prepare", 0), ("step", 1)):

@@ -157,6 +157,38 @@ def test_engines_say_what_they_run_with(small: Parts) -> None:
     assert small.engine.settings["padding"] == "key_mask"
 
 
+def test_precision_low_is_for_what_is_right_with_it(
+    monkeypatch: pytest.MonkeyPatch, small: Parts, tmp_path: Path
+) -> None:
+    opened: list[tuple[str, str]] = []
+
+    class Opened:
+        weight_file_bytes = 0
+
+        def __init__(self, path: Path, **settings: Any) -> None:
+            opened.append((path.name, settings["precision"]))
+
+    monkeypatch.setattr("sa3_convert.mnn.session.MnnSession", Opened)
+    names = ("dit", "decoder", "prepare", "time", "step")
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    files = {name: CheckedFile.read(tmp_path / name) for name in names}
+    whole = {Component.DIT: files["dit"], Component.DECODER: files["decoder"]}
+    right = (Component.DECODER,)
+    low = MnnEngine(small.layout, whole, precision="low", right_at_low=right)
+    for component in whole:
+        low.load(component)
+    assert opened == [("dit", "normal"), ("decoder", "low")]
+    assert low.settings["dit at"] == "normal"
+    assert "decoder at" not in low.settings
+    opened.clear()
+    parts = (files["prepare"], files["time"], files["step"])
+    for precision, right in (("low", (Component.DIT,)), ("low", ()), ("high", ())):
+        MnnEngine(small.layout, whole, parts=parts, precision=precision, right_at_low=right).load(Component.DIT)  # type: ignore[arg-type]
+    levels = [level for _, level in opened]
+    assert levels == ["normal", "normal", "low", *["normal"] * 3, *["high"] * 3]
+
+
 def test_threads_that_nobody_asked_for_are_reported_as_they_are(small: Parts) -> None:
     for engine in (MnnEngine(small.layout, {}), OrtEngine(small.layout, {}), small.engine):
         assert engine.settings["threads"] == default_threads()
