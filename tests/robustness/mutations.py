@@ -32,6 +32,8 @@ from sa3_convert.mnn.file.storage import read_storage
 HOSTILE = (0, 1, 2, 3, 7, 255, 4096, 1 << 20, (1 << 30) + 1, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, (1 << 32) - 5)
 TOKENIZER = "tokenizer"
 MODELS = tuple(component.value for component in Component)
+UNCHANGED = "nothing"
+"""What is changed in the first model: commands that end well on it reach the models of the others too."""
 _DEEPEST = 5
 _ROOM = 6 << 30
 _PATIENCE = 120.0
@@ -179,13 +181,14 @@ def file_name(component: str) -> str:
 
 
 def place(bundle: Path, folder: Path, component: str, data: bytes, *, audited: bool) -> Path:
-    """Put a bundle with one changed model into a folder, its manifest adapted; the other files are links."""
+    """Put a bundle with one changed model into a folder, its manifest adapted; the other files are the same ones.
+
+    They are hard links: nothing in a bundle is read through a symbolic link that leads out of it.
+    """
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     name = file_name(component)
-    for file in bundle.iterdir():
-        if file.name not in (name, "manifest.json", ".lock"):
-            (folder / file.name).symlink_to(file)
+    others = shutil.ignore_patterns(name, "manifest.json", ".lock")
+    shutil.copytree(bundle, folder, ignore=others, copy_function=os.link)
     (folder / name).write_bytes(data)
     manifest = json.loads((bundle / "manifest.json").read_text())
     for artifact in manifest["artifacts"]:
@@ -272,6 +275,8 @@ def trials(bundle: Path, folder: Path, count: int, seed: int, components: Sequen
         original = originals[component]
         if component == TOKENIZER:
             data, change = changed_json(original, rng)
+        elif number == seed * count:
+            data, change = original, UNCHANGED
         else:
             data, change = changed(original, places[component], rng)
         there = place(bundle, folder / "bundle", component, data, audited=rng.random() < 0.7)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sa3_convert.bundle.reader import Bundle
-from tests.robustness.mutations import MODELS, TOKENIZER
+from tests.robustness.mutations import MODELS, TOKENIZER, UNCHANGED
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,6 +36,7 @@ def test_changed_models_are_no_crash(count: int, judged: Bundle, tmp_path: Path)
     found = trials(judged, tmp_path, count, *MODELS)
     assert len(found) == 2 * count
     assert [trial for trial in found if trial["problems"]] == []
+    assert [trial["code"] for trial in found if trial["change"] == UNCHANGED] == [0, 0]
     if count > 100:
         # Some must get as far as MNN and end it, or nothing was tried.
         ended = [trial for trial in found if "ended the command" in trial["said"]]
