@@ -33,6 +33,8 @@ from sa3_convert.system.sealed import fingerprint
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sa3_convert.runtime.prompts import UsedTokenizer
+
 TOKENIZER = "tokenizer.json"
 _LARGEST_TOKENIZER = 128 << 20
 """Bytes; the published one has a quarter of it."""
@@ -64,6 +66,8 @@ class Checkpoint:
     layout: CheckpointLayout
     weights: TensorFile
     text_encoder: TensorFile | None
+    tokenizer: "UsedTokenizer | None" = None
+    """How the reference uses the text encoder's tokenizer."""
     loras: tuple[Lora, ...] = ()
     """Adapters that are in the values that `state` returns, in the order in which they are applied."""
     _digests: dict[Component, str] = field(default_factory=dict, repr=False, compare=False)
@@ -89,14 +93,14 @@ class Checkpoint:
         layout = read_layout(folder)
         weights = open_weights(folder)
         weights.require(expected_tensors(layout))
-        text_encoder = None
+        text_encoder = tokenizer = None
         if layout.text_encoder is not None:
             text_encoder = open_weights(text_folder)
             text_encoder.require(expected_text_encoder_tensors(layout.text_encoder), within=TEXT_ENCODER_PREFIX)
             from sa3_convert.runtime.prompts import check_tokenizer
 
-            check_tokenizer(text_folder / TOKENIZER, layout.text_encoder)
-        return cls(folder, layout, weights, text_encoder)
+            tokenizer = check_tokenizer(text_folder / TOKENIZER, layout.text_encoder)
+        return cls(folder, layout, weights, text_encoder, tokenizer)
 
     def with_loras(self, requests: Sequence[LoraRequest]) -> "Checkpoint":
         """Return this checkpoint with adapters in it; their headers are checked now, weights are merged when read.

@@ -65,7 +65,8 @@ def convert(
         threads=threads,
     )
     console.stderr.print(f"{checkpoint}: {opened.variant_name}; recipe {resolved.name}: {resolved.description}")
-    if note := check_conversion(request.selected()):
+    notes = [check_conversion(request.selected()), opened.tokenizer and opened.tokenizer.note]
+    for note in filter(None, notes):
         console.stderr.print(f"Note: {note}")
     if dry_run or is_shown():
         console.stderr.print(resolved.to_yaml().rstrip(), style="dim")

@@ -170,6 +170,7 @@ def shared_text(request: "ConvertRequest", kind: ArtifactKind) -> str | None:
     """Return what a file for all components holds; None if this checkpoint has none, or has it in its weights."""
     if kind == "recipe":
         return request.recipe.to_yaml()
-    if kind == "tokenizer" and request.checkpoint.layout.text_encoder is not None:
-        return (request.checkpoint.folder / TEXT_ENCODER_FOLDER / TOKENIZER).read_text(encoding="utf-8")
+    if kind == "tokenizer" and request.checkpoint.tokenizer is not None:
+        file = request.checkpoint.folder / TEXT_ENCODER_FOLDER / TOKENIZER
+        return request.checkpoint.tokenizer.content or file.read_text(encoding="utf-8")
     return None

@@ -43,14 +43,11 @@ class Pipeline:
     Args:
         layout: dimensions of the checkpoint.
         engine: what loads and runs the models.
-        tokenizer: path of `tokenizer.json`.
+        tokenizer: of the same checkpoint.
         bottleneck: of the same checkpoint.
         keep_loaded: keep models between stages and generations, for servers and batches, or the one used last; else
             each is freed after its stage, so that memory holds one at a time.
         window: latents per run of the autoencoder; smaller needs less memory and computes a little more.
-
-    Raises:
-        BundleError: the layout is of an autoencoder alone, or the tokenizer is missing or damaged.
 
     """
 
@@ -58,20 +55,18 @@ class Pipeline:
         self,
         layout: CheckpointLayout,
         engine: Engine,
-        tokenizer: Path,
+        tokenizer: PromptTokenizer,
         bottleneck: Bottleneck,
         *,
         keep_loaded: KeepLoaded = False,
         window: int = autoencode.WINDOW,
     ) -> None:
-        if layout.text_encoder is None:
-            raise BundleError("An autoencoder alone cannot generate. Give a whole checkpoint, or a bundle of one.")
         self.layout = layout
         self.models = Models(engine, keep_loaded=keep_loaded)
         self.manifest: Manifest | None = None
         """Of the bundle that was opened, if it is one: what is said of the models comes from the same opening."""
         self._bottleneck = bottleneck
-        self._tokenizer = PromptTokenizer(tokenizer, layout.text_encoder)
+        self._tokenizer = tokenizer
         self._window = window
 
     @classmethod
@@ -118,7 +113,8 @@ class Pipeline:
         cls, bundle: Bundle, engine: Engine, *, keep_loaded: KeepLoaded = False, window: int = autoencode.WINDOW
     ) -> Self:
         """Return a pipeline over an open bundle, whose models an engine of one's own loads; see `from_bundle`."""
-        with bundle.reading("tokenizer") as tokenizer, bundle.reading("bottleneck_params") as parameters:
+        with bundle.reading("tokenizer") as file, bundle.reading("bottleneck_params") as parameters:
+            tokenizer = PromptTokenizer(file, bundle.layout.text_encoder)
             bottleneck = Bottleneck.read(parameters, bundle.layout.autoencoder.latent_dim)
             pipeline = cls(bundle.layout, engine, tokenizer, bottleneck, keep_loaded=keep_loaded, window=window)
         pipeline.manifest = bundle.manifest
@@ -137,8 +133,10 @@ class Pipeline:
             **options: `threads`, `padding`.
 
         """
-        engine, tokenizer, bottleneck = checkpoint_parts(folder, options)
-        return cls(engine.checkpoint.layout, engine, tokenizer, bottleneck, keep_loaded=keep_loaded, window=window)
+        engine, file, bottleneck = checkpoint_parts(folder, options)
+        layout, used = engine.checkpoint.layout, engine.checkpoint.tokenizer
+        tokenizer = PromptTokenizer(file, layout.text_encoder, None if used is None else used.content)
+        return cls(layout, engine, tokenizer, bottleneck, keep_loaded=keep_loaded, window=window)
 
     def __enter__(self) -> Self:
         return self

@@ -1,16 +1,23 @@
-"""Prompts to token ids as the text encoder takes them: right-padded with id 0, no begin or end token, cut to length."""
+"""Prompts to token ids as the text encoder takes them: encoded as the reference does, cut, right-padded with id 0.
+
+The reference calls its tokenizer with special tokens on. Whether that puts any around a prompt is said by
+`tokenizer_config.json` if it names `add_bos_token` or `add_eos_token`, as in transformers 5, else by `tokenizer.json`.
+"""
 
 import contextlib
+import itertools
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
 from sa3_convert.checkpoint.dimensions import TextEncoderLayout
+from sa3_convert.checkpoint.json_file import Picked, held, read_json
 from sa3_convert.errors import BundleError, CheckpointError, UsageError
 from sa3_convert.system.checked_files import named
 from sa3_convert.system.log import capture_stderr
@@ -48,41 +55,87 @@ class Tokens:
     """Tokens at the prompt's end that did not fit."""
 
 
-class PromptTokenizer:
-    """The checkpoint's `tokenizer.json`, for a text encoder; BundleError if it cannot be used."""
+@dataclass(frozen=True, slots=True)
+class Around:
+    """Special tokens that stand around every prompt."""
 
-    def __init__(self, path: Path, text: TextEncoderLayout) -> None:
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: tokenizers.Tokenizer, path: Path) -> Self:
+        """Find out by encoding a text both ways; `ValueError` if they differ by more."""
+        plain, whole = (_encode(tokenizer, path, _TEXT, special=special) for special in (False, True))
+        for start in range(len(whole) - len(plain) + 1):
+            if whole[start : start + len(plain)] == plain:
+                return cls(tuple(whole[:start]), tuple(whole[start + len(plain) :]))
+        raise ValueError("its post-processor does more than put tokens around a prompt")
+
+    def put(self, ids: list[int]) -> list[int]:
+        """Return the ids of a prompt with them."""
+        return [*self.before, *ids, *self.after]
+
+
+class PromptTokenizer:
+    """A `tokenizer.json`, used with special tokens on, for a text encoder; BundleError if it cannot be used.
+
+    Args:
+        path: of the file.
+        text: dimensions of the text encoder; an autoencoder alone has none.
+        content: what is used instead of what the file holds.
+
+    """
+
+    def __init__(self, path: Path, text: TextEncoderLayout | None, content: str | None = None) -> None:
+        if text is None:
+            raise BundleError("An autoencoder alone cannot generate. Give a whole checkpoint, or a bundle of one.")
         self._path, self._text = path, text
         try:
-            self._tokenizer = _load(path)
+            self._tokenizer = _load(path, content)
+            self._around = Around.of(self._tokenizer, path)
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror or error}. {_GET_ANOTHER}") from None
         except ValueError as error:
             raise BundleError(f"{path} is no tokenizer that can be used: {error}. {_GET_ANOTHER}") from None
 
     def encode(self, prompt: str) -> Tokens:
-        """Return the tokens of a prompt that passed `check_prompt`; the empty prompt has none."""
+        """Return the tokens of a prompt that passed `check_prompt`; the empty prompt has special ones alone, if any."""
         try:
             found = _encode(self._tokenizer, self._path, prompt)
         except ValueError as error:
             raise BundleError(f"{self._path} fails on this prompt: {error}. {_GET_ANOTHER}") from None
         length, rows = self._text.max_length, self._text.vocab_size
-        kept = found[:length]
+        room = max(length - len(self._around.put([])), 0)
+        kept = self._around.put(found[:room])[:length]
         if kept and max(kept) >= rows:
             # MNN would read beyond its table, or take another row of it.
             raise BundleError(f"{self._path} gives token {max(kept)}; the text encoder has {rows}. {_GET_ANOTHER}")
         ids = np.zeros((1, length), np.int32)
         ids[0, : len(kept)] = kept
         mask = (np.arange(length) < len(kept)).astype(np.int32)[np.newaxis]
-        return Tokens(ids, mask, len(found) - len(kept))
+        return Tokens(ids, mask, max(len(found) - room, 0))
 
 
-def check_tokenizer(path: Path, text: TextEncoderLayout) -> None:
+@dataclass(frozen=True, slots=True)
+class UsedTokenizer:
+    """A checkpoint's tokenizer as the reference uses it."""
+
+    content: str | None
+    """What is used instead of `tokenizer.json`, which adds other tokens than the reference does."""
+    note: str
+    """What a user should know of it; empty where nothing is added."""
+
+
+def check_tokenizer(path: Path, text: TextEncoderLayout) -> UsedTokenizer:
     """Try a checkpoint's tokenizer on every kind of prompt, and hold all its ids to the text encoder's table."""
     try:
         tokenizer = _load(path)
+        used = _as_used(tokenizer, path)
+        around = Around.of(tokenizer, path)
         for prompt in _PROBES:
-            _encode(tokenizer, path, prompt)
+            plain, whole = (_encode(tokenizer, path, prompt, special=special) for special in (False, True))
+            if whole != around.put(plain):
+                raise ValueError("its post-processor does more than put tokens around a prompt")
         with _library(path, _LOAD_SECONDS):
             last = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     except FileNotFoundError:
@@ -96,11 +149,67 @@ def check_tokenizer(path: Path, text: TextEncoderLayout) -> None:
             f"{path} has ids up to {last}, the text encoder's vocab_size is {text.vocab_size}. "
             "Are the files of one checkpoint?"
         )
+    return used
 
 
-def _load(path: Path) -> tokenizers.Tokenizer:
+class _Named(Picked):
+    content: str
+
+
+class _Settings(Picked):
+    """What `tokenizer_config.json` says of special tokens."""
+
+    add_bos_token: bool | None = None
+    add_eos_token: bool | None = None
+    bos_token: str | _Named | None = None
+    eos_token: str | _Named | None = None
+
+
+def _as_used(tokenizer: tokenizers.Tokenizer, path: Path) -> UsedTokenizer:
+    """Make a tokenizer add what the reference adds, and say what that is."""
+    config, content = path.with_name("tokenizer_config.json"), None
+    settings = held(_Settings, read_json(config), config.name) if config.exists() else _Settings()
+    if settings.model_fields_set & {"add_bos_token", "add_eos_token"}:
+        tokens = [
+            [] if named is None or not wanted else [named if isinstance(named, str) else named.content]
+            for wanted, named in (
+                (settings.add_bos_token, settings.bos_token),
+                (settings.add_eos_token, settings.eos_token),
+            )
+        ]
+        ids: dict[str, int] = {}
+        for token in itertools.chain(*tokens):
+            number = tokenizer.token_to_id(token)
+            if number is None:
+                raise CheckpointError(f"{config} adds {token!r} to prompts, which {path.name} does not have.")
+            ids[token] = number
+        wanted = Around(*(tuple(ids[token] for token in side) for side in tokens))
+        with contextlib.suppress(ValueError):
+            if Around.of(tokenizer, path) == wanted:
+                return UsedTokenizer(None, _note(tokenizer, wanted, path.name))
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=[*tokens[0], "$A", *tokens[1]], special_tokens=list(ids.items())
+        )
+        content = tokenizer.to_str()
+    source = path.name if content is None else f"{config.name}, which overrules {path.name}"
+    return UsedTokenizer(content, _note(tokenizer, Around.of(tokenizer, path), source))
+
+
+def _note(tokenizer: tokenizers.Tokenizer, around: Around, source: str) -> str:
+    sides = [
+        f"{' '.join(map(str, map(tokenizer.id_to_token, side)))} {where}"
+        for side, where in ((around.before, "in front"), (around.after, "behind"))
+        if side
+    ]
+    if not sides and "overrules" not in source:
+        return ""
+    return f"Prompts are encoded as the reference does, with {' and '.join(sides) or 'no special token'}: {source}."
+
+
+def _load(path: Path, content: str | None = None) -> tokenizers.Tokenizer:
     """Return a tokenizer; `ValueError` says why the library cannot use the file, or gives other tokens each time."""
-    content = read_text(path, _LARGEST)
+    if content is None:
+        content = read_text(path, _LARGEST)
     with _library(path, _LOAD_SECONDS):
         tokenizer = tokenizers.Tokenizer.from_str(content)
         # The file may bring settings of its own; the length is the text encoder's, whose shape is static.
@@ -111,9 +220,9 @@ def _load(path: Path) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _encode(tokenizer: tokenizers.Tokenizer, path: Path, prompt: str) -> list[int]:
+def _encode(tokenizer: tokenizers.Tokenizer, path: Path, prompt: str, *, special: bool = False) -> list[int]:
     with _library(path, _ENCODE_SECONDS):
-        return list(tokenizer.encode(prompt, add_special_tokens=False).ids)
+        return list(tokenizer.encode(prompt, add_special_tokens=special).ids)
 
 
 @contextlib.contextmanager

@@ -59,7 +59,7 @@ def pipeline_of(family: str, bundle: Bundle, engine: EngineName, dit: Path | Non
     assert isinstance(runner, MnnEngine | OrtEngine)
     if dit is not None:
         runner = dataclasses.replace(runner, files={**runner.files, Component.DIT: CheckedFile.read(dit)})
-    return Pipeline(parts.layout, runner, parts.tokenizer, parts.bottleneck, keep_loaded=True)
+    return Pipeline(parts.layout, runner, parts.prompts, parts.bottleneck, keep_loaded=True)
 
 
 def assert_golden(pipeline: Pipeline, golden: Golden, case: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from sa3_convert.arrays import Arrays
 from sa3_convert.checkpoint.dimensions import CheckpointLayout, TextEncoderLayout
 from sa3_convert.runtime.autoencode import Bottleneck
 from sa3_convert.runtime.engines import TorchEngine, checkpoint_parts
+from sa3_convert.runtime.prompts import PromptTokenizer
 from sa3_convert.runtime.request import GenerateRequest
 from tests.conftest import GOLDEN, Golden
 
@@ -35,6 +36,10 @@ class Parts:
     def text(self) -> TextEncoderLayout:
         assert self.layout.text_encoder is not None
         return self.layout.text_encoder
+
+    @property
+    def prompts(self) -> PromptTokenizer:
+        return PromptTokenizer(self.tokenizer, self.text)
 
 
 def open_parts(family: str, **options: Any) -> Parts:

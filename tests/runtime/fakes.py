@@ -11,6 +11,7 @@ from sa3_convert.components import Component
 from sa3_convert.errors import BundleError
 from sa3_convert.runtime.engines import EngineName
 from sa3_convert.runtime.pipeline import Pipeline
+from sa3_convert.runtime.prompts import PromptTokenizer
 from tests.runtime.conftest import Parts, StandIn
 
 Floats = NDArray[np.float32]
@@ -65,4 +66,5 @@ class FakeEngine:
 
 
 def pipeline(parts: Parts, engine: FakeEngine, layout: CheckpointLayout | None = None, **options: Any) -> Pipeline:
-    return Pipeline(layout or parts.layout, engine, parts.tokenizer, parts.bottleneck, **options)
+    layout = layout or parts.layout
+    return Pipeline(layout, engine, PromptTokenizer(parts.tokenizer, layout.text_encoder), parts.bottleneck, **options)

@@ -17,14 +17,14 @@ SECONDS = np.full((1, 1, 3), 7, np.float32)
 
 
 def test_golden_prompts_give_golden_embeddings(golden: Golden, parts: Parts) -> None:
-    reference = Pipeline(parts.layout, parts.engine, parts.tokenizer, parts.bottleneck, keep_loaded=True)
+    reference = Pipeline(parts.layout, parts.engine, parts.prompts, parts.bottleneck, keep_loaded=True)
     for case in golden.of("text_encoder"):
         (embedding,) = reference.prompt_embeddings(reference.tokens(case["prompt"]))
         assert_close_to_peak(embedding, golden.tensors[case["output"]], 1e-4)
 
 
 def test_golden_durations_give_golden_embeddings(golden: Golden, parts: Parts) -> None:
-    reference = Pipeline(parts.layout, parts.engine, parts.tokenizer, parts.bottleneck, keep_loaded=True)
+    reference = Pipeline(parts.layout, parts.engine, parts.prompts, parts.bottleneck, keep_loaded=True)
     for case in golden.of("number_conditioner"):
         embedding = reference.seconds_embedding(case["seconds"])
         expected = golden.tensors[case["output"]]

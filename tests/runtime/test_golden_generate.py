@@ -21,7 +21,7 @@ CASES = [
 def test_torch_gives_the_reference_latents_and_audio(family: str, case: dict[str, Any]) -> None:
     golden = load_golden(family)
     parts = open_parts(family, padding=case["padding"])
-    pipeline = Pipeline(parts.layout, parts.engine, parts.tokenizer, parts.bottleneck)
+    pipeline = Pipeline(parts.layout, parts.engine, parts.prompts, parts.bottleneck)
     result = pipeline.generate(golden_request(golden, case))
     valid = result.report.lengths.valid
     assert_close_to_peak(result.report.latents[..., :valid], golden.tensors[case["latents"]][..., :valid], 2e-5)

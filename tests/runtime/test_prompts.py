@@ -2,13 +2,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from sa3_convert.errors import BundleError, CheckpointError, UsageError
-from sa3_convert.runtime.prompts import PromptTokenizer, check_prompt, check_tokenizer
+from sa3_convert.runtime.prompts import Around, PromptTokenizer, check_prompt, check_tokenizer
 from tests.conftest import Golden
 from tests.runtime.conftest import Parts
 
@@ -106,6 +107,93 @@ def test_a_tokenizer_cut_anywhere_is_refused(small: Parts, tmp_path: Path) -> No
         path.write_bytes(whole[: int(len(whole) * share)])
         with pytest.raises(BundleError):
             PromptTokenizer(path, small.text)
+
+
+BEGUN = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<bos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"<bos>": {"id": "<bos>", "ids": [2], "tokens": ["<bos>"]}},
+}
+PLAIN: dict[str, Any] = {"post_processor": None}
+NAMES = {"bos_token": "<bos>", "eos_token": {"content": "<eos>", "__type": "AddedToken"}}
+IN_FRONT = "Prompts are encoded as the reference does, with <bos> in front: tokenizer.json."
+OVERRULED = "tokenizer_config.json, which overrules tokenizer.json."
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "before", "after", "note"),
+    [
+        (PLAIN, None, [], [], ""),
+        (PLAIN, {"add_bos_token": False, "add_eos_token": False}, [], [], ""),
+        (PLAIN, NAMES, [], [], ""),
+        ({"post_processor": BEGUN}, None, [2], [], IN_FRONT),
+        ({"post_processor": BEGUN}, NAMES, [2], [], IN_FRONT),
+        ({"post_processor": BEGUN}, NAMES | {"add_bos_token": True}, [2], [], IN_FRONT),
+        ({"post_processor": BEGUN}, NAMES | {"add_bos_token": False}, [], [], f"no special token: {OVERRULED}"),
+        ({"post_processor": BEGUN}, NAMES | {"add_bos_token": None}, [], [], f"no special token: {OVERRULED}"),
+        ({"post_processor": BEGUN}, NAMES | {"add_eos_token": True}, [], [1], f"<eos> behind: {OVERRULED}"),
+        (
+            PLAIN,
+            NAMES | {"add_bos_token": True, "add_eos_token": True},
+            [2],
+            [1],
+            f"<bos> in front and <eos> behind: {OVERRULED}",
+        ),
+    ],
+)
+def test_special_tokens_are_those_that_the_reference_adds(
+    change: Any, settings: Any, before: list[int], after: list[int], note: str, small: Parts, tmp_path: Path
+) -> None:
+    path = changed(small, tmp_path, change)
+    if settings is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    used = check_tokenizer(path, small.text)
+    assert used.note.endswith(note)
+    assert bool(used.note) == bool(note)
+    assert (used.content is None) == ("overrules" not in note)
+    tokens = PromptTokenizer(path, small.text, used.content).encode("pad")
+    plain = PromptTokenizer(small.tokenizer, small.text).encode("pad")
+    expected = [*before, *plain.ids[plain.mask == 1], *after]
+    assert tokens.ids[tokens.mask == 1].tolist() == expected
+    assert not tokens.ids[tokens.mask == 0].any()
+
+
+def test_special_tokens_stay_when_a_prompt_is_cut(small: Parts, tmp_path: Path) -> None:
+    path = changed(small, tmp_path, PLAIN)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(NAMES | {"add_bos_token": True, "add_eos_token": True}))
+    tokens = PromptTokenizer(path, small.text, check_tokenizer(path, small.text).content).encode("a b" * 99)
+    plain = PromptTokenizer(small.tokenizer, small.text).encode("a b" * 99)
+    assert tokens.ids[0].tolist() == [2, *plain.ids[0, :14], 1]
+    assert tokens.dropped == plain.dropped + 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (NAMES | {"add_bos_token": 1}, "add_bos_token is 1, expected true or false"),
+        (
+            {"bos_token": "<begin>", "add_bos_token": True},
+            "adds '<begin>' to prompts, which tokenizer.json does not have",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_followed_are_refused(
+    settings: Any, message: str, small: Parts, tmp_path: Path
+) -> None:
+    path = changed(small, tmp_path, PLAIN)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=message):
+        check_tokenizer(path, small.text)
+
+
+def test_a_post_processor_that_changes_more_is_refused(tmp_path: Path) -> None:
+    class Reversing:
+        def encode(self, text: str, *, add_special_tokens: bool) -> Any:
+            return SimpleNamespace(ids=[2, 7, 5] if add_special_tokens else [5, 7])
+
+    with pytest.raises(ValueError, match="does more than put tokens around a prompt"):
+        Around.of(Reversing(), tmp_path)  # type: ignore[arg-type]
 
 
 ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
