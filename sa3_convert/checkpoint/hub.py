@@ -22,7 +22,7 @@ from sa3_convert.checkpoint.reader import TOKENIZER, Checkpoint
 from sa3_convert.checkpoint.tensor_file import INDEX, WEIGHTS, shard_names
 from sa3_convert.checkpoint.variants import PINNED
 from sa3_convert.errors import CheckpointError, UsageError
-from sa3_convert.system.files import check_new_folder, copy_file, require_space, sha256_file, write_text
+from sa3_convert.system.files import check_new_folder, copy_file, require_space, sha256_file, take_name, write_text
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are there and the bytes in all."""
@@ -86,7 +86,7 @@ def fetch(
             download.bring_all(progress)
             download.record()
             Checkpoint.open(staging)
-            staging.rename(target)
+            take_name(staging, target)
     return Fetched(hub_id, source.commit, sum(file.size for file in download.files))
 
 
@@ -216,7 +216,7 @@ class _Download:
     def _transfer(self, file: HubFile, grown: Callable[[int], None]) -> None:
         partial = self._partial(file)
         continued = _size(partial) > 0
-        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         with os.fdopen(descriptor, "r+b") as stream:
             if stream.seek(0, io.SEEK_END) > file.size:
                 stream.truncate(stream.seek(0))
@@ -226,7 +226,7 @@ class _Download:
         if file.is_at(partial):
             target = self._folder / file.name
             target.parent.mkdir(exist_ok=True)
-            partial.rename(target)
+            take_name(partial, target)
             return
         partial.unlink()
         if not continued:

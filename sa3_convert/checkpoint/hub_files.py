@@ -1,7 +1,6 @@
 """Which bytes a file of the hub must have, and the folder in which a download grows until it is whole."""
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sa3_convert.checkpoint.config import TEXT_ENCODER_FOLDER
 from sa3_convert.errors import CheckpointError, UsageError
+from sa3_convert.system.files import alone_in
 from sa3_convert.system.untrusted import open_regular, parse_json, read_text
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -180,30 +180,20 @@ def download_folder(target: Path) -> Iterator[Path]:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         folder.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        # Some network file systems have no locks.
-        with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(f"Another download to {target} is under way. Wait for it, or end it.") from None
-        # The other one may have finished, and renamed it, just before.
-        if not _is_open_at(folder, descriptor):
-            raise UsageError(f"Another download to {target} has just finished.")
-        yield folder
-    finally:
-        with contextlib.suppress(OSError):
-            if _is_open_at(folder, descriptor):
-                folder.rmdir()
-        os.close(descriptor)
-
-
-def _is_open_at(folder: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(folder.lstat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(alone_in(folder))
+        except BlockingIOError:
+            raise UsageError(f"Another download to {target} is under way. Wait for it, or end it.") from None
+        except FileNotFoundError:  # renamed just before
+            raise UsageError(f"Another download to {target} has just finished.") from None
+        own = folder.lstat()
+        try:
+            yield folder
+        finally:
+            with contextlib.suppress(OSError):
+                if os.path.samestat(folder.lstat(), own):
+                    folder.rmdir()
 
 
 def tidy(folder: Path, keep: Callable[[str], bool]) -> None:

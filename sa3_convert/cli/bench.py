@@ -71,10 +71,11 @@ def bench(
     echo(f"{bundle}: {manifest.label}, recipe {manifest.recipe}; seconds, median of {repeats}")
     for duration in dict.fromkeys(row.duration for row in rows):
         stdout.print(bench_table([row for row in rows if row.duration == duration], f"{duration:g} s of audio"))
+    load = "unknown" if described["load_average"] is None else f"{described['load_average']:.1f}"
     versions = ", ".join(f"{name} {described['versions'][name]}" for name in ("MNN", "onnxruntime", "torch"))
     echo(
         f"{described['processor']}, {described['usable_cores']} of {described['cores']} cores, "
-        f"{' '.join(described['instructions'])}; load {described['load_average']:.1f} at the start; {versions}"
+        f"{' '.join(described['instructions'])}; load {load} at the start; {versions}"
     )
 
 

@@ -10,6 +10,7 @@ import typer
 
 from sa3_convert.bundle.overlap import Named, require_apart, require_outside
 from sa3_convert.errors import UsageError
+from sa3_convert.system.files import check_name
 from sa3_convert.system.streams import check_stream, claim_standard_output, descriptor_of, is_stream
 
 _META = "sa3_convert.paths"
@@ -98,6 +99,7 @@ def makes(context: typer.Context, parameter: typer.CallbackParam, value: Path | 
     if value is not None:
         if is_stream(value):
             raise UsageError(f"{_name(parameter)} {value} is no folder. Name one.")
+        check_name(value)
         found = _noted(context)
         found.folders.append((_name(parameter), value))
         found.check()
@@ -120,6 +122,7 @@ def _name(parameter: typer.CallbackParam) -> str:
 
 def _check_writable(name: str, path: Path) -> None:
     """Check that a file can stand there, before any long work."""
+    check_name(path)
     try:
         if is_stream(path):
             check_stream(path)

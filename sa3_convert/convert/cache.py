@@ -16,7 +16,7 @@ from typing import Any, Final, Generic, TypeVar
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from sa3_convert.errors import ConversionError
-from sa3_convert.system.files import partial_folder, sha256_file, sweep
+from sa3_convert.system.files import partial_folder, sha256_file, sweep, take_name
 from sa3_convert.system.sealed import fingerprint
 
 _ENTRY: Final = "entry.json"
@@ -100,7 +100,7 @@ class StageCache:
             entry = {"files": files, "notes": notes, "sha256": _seal(stage, key, files, notes)}
             (temporary / _ENTRY).write_text(json.dumps(entry, indent=1, allow_nan=False), encoding="utf-8")
             try:
-                temporary.rename(place)
+                take_name(temporary, place)
             except OSError:
                 # Another process finished the same result first, by fingerprint as good; or it is a damaged one.
                 if not replace and (found := self.find(stage, key, type(made))) is not None:
@@ -129,7 +129,7 @@ def _replace(folder: Path, entry: Path) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
-        folder.rename(entry)
+        take_name(folder, entry)
     except OSError as error:
         raise ConversionError(
             f"{entry} cannot be replaced: {error.strerror}. Remove it, or give another --cache."

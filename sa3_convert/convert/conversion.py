@@ -1,11 +1,10 @@
 """Checkpoint → bundle: each stage only when what it depends on has changed, then the bundle, its manifest last."""
 
 import contextlib
-import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from sa3_convert.convert.plan import ComponentPlan, ConversionPlan, ConvertReque
 from sa3_convert.convert.stages import STAGES, STAGES_OF, ComponentJob, Stage
 from sa3_convert.errors import ConversionError, UsageError
 from sa3_convert.system.checked_files import inside
-from sa3_convert.system.files import copy_file, sweep, write_text
+from sa3_convert.system.files import alone_in, copy_file, sweep, write_text
 from sa3_convert.system.log import kept, note
 
 if TYPE_CHECKING:
@@ -65,12 +64,20 @@ def _artifact(request: ConvertRequest, step: ComponentPlan, kind: ArtifactKind) 
     return Artifact(
         **dict(entries[0]),
         companion=entries[1] if len(entries) > 1 else None,
-        kept_at=os.path.relpath(result.folder, request.out) if in_cache else None,
+        kept_at=_from(request.out, result.folder) if in_cache else None,
         kind=kind,
         component=step.component,
         fingerprint=step.keys[makers[-1].name],
         **{key: value for key, value in notes.items() if key in Artifact.model_fields},
     )
+
+
+def _from(out: Path, folder: Path) -> str:
+    """Return the way from the bundle to a folder of the cache; on Windows there is none to another drive."""
+    try:
+        return Path(os.path.relpath(folder, out)).as_posix()
+    except ValueError:
+        return folder.absolute().as_posix()
 
 
 def _own(out: Path, name: str) -> Path:
@@ -138,7 +145,13 @@ def convert(
     """
     found, todo = _manifest(request.out), plan(request)
     request.out.mkdir(parents=True, exist_ok=True)
-    with _lock(request.out):
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(alone_in(request.out))
+        except BlockingIOError:
+            raise UsageError(
+                f"Another conversion into {request.out} is running. Wait for it, or give another --out."
+            ) from None
         if _manifest(request.out) != found:
             # Another conversion has ended since.
             todo = plan(request)
@@ -160,20 +173,6 @@ def _manifest(out: Path) -> bytes | None:
         return (out / MANIFEST).read_bytes()
     except OSError:
         return None
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold the folder against a second conversion; the lock goes with the process, however it ends."""
-    inside(folder, ".lock")
-    with (folder / ".lock").open("a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(
-                f"Another conversion into {folder} is running. Wait for it, or give another --out."
-            ) from None
-        yield
 
 
 def _run_stages(request: ConvertRequest, cache: StageCache, step: ComponentPlan, report: Report) -> None:

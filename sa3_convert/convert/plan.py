@@ -23,13 +23,12 @@ from sa3_convert.convert.stages import STAGES, STAGES_OF, ComponentJob, Stage, S
 from sa3_convert.errors import InputError, UsageError
 from sa3_convert.mnn.compatibility import MnnVersion, target_for
 from sa3_convert.recipe import ComponentRecipe, Recipe
+from sa3_convert.system.machine import available_memory
 
 if TYPE_CHECKING:
     from sa3_convert.checkpoint.reader import Checkpoint
 
 _GIB: Final = 2**30
-_PROC: Final = Path("/proc/meminfo")
-_GROUP: Final = Path("/sys/fs/cgroup")
 _LEAST_MEMORY: Final = 0.6
 """GiB of a process with torch and ONNX Runtime in it and a toy to convert."""
 
@@ -107,40 +106,6 @@ def total(estimates: Iterable[Estimate]) -> Estimate:
     """Return what components take one after the other."""
     found = list(estimates)
     return Estimate(sum(one.seconds for one in found), max((one.memory_bytes for one in found), default=0))
-
-
-def available_memory(meminfo: Path = _PROC, group: Path = _GROUP) -> int | None:
-    """Return how much memory a process can still get, swap included, or None where the system does not tell.
-
-    What Linux says of the machine counts, and the limit of the control group.
-    """
-    found = _fields(meminfo)
-    if "MemAvailable" not in found:
-        return None
-    free = found["MemAvailable"] + found.get("SwapFree", 0)
-    limit, used = (_number(group / name) for name in ("memory.max", "memory.current"))
-    if limit is None or used is None:
-        return free
-    return min(free, max(0, limit - used))
-
-
-def _fields(meminfo: Path) -> dict[str, int]:
-    """Return bytes by name."""
-    try:
-        lines = meminfo.read_text(encoding="ascii").splitlines()
-    except (OSError, UnicodeDecodeError):
-        return {}
-    pairs = (line.replace(":", " ").split() for line in lines)
-    return {words[0]: int(words[1]) * 1024 for words in pairs if len(words) > 1 and words[1].isdigit()}
-
-
-def _number(file: Path) -> int | None:
-    """Return a control group's number; None for `max` and where there is none."""
-    try:
-        text = file.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return int(text) if text.isdigit() else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ As a program of its own (`python -m`) it makes one generation, and tells how muc
 
 import dataclasses
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from sa3_convert.runtime.conditioning import lengths
 from sa3_convert.runtime.engines import KINDS, Engine, EngineName, bundle_engine
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.request import CHECKS, GenerateRequest
+from sa3_convert.system import machine
 from sa3_convert.system.supervisor import die_with_parent
 
 PROMPT = "warm analog synth pad with slow attack, 90 BPM"
@@ -320,28 +320,21 @@ def median_run(runs: Sequence[Figures]) -> Figures:
     return sorted(runs, key=lambda figures: figures.total)[(len(runs) - 1) // 2]
 
 
-def peak_memory(contender: Contender, request: GenerateRequest) -> int:
+def peak_memory(contender: Contender, request: GenerateRequest) -> int | None:
     """Return the most bytes that were resident at once while a new process made one generation, as `run` does it.
 
-    Raises BackendError with the process's own message if it failed.
+    None where the system does not tell. Raises BackendError with the process's own message if it failed.
     """
     task = {"contender": dataclasses.asdict(contender), "request": request.to_json()}
     command = [sys.executable, "-m", "sa3_convert.lab.bench"]
-    result = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, input=json.dumps(task), capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
     if result.returncode:
         reason = result.stderr.strip().splitlines()[-1:] or ["without a word (killed for its memory?)"]
         raise BackendError(f"Measuring the memory of {contender.name} ended with {result.returncode}: {reason[0]}")
-    return int(json.loads(result.stdout)["peak_bytes"])
-
-
-def resident_peak() -> int:
-    """Return this process's largest resident size so far, in bytes."""
-    try:
-        # Unlike ru_maxrss this does not count what the parent had before it started this program.
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    peak: int | None = json.loads(result.stdout)["peak_bytes"]
+    return peak
 
 
 def _main() -> None:
@@ -352,7 +345,7 @@ def _main() -> None:
         # Chunks are let go as they come, as when they are written to a file.
         for _ in pipeline.stream(request, allow=CHECKS):
             pass
-    sys.stdout.write(json.dumps({"peak_bytes": resident_peak()}) + "\n")
+    sys.stdout.write(json.dumps({"peak_bytes": machine.peak_memory()}) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 from sa3_convert.errors import ConversionError
 from sa3_convert.mnn.worker import FULL_DISK, Job, JobOutcome, has_room
 from sa3_convert.system.log import note
+from sa3_convert.system.supervisor import KILLED
 
 # -P: the working directory is not searched for modules.
 WORKER: tuple[str, ...] = (sys.executable, "-P", "-s", "-m", "sa3_convert.mnn.worker")
@@ -20,7 +21,17 @@ WORKER: tuple[str, ...] = (sys.executable, "-P", "-s", "-m", "sa3_convert.mnn.wo
 TIMEOUT_SECONDS = 3600.0
 """Far above what the largest published model takes (minutes); a converter that hangs is ended."""
 
-_KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TMPDIR", "MALLOC_ARENA_MAX")
+_KEPT_VARIABLES = (
+    "PATH",
+    "LD_LIBRARY_PATH",
+    "DYLD_LIBRARY_PATH",
+    "TMPDIR",
+    "TEMP",
+    "TMP",
+    "SYSTEMROOT",
+    "MALLOC_ARENA_MAX",
+)
+"""Without the system's root no program starts on Windows."""
 _LAST_LINES = 12
 _OUTPUT_LOST = 120
 """How Python ends when the last of its output could not be written."""
@@ -69,7 +80,7 @@ def run_worker(
     if status < 0:
         raise ConversionError(
             f"{what} was killed by {_signal_name(-status)}. "
-            + ("Most likely memory ran out. " if -status == signal.SIGKILL else "")
+            + ("Most likely memory ran out. " if -status == KILLED else "")
             + f"Nothing was written.{last_lines(log)}"
         )
     if status != 0:
@@ -104,6 +115,7 @@ def _environment(folder: Path) -> dict[str, str]:
     return kept | {
         "HOME": str(folder),
         "LC_ALL": "C.UTF-8",
+        "PYTHONUTF8": "1",
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONDONTWRITEBYTECODE": "1",
     }

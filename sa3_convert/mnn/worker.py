@@ -62,7 +62,8 @@ def main(arguments: list[str]) -> int:
     """Run `convert FLAG…`, `ports FILE REPORT` or `run JOBS` and return the exit status."""
     die_with_parent()
     # Python ignores this signal, so a file that may not grow further would be cut short without a word.
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    if hasattr(signal, "SIGXFSZ"):
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     sys.addaudithook(_refuse)
     command, *rest = arguments
     if command == "convert":

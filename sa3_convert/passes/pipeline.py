@@ -1,6 +1,7 @@
 """Which passes run for a component and a recipe, in order: from the reference ONNX to the one that is converted."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -131,20 +132,20 @@ def onnx_for_mnn(
         ConversionError: see `apply_passes`; or `target` cannot be written.
 
     """
-    model = load_onnx(reference)
-    report = apply_passes(model, component, recipe, planned=planned, target_mnn=target_mnn)
-    # Only a file has external data, and only there is it a hazard.
-    save_onnx(model, target, check=lambda written: refuse_hazards(load_onnx(written), target_mnn=target_mnn))
+    with opened_onnx(reference) as model:
+        report = apply_passes(model, component, recipe, planned=planned, target_mnn=target_mnn)
+        # Only a file has external data, and only there is it a hazard.
+        save_onnx(model, target, check=lambda written: refuse_hazards(written, target_mnn=target_mnn))
     return report
 
 
-def save_onnx(model: ir.Model, target: Path, *, check: Callable[[Path], None] = lambda _: None) -> None:
+def save_onnx(model: ir.Model, target: Path, *, check: Callable[[ir.Model], None] = lambda _: None) -> None:
     """Write `target` and `target`.data, which appear only when they are complete; what stood there is replaced.
 
     Args:
         model: what to write; weights are computed, or read from their file, while they are written.
         target: the `.onnx` file.
-        check: raises if the written file must not take its name.
+        check: gets what was written; raises if it must not take its name.
 
     Raises:
         ConversionError: it cannot be written.
@@ -159,9 +160,24 @@ def save_onnx(model: ir.Model, target: Path, *, check: Callable[[Path], None] = 
                 external_data=written.name + _DATA,
                 size_threshold_bytes=_EXTERNAL_FROM_BYTES,
             )
-            check(written)
+            with opened_onnx(written) as found:
+                check(found)
     except OSError as error:
         raise ConversionError(f"{target} cannot be written: {error}") from None
+
+
+@contextlib.contextmanager
+def opened_onnx(path: Path) -> Iterator[ir.Model]:
+    """Yield what `load_onnx` gives; its weights are let go after the block: Windows replaces no file that is mapped."""
+    model = load_onnx(path)
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    try:
+        yield model
+    finally:
+        for tensor in tensors:
+            if isinstance(tensor, ir.ExternalTensor):
+                with contextlib.suppress(BufferError):  # somebody still looks at it
+                    tensor.release()
 
 
 def load_onnx(path: Path) -> ir.Model:

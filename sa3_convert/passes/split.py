@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from sa3_convert.errors import ConversionError
 from sa3_convert.passes import ir_tools
-from sa3_convert.passes.pipeline import load_onnx, save_onnx
+from sa3_convert.passes.pipeline import opened_onnx, save_onnx
 from sa3_convert.recipe import ComponentRecipe
 
 _PRODUCTS = frozenset({"MatMul", "Gemm", "Conv"})
@@ -38,19 +38,19 @@ def split_onnx(source: Path, parts: Mapping[Path, Collection[str]], rest: Path) 
         ConversionError: nothing costly is decided by the inputs of a part alone, or a part cannot be written.
 
     """
-    model = load_onnx(source)
-    inputs, handed = list(model.graph.inputs), []
-    for path, names in parts.items():
-        values = _handed_over(model.graph, names)
-        if not values:
-            raise ConversionError(f"{source.name}: {', '.join(names)} decide nothing alone; it cannot be split.")
-        if unknown := [value.name for value in values if value.type is None or value.shape is None]:
-            raise ConversionError(
-                f"{source.name} does not say what shape {unknown[0]!r} has; run shape inference on it."
-            )
-        save_onnx(_part(model, inputs, values), path)
-        handed += values
-    save_onnx(_part(model, [*inputs, *handed], model.graph.outputs), rest)
+    with opened_onnx(source) as model:
+        inputs, handed = list(model.graph.inputs), []
+        for path, names in parts.items():
+            values = _handed_over(model.graph, names)
+            if not values:
+                raise ConversionError(f"{source.name}: {', '.join(names)} decide nothing alone; it cannot be split.")
+            if unknown := [value.name for value in values if value.type is None or value.shape is None]:
+                raise ConversionError(
+                    f"{source.name} does not say what shape {unknown[0]!r} has; run shape inference on it."
+                )
+            save_onnx(_part(model, inputs, values), path)
+            handed += values
+        save_onnx(_part(model, [*inputs, *handed], model.graph.outputs), rest)
     return tuple(str(value.name) for value in handed)
 
 
@@ -59,7 +59,8 @@ def rules_of_part(recipe: ComponentRecipe, part: Path) -> ComponentRecipe:
     scheme = recipe.weights
     if scheme is None or not scheme.layers:
         return recipe
-    names = [value.name for node in load_onnx(part).graph for value in node.outputs if value.name]
+    with opened_onnx(part) as model:
+        names = [value.name for node in model.graph for value in node.outputs if value.name]
     rules = tuple(rule for rule in scheme.layers if any(rule.matches(name) for name in names))
     return recipe.model_copy(update={"weights": scheme.model_copy(update={"layers": rules})})
 

@@ -23,7 +23,7 @@ from sa3_convert.runtime.audio import SampleFormat, audio_writer, check_output_p
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.request import AudioChunk, GenerateRequest, OutputCheck, Report, StageName
 from sa3_convert.system.checked_files import inside
-from sa3_convert.system.files import alone_in, sha256_file
+from sa3_convert.system.files import alone_in, check_name, sha256_file
 from sa3_convert.system.untrusted import parse_json, read_bytes, read_text
 
 RESULTS = "results.jsonl"
@@ -116,6 +116,7 @@ def _read_line(path: Path, number: int, text: str, defaults: Mapping[str, Any]) 
             raise UsageError(f"output is {output!r}, expected a plain file name.")
         if len(os.fsencode(output)) > _LONGEST_NAME:
             raise UsageError(f"output is a name of more than {_LONGEST_NAME} bytes.")
+        check_name(Path(output))
         check_output_path(Path(output), "pcm16")
         return BatchItem(number, GenerateRequest.from_json({**defaults, **values}), output)
     except UsageError as error:

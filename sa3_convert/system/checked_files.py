@@ -1,5 +1,6 @@
 """Files that are still what was checked: held by descriptor, inside their folder, asked again when loaded."""
 
+import errno
 import hashlib
 import os
 import weakref
@@ -71,7 +72,8 @@ class _Descriptor:
 class HeldFolder:
     """A folder that stays the same while its name comes to lead to another: what is in it is reached by descriptor.
 
-    Where the system has no `/proc` it is reached by name.
+    Where the system has no `/proc` it is reached by name, and nothing in it is held open: on Windows nobody, not even
+    this process, could replace it.
 
     Args:
         path: the folder.
@@ -83,14 +85,17 @@ class HeldFolder:
     """
 
     def __init__(self, path: Path, name: Path | None = None) -> None:
-        self._descriptor = _Descriptor(os.open(path, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY))
         self.path = path if name is None else name
-        by_descriptor = _DESCRIPTORS / str(self._descriptor.number)
-        self.root = by_descriptor if by_descriptor.is_dir() else path
+        self.root = path
         """The path by which what is in it is reached; `named` tells what people call it."""
-        if self.root is not path:
-            _held[self._descriptor.number] = self.path
-            weakref.finalize(self, _held.pop, self._descriptor.number, None)
+        if not _DESCRIPTORS.is_dir():
+            if not path.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "There is no such folder", str(path))
+            return
+        self._descriptor = _Descriptor(os.open(path, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY))
+        self.root = _DESCRIPTORS / str(self._descriptor.number)
+        _held[self._descriptor.number] = self.path
+        weakref.finalize(self, _held.pop, self._descriptor.number, None)
 
 
 def named(path: Path) -> Path:
@@ -130,7 +135,8 @@ class CheckedFile:
             # The state before: what is written while the file is read shows later.
             state = FileState.of(stream)
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            return cls(path, digest, state, companion, (within, _Descriptor(os.dup(stream.fileno()))))
+            held = _Descriptor(os.dup(stream.fileno())) if _DESCRIPTORS.is_dir() else None
+            return cls(path, digest, state, companion, (within, held))
 
     def require_unchanged(self) -> None:
         """Refuse a file that was replaced, changed or removed since it was read; its companion too.

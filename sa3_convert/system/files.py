@@ -6,12 +6,12 @@ killed process has left, and removes it.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import re
 import secrets
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +23,11 @@ from sa3_convert.system.streams import is_stream, opened_stream
 from sa3_convert.system.supervisor import writing_into
 from sa3_convert.system.untrusted import NotAFileError, open_regular
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial", re.DOTALL)
 _NAME = 50
 """Characters of the final name in the temporary one, which must not grow too long for the file system."""
@@ -30,6 +35,11 @@ _FICLONE = 0x40049409
 """Linux: `ioctl_ficlone(2)`."""
 _PATIENCE, _PAUSE = 10.0, 0.01
 """Seconds to wait for another that takes final names, which is a matter of milliseconds."""
+_WINDOWS = sys.platform == "win32"
+_RESERVED = re.compile(
+    r"(?i)(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[1-9¹²³])( *\..*)?|.*[<>:\"|?*].*|.*[. ]", re.DOTALL
+)
+_AS_IT_IS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _swept: set[Path] = set()
 _own: set[Path] = set()
 """Folders under temporary names that this process has made and holds."""
@@ -66,7 +76,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     with _partial(target, _new_file) as temporary:
         yield temporary
         _sync(temporary)
-        temporary.replace(target)
+        take_name(temporary, target)
 
 
 @contextlib.contextmanager
@@ -98,8 +108,8 @@ def atomic_pair(path: Path, suffix: str) -> Iterator[Path]:
                 target.unlink(missing_ok=True)
                 final.unlink(missing_ok=True)
             if has_second:
-                beside.replace(final)
-            made.replace(target)
+                take_name(beside, final)
+            take_name(made, target)
 
 
 @contextlib.contextmanager
@@ -119,16 +129,41 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     with partial_folder(path) as temporary:
         yield temporary
         if not (replace and final.is_dir()):
-            # Over an empty folder this replaces it; had anything been put there meanwhile, it fails.
-            temporary.rename(final)
+            # Had anything been put there meanwhile, it fails.
+            take_name(temporary, final)
             return
         with partial_folder(path) as aside:
-            old = final.rename(aside / final.name)
+            old = aside / final.name
+            take_name(final, old)
             try:
-                temporary.rename(final)
+                take_name(temporary, final)
             except BaseException:
-                old.rename(final)
+                take_name(old, final)
                 raise
+
+
+def take_name(made: Path, target: Path) -> None:
+    """Give what is whole its final name; a file replaces a file, a folder an empty folder.
+
+    Windows refuses while another program has one of the two open, as one that looks for viruses does for a moment: it
+    is asked again for some seconds.
+
+    Raises:
+        OSError: something else stands there, or is in use.
+
+    """
+    deadline = time.monotonic() + (_PATIENCE if fcntl is None else 0)
+    while True:
+        try:
+            if made.is_dir():
+                with contextlib.suppress(FileNotFoundError):
+                    target.rmdir()
+            made.replace(target)
+            return
+        except PermissionError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(_PAUSE)
 
 
 @contextlib.contextmanager
@@ -137,31 +172,93 @@ def alone_in(folder: Path, patience: float = 0.0) -> Iterator[None]:
 
     Raises:
         BlockingIOError: another holds it, and still does after `patience` seconds.
+        OSError: it is not there.
 
     """
     if folder in _own:
         yield
         return
-    with contextlib.ExitStack() as stack:
-        descriptor = os.open(folder, os.O_RDONLY)
-        stack.callback(os.close, descriptor)
-        deadline = time.monotonic() + patience
-        while True:
+    with _held(Path(os.path.realpath(folder)), patience):
+        yield
+
+
+@contextlib.contextmanager
+def _held(path: Path, patience: float = 0.0) -> Iterator[bool]:
+    """Hold a file or folder, and yield whether that was possible: some network file systems have no locks.
+
+    It is locked itself where the system can do that, so that nothing is left of the lock, and else a file beside it.
+
+    Raises:
+        BlockingIOError: see `alone_in`.
+        FileNotFoundError: it is not there, or not any more when it is locked.
+
+    """
+    if fcntl is None:
+        with _held_by_file(path, patience) as held:
+            yield held
+        return
+    descriptor = os.open(path, os.O_RDONLY | _AS_IT_IS)
+    try:
+        held, deadline = False, time.monotonic() + patience
+        while not held:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = True
             except BlockingIOError:
                 if time.monotonic() >= deadline:
-                    raise BlockingIOError(errno.EAGAIN, "Something else is writing there", str(folder)) from None
+                    raise _busy(path) from None
                 time.sleep(_PAUSE)
-                continue
             except OSError:
-                pass  # some network file systems have no locks
-            break
-        yield
+                break
+        if not os.path.samestat(path.lstat(), os.fstat(descriptor)):
+            raise FileNotFoundError(errno.ENOENT, "Another took its place", str(path))
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _held_by_file(path: Path, patience: float) -> Iterator[bool]:
+    import filelock
+
+    file = path.with_name(f".{path.name}.lock")
+    with contextlib.ExitStack() as stack:
+        held = True
+        try:
+            stack.enter_context(filelock.FileLock(file, timeout=patience, poll_interval=_PAUSE))
+        except filelock.Timeout:
+            raise _busy(path) from None
+        except OSError:
+            held = False
+        try:
+            path.lstat()
+            yield held
+        finally:
+            stack.close()
+            # Where there is no flock, what another holds open cannot be removed.
+            with contextlib.suppress(OSError):
+                file.unlink()
+
+
+def _busy(path: Path) -> BlockingIOError:
+    return BlockingIOError(errno.EAGAIN, "Something else is writing there", str(path))
+
+
+def check_name(path: Path) -> None:
+    """Refuse, on Windows, a name that stands for something else there: `CON` for a device, `a:b` for a part of `a`.
+
+    Raises:
+        UsageError: it does.
+
+    """
+    for name in path.parts[bool(path.anchor) :] if _WINDOWS else ():
+        if name != ".." and _RESERVED.fullmatch(name):
+            raise UsageError(f"{path}: Windows gives no file or folder the name {name!r}. Choose another.")
 
 
 def check_new_folder(path: Path) -> None:
     """Check that a name is free for a folder; see `atomic_folder`."""
+    check_name(path)
     if is_stream(path) or (path.exists() and not path.is_dir()):
         raise UsageError(f"{path} is a file. Name a folder that does not exist yet, or is empty.")
     if path.is_dir() and any(path.iterdir()):
@@ -212,18 +309,15 @@ def sweep(folder: Path) -> None:
     _swept.add(folder)
     for entry in folder.iterdir():
         if _PARTIAL.fullmatch(entry.name):
-            with contextlib.suppress(OSError):
-                descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(OSError), _held(entry) as held:
+                if held:
                     _remove(entry)
-                finally:
-                    os.close(descriptor)
 
 
 @contextlib.contextmanager
 def _partial(target: Path, make: Callable[[Path], None]) -> Iterator[Path]:
     """Yield something new beside `target` that this process holds locked; what is left under its name is removed."""
+    check_name(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target.parent)
     writing_into(target.parent)
@@ -234,13 +328,8 @@ def _partial(target: Path, make: Callable[[Path], None]) -> Iterator[Path]:
             stack.callback(_remove, temporary)
             make(temporary)
             with contextlib.suppress(FileNotFoundError):
-                descriptor = os.open(temporary, os.O_RDONLY)
-                stack.callback(os.close, descriptor)
-                # Some network file systems have no locks; there nothing is swept either.
-                with contextlib.suppress(OSError):
-                    fcntl.flock(descriptor, fcntl.LOCK_EX)
-                if os.path.samestat(temporary.lstat(), os.fstat(descriptor)):
-                    break
+                stack.enter_context(_held(temporary, _PATIENCE))
+                break
             # It was swept before it was locked.
         yield temporary
 
@@ -267,6 +356,8 @@ def _remove(path: Path) -> None:
 
 def _cloned(source: BinaryIO, target: BinaryIO) -> bool:
     """Let two files share their blocks until one of them changes; tell whether the file system could."""
+    if fcntl is None:
+        return False
     try:
         fcntl.ioctl(target.fileno(), _FICLONE, source.fileno())
     except OSError:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import mmap
 import os
 import sys
 import threading
@@ -9,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import IO, Final
 
+from sa3_convert.system.streams import flush_native
 from sa3_convert.system.untrusted import printable
 
 LOG: Final = logging.getLogger("sa3_convert")
@@ -142,8 +144,11 @@ class _Redirection:
             _flush()
             assert self._file is not None
             size = os.fstat(self._file.fileno()).st_size
-            # Read at an offset: the descriptor shares this file's position.
-            text = os.pread(self._file.fileno(), size - start, start).decode("utf-8", "replace")
+            text = ""
+            if size > start:
+                # Without moving this file's position, which the descriptor shares.
+                with mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_READ) as written:
+                    text = written[start:size].decode("utf-8", "replace")
             self._users -= 1
             if self._users == 0:
                 os.dup2(self._saved, self._descriptor)
@@ -160,10 +165,7 @@ def _flush() -> None:
         if stream is not None:
             with contextlib.suppress(ValueError):  # closed
                 stream.flush()
-    import ctypes
-
-    library = ctypes.CDLL(None)
-    library.fflush(ctypes.c_void_p.in_dll(library, "__stdoutp" if sys.platform == "darwin" else "stdout"))
+    flush_native()
 
 
 def capture_stdout() -> contextlib.AbstractContextManager[CapturedText]:

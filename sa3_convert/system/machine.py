@@ -4,12 +4,13 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self, TypeVar
 
 import sa3_convert
 
@@ -23,7 +24,8 @@ def version_of(distribution: str) -> str:
         return "absent"
 
 
-_TOPOLOGY = Path("/sys/devices/system/cpu")
+_T = TypeVar("_T")
+_TOPOLOGY: Final = Path("/sys/devices/system/cpu")
 
 
 def usable_processors() -> int:
@@ -40,12 +42,26 @@ def default_threads(topology: Path = _TOPOLOGY) -> int:
         topology: where Linux describes its processors; what it does not describe counts as a core of its own.
 
     """
+    if not topology.is_dir():
+        physical = _asked(lambda psutil: psutil.cpu_count(logical=False))
+        return min(physical or usable_processors(), usable_processors())
     cores = {_siblings(topology / f"cpu{number}/topology/thread_siblings_list", number) for number in _usable()}
     return len(cores) or usable_processors()
 
 
 def _usable() -> set[int]:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    """Return the numbers of the processors that this process may use; none where the system does not tell."""
+    return set(_asked(lambda psutil: psutil.Process().cpu_affinity()) or ())
+
+
+def _asked(question: Callable[[Any], _T]) -> _T | None:
+    """Return what psutil answers; None where the system does not tell."""
+    import psutil
+
+    try:
+        return question(psutil)
+    except (psutil.Error, OSError, AttributeError, NotImplementedError):
+        return None
 
 
 def _siblings(file: Path, number: int) -> str:
@@ -166,7 +182,7 @@ def machine() -> dict[str, Any]:
         "instructions": [name for name in _INTERESTING if name in flags],
         "cores": os.cpu_count(),
         "usable_cores": usable_processors(),
-        "memory_bytes": _memory(),
+        "memory_bytes": _asked(lambda psutil: psutil.virtual_memory().total),
         "system": platform.platform(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "versions": tool_versions(),
@@ -186,8 +202,35 @@ def _processor(file: Path) -> tuple[str | None, frozenset[str]]:
     return fields.get("model name"), frozenset((fields.get("flags") or fields.get("Features") or "").split())
 
 
-def _memory() -> int | None:
+_GROUP: Final = Path("/sys/fs/cgroup")
+
+
+def available_memory(group: Path = _GROUP) -> int | None:
+    """Return how much memory a process can still get, swap included: of the machine, and of its control group."""
+    free = _asked(lambda psutil: int(psutil.virtual_memory().available + psutil.swap_memory().free))
+    limit, used = (_number(group / name) for name in ("memory.max", "memory.current"))
+    if free is None or limit is None or used is None:
+        return free
+    return min(free, max(0, limit - used))
+
+
+def _number(file: Path) -> int | None:
+    """Return a control group's number; None for `max` and where there is none."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
+        text = file.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
         return None
+    return int(text) if text.isdigit() else None
+
+
+def peak_memory() -> int | None:
+    """Return this process's largest resident size so far, in bytes; None where the system does not tell."""
+    with contextlib.suppress(OSError):
+        # Unlike ru_maxrss this does not count what the parent had before it started this program.
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    with contextlib.suppress(ImportError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return _asked(lambda psutil: int(psutil.Process().memory_info().peak_wset))

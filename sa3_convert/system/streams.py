@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import io
 import os
 import re
@@ -16,7 +15,8 @@ STANDARD_OUTPUT: Final = Path("-")
 """The name that stands for standard output wherever a file is written."""
 
 _OUT, _ERR = 1, 2
-_OPEN_FILES = re.compile(r"/proc/(\d+)(/task/\d+)?/fd")
+_OPEN_FILES = re.compile(r"(?:/proc/(\d+)(?:/task/\d+)?|/dev)/fd")
+"""Where Linux, and where macOS, names open files."""
 _MOST_LINKS = 40
 
 _claimed: tuple[int, TextIO] | None = None
@@ -54,8 +54,13 @@ def check_stream(path: Path) -> None:
 
     """
     descriptor = descriptor_of(path)
-    if descriptor is not None and fcntl.fcntl(_really(descriptor), fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
-        raise OSError(errno.EBADF, "It is closed, or open for reading alone", str(path))
+    if descriptor is not None:
+        try:
+            os.write(_really(descriptor), b"")
+        except OSError as error:
+            if error.errno == errno.EBADF:
+                raise OSError(errno.EBADF, "It is closed, or open for reading alone", str(path)) from None
+            raise
 
 
 def identity(path: Path) -> tuple[int, int] | None:
@@ -101,10 +106,7 @@ def release_standard_output() -> None:
     """Undo `claim_standard_output`."""
     global _claimed
     if _claimed is not None:
-        import ctypes
-
-        # What native libraries have printed still lies in C's buffer.
-        ctypes.CDLL(None).fflush(None)
+        flush_native()
         descriptor, sys.stdout = _claimed
         os.dup2(descriptor, _OUT)
         os.close(descriptor)
@@ -183,6 +185,18 @@ class _Patient(io.TextIOWrapper):
                 raise
 
 
+def flush_native() -> None:
+    """Write what native libraries have printed, which still lies in C's buffer of standard output."""
+    import ctypes
+
+    if sys.platform == "win32":
+        ctypes.CDLL("ucrtbase").fflush(None)
+        return
+    library = ctypes.CDLL(None)
+    # All of C's streams would include those that are read.
+    library.fflush(ctypes.c_void_p.in_dll(library, "__stdoutp" if sys.platform == "darwin" else "stdout"))
+
+
 def _open_file(path: Path) -> tuple[int, int] | None:
     """Return process and descriptor if a path is a name of an open file."""
     if path == STANDARD_OUTPUT:
@@ -192,7 +206,7 @@ def _open_file(path: Path) -> tuple[int, int] | None:
         folder = os.path.realpath(path.parent)
         found = _OPEN_FILES.fullmatch(folder)
         if found and path.name.isdigit():
-            return int(found[1]), int(path.name)
+            return int(found[1] or os.getpid()), int(path.name)
         path = Path(folder, path.name)
         if not path.is_symlink():
             break

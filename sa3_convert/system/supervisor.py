@@ -4,15 +4,19 @@ Native libraries trust what they read: a damaged model, tokenizer or audio file 
 So the child says in a page of memory that both share what it has in hand (`working_on`) and where it writes
 (`writing_into`). The parent holds it to a time limit, names the file that ended it, and removes what it left.
 
+Where the system cannot fork (Windows) the command runs in the one process that there is, and nobody explains its death.
+
 A signal that asks the command to stop (Ctrl-C, TERM, HUP) is raised in the child as `KeyboardInterrupt`, once, so that
 everything cleans up behind itself and nothing interrupts the cleaning; a second one ends the child at once.
 """
 
+import _thread
 import contextlib
 import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +26,9 @@ from typing import Final, NoReturn
 
 from sa3_convert.system.shared_page import Page
 
-STOPPING: Final = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+STOPPING: Final = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)
+)
 """Signals that ask a command to end; one that is ignored from the start, as by `nohup`, stays so."""
 
 _FAULTS = tuple(
@@ -33,7 +39,7 @@ _FAULTS = tuple(
 _CLEAN = "nothing half-written was left behind."
 _INTERRUPTED = {
     128 + number: f"{word}; {_CLEAN}"
-    for number, word in zip(STOPPING, ("Interrupted", "Terminated", "Terminated"), strict=False)
+    for number, word in zip(STOPPING, ("Interrupted", *["Terminated"] * 3), strict=False)
 }
 _ONE_EVENT_SECONDS = 0.5
 """Signals this close together are one: a terminal sends Ctrl-C to parent and child, `timeout` to each twice."""
@@ -41,6 +47,8 @@ _LONGEST_WAIT = 3600.0
 _SOON_SECONDS = 0.05
 """Until it is tried again to raise what could not be raised."""
 _PR_SET_PDEATHSIG = 1
+KILLED: Final = 9
+"""SIGKILL, which Windows has no name for."""
 _INPUT, _OUT_OF_MEMORY, _NATIVE = 3, 4, 4
 _GET_ANOTHER = "Get the file again, or convert again, and check where it comes from."
 
@@ -92,7 +100,7 @@ def supervise(command: Callable[[], int], *, debug: bool = False) -> Ended:
         _page = page
         die_with_parent()
         if os.getppid() != parent:  # it was killed before that
-            os._exit(128 + signal.SIGKILL)
+            os._exit(128 + KILLED)
         _set_crash_reports(debug)
         leave(_to_the_end(command, before))
     return _Watch(child, page, reader, writer, before).to_the_end()
@@ -144,7 +152,7 @@ def die_with_parent() -> None:
     if sys.platform == "linux":
         import ctypes
 
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, KILLED)
 
 
 def writing_into(folder: Path) -> None:
@@ -189,7 +197,7 @@ class _Watch:
         return self._explained(found[1])
 
     def _killed(self, code: int, complaint: str) -> Ended:
-        os.kill(self._child, signal.SIGKILL)
+        os.kill(self._child, KILLED)
         _, status = os.waitpid(self._child, 0)
         if os.WIFEXITED(status):  # in the meantime, by itself
             return self._explained(status)
@@ -230,7 +238,7 @@ class _Watch:
         name, files = signal.Signals(number).name, " or ".join(page.names)
         if self._stopped_by:  # a library that cannot be interrupted
             return Ended(128 + self._stopped_by, _INTERRUPTED[128 + self._stopped_by])
-        if number == signal.SIGKILL:
+        if number == KILLED:
             what = f" while it worked with {files}" if page.in_hand else ""
             return Ended(
                 _OUT_OF_MEMORY,
@@ -281,8 +289,11 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _stop_soon(number: int) -> None:
-    signal.signal(signal.SIGALRM, lambda _, frame: _stop(number, frame))
-    signal.setitimer(signal.ITIMER_REAL, _SOON_SECONDS)
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, lambda _, frame: _stop(number, frame))
+        signal.setitimer(signal.ITIMER_REAL, _SOON_SECONDS)
+    else:
+        threading.Timer(_SOON_SECONDS, _thread.interrupt_main, (number,)).start()
 
 
 def _not_lost(unraisable: "sys.UnraisableHookArgs") -> None:

@@ -133,7 +133,7 @@ def test_what_cannot_be_replaced_is_named(
         raise PermissionError(1, "Operation not permitted")
 
     (made.folder / "entry.json").write_text("damaged")
-    monkeypatch.setattr(Path, "rename", refuse)
+    monkeypatch.setattr(Path, "replace", refuse)
     with pytest.raises(ConversionError, match=f"{KEY} cannot be replaced: Operation not permitted"):
         cache.make("export", KEY, write_result)
 

@@ -1,6 +1,5 @@
 """A conversion does what is needed, once, and leaves nothing half-done under a final name."""
 
-import fcntl
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +13,7 @@ from sa3_convert.components import Component
 from sa3_convert.errors import BundleError, ConversionError, UsageError, VerificationError
 from sa3_convert.recipe import LayerRule, Recipe, WeightScheme, load_recipe
 from sa3_convert.runtime.pipeline import Pipeline
-from sa3_convert.system.files import sha256_file
+from sa3_convert.system.files import alone_in, sha256_file
 from sa3_convert.system.log import kept
 from tests.bundles import CONFIGS, Convert
 
@@ -38,7 +37,7 @@ def out(toy_fp32: Bundle, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["number_conditioner.mnn", "recipe.yaml", MANIFEST, ".lock"])
+@pytest.mark.parametrize("name", ["number_conditioner.mnn", "recipe.yaml", MANIFEST])
 def test_a_conversion_does_not_write_through_links_out_of_its_folder(
     converted: Convert, toy: Path, toy_fp32: Bundle, tmp_path: Path, name: str
 ) -> None:
@@ -161,10 +160,8 @@ def test_a_folder_with_other_files_is_left_alone(converted: Convert, toy: Path, 
 
 
 def test_a_second_conversion_into_the_same_folder_is_refused(converted: Convert, toy: Path, out: Path) -> None:
-    with (out / ".lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        with pytest.raises(UsageError, match="Another conversion"):
-            converted(toy, "fp32", out)
+    with alone_in(out), pytest.raises(UsageError, match="Another conversion"):
+        converted(toy, "fp32", out)
 
 
 def test_with_reference_the_bundle_can_be_moved_and_still_verified(

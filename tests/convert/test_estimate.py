@@ -7,7 +7,7 @@ import pytest
 
 import sa3_convert.cli.app as cli
 from sa3_convert.components import Component
-from sa3_convert.convert.plan import available_memory, estimate, total
+from sa3_convert.convert.plan import estimate, total
 from sa3_convert.recipe import ComponentRecipe, WeightScheme
 from tests.bundles import CONFIGS
 
@@ -46,29 +46,6 @@ def test_components_follow_one_another() -> None:
     both = total([one, other])
     assert both.seconds == pytest.approx(one.seconds + other.seconds)
     assert both.memory_bytes == other.memory_bytes
-
-
-def meminfo(folder: Path, text: str) -> Path:
-    path = folder / "meminfo"
-    path.write_text(text)
-    return path
-
-
-def test_free_memory_counts_swap(tmp_path: Path) -> None:
-    path = meminfo(tmp_path, "MemTotal: 8 kB\nMemAvailable:      4 kB\nSwapFree: 3 kB\nHugePages_Total:       0\n")
-    assert available_memory(path, tmp_path / "none") == 7 * 1024
-
-
-@pytest.mark.parametrize(("limit", "expected"), [("max", 4096), ("3000", 2000), ("900", 0)])
-def test_a_control_groups_limit_counts(limit: str, expected: int, tmp_path: Path) -> None:
-    (tmp_path / "memory.max").write_text(limit + "\n")
-    (tmp_path / "memory.current").write_text("1000\n")
-    assert available_memory(meminfo(tmp_path, "MemAvailable: 4 kB\n"), tmp_path) == expected
-
-
-@pytest.mark.parametrize("text", ["", "MemTotal: 8 kB\n", "no memory at all", "MemAvailable: many\n"])
-def test_what_the_system_does_not_tell_is_not_known(text: str, tmp_path: Path) -> None:
-    assert available_memory(meminfo(tmp_path, text), tmp_path) is None
 
 
 def test_too_little_memory_is_told_before_anything_starts(

@@ -121,7 +121,7 @@ class World:
 
 def snapshot(*folders: Path) -> dict[Path, tuple[int, int, bytes]]:
     """Return what would show that a file was written."""
-    files = (file for folder in folders for file in folder.rglob("*") if file.is_file() and file.name != ".lock")
+    files = (file for folder in folders for file in folder.rglob("*") if file.is_file())
     return {file: (file.stat().st_ino, file.stat().st_mtime_ns, file.read_bytes()) for file in files}
 
 

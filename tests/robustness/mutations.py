@@ -187,7 +187,7 @@ def place(bundle: Path, folder: Path, component: str, data: bytes, *, audited: b
     """
     shutil.rmtree(folder, ignore_errors=True)
     name = file_name(component)
-    others = shutil.ignore_patterns(name, "manifest.json", ".lock")
+    others = shutil.ignore_patterns(name, "manifest.json")
     shutil.copytree(bundle, folder, ignore=others, copy_function=os.link)
     (folder / name).write_bytes(data)
     manifest = json.loads((bundle / "manifest.json").read_text())

@@ -148,9 +148,7 @@ def stage(toy_int8: Bundle, toy: Path, tmp_path_factory: pytest.TempPathFactory)
         stage.play(name)
         out = folder / "out"
         stage.whole[name] = {
-            str(f.relative_to(out)): sha256_file(f)
-            for f in out.rglob("*")
-            if f.is_file() and f.name not in ("manifest.json", ".lock")
+            str(f.relative_to(out)): sha256_file(f) for f in out.rglob("*") if f.is_file() and f.name != "manifest.json"
         }
     yield stage
     os.chdir(working)

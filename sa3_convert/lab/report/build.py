@@ -31,7 +31,7 @@ from sa3_convert.lab.report.schema import (
 )
 from sa3_convert.lab.report.summary import changes_since_conversion, changes_since_report, render_summary
 from sa3_convert.lab.report.theme import bisect_command, fixed, replay
-from sa3_convert.system.files import partial_folder, write_text
+from sa3_convert.system.files import atomic_folder, write_text
 from sa3_convert.system.machine import tool_versions
 from sa3_convert.system.untrusted import read_json
 
@@ -79,25 +79,11 @@ def write_folder(folder: Path, contents: Mapping[str, str]) -> None:
     """
     check_folder(folder)
     try:
-        _replace(folder.resolve(), contents)
+        with atomic_folder(folder, replace=True) as made:
+            for name, text in contents.items():
+                write_text(made / name, text)
     except OSError as error:
         raise UsageError(f"The report cannot be written to {folder}: {error.strerror or error}.") from None
-
-
-def _replace(folder: Path, contents: Mapping[str, str]) -> None:
-    with partial_folder(folder) as old, partial_folder(folder) as new:
-        for name, text in contents.items():
-            write_text(new / name, text)
-        stood = folder.exists()
-        try:
-            if stood:
-                folder.rename(old)
-            new.rename(folder)
-        except BaseException:
-            # Between the two renames the earlier report goes back.
-            if stood and not folder.exists():
-                old.rename(folder)
-            raise
 
 
 OPERATORS = "operators"

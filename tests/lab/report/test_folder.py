@@ -71,14 +71,14 @@ def test_a_failure_leaves_the_earlier_report_and_nothing_else(
     if failing == "write":
         monkeypatch.setattr("os.fsync", _fail)
     else:
-        rename = Path.rename
+        replace = Path.replace
 
         def interrupted(path: Path, target: Path) -> Path:
-            if (path / PAGE).read_text() == "another":
+            if path.is_dir() and (path / PAGE).read_text() == "another":
                 raise KeyboardInterrupt
-            return rename(path, target)
+            return replace(path, target)
 
-        monkeypatch.setattr(Path, "rename", interrupted)
+        monkeypatch.setattr(Path, "replace", interrupted)
     with pytest.raises((UsageError, KeyboardInterrupt), match=r"No space|^$"):
         write_folder(folder, CONTENTS | {PAGE: "another"})
     assert files(folder) == CONTENTS

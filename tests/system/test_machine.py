@@ -1,0 +1,84 @@
+"""What the machine is; what it does not tell is not known."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from sa3_convert.system.machine import available_memory, default_threads, machine, usable_processors
+
+
+@pytest.fixture
+def four(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil.Process, "cpu_affinity", lambda _: [0, 1, 2, 3])
+
+
+def describe(folder: Path, **siblings: str) -> Path:
+    for name, text in siblings.items():
+        file = folder / name / "topology" / "thread_siblings_list"
+        file.parent.mkdir(parents=True)
+        file.write_text(f"{text}\n")
+    return folder
+
+
+@pytest.mark.usefixtures("four")
+def test_two_processors_of_one_core_count_once(tmp_path: Path) -> None:
+    assert default_threads(describe(tmp_path, cpu0="0,2", cpu1="1,3", cpu2="0,2", cpu3="1,3")) == 2
+    assert usable_processors() == 4
+
+
+def test_only_processors_that_may_be_used_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil.Process, "cpu_affinity", lambda _: [0, 2])
+    assert default_threads(describe(tmp_path, cpu0="0,2", cpu1="1,3", cpu2="0,2", cpu3="1,3")) == 1
+
+
+@pytest.mark.usefixtures("four")
+def test_what_linux_does_not_describe_is_a_core_each(tmp_path: Path) -> None:
+    assert default_threads(tmp_path) == 4
+
+
+@pytest.mark.usefixtures("four")
+@pytest.mark.parametrize(("cores", "threads"), [(2, 2), (8, 4), (None, 4)])
+def test_a_system_that_tells_only_how_many_cores_there_are_is_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int | None, threads: int
+) -> None:
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: cores)
+    assert default_threads(tmp_path / "none") == threads
+
+
+def test_a_system_without_affinities_gives_all_its_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(psutil.Process, "cpu_affinity")
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    assert default_threads(tmp_path) == usable_processors() == 6
+
+
+@pytest.fixture
+def seven(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4000, total=8000))
+    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=3000))
+
+
+@pytest.mark.usefixtures("seven")
+def test_free_memory_counts_swap(tmp_path: Path) -> None:
+    assert available_memory(tmp_path) == 7000
+
+
+@pytest.mark.usefixtures("seven")
+@pytest.mark.parametrize(("limit", "expected"), [("max", 7000), ("3000", 2000), ("900", 0)])
+def test_a_control_groups_limit_counts(limit: str, expected: int, tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text(limit + "\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    assert available_memory(tmp_path) == expected
+
+
+@pytest.mark.parametrize("error", [psutil.AccessDenied(), FileNotFoundError("/proc/meminfo"), AttributeError()])
+def test_what_the_system_does_not_tell_is_not_known(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise error
+
+    monkeypatch.setattr(psutil, "virtual_memory", refuse)
+    assert available_memory(tmp_path) is None
+    assert machine()["memory_bytes"] is None
