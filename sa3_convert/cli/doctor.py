@@ -20,13 +20,13 @@ def doctor(
 
     Small models are probed; `convert` and `run` read the result.
     """
-    from sa3_convert.cli.console import stderr, stdout
+    from sa3_convert.cli.console import progress, stdout
     from sa3_convert.cli.inspection_tables import probe_table, surroundings_lines, verdict_lines
     from sa3_convert.lab.doctor.examine import diagnose
     from sa3_convert.lab.doctor.results import save
 
-    with stderr.status("probing") as status:
-        found = diagnose(backend, lambda done, total: status.update(f"probing {backend}: {done} of {total}"))
+    with progress(f"probing {backend}") as tick:
+        found = diagnose(backend, lambda done, total: tick(f"probing {backend}", done, total))
     write_figures(json_file, found.to_data())
     for line in (*verdict_lines(found), "", *surroundings_lines(found.surroundings)):
         echo(line)

@@ -85,6 +85,7 @@ def updates(context: typer.Context, parameter: typer.CallbackParam, value: Path)
 def writes_model(context: typer.Context, parameter: typer.CallbackParam, value: Path) -> Path:
     """Note a model that is written, which may need a second file beside it."""
     name = _name(parameter)
+    _check_loadable(value)
     if is_stream(value):
         raise UsageError(f"{name} {value}: a model may need a second file beside it. Name a file.")
     writes(context, parameter, value)
@@ -100,6 +101,7 @@ def makes(context: typer.Context, parameter: typer.CallbackParam, value: Path | 
         if is_stream(value):
             raise UsageError(f"{_name(parameter)} {value} is no folder. Name one.")
         check_name(value)
+        _check_loadable(value)
         found = _noted(context)
         found.folders.append((_name(parameter), value))
         found.check()
@@ -118,6 +120,11 @@ def _name(parameter: typer.CallbackParam) -> str:
     """Return what the user calls an option or argument."""
     # `BUNDLE…` is one of several; an option's last name is its long one.
     return str(parameter.opts[-1] if parameter.param_type_name == "option" else parameter.metavar).rstrip("…")
+
+
+def _check_loadable(path: Path) -> None:
+    """Raise UnicodeEncodeError for a place whose name is not UTF-8: no library that writes or loads models takes it."""
+    os.path.realpath(path).encode()
 
 
 def _check_writable(name: str, path: Path) -> None:

@@ -1,5 +1,6 @@
 """Outputs that are no regular files: standard output, pipes and devices, which are written to and never replaced."""
 
+import codecs
 import contextlib
 import errno
 import io
@@ -18,6 +19,21 @@ _OUT, _ERR = 1, 2
 _OPEN_FILES = re.compile(r"(?:/proc/(\d+)(?:/task/\d+)?|/dev)/fd")
 """Where Linux, and where macOS, names open files."""
 _MOST_LINKS = 40
+_SPELLED = {
+    "×": "x",
+    "…": "...",
+    "→": "->",
+    "−": "-",
+    "–": "-",
+    "·": "*",
+    "±": "+-",
+    "▶": ">",
+    "²": "^2",
+    "“": '"',
+    "”": '"',
+}
+"""Signs that are printed, for terminals that lack them."""
+_SPELLING: Final = "sa3_convert.spelled"
 
 _claimed: tuple[int, TextIO] | None = None
 """Standard output itself, and Python's object for it, while descriptor 1 leads to standard error."""
@@ -118,7 +134,7 @@ def prepare_standard_streams() -> None:
 
     A closed one is filled, so that no file that is opened later becomes it; written to, standard output then is an
     error where it was asked for (`-`) and nothing elsewhere. One whose reader goes away loses what is printed, and the
-    work goes on. What cannot be encoded is escaped.
+    work goes on. What cannot be encoded is spelled in ASCII, or escaped.
     """
     for descriptor in (0, _OUT, _ERR):
         with contextlib.suppress(OSError):
@@ -128,6 +144,18 @@ def prepare_standard_streams() -> None:
         os.open(os.devnull, os.O_RDONLY)
     sys.stdout = _Patient.over(sys.stdout, _OUT)
     sys.stderr = _Patient.over(sys.stderr, _ERR)
+
+
+def _spelled(error: UnicodeError) -> tuple[str, int]:
+    """Return what stands for the letters that an encoding lacks, and where to go on; see `codecs.register_error`."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    missing = error.object[error.start : error.end]
+    text = "".join(_SPELLED.get(sign, sign.encode("ascii", "backslashreplace").decode()) for sign in missing)
+    return text, error.end
+
+
+codecs.register_error(_SPELLING, _spelled)
 
 
 def anything_unheard() -> bool:
@@ -157,7 +185,7 @@ class _Patient(io.TextIOWrapper):
         return cls(
             io.BufferedWriter(raw),
             encoding=stream.encoding,
-            errors="backslashreplace",
+            errors=_SPELLING,
             line_buffering=True,
             write_through=getattr(stream, "write_through", False),
         )
