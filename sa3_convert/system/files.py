@@ -29,8 +29,8 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial", re.DOTALL)
-_NAME = 50
-"""Characters of the final name in the temporary one, which must not grow too long for the file system."""
+_NAME = 16
+"""Characters of the final name in the temporary one, which must not grow long: Windows takes 260 for a whole path."""
 _FICLONE = 0x40049409
 """Linux: `ioctl_ficlone(2)`."""
 _PATIENCE, _PAUSE = 10.0, 0.01

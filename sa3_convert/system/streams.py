@@ -181,7 +181,8 @@ class _Patient(io.TextIOWrapper):
         if stream is None:
             return Path(os.devnull).open("w", encoding="utf-8")
         stream.flush()
-        raw = io.FileIO(descriptor, "wb", closefd=False)
+        # A console of Windows is none of the files that `io.FileIO` writes to.
+        raw: io.RawIOBase = os.fdopen(descriptor, "wb", buffering=0, closefd=False)
         return cls(
             io.BufferedWriter(raw),
             encoding=stream.encoding,
