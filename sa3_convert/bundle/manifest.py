@@ -58,6 +58,8 @@ def as_text(value: str) -> str:
 
 
 MANIFEST = "manifest.json"
+UNVERIFIED: Final = "UNVERIFIED"
+"""What stands for the recipe of models that came without a manifest: nobody has held them to anything."""
 RECIPE = "recipe.yaml"
 TOKENIZER = "tokenizer.json"
 BOTTLENECK = "bottleneck_params.json"

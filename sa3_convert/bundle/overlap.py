@@ -59,7 +59,7 @@ def _files(path: Path) -> Iterator[Path]:
     from sa3_convert.bundle.reader import Bundle
 
     try:
-        yield from Bundle.open(path).all_files()
+        yield from Bundle.open(path, foreign=False).all_files()
     except BundleError:
         # Where a checkpoint has files.
         yield from (*path.glob("*"), *path.glob("*/*"))

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from sa3_convert.bundle.manifest import (
     MANIFEST,
+    UNVERIFIED,
     Artifact,
     ArtifactKind,
     FileEntry,
@@ -42,17 +43,24 @@ class Bundle:
         self._checked: dict[str, CheckedFile] = {}
 
     @classmethod
-    def open(cls, path: Path) -> "Bundle":
+    def open(cls, path: Path, *, foreign: bool = True) -> "Bundle":
         """Read the manifest of a bundle, or of the one bundle in a tree; its files are looked at by `check`.
+
+        Args:
+            path: the folder, or one around it.
+            foreign: open published models without a manifest too; see `bundle.foreign`.
 
         Raises:
             BundleError: no bundle stands there or several do, or its manifest is damaged.
+            ModelFileError: a model without a manifest is damaged.
 
         """
         file = path / MANIFEST
         try:
             path = _folder_of(path)
             file = path / MANIFEST
+            if foreign and not file.exists() and (described := _without_manifest(path)) is not None:
+                return cls(path, described)
             folder = HeldFolder(path)
             inside(folder.root, MANIFEST)
             text = read_text(folder.root / MANIFEST)
@@ -67,6 +75,11 @@ class Bundle:
             raise BundleError(f"{file} is damaged: {faults(error)}. Convert again.") from None
         except ValueError as error:
             raise BundleError(f"{file} is damaged: {str(error)[:500]}. Convert again.") from None
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether it has no manifest, so that nobody has held its models to anything."""
+        return self.manifest.recipe == UNVERIFIED
 
     @property
     def layout(self) -> CheckpointLayout:
@@ -204,3 +217,10 @@ def _folder_of(path: Path) -> Path:
     if len(found) > 1:
         raise BundleError(f"{path} holds {len(found)} bundles. Name one: {', '.join(map(str, found[:_SHOWN]))}.")
     return found[0] if found else path
+
+
+def _without_manifest(path: Path) -> Manifest | None:
+    # A bundle of ours needs nothing that reads models.
+    from sa3_convert.bundle.foreign import foreign_manifest
+
+    return foreign_manifest(path)

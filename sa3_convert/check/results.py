@@ -203,6 +203,11 @@ class Verdict(ComponentFidelity):
                 )
         return tuple(problem for problem in found if problem is not None)
 
+    @property
+    def has_floor(self) -> bool:
+        """Whether anything was asked of it; of models that others published no recipe is known."""
+        return self.floor_db > -MAX_DB
+
     @derived
     def passed(self) -> bool:
         """Whether the worst case reaches the floor and the manifest's claim is true."""
@@ -216,11 +221,13 @@ class BundleFidelity:
     bundle: str
     recipe: str
     verdicts: Annotated[tuple[Verdict, ...], Field(serialization_alias="components")]
+    contradictions: tuple[str, ...] = ()
+    """What models that others published say of themselves and are not, a sentence each."""
 
     @derived
     def problems(self) -> tuple[str, ...]:
         """What is wrong, a sentence each."""
-        return tuple(problem for verdict in self.verdicts for problem in verdict.problems)
+        return (*(problem for verdict in self.verdicts for problem in verdict.problems), *self.contradictions)
 
     @derived
     def passed(self) -> bool:

@@ -6,6 +6,7 @@ hands whole to a constructor may hold nothing unknown; from the others (`Picked`
 never reads there (training, demos) is no concern here either. Fields stand in the order of the published files.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -170,11 +171,9 @@ def read_layout(folder: Path) -> CheckpointLayout:
         CheckpointError: a file is missing or holds a setting that is not supported; the message names it.
 
     """
-    config = _config(read_json(folder / CONFIG, _LARGEST))
+    data = read_json(folder / CONFIG, _LARGEST)
     try:
-        if isinstance(config, _AutoencoderFile):
-            return CheckpointLayout(config.sample_rate, config.sample_size, config.model.layout())
-        return _diffusion(folder, config)
+        return layout_of(data, lambda: _text_config(folder))
     except ValidationError as error:
         reason = faults(error, error.title)
     except ValueError as error:
@@ -182,15 +181,24 @@ def read_layout(folder: Path) -> CheckpointLayout:
     raise CheckpointError(f"The configuration of {folder} cannot be used: {reason}.")
 
 
-def _diffusion(folder: Path, config: _DiffusionFile) -> CheckpointLayout:
-    conditioning, diffusion = config.model.conditioning, config.model.diffusion
-    prompt, path = conditioning.prompt, folder / TEXT_ENCODER_FOLDER / "config.json"
+def _text_config(folder: Path) -> Any:
+    path = folder / TEXT_ENCODER_FOLDER / "config.json"
     if not path.parent.is_dir():
         raise CheckpointError(
             f"{path.parent} is missing: the text encoder belongs to the checkpoint. "
             f"Download the folder {TEXT_ENCODER_FOLDER} beside model.safetensors."
         )
-    text = held(TextEncoderFile, read_json(path, _LARGEST), f"{TEXT_ENCODER_FOLDER}/config.json")
+    return read_json(path, _LARGEST)
+
+
+def layout_of(data: Any, text_data: Callable[[], Any]) -> CheckpointLayout:
+    """Return the layout that configurations describe; the text encoder's is read if there is one."""
+    config = _config(data)
+    if isinstance(config, _AutoencoderFile):
+        return CheckpointLayout(config.sample_rate, config.sample_size, config.model.layout())
+    conditioning, diffusion = config.model.conditioning, config.model.diffusion
+    prompt = conditioning.prompt
+    text = held(TextEncoderFile, text_data(), f"{TEXT_ENCODER_FOLDER}/config.json")
     if text.encoder.sliding_window < prompt.max_length:
         raise ValueError(
             f"the text encoder's sliding_window {text.encoder.sliding_window} is shorter than the prompt's max_length "

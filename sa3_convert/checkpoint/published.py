@@ -2,7 +2,8 @@
 
 from typing import Any, Final
 
-from sa3_convert.checkpoint.config import TEXT_ENCODER_FOLDER, spelled_config, spelled_text_config
+from sa3_convert.checkpoint.config import TEXT_ENCODER_FOLDER, layout_of, spelled_config, spelled_text_config
+from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.checkpoint.variants import (
     DIMENSIONS,
     LATENT_SAMPLES,
@@ -44,6 +45,11 @@ def model_config(variant: Variant, size: Size) -> dict[str, Any]:
         # The one key whose place differs between the published families.
         half["checkpointing"] = half.pop("checkpointing")
     return config
+
+
+def published_layout(variant: Variant, size: Size) -> CheckpointLayout:
+    """Return the dimensions of a variant."""
+    return layout_of(model_config(variant, size), lambda: text_encoder_config(variant, size))
 
 
 def _autoencoder(dimensions: Dimensions, *, sliding: bool) -> dict[str, Any]:

@@ -47,8 +47,7 @@ def bench(
     Engines take turns; each is measured cold, and as the median of warm repeats.
     """
     durations = listed("--seconds", seconds, float, (10.0, 30.0, 60.0, 120.0), is_duration)
-    from sa3_convert.bundle.reader import Bundle
-    from sa3_convert.cli.console import stderr, stdout
+    from sa3_convert.cli.console import open_told, stderr, stdout
     from sa3_convert.lab.bench import bench as measure
     from sa3_convert.lab.bench import contenders
     from sa3_convert.system.machine import machine
@@ -64,7 +63,7 @@ def bench(
         memory=memory,
         report=lambda line: stderr.print(line, style="dim"),
     )
-    manifest = Bundle.open(bundle).manifest
+    manifest = open_told(bundle).manifest
     data = {"machine": described, "variant": manifest.label, "recipe": manifest.recipe, "repeats": repeats}
     data |= {"steps": steps, "engines": {c.name: {"engine": c.engine, **c.options} for c in found}}
     write_figures(json_file, data | {"rows": [row.to_json() for row in rows]})

@@ -45,11 +45,11 @@ def _row(verdict: Verdict) -> tuple[str | Text, ...]:
         verdict.precision if verdict.engine == "mnn" else f"{verdict.precision} ORT",
         fixed(worst.signal_to_noise_db, 1),
         fixed(verdict.mean.signal_to_noise_db, 1),
-        f"{verdict.floor_db:g}",
+        f"{verdict.floor_db:g}" if verdict.has_floor else "–",
         fixed(worst.cosine, 6),
         f"{worst.max_abs_error:.2e}",
         "–" if verdict.half_db is None else fixed(verdict.half_db, 1),
-        Text("ok", "green") if verdict.passed else Text("failed", "red"),
+        Text("failed", "red") if not verdict.passed else Text("ok" if verdict.has_floor else "", "green"),
     )
 
 

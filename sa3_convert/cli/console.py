@@ -6,6 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -23,6 +24,7 @@ from rich.progress import (
 from rich.segment import ControlType, Segment
 from rich.table import Table
 
+from sa3_convert.bundle.manifest import UNVERIFIED, Manifest
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.check.results import Verdict
 from sa3_convert.cli.echo import is_silent
@@ -64,6 +66,20 @@ class EscapingConsole(Console):
 # Names, paths and regular expressions have brackets that are no markup.
 stdout = EscapingConsole(highlight=False, markup=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
 stderr = EscapingConsole(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+
+def open_told(path: Path) -> Bundle:
+    """Open a bundle; of one that came without a manifest it is told that nothing in it was verified."""
+    bundle = Bundle.open(path)
+    tell_unverified(bundle.manifest, path)
+    return bundle
+
+
+def tell_unverified(manifest: Manifest | None, path: Path) -> None:
+    """Say of models without a manifest that nobody has held them to anything."""
+    if manifest is not None and manifest.recipe == UNVERIFIED:
+        files = ", ".join(artifact.path for artifact in manifest.artifacts)
+        stderr.print(f"{UNVERIFIED}: {path} has no manifest. Its dimensions are read from its files: {files}")
 
 
 def show_stage(event: StageEvent) -> None:

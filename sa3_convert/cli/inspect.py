@@ -12,7 +12,9 @@ from sa3_convert.cli.options import BundlesArgument, JsonOption, write_figures
 
 
 def inspect(
-    file: Annotated[Path, Argument(metavar="FILE.mnn", help="Any MNN model.", callback=paths.reads)],
+    file: Annotated[
+        Path, Argument(metavar="FILE.mnn", help="Any MNN model, or a bundle for all of its own.", callback=paths.reads)
+    ],
     json_file: JsonOption = None,
 ) -> None:
     """Say what a .mnn file holds.
@@ -23,10 +25,31 @@ def inspect(
     from sa3_convert.cli.inspection_tables import render_storage
     from sa3_convert.mnn.file.storage import read_storage
 
+    if file.is_dir():
+        _inspect_bundle(file, json_file)
+        return
     storage = read_storage(file)
     if json_file is not None:
         write_figures(json_file, json.loads(storage.to_json()))
     stdout.print(render_storage(storage))
+
+
+def _inspect_bundle(folder: Path, json_file: Path | None) -> None:
+    from sa3_convert.bundle.foreign import contradictions
+    from sa3_convert.cli.console import open_told, stderr, stdout
+    from sa3_convert.cli.inspection_tables import render_storage
+    from sa3_convert.mnn.file.storage import read_storage
+
+    bundle = open_told(folder)
+    models = {component: read_storage(bundle.file(component)) for component in bundle.components}
+    told = {component.value: json.loads(storage.to_json()) for component, storage in models.items()}
+    write_figures(json_file, {"variant": bundle.manifest.label, "recipe": bundle.manifest.recipe, "models": told})
+    for component, storage in models.items():
+        stdout.print(f"{component.value}:")
+        stdout.print(render_storage(storage))
+        # Names of an export are slots, and its manifest says what they hold.
+        for line in contradictions(storage.path.name, storage) if bundle.is_foreign else ():
+            stderr.print(line)
 
 
 def table(
@@ -36,8 +59,8 @@ def table(
     ] = None,
 ) -> None:
     """Print sizes and fidelity of several bundles as Markdown."""
-    from sa3_convert.bundle.reader import Bundle
     from sa3_convert.bundle.table import Bench, markdown_table
+    from sa3_convert.cli.console import open_told
 
     benches = [Bench.read(path) for path in bench or ()]
-    echo(markdown_table([Bundle.open(path) for path in bundles], benches))
+    echo(markdown_table([open_told(path) for path in bundles], benches))

@@ -49,6 +49,14 @@ SinceOption = Annotated[
     Path | None,
     _report(metavar="REPORT.json", help="Also say what changed since this earlier one.", callback=paths.reads),
 ]
+CheckpointOption = Annotated[
+    str | None,
+    Option(
+        metavar="DIR",
+        help="Compare with references exported from this checkpoint: for models that others published.",
+        callback=paths.opens,
+    ),
+]
 
 
 def verify(
@@ -58,6 +66,7 @@ def verify(
     full: FullOption = False,
     bisecting: BisectOption = None,
     json_file: o.JsonOption = None,
+    checkpoint: CheckpointOption = None,
     prompts: PromptsOption = None,
     seeds: SeedsOption = None,
     seconds: SecondsOption = None,
@@ -83,13 +92,20 @@ def verify(
     if since is not None and report_folder is None:
         raise UsageError("--since says with what a report is compared; add --report DIR.")
     cases = chosen_cases(prompts, seeds, seconds, case)
-    from sa3_convert.bundle.reader import Bundle
+    from sa3_convert.bundle.manifest import UNVERIFIED
+    from sa3_convert.cli.console import open_told
     from sa3_convert.cli.full import ReportWriter, show_verification
 
-    opened = Bundle.open(bundle)
+    opened = open_told(bundle)
     reporting = None if report_folder is None else ReportWriter(report_folder, since)
+    if checkpoint is not None and (full or report_folder is not None or not usual or bisecting):
+        raise UsageError("--checkpoint compares sampled inputs on the CPU; give --component, --quick, --threads alone.")
+    if opened.is_foreign and checkpoint is None:
+        raise UsageError(f"{bundle} is {UNVERIFIED}: it has no references. Give its checkpoint: --checkpoint DIR.")
     how: dict[str, Any] = {"components": tuple(component or ()), "quick": quick, "threads": threads}
-    if full:
+    if checkpoint is not None:
+        findings = _against(opened, checkpoint, **how)
+    elif full:
         heard = {} if reporting is None else {"heard": reporting.hear}
         more = {"cases": cases, "steps": steps, "engine": engine, "bisecting": bisecting is not False}
         findings = _whole_generations(opened, references, references_mib << 20, **how, **more, **heard)
@@ -112,6 +128,14 @@ def _whole_generations(bundle: "Bundle", references: Path | None, limit: int, **
     what = {name: how[name] for name in ("steps", "components", "quick")}
     with shown_progress(workload(bundle, how["cases"], **what)) as report:
         return verify_fully(bundle, store=store, report=report, **how)
+
+
+def _against(bundle: "Bundle", checkpoint: str, **how: Any) -> "Verification":
+    from sa3_convert.cli.console import show_verdict
+    from sa3_convert.convert.reference import verify_against
+    from sa3_convert.lab.generations.full import Verification
+
+    return Verification.of(verify_against(bundle, o.open_checkpoint(checkpoint, None), report=show_verdict, **how))
 
 
 def _sampled_inputs(bundle: "Bundle", *, bisecting: bool, threads: int | None, **how: Any) -> "Verification":

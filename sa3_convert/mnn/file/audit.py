@@ -90,6 +90,11 @@ def audit(storage: ModelStorage, recipe: ComponentRecipe) -> AuditSummary:
     )
 
 
+def token_tables(storage: ModelStorage) -> Iterator[TokenTable]:
+    """Yield the tables whose rows a model looks up by its inputs."""
+    return _Flow(storage).token_tables()
+
+
 def _layer_faults(layers: list[tuple[str, WeightStorage]], recipe: ComponentRecipe) -> Iterator[str]:
     for name, weight in layers:
         bits, block = (None, None) if recipe.weights is None else recipe.weights.for_layer(name)
