@@ -62,6 +62,7 @@ UNVERIFIED: Final = "UNVERIFIED"
 """What stands for the recipe of models that came without a manifest: nobody has held them to anything."""
 RECIPE = "recipe.yaml"
 TOKENIZER = "tokenizer.json"
+TOKEN_TABLE = "tokenizer.table"
 BOTTLENECK = "bottleneck_params.json"
 
 ArtifactKind = Literal[
@@ -85,6 +86,7 @@ COMPANIONS: Mapping[ArtifactKind, str] = {
 """Kinds of models, and what is behind their name in that of the file that is loaded with them."""
 _SHARED_BYTES: Mapping[ArtifactKind, int] = {"tokenizer": 256 << 20, "bottleneck_params": SMALL, "recipe": SMALL}
 """Kinds of files that belong to no component, and how large each can be."""
+_LARGEST_TABLE: Final = 64 << 20
 
 
 class _Data(BaseModel):
@@ -144,6 +146,8 @@ class Artifact(FileEntry):
     parts only the last part has them. None is not known."""
     companion: FileEntry | None = None
     """Weights that stand in a file of their own (`.weight` of MNN, `.data` of ONNX)."""
+    table: FileEntry | None = None
+    """Of a tokenizer: the same in a form that loads faster, and is used instead."""
     kept_at: Annotated[str, Field(max_length=4096)] | None = None
     """Folder, relative to the bundle, of a file that is left out of it: the reference ONNX is several times its size.
     The hash says whether it is still the right one."""
@@ -165,6 +169,8 @@ class Artifact(FileEntry):
         # Read alone, and only what has the hash; so it matters little where a hostile one leads.
         if self.kept_at is not None and self.kind not in _KEPT_OUTSIDE:
             raise ValueError("only ONNX files are kept outside of the bundle")
+        if self.table is not None and (self.kind != "tokenizer" or self.table.bytes > _LARGEST_TABLE):
+            raise ValueError(f"a {self.kind} has no table of {self.table.bytes} bytes")
         if self.bytes > _SHARED_BYTES.get(self.kind, self.bytes):
             raise ValueError(f"a {self.kind} of {self.bytes} bytes is none")
         return self
@@ -179,8 +185,8 @@ class Artifact(FileEntry):
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
-        """The file and its companion."""
-        return (self,) if self.companion is None else (self, self.companion)
+        """The file and what belongs to it."""
+        return tuple(entry for entry in (self, self.companion, self.table) if entry is not None)
 
 
 class LoraEntry(_Data):

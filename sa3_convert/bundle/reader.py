@@ -116,8 +116,12 @@ class Bundle:
 
     @contextlib.contextmanager
     def reading(self, kind: ArtifactKind) -> Iterator[Path]:
-        """Yield the path of a checked file that belongs to no component; it must still be the same after the block."""
-        file = self.checked(None, kind)
+        """Yield the path of a checked file that belongs to no component; it must still be the same after the block.
+
+        Of a tokenizer with a table, the table's.
+        """
+        artifact = self.artifact(None, kind)
+        file = self._check_file(artifact, artifact.table or artifact, contents=True)
         try:
             yield file.path
         except Sa3Error as error:
@@ -153,6 +157,8 @@ class Bundle:
         companion = None
         if artifact.companion is not None:
             companion = self._check_file(artifact, artifact.companion, contents)
+        if artifact.table is not None:
+            self._check_file(artifact, artifact.table, contents)
         return self._check_file(artifact, artifact, contents, companion)
 
     def _check_file(

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Literal
 from sa3_convert.bundle.manifest import (
     COMPANIONS,
     MANIFEST,
+    TOKEN_TABLE,
+    TOKENIZER,
     Artifact,
     ArtifactKind,
     FileEntry,
@@ -25,7 +27,7 @@ from sa3_convert.convert.plan import ComponentPlan, ConversionPlan, ConvertReque
 from sa3_convert.convert.stages import STAGES, STAGES_OF, ComponentJob, Stage
 from sa3_convert.errors import ConversionError, UsageError
 from sa3_convert.system.checked_files import inside
-from sa3_convert.system.files import alone_in, copy_file, sweep, write_text
+from sa3_convert.system.files import alone_in, atomic_path, copy_file, sweep, write_text
 from sa3_convert.system.log import kept, note
 
 if TYPE_CHECKING:
@@ -90,7 +92,24 @@ def _shared_artifact(request: ConvertRequest, kind: ArtifactKind) -> Artifact:
     """Write what a client needs beside the models."""
     text = shared_text(request, kind)
     write_text(_own(request.out, SHARED[kind]), bottleneck_params(request.checkpoint) if text is None else text)
-    return Artifact(**dict(FileEntry.of(request.out, SHARED[kind])), kind=kind)
+    table = _token_table(request.out) if kind == "tokenizer" else None
+    return Artifact(**dict(FileEntry.of(request.out, SHARED[kind])), kind=kind, table=table)
+
+
+def _token_table(out: Path) -> FileEntry | None:
+    """Write the table of the tokenizer that stands in a bundle; None, and a line in the log, where it can have none."""
+    from sa3_convert.runtime.prompts import table_of
+    from sa3_convert.runtime.token_table import NoTableError
+
+    try:
+        content = table_of(out / TOKENIZER)
+    except NoTableError as error:
+        note("tokenizer", [f"{TOKENIZER} gets no {TOKEN_TABLE}, because {error}; it loads more slowly."])
+        (out / TOKEN_TABLE).unlink(missing_ok=True)
+        return None
+    with atomic_path(_own(out, TOKEN_TABLE)) as path:
+        path.write_bytes(content)
+    return FileEntry.of(out, TOKEN_TABLE)
 
 
 def bottleneck_params(checkpoint: "Checkpoint") -> str:

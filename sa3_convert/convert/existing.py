@@ -9,6 +9,7 @@ from sa3_convert.bundle.manifest import (
     COMPANIONS,
     MANIFEST,
     RECIPE,
+    TOKEN_TABLE,
     TOKENIZER,
     Artifact,
     ArtifactKind,
@@ -75,7 +76,7 @@ def _refuse_other_files(request: "ConvertRequest") -> None:
         for component in Component
         if not stage.folder
     }
-    known = {*SHARED.values(), *(stage.folder for stage in STAGES.values()), *names}
+    known = {*SHARED.values(), TOKEN_TABLE, *(stage.folder for stage in STAGES.values()), *names}
     if (foreign := sorted(leftovers - known)) and not request.force:
         raise UsageError(
             f"--out {out} holds other files ({foreign[0]}, …). Give an empty folder, or --force to write into it."

@@ -69,7 +69,7 @@ class _Placed:
         moved = []
         for artifact, path in self.paths:
             companion = artifact.companion and artifact.companion.model_copy(update={"path": f"{path}.weight"})
-            moved.append(artifact.model_copy(update={"path": path, "companion": companion}))
+            moved.append(artifact.model_copy(update={"path": path, "companion": companion, "table": None}))
         base = "." if self.root == self.folder else "../.."
         given = self.bundle.manifest.model_copy(update={"artifacts": tuple(moved), "base": base})
         return Manifest.model_validate_json(given.to_json(), strict=True)

@@ -7,22 +7,27 @@ The reference calls its tokenizer with special tokens on. Whether that puts any 
 import contextlib
 import itertools
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
-import tokenizers
 from numpy.typing import NDArray
 
+from sa3_convert.bundle.manifest import TOKEN_TABLE
 from sa3_convert.checkpoint.dimensions import TextEncoderLayout
 from sa3_convert.checkpoint.json_file import Picked, held, read_json
 from sa3_convert.errors import BundleError, CheckpointError, UsageError
+from sa3_convert.runtime.token_table import TokenTable, tabulated
 from sa3_convert.system.checked_files import named
 from sa3_convert.system.log import capture_stderr
 from sa3_convert.system.supervisor import working_on
-from sa3_convert.system.untrusted import read_text
+from sa3_convert.system.untrusted import read_bytes, read_text
+
+if TYPE_CHECKING:
+    import tokenizers
 
 Integers = NDArray[np.int32]
 
@@ -63,7 +68,7 @@ class Around:
     after: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, tokenizer: tokenizers.Tokenizer, path: Path) -> Self:
+    def of(cls, tokenizer: "tokenizers.Tokenizer", path: Path) -> Self:
         """Find out by encoding a text both ways; `ValueError` if they differ by more."""
         plain, whole = (_encode(tokenizer, path, _TEXT, special=special) for special in (False, True))
         for start in range(len(whole) - len(plain) + 1):
@@ -77,10 +82,10 @@ class Around:
 
 
 class PromptTokenizer:
-    """A `tokenizer.json`, used with special tokens on, for a text encoder; BundleError if it cannot be used.
+    """A `tokenizer.json` or its table, with special tokens, for a text encoder; BundleError if it cannot be used.
 
     Args:
-        path: of the file.
+        path: of the file; a table is told by its name.
         text: dimensions of the text encoder; an autoencoder alone has none.
         content: what is used instead of what the file holds.
 
@@ -91,8 +96,11 @@ class PromptTokenizer:
             raise BundleError("An autoencoder alone cannot generate. Give a whole checkpoint, or a bundle of one.")
         self._path, self._text = path, text
         try:
-            self._tokenizer = _load(path, content)
-            self._around = Around.of(self._tokenizer, path)
+            if path.suffix == Path(TOKEN_TABLE).suffix:
+                self._encode, self._around = _from_table(path)
+            else:
+                tokenizer = _load(path, content)
+                self._encode, self._around = partial(_encode, tokenizer, path), Around.of(tokenizer, path)
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror or error}. {_GET_ANOTHER}") from None
         except ValueError as error:
@@ -101,7 +109,7 @@ class PromptTokenizer:
     def encode(self, prompt: str) -> Tokens:
         """Return the tokens of a prompt that passed `check_prompt`; the empty prompt has special ones alone, if any."""
         try:
-            found = _encode(self._tokenizer, self._path, prompt)
+            found = self._encode(prompt)
         except ValueError as error:
             raise BundleError(f"{self._path} fails on this prompt: {error}. {_GET_ANOTHER}") from None
         length, rows = self._text.max_length, self._text.vocab_size
@@ -152,6 +160,19 @@ def check_tokenizer(path: Path, text: TextEncoderLayout) -> UsedTokenizer:
     return used
 
 
+def table_of(path: Path) -> bytes:
+    """Return the table of a `tokenizer.json` that was checked; `NoTableError` says why it cannot have one."""
+    tokenizer = _load(path)
+    around = Around.of(tokenizer, path)
+    table = tabulated(read_text(path, _LARGEST), partial(_encode, tokenizer, path), around.before, around.after)
+    return table.to_bytes()
+
+
+def _from_table(path: Path) -> tuple[Callable[[str], list[int]], Around]:
+    table = TokenTable.from_bytes(read_bytes(path, _LARGEST))
+    return table.encode, Around(table.before, table.after)
+
+
 class _Named(Picked):
     content: str
 
@@ -165,8 +186,10 @@ class _Settings(Picked):
     eos_token: str | _Named | None = None
 
 
-def _as_used(tokenizer: tokenizers.Tokenizer, path: Path) -> UsedTokenizer:
+def _as_used(tokenizer: "tokenizers.Tokenizer", path: Path) -> UsedTokenizer:
     """Make a tokenizer add what the reference adds, and say what that is."""
+    from tokenizers.processors import TemplateProcessing
+
     config, content = path.with_name("tokenizer_config.json"), None
     settings = held(_Settings, read_json(config), config.name) if config.exists() else _Settings()
     if settings.model_fields_set & {"add_bos_token", "add_eos_token"}:
@@ -187,7 +210,7 @@ def _as_used(tokenizer: tokenizers.Tokenizer, path: Path) -> UsedTokenizer:
         with contextlib.suppress(ValueError):
             if Around.of(tokenizer, path) == wanted:
                 return UsedTokenizer(None, _note(tokenizer, wanted, path.name))
-        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        tokenizer.post_processor = TemplateProcessing(
             single=[*tokens[0], "$A", *tokens[1]], special_tokens=list(ids.items())
         )
         content = tokenizer.to_str()
@@ -195,7 +218,7 @@ def _as_used(tokenizer: tokenizers.Tokenizer, path: Path) -> UsedTokenizer:
     return UsedTokenizer(content, _note(tokenizer, Around.of(tokenizer, path), source))
 
 
-def _note(tokenizer: tokenizers.Tokenizer, around: Around, source: str) -> str:
+def _note(tokenizer: "tokenizers.Tokenizer", around: Around, source: str) -> str:
     sides = [
         f"{' '.join(map(str, map(tokenizer.id_to_token, side)))} {where}"
         for side, where in ((around.before, "in front"), (around.after, "behind"))
@@ -206,8 +229,10 @@ def _note(tokenizer: tokenizers.Tokenizer, around: Around, source: str) -> str:
     return f"Prompts are encoded as the reference does, with {' and '.join(sides) or 'no special token'}: {source}."
 
 
-def _load(path: Path, content: str | None = None) -> tokenizers.Tokenizer:
+def _load(path: Path, content: str | None = None) -> "tokenizers.Tokenizer":
     """Return a tokenizer; `ValueError` says why the library cannot use the file, or gives other tokens each time."""
+    import tokenizers
+
     if content is None:
         content = read_text(path, _LARGEST)
     with _library(path, _LOAD_SECONDS):
@@ -220,7 +245,7 @@ def _load(path: Path, content: str | None = None) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _encode(tokenizer: tokenizers.Tokenizer, path: Path, prompt: str, *, special: bool = False) -> list[int]:
+def _encode(tokenizer: "tokenizers.Tokenizer", path: Path, prompt: str, *, special: bool = False) -> list[int]:
     with _library(path, _ENCODE_SECONDS):
         return list(tokenizer.encode(prompt, add_special_tokens=special).ids)
 

@@ -57,6 +57,16 @@ def make_bundle(
     return bundle
 
 
+def test_only_a_tokenizer_has_a_table(tmp_path: Path) -> None:
+    entry = FileEntry(path="a.table", sha256="0" * 64, bytes=1)
+    given = {"path": "a", "sha256": "0" * 64, "bytes": 1, "table": entry}
+    assert Artifact(**given, kind="tokenizer").files[1] == entry
+    with pytest.raises(ValueError, match="a recipe has no table"):
+        Artifact(**given, kind="recipe")
+    with pytest.raises(ValueError, match="no table of"):
+        Artifact(**given | {"table": entry.model_copy(update={"bytes": 1 << 30})}, kind="tokenizer")
+
+
 def lora_entry(name: str = "warm.safetensors", content: str = "a", **changes: object) -> LoraEntry:
     """An adapter that changes the DiT."""
     settings = {"strength": 0.5, "type": "lora", "rank": 4, "alpha": 8.0, "layers": {Component.DIT: 3}} | changes

@@ -368,7 +368,9 @@ def copy(toy_int8: Bundle, tmp_path: Path) -> Path:
     return Path(shutil.copytree(toy_int8.path, tmp_path / "bundle"))
 
 
-@pytest.mark.parametrize("name", ["dit.mnn", "tokenizer.json", "bottleneck_params.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["dit.mnn", "tokenizer.json", "tokenizer.table", "bottleneck_params.json", "manifest.json"]
+)
 @pytest.mark.parametrize("damage", [Path.unlink, lambda p: p.write_bytes(p.read_bytes()[:-5])])
 def test_a_damaged_bundle_is_exit_3_and_the_file_named(
     copy: Path, name: str, damage: Callable[[Path], Any], capsys: pytest.CaptureFixture[str]
@@ -377,6 +379,26 @@ def test_a_damaged_bundle_is_exit_3_and_the_file_named(
     assert cli.run(["run", str(copy), *SHORT, "-o", str(copy.parent / "x.wav")]) == 3
     assert name in complaint(capsys)
     assert not (copy.parent / "x.wav").exists()
+
+
+def test_a_bundle_whose_tokenizer_has_no_table_gives_the_same_audio(copy: Path) -> None:
+    outputs = [copy.parent / name for name in ("with.wav", "without.wav")]
+    assert cli.run(["run", str(copy), *SHORT, "-o", str(outputs[0])]) == 0
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (tokenizer,) = (a for a in manifest["artifacts"] if a["kind"] == "tokenizer")
+    assert tokenizer.pop("table")["path"] == "tokenizer.table"
+    (copy / "tokenizer.table").unlink()
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert cli.run(["run", str(copy), *SHORT, "-o", str(outputs[1])]) == 0
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+
+
+def test_the_table_is_read_instead_of_the_tokenizer(copy: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from sa3_convert.runtime.pipeline import Pipeline; "
+        "Pipeline.from_bundle(Path(sys.argv[1])).tokens('pad'); assert 'tokenizers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(copy)], check=True)
 
 
 def test_a_bundle_without_encoder_generates_from_text_and_says_what_it_lacks_for_audio(

@@ -194,6 +194,8 @@ def place(bundle: Path, folder: Path, component: str, data: bytes, *, audited: b
     for artifact in manifest["artifacts"]:
         if artifact["path"] == name:
             artifact |= {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+            if component == TOKENIZER:
+                artifact["table"] = None
             if audited and component != TOKENIZER:
                 with contextlib.suppress(Sa3Error):
                     artifact["storage"] = read_storage(folder / name).summary()
