@@ -1,8 +1,9 @@
 """What half arithmetic leaves of a component, emulated in ONNX: what a phone gets that runs it at precision low.
 
 Every number passes through a half: inputs, constants, and what each operator makes. So MNN computes on ARM at precision
-low, whose ratio on toy models this foretells to 0.1 dB. Within an operator sums stay float32, which is kinder than a
-kernel that adds halves, the more so the longer the sums.
+low, but there products and convolutions add up in halves too, while here sums within an operator stay float32. Phases
+that are lost show to 0.1 dB; where this says 55 to 64 dB of toy models, ARM has 49 to 50, and wide layers have longer
+sums.
 """
 
 import contextlib

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from sa3_convert.bundle.overlap import Named
 from sa3_convert.cli.console import progress, stderr, stdout, tell_unverified
 from sa3_convert.cli.options import write_figures
-from sa3_convert.components import Component
 from sa3_convert.errors import AudioError, BundleError, OutputRejectedError, UsageError
 from sa3_convert.lab.doctor.results import saved
 from sa3_convert.mnn.session import require_backend
@@ -49,16 +48,23 @@ def pcm_to_standard_output(rate: int, *, sample_format: SampleFormat, dither: bo
         raise AudioError("What read the samples has closed the pipe; generation has stopped.") from None
 
 
-def placed(backend: Backend, precision: Level, memory: Level, overrides: Sequence[str]) -> dict[Component, Backend]:
-    """Return the backend of each component, and say why on stderr unless all is as usual."""
+def placed(
+    backend: Backend, precision: Level, memory: Level, overrides: Sequence[str], *, split: bool = False
+) -> dict[str, Any]:
+    """Return where components run, and which never at precision low, as options of an engine.
+
+    It is said on stderr, with reasons, unless all is as usual.
+    """
     given = parse_places(overrides)
     for wanted in {backend, *given.values()} - {"cpu"}:
         require_backend(wanted)
-    diagnosis = None if backend == "cpu" else saved(backend)
-    places = placement(backend, diagnosis, precision=precision, memory=memory, overrides=given)
-    for place in places if backend != "cpu" or given else ():
-        stderr.print(f"{place.component.value} on {place.backend}: {place.reason}")
-    return {place.component: place.backend for place in places}
+    how: dict[str, Any] = {"precision": precision, "memory": memory, "overrides": given, "split": split}
+    places = placement(backend, saved(backend), **how)
+    for place in places:
+        if backend != "cpu" or given or place.precision != precision:
+            stderr.print(f"{place.component.value} on {place.backend}: {place.reason}")
+    never = tuple(place.component for place in places if place.precision != precision)
+    return {"places": {place.component: place.backend for place in places}, "never_low": never}
 
 
 @contextlib.contextmanager

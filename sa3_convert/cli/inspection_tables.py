@@ -49,7 +49,7 @@ def verdict_lines(diagnosis: Diagnosis) -> Iterator[str]:
     yield f"{len(diagnosis.results)} probes in {diagnosis.seconds:.0f} s: {sound} work, {len(bad)} do not."
     found = changes(diagnosis)
     if found is None:
-        yield f"Nothing is recorded yet for MNN on {diagnosis.backend}."
+        yield f"Nothing is recorded yet for MNN on {diagnosis.backend} of {diagnosis.architecture}."
     elif found or found.version != diagnosis.mnn:
         yield found.describe()
 

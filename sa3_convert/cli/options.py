@@ -77,7 +77,9 @@ BackendOption = Annotated[
     Device, runtime("--backend", "--device", help="`run` takes the CPU where `doctor` found MNN wrong.")
 ]
 MemoryOption = Annotated[Level, runtime(help="MNN: low keeps weights quantised in memory.")]
-PrecisionOption = Annotated[Level, runtime(help="MNN: high computes in float32.")]
+PrecisionOption = Annotated[
+    Level, runtime(help="MNN: high computes in float32; low in halves, on ARM, what is right with them.")
+]
 ReferencesOption = Annotated[
     Path | None, Option(metavar="DIR", help="Where reference outputs are kept; beside the bundle by default.")
 ]

@@ -170,8 +170,8 @@ def _engine_options(
     if engine == "mnn":
         from sa3_convert.cli.generate import placed
 
-        places = placed(backend, precision, memory, place)
-        return {"memory": memory, "precision": precision, "backend": backend, "places": places, "split": split}
+        where = placed(backend, precision, memory, place, split=split)
+        return {"memory": memory, "precision": precision, "backend": backend, "split": split, **where}
     if (memory, precision, split) != ("normal", "high", False) or place:
         raise UsageError("--memory, --precision, --place and --split-dit are settings of --engine mnn.")
     if backend not in ("cpu", "cuda"):

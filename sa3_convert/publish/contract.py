@@ -57,6 +57,8 @@ def contract_of(manifest: Manifest, golden: bool = False) -> dict[str, Any]:
             "file": artifact.path,
             "sha256": artifact.sha256,
             "stored_as": artifact.precision,
+            "lowest_precision": artifact.lowest_precision,
+            "half_db": artifact.half_db,
             "inputs": [_port(port) for port in contract(component, layout).inputs],
             "outputs": [_port(port) for port in contract(component, layout).outputs],
         }

@@ -69,6 +69,8 @@ class MnnEngine:
     precision: Level = "high"
     """`low` is for components that are right in half arithmetic, and for the last of the parts; others get `normal`."""
     right_at_low: Collection[Component] = ()
+    never_low: Collection[Component] = ()
+    """Components that a probe found wrong at precision low here."""
     backend: Backend = "cpu"
     places: Mapping[Component, Backend] = field(default_factory=dict)
     """Components that run elsewhere than on `backend`."""
@@ -92,7 +94,9 @@ class MnnEngine:
     @property
     def raised(self) -> tuple[Component, ...]:
         """Components that get another precision than `low`, which was asked for."""
-        return tuple(c for c in self.files if c not in self.right_at_low) if self.precision == "low" else ()
+        if self.precision != "low":
+            return ()
+        return tuple(c for c in self.files if c not in self.right_at_low or c in self.never_low)
 
     def load(self, component: Component) -> Session:
         """Load a model; see `Engine.load`."""
@@ -269,7 +273,7 @@ class Models:
 
 KINDS: Mapping[EngineName, ArtifactKind] = {"mnn": "mnn", "onnxruntime": "onnx", "onnxruntime-int8": "onnx-int8"}
 _OPTIONS: Mapping[EngineName, tuple[str, ...]] = {
-    "mnn": ("threads", "memory", "precision", "backend", "places", "split"),
+    "mnn": ("threads", "memory", "precision", "never_low", "backend", "places", "split"),
     "onnxruntime": ("threads", "backend"),
     "onnxruntime-int8": ("threads", "backend"),
     "torch": ("threads", "padding", "backend", "checkpoint", "loras"),

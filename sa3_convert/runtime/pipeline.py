@@ -89,9 +89,9 @@ class Pipeline:
             check: compare the bundle's models with its manifest first (reads them all once).
             keep_loaded: see the class.
             window: see the class.
-            **options: of the engine: `threads`; for MNN `memory`, `precision`, `backend` and `split` (run the DiT that
-                `convert --with-split-dit` makes); for torch `checkpoint`, the folder that the bundle was made from, and
-                `padding`.
+            **options: of the engine: `threads`; for MNN `memory`, `precision` (low goes to models that are right with
+                it, normal to the others), `backend` and `split` (run the DiT that `convert --with-split-dit` makes);
+                for torch `checkpoint`, the folder that the bundle was made from, and `padding`.
 
         Raises:
             BundleError: the bundle is missing, damaged, or cannot generate.

@@ -1,4 +1,4 @@
-"""Which component runs on which backend, with a reason each: what was asked for, unless a probe says that it is wrong.
+"""Which component runs where and how precisely, with a reason each: as asked for, unless a probe says that it is wrong.
 
 Data, not a fall-back: it is decided before anything runs, from one saved diagnosis, and told.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
-from sa3_convert.lab.doctor.results import BAD, Diagnosis, described, setting_name
+from sa3_convert.lab.doctor.results import BAD, CONVERSION_SETTING, Diagnosis, described, setting_name
 from sa3_convert.runtime.engines import Backend, Level
 
 _LOW_PRECISION_PROBE = "softmax-low-precision"
@@ -21,6 +21,7 @@ class Place:
     component: Component
     backend: Backend
     reason: str
+    precision: Level
 
 
 def placement(
@@ -31,35 +32,58 @@ def placement(
     memory: Level = "normal",
     overrides: Mapping[Component, Backend] | None = None,
     components: Iterable[Component] = tuple(Component),
+    split: bool = False,
 ) -> tuple[Place, ...]:
     """Place each component on the backend that was asked for, unless a probe of it failed at this precision and memory.
 
     Without a diagnosis nothing was probed; what the user places in `overrides` is not questioned. Precision low is
-    refused on CUDA, where Softmax is not known to be right with it.
+    refused on CUDA, where Softmax is not known to be right with it. On the CPU normal takes the place of low where a
+    probe failed, and what is wrong with that too is refused; the usual setting, by which conversions verify, is not
+    questioned. `split` says that the DiT is run in parts.
     """
     given = overrides or {}
     setting = setting_name(precision, memory)
     places = []
     for component in components:
         if component in given:
-            places.append(Place(component, given[component], "placed with --place"))
+            places.append(Place(component, given[component], "placed with --place", precision))
         elif backend == "cpu":
-            places.append(Place(component, "cpu", "asked for"))
+            parted = split and component is Component.DIT
+            places.append(_on_cpu(component, diagnosis, precision, memory, split=parted))
         else:
             _refuse_low_precision(backend, precision, diagnosis, setting)
-            places.append(_probed(component, backend, diagnosis, setting))
+            places.append(_probed(component, backend, diagnosis, precision, memory))
     return tuple(places)
 
 
-def _probed(component: Component, backend: Backend, diagnosis: Diagnosis | None, setting: str) -> Place:
-    if diagnosis is None:
-        return Place(component, backend, f"not probed; run `sa3-convert doctor --backend {backend}`")
-    if failing := diagnosis.failing(component, setting):
-        return Place(component, "cpu", described(failing, setting))
-    fallen = [r.probe for r in diagnosis.results if component in r.needed_by and r.at(setting).outcome == "cpu"]
-    return Place(
-        component, backend, f"right, but partly on the CPU: {', '.join(fallen)}" if fallen else "its probes are right"
+def _on_cpu(
+    component: Component, diagnosis: Diagnosis | None, precision: Level, memory: Level, *, split: bool
+) -> Place:
+    setting = setting_name(precision, memory)
+    if diagnosis is None or setting == CONVERSION_SETTING:
+        return Place(component, "cpu", "asked for", precision)
+    failing = diagnosis.failing(component, setting, split=split)
+    if not failing:
+        return Place(component, "cpu", "its probes are right", precision)
+    if precision == "low" and not diagnosis.failing(component, setting_name("normal", memory), split=split):
+        return Place(component, "cpu", f"at precision normal: {described(failing, setting)}", "normal")
+    raise UsageError(
+        f"With {setting}, MNN {diagnosis.mnn} is wrong here on what {component.value} is made of: "
+        f"{described(failing, setting)}. Leave --precision and --memory away."
     )
+
+
+def _probed(
+    component: Component, backend: Backend, diagnosis: Diagnosis | None, precision: Level, memory: Level
+) -> Place:
+    if diagnosis is None:
+        return Place(component, backend, f"not probed; run `sa3-convert doctor --backend {backend}`", precision)
+    setting = setting_name(precision, memory)
+    if failing := diagnosis.failing(component, setting):
+        return Place(component, "cpu", described(failing, setting), precision)
+    fallen = [r.probe for r in diagnosis.results if component in r.needed_by and r.at(setting).outcome == "cpu"]
+    reason = f"right, but partly on the CPU: {', '.join(fallen)}" if fallen else "its probes are right"
+    return Place(component, backend, reason, precision)
 
 
 def _refuse_low_precision(backend: Backend, precision: Level, diagnosis: Diagnosis | None, setting: str) -> None:

@@ -174,6 +174,12 @@ _INTERESTING = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimd
 """Instruction sets that decide how fast integer products are."""
 
 
+def architecture() -> str:
+    """Return the kind of processor under one name on every system: `x86_64`, `aarch64`, or what it calls itself."""
+    name = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
+
+
 def machine() -> dict[str, Any]:
     """Return processor, cores, memory, system and versions, JSON-ready; what the system does not tell is None."""
     model, flags = _processor(Path("/proc/cpuinfo"))

@@ -18,7 +18,7 @@ from sa3_convert.lab.doctor.probes import PROBES
 from sa3_convert.lab.doctor.records import RECORDS
 from sa3_convert.lab.doctor.results import Answer, Diagnosis, ProbeResult, setting_name
 from sa3_convert.mnn.session import has_backend
-from sa3_convert.system.machine import version_of
+from sa3_convert.system.machine import architecture, version_of
 
 HIGH, LOW = setting_name("high", "normal"), setting_name("low", "normal")
 RIGHT = ProbeResult("conv", "a convolution", {HIGH: Answer("works", 130.0)}, None, "", (Component.DECODER,))
@@ -37,7 +37,7 @@ def diagnosis(*results: ProbeResult, **changed: Any) -> Diagnosis:
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setitem(RECORDS, (version_of("MNN"), "cpu"), RECORDED)  # type: ignore[misc]
+    monkeypatch.setitem(RECORDS, (version_of("MNN"), "cpu", architecture()), RECORDED)  # type: ignore[misc]
 
 
 Said = Callable[..., list[str]]
@@ -106,7 +106,7 @@ def test_what_changed_against_the_record_is_told(said: Said) -> None:
     assert any("new: conv fails" in line for line in said(diagnosis(NEEDED, AVOIDED)))
     repaired = replace(AVOIDED, answers={HIGH: Answer("works", 120.0)})
     assert any("right now: round" in line for line in said(diagnosis(RIGHT, repaired)))
-    assert "Nothing is recorded yet for MNN on vulkan." in said(diagnosis(RIGHT, backend="vulkan"))
+    assert f"Nothing is recorded yet for MNN on vulkan of {architecture()}." in said(diagnosis(RIGHT, backend="vulkan"))
 
 
 def test_probes_lists_what_does_not_work_with_its_ratio_and_what_is_done(said: Said) -> None:

@@ -18,6 +18,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from sa3_convert.bundle.reader import Bundle
+from sa3_convert.components import Component
 from sa3_convert.mnn.session import MnnSession
 from sa3_convert.publish.contract import golden_of
 from sa3_convert.publish.export import export_bundles
@@ -48,6 +49,14 @@ def contract(folder: Path) -> dict[str, Any]:
 def file_of(folder: Path, contract: dict[str, Any], component: str) -> Path:
     path: Path = folder / contract["base"] / contract["components"][component]["file"]
     return path
+
+
+def test_it_says_which_components_are_right_at_precision_low(toy_int8: Bundle, contract: dict[str, Any]) -> None:
+    for name, said in contract["components"].items():
+        artifact = toy_int8.artifact(Component(name))
+        assert (said["lowest_precision"], said["half_db"]) == (artifact.lowest_precision, artifact.half_db)
+    low = [name for name, said in contract["components"].items() if said["lowest_precision"] == "low"]
+    assert low == ["text_encoder", "decoder", "encoder"]
 
 
 def test_its_inputs_are_those_that_the_files_declare(folder: Path, contract: dict[str, Any]) -> None:

@@ -26,6 +26,46 @@ def test_the_cpu_needs_no_probe() -> None:
     assert placed(*placement("cpu", None, components=(TEXT,))) == {TEXT: ("cpu", "asked for")}
 
 
+def on_the_cpu(low: Outcome, normal: Outcome = "works", memory: Outcome = "works") -> Diagnosis:
+    answers = {LOW: Answer(low, 1.8), setting_name("normal", "normal"): Answer(normal), HIGH: Answer("wrong", 2.0)}
+    phases = ProbeResult("fourier-features", "a", answers, needed_by=(DIT,), ahead=True)
+    linear = ProbeResult("linear", "b", {LOW: Answer("works"), HIGH: Answer("works")}, needed_by=(TEXT, DIT))
+    stored = {LOW: Answer("works"), setting_name("high", "low"): Answer(memory, 9.0)}
+    return Diagnosis("3.6.1", "cpu", "m", (phases, linear, ProbeResult("int8", "c", stored, needed_by=(TEXT,))))
+
+
+def test_on_the_cpu_normal_takes_the_place_of_low_where_a_probe_failed() -> None:
+    places = placement("cpu", on_the_cpu("wrong"), precision="low", components=(TEXT, DIT))
+    assert [place.precision for place in places] == ["low", "normal"]
+    assert places[1].reason == "at precision normal: probe fourier-features wrong (2 dB)"
+    places = placement("cpu", on_the_cpu("works"), precision="low", components=(TEXT, DIT))
+    assert [place.precision for place in places] == ["low", "low"]
+    assert [place.precision for place in placement("cpu", None, precision="low")] == ["low"] * len(Component)
+
+
+def test_a_dit_in_parts_has_its_phases_where_low_does_not_reach() -> None:
+    (place,) = placement("cpu", on_the_cpu("wrong"), precision="low", components=(DIT,), split=True)
+    assert place.precision == "low"
+
+
+@pytest.mark.parametrize(
+    ("found", "setting", "component"),
+    [
+        (on_the_cpu("wrong", normal="wrong"), {"precision": "low"}, DIT),
+        (on_the_cpu("works", memory="wrong"), {"memory": "low"}, TEXT),
+    ],
+)
+def test_what_is_wrong_on_the_cpu_as_it_is_asked_for_is_refused(
+    found: Diagnosis, setting: dict[str, str], component: Component
+) -> None:
+    with pytest.raises(UsageError, match=f"{component.value} is made of: probe .* wrong.*Leave --precision and"):
+        placement("cpu", found, components=(component,), **setting)  # type: ignore[arg-type]
+
+
+def test_the_usual_setting_of_the_cpu_is_not_questioned() -> None:
+    assert placed(*placement("cpu", on_the_cpu("wrong"), components=(DIT,))) == {DIT: ("cpu", "asked for")}
+
+
 def test_without_a_diagnosis_the_request_counts_and_the_reason_says_so() -> None:
     backend, reason = placed(*placement("cuda", None, components=(DIT,)))[DIT]
     assert backend == "cuda"

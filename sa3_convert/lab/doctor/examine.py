@@ -24,8 +24,6 @@ from sa3_convert.passes.hazard_kinds import HAZARD_KINDS
 from sa3_convert.system.files import partial_folder
 from sa3_convert.system.machine import gpus, machine, version_of
 
-HALF_DB = 40.0
-"""What is asked of a GPU at any precision but high, where it computes with half floats (66 dB for one operator)."""
 _FELL_BACK = ("support type", "back to cpu", "fallback to cpu", "fall back")
 """How MNN's backends say on standard output that an operator runs on the CPU."""
 CONVERTER = "converter"
@@ -56,6 +54,7 @@ def examine(
             hazard=probe.hazard,
             avoided=hazards.get(probe.hazard or "", ""),
             needed_by=probe.needed_by if isinstance(probe, GraphProbe) else (),
+            ahead=isinstance(probe, GraphProbe) and probe.ahead,
         )
         for probe, found in zip(probes, answers, strict=True)
     ]
@@ -134,7 +133,7 @@ def judged(
         return Answer("fails", detail=_first_line(ran.error))
     with np.load(job.arrays, allow_pickle=False) as archive:
         results = {name: archive[name] for name in archive.files}
-    least = probe.least_db if backend == "cpu" or setting.precision == "high" else min(probe.least_db, HALF_DB)
+    least = _least_db(probe, setting, backend)
     worst, where = min(
         _compared(expected, results[f"{run}/{name}"], _name(probe, name, run))
         for run, outputs in enumerate(reference)
@@ -144,6 +143,12 @@ def judged(
         return Answer("wrong", None if worst == -MAX_DB else worst, where)
     fallen = next((line for line in ran.messages if any(mark in line.lower() for mark in _FELL_BACK)), None)
     return Answer("works", worst) if fallen is None or backend == "cpu" else Answer("cpu", worst, fallen)
+
+
+def _least_db(probe: GraphProbe, setting: Setting, backend: Backend) -> float:
+    """Return what is asked of the arithmetic that a setting asks for: GPUs may use halves at precision normal too."""
+    halves = setting.precision == "low" or (setting.precision == "normal" and backend != "cpu")
+    return min(probe.least_db, probe.half_db) if halves else probe.least_db
 
 
 def _compared(reference: NDArray[Any], target: NDArray[Any], what: str) -> tuple[float, str]:

@@ -17,11 +17,14 @@ _UNSUPPORTED: Final = """
 """
 _WRONG: Final = """
     where-broadcast-row where-broadcast-column reducel1-axes reducel2-axes reducelogsum-axes reducelogsumexp-axes
-    reducesumsquare-axes resize-linear round-half modulo-truncated int64-constant dequantize-after-gather
-    dequantize-rows half-external-data gather-negative-level-2 nan-tanh nan-sigmoid nan-exp nan-relu nan-clip nan-max
-    fourier-features-half rotary-half fp16-and-bits block-of-24 symmetric-by-default asymmetric-flag bits-of-3d-matmul
-    bits-of-table bits-of-shared-weight gelu-exact missing-folder bits-99 scratch-file memory-as-word absent-backend
+    reducesumsquare-axes round-half modulo-truncated int64-constant dequantize-rows half-external-data
+    gather-negative-level-2 fourier-features-half rotary-half fp16-and-bits block-of-24 symmetric-by-default
+    asymmetric-flag bits-of-3d-matmul bits-of-table bits-of-shared-weight gelu-exact missing-folder bits-99 scratch-file
+    memory-as-word absent-backend
 """
+_ON_X86: Final = " resize-linear dequantize-after-gather nan-tanh nan-sigmoid nan-exp nan-relu nan-clip nan-max"
+_ON_ARM: Final = " fourier-features gated-product"
+"""At precision low: phases, and range, that halves do not have."""
 
 
 def _record(wrong: str, unsupported: str) -> Mapping[str, Outcome]:
@@ -29,10 +32,13 @@ def _record(wrong: str, unsupported: str) -> Mapping[str, Outcome]:
     return {probe: outcome for outcome, probes in outcomes for probe in probes.split()}
 
 
-RECORDS: Mapping[tuple[str, str], Mapping[str, Outcome]] = {
-    # The wheel from PyPI on x86-64 Linux.
-    ("3.6.1", "cpu"): _record(_WRONG, _UNSUPPORTED),
+RECORDS: Mapping[tuple[str, str, str], Mapping[str, Outcome]] = {
+    # The wheels from PyPI for Linux.
+    ("3.6.1", "cpu", "x86_64"): _record(_WRONG + _ON_X86, _UNSUPPORTED),
+    # An emulated cortex-a76 ran what was converted on x86-64; what is said of the converter is as there.
+    ("3.6.1", "cpu", "aarch64"): _record(_WRONG + _ON_ARM, _UNSUPPORTED),
 }
+"""By version of MNN, backend, and kind of processor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +67,13 @@ class Changes:
 
 
 def changes(diagnosis: Diagnosis) -> Changes | None:
-    """Compare with the record of this version, else with the newest of this backend; None without a record."""
-    versions = sorted((v for v, backend in RECORDS if backend == diagnosis.backend), key=version_numbers)
+    """Compare with the record of this version, else with the newest of this backend and kind of processor, if any."""
+    where = (diagnosis.backend, diagnosis.architecture)
+    versions = sorted((version for version, *place in RECORDS if tuple(place) == where), key=version_numbers)
     if not versions:
         return None
     version = diagnosis.mnn if diagnosis.mnn in versions else versions[-1]
-    record = RECORDS[version, diagnosis.backend]
+    record = RECORDS[version, diagnosis.backend, diagnosis.architecture]
     found = diagnosis.defects()
     tried = {result.probe for result in diagnosis.results}
     return Changes(

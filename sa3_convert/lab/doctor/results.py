@@ -12,11 +12,11 @@ from pydantic import Field, TypeAdapter
 
 from sa3_convert.components import Component
 from sa3_convert.errors import ConversionError
-from sa3_convert.system.machine import gpus, machine, version_of
+from sa3_convert.system.machine import architecture, gpus, machine, version_of
 from sa3_convert.system.sealed import fingerprint, read_sealed, write_sealed
 from sa3_convert.system.untrusted import parse_json
 
-SCHEMA = 1
+SCHEMA = 2
 """Changes with the shape of the saved file; a file of another schema counts as not there."""
 
 Outcome = Literal["works", "wrong", "unsupported", "fails", "cpu"]
@@ -51,6 +51,8 @@ class ProbeResult:
     """What this tool does about that row."""
     needed_by: tuple[Component, ...] = ()
     """Components whose graphs are spelled like this."""
+    ahead: bool = False
+    """Whether a split DiT has it in the parts that run ahead, which do not compute with halves."""
 
     @property
     def worst(self) -> Answer:
@@ -73,6 +75,7 @@ class Diagnosis:
     results: tuple[ProbeResult, ...]
     seconds: float = 0.0
     surroundings: Mapping[str, Any] = field(default_factory=dict)
+    architecture: str = field(default_factory=architecture)
 
     def defects(self) -> dict[str, Outcome]:
         """Return the outcome of every probe that does not just work."""
@@ -82,9 +85,10 @@ class Diagnosis:
         """Return one probe's result."""
         return next((r for r in self.results if r.probe == probe), None)
 
-    def failing(self, component: Component, setting: str) -> tuple[ProbeResult, ...]:
-        """Return the probes of spellings that a component needs and that are not right at a setting."""
-        return tuple(r for r in self.results if component in r.needed_by and r.at(setting).outcome in BAD)
+    def failing(self, component: Component, setting: str, *, split: bool = False) -> tuple[ProbeResult, ...]:
+        """Return the probes of spellings that a component, or the last of its parts, needs and that are not right."""
+        needed = (r for r in self.results if component in r.needed_by and not (split and r.ahead))
+        return tuple(r for r in needed if r.at(setting).outcome in BAD)
 
     def to_data(self) -> dict[str, Any]:
         """Return JSON-ready data, which `from_data` reads back."""

@@ -64,6 +64,32 @@ def test_numbers_that_are_not_finite_are_wrong(job: Job, value: float) -> None:
     assert answer(job, target).detail == "NaN or infinity"
 
 
+@pytest.mark.parametrize(
+    ("db", "precision", "outcome"),
+    [
+        # Attention of float32 has 82 dB on aarch64; one rounding to half leaves 75 to 77.
+        (80, "high", "works"),
+        (72, "high", "wrong"),
+        (72, "normal", "wrong"),
+        (72, "low", "works"),
+        (45, "low", "works"),
+        (35, "low", "wrong"),
+    ],
+)
+def test_as_much_is_asked_as_the_arithmetic_that_was_asked_for_can_give(
+    job: Job, db: float, precision: Level, outcome: str
+) -> None:
+    assert answer(job, (2 * X * (1 + 10 ** (-db / 20))).astype(np.float32), precision=precision).outcome == outcome
+
+
+def test_half_arithmetic_is_asked_no_more_than_the_way_of_storing_allows(job: Job) -> None:
+    for least, half, outcome in ((12.0, 40.0, "works"), (75.0, 20.0, "works"), (75.0, 40.0, "wrong")):
+        np.savez(job.arrays, **{"0/y": 2.05 * X})  # type: ignore[arg-type]
+        probe = replace(PROBE, least_db=least, half_db=half)
+        found = judged(probe, Setting("low"), "cpu", [{"y": 2 * X}], job, JobOutcome(None, ()))
+        assert (found.db, found.outcome) == (pytest.approx(32, abs=0.1), outcome)
+
+
 def test_half_rounding_is_allowed_on_a_gpu_below_precision_high(job: Job) -> None:
     rounded = (2 * X).astype(np.float16).astype(np.float32)
     assert answer(job, rounded, backend="cuda", precision="normal").outcome == "works"

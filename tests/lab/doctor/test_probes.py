@@ -47,7 +47,7 @@ def test_exactly_the_recorded_defects_are_found(diagnosis: Diagnosis) -> None:
 
 def test_the_pinned_version_is_recorded(diagnosis: Diagnosis) -> None:
     # A new MNN fails here: look at what the test above says of it, then add its record.
-    assert (diagnosis.mnn, "cpu") in RECORDS
+    assert (diagnosis.mnn, "cpu", diagnosis.architecture) in RECORDS
 
 
 def test_every_probe_has_its_own_name() -> None:

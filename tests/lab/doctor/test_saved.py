@@ -14,7 +14,7 @@ from sa3_convert.errors import ConversionError
 from sa3_convert.lab.doctor import results as store
 from sa3_convert.lab.doctor.records import RECORDS, changes
 from sa3_convert.lab.doctor.results import Answer, Diagnosis, ProbeResult, check_conversion, setting_name
-from sa3_convert.system.machine import version_of
+from sa3_convert.system.machine import architecture, version_of
 from sa3_convert.system.sealed import write_sealed
 
 HIGH, LOW = setting_name("high", "normal"), setting_name("low", "normal")
@@ -134,12 +134,16 @@ def test_a_needed_spelling_that_is_wrong_stops_it_and_is_named() -> None:
 
 
 def test_the_same_defects_as_recorded_are_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(RECORDS, (version_of("MNN"), "cpu"), {"softmax": "wrong"})  # type: ignore[misc]
+    monkeypatch.setitem(RECORDS, (version_of("MNN"), "cpu", architecture()), {"softmax": "wrong"})  # type: ignore[misc]
     assert not changes(diagnosis())
 
 
 def test_what_appeared_and_what_is_gone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(RECORDS, (version_of("MNN"), "cpu"), {"conv": "fails", "unknown-probe": "wrong"})  # type: ignore[misc]
+    monkeypatch.setitem(
+        RECORDS,  # type: ignore[misc]
+        (version_of("MNN"), "cpu", architecture()),
+        {"conv": "fails", "unknown-probe": "wrong"},
+    )
     found = changes(diagnosis())
     assert found is not None
     assert (found.appeared, found.gone) == ({"softmax": "wrong"}, ("conv",))
@@ -147,10 +151,18 @@ def test_what_appeared_and_what_is_gone_is_told(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_another_version_is_compared_with_the_newest_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(RECORDS, ("3.10.0", "cpu"), {"softmax": "wrong"})  # type: ignore[misc]
+    monkeypatch.setitem(RECORDS, ("3.10.0", "cpu", architecture()), {"softmax": "wrong"})  # type: ignore[misc]
     found = changes(diagnosis(mnn="4.0.0"))
     assert found is not None
     assert found.version == "3.10.0"
+
+
+def test_another_kind_of_processor_has_records_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RECORDS, (version_of("MNN"), "cpu", "abacus"), {})  # type: ignore[misc]
+    found = changes(diagnosis(architecture="abacus"))
+    assert found is not None
+    assert found.appeared == {"softmax": "wrong"}
+    assert changes(diagnosis(architecture="loom")) is None
 
 
 def test_a_backend_without_a_record_has_no_changes() -> None:
