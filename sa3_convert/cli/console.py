@@ -38,6 +38,7 @@ from sa3_convert.system.untrusted import printable
 if TYPE_CHECKING:
     from sa3_convert.checkpoint.lora import Lora
     from sa3_convert.lab.planner.planner import BitPlan
+    from sa3_convert.runtime.engines import Engine
 
 _PIPED_WIDTH = 140
 """Columns for tables that go to a file or a log, where nothing says how wide it is."""
@@ -96,6 +97,13 @@ def show_stage(event: StageEvent) -> None:
 def show_verdict(verdict: Verdict) -> None:
     """Print one line per verified model."""
     stderr.print(f"{verdict.component.value:<18} {verdict.engine:<16} {verdict.worst.signal_to_noise_db:z.1f} dB")
+
+
+def show_raised(engine: "Engine") -> None:
+    """Say which models run at another precision than was asked for."""
+    if raised := getattr(engine, "raised", ()):
+        names = ", ".join(component.value for component in raised)
+        stderr.print(f"Precision low is for what was found right in half arithmetic; at normal instead: {names}.")
 
 
 def grid(title: str, left: Sequence[str], numbers: Sequence[str] = (), more: Sequence[str] = ()) -> Table:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sa3_convert.bundle.overlap import Named
-from sa3_convert.cli.console import progress, stderr, stdout, tell_unverified
+from sa3_convert.cli.console import progress, show_raised, stderr, stdout, tell_unverified
 from sa3_convert.cli.options import write_figures
 from sa3_convert.errors import AudioError, BundleError, OutputRejectedError, UsageError
 from sa3_convert.lab.doctor.results import saved
@@ -72,9 +72,7 @@ def _opened(target: "Target", **options: Any) -> Iterator[Pipeline]:
     """Yield the pipeline; what runs at another precision than was asked for is told."""
     with Pipeline.from_bundle(target.bundle, target.engine, **options, **target.options) as pipeline:
         tell_unverified(pipeline.manifest, target.bundle)
-        if raised := getattr(pipeline.models.engine, "raised", ()):
-            names = ", ".join(component.value for component in raised)
-            stderr.print(f"Precision low is for what was found right in half arithmetic; at normal instead: {names}.")
+        show_raised(pipeline.models.engine)
         yield pipeline
 
 

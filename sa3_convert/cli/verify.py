@@ -140,9 +140,11 @@ def _against(bundle: "Bundle", checkpoint: str, **how: Any) -> "Verification":
 
 def _sampled_inputs(bundle: "Bundle", *, bisecting: bool, threads: int | None, **how: Any) -> "Verification":
     from sa3_convert.check.bundle import verify_bundle
-    from sa3_convert.cli.console import show_verdict
+    from sa3_convert.cli.console import show_raised, show_verdict
     from sa3_convert.lab.generations.full import Verification, with_bisections
+    from sa3_convert.runtime.engines import bundle_engine
 
+    show_raised(bundle_engine(bundle, "mnn", how["settings"] or {}, check=False))
     findings = Verification.of(verify_bundle(bundle, threads=threads, report=show_verdict, **how))
     return with_bisections(bundle, findings, threads=threads) if bisecting else findings
 

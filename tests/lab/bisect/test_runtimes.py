@@ -96,6 +96,18 @@ def test_verify_runs_models_as_it_is_told(toy_int8: Bundle, tmp_path: Path) -> N
     assert found["low"]["worst"] != found["normal"]["worst"]
 
 
+def test_verify_at_precision_low_says_what_runs_at_normal_as_run_does(
+    toy_int8: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["verify", str(toy_int8.path), "--quick", "--component", "number_conditioner"]
+    assert cli.run([*arguments, "--precision", "low"]) == 0
+    said = capsys.readouterr()
+    assert "at normal instead: number_conditioner, dit." in said.err
+    assert "0.5" in said.out
+    assert cli.run(arguments) == 0
+    assert "instead" not in capsys.readouterr().err
+
+
 def test_verify_on_a_backend_that_is_not_there_is_exit_7(toy_int8: Bundle) -> None:
     if has_backend("cuda"):
         pytest.skip("this MNN has CUDA")
