@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sa3_convert.bundle.manifest import MANIFEST, Fidelity
+from sa3_convert.bundle.manifest import MANIFEST, TOKEN_TABLE, Fidelity
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.checkpoint.lora_file import LoraRequest
 from sa3_convert.checkpoint.reader import Checkpoint
@@ -128,6 +128,8 @@ def snapshot(*folders: Path) -> dict[Path, tuple[int, int, bytes]]:
 def files_placed(request: ConvertRequest, planned: ConversionPlan) -> set[str]:
     """Return the files of the bundle that a plan says are written."""
     written = {SHARED[kind] for kind in planned.shared} | ({MANIFEST} if not planned.up_to_date else set())
+    if "tokenizer" in planned.shared:
+        written.add(TOKEN_TABLE)
     for step in planned.steps:
         for kind in step.place:
             stage = STAGES[STAGES_OF[kind][0]]
