@@ -1,4 +1,4 @@
-"""What a row of the hazard table is, and how each kind is recognised at a node; the rows are in `hazard_kinds`."""
+"""What a row of the hazard table is, and how each kind is recognised at a node; the rows are in `hazards`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -52,19 +52,7 @@ CPU = "3.6.1, CPU of x86-64, measured"
 """Where most were seen."""
 
 
-INTEGER = frozenset(
-    {
-        ir.DataType.BOOL,
-        ir.DataType.INT8,
-        ir.DataType.INT16,
-        ir.DataType.INT32,
-        ir.DataType.INT64,
-        ir.DataType.UINT8,
-        ir.DataType.UINT16,
-        ir.DataType.UINT32,
-        ir.DataType.UINT64,
-    }
-)
+INTEGER = frozenset(kind for kind in ir.DataType if kind.is_integer()) | {ir.DataType.BOOL}
 _INT32 = np.iinfo(np.int32)
 
 

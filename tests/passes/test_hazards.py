@@ -9,8 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from sa3_convert.errors import ConversionError
-from sa3_convert.passes.hazard_kinds import HAZARD_KINDS
-from sa3_convert.passes.hazards import find_hazards, refuse_hazards
+from sa3_convert.passes.hazards import HAZARD_KINDS, find_hazards, refuse_hazards
 from sa3_convert.passes.operator_kinds import OPERATOR_KINDS
 from tests.passes.graphs import convert, graph, mnn_of, run_file, run_file_apart, run_mnn, run_ort, signal_to_noise_db
 

@@ -20,7 +20,7 @@ from sa3_convert.lab.doctor.results import Answer, Diagnosis, ProbeResult, this_
 from sa3_convert.mnn.isolated import run_jobs
 from sa3_convert.mnn.session import Backend, require_backend, runtime_backends
 from sa3_convert.mnn.worker import Job, JobOutcome
-from sa3_convert.passes.hazard_kinds import HAZARD_KINDS
+from sa3_convert.passes.hazards import HAZARD_KINDS
 from sa3_convert.system.files import partial_folder
 from sa3_convert.system.machine import gpus, machine, version_of
 

@@ -46,7 +46,7 @@ class ProbeResult:
     answers: Annotated[Mapping[str, Answer], Field(min_length=1)]
     """By setting ("precision high, memory normal"); a probe of the converter has one, named "converter"."""
     hazard: str | None = None
-    """The row of `passes.hazard_kinds` that it shows."""
+    """The row of `passes.hazards` that it shows."""
     avoided: str = ""
     """What this tool does about that row."""
     needed_by: tuple[Component, ...] = ()
