@@ -5,7 +5,6 @@ import functools
 import os
 import re
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -250,10 +249,10 @@ def recipe_file(given: Path, beside: Path = Path()) -> Path:
 
 
 def own_recipes() -> dict[str, Path]:
-    """Return the recipes that come with the project, by name: of the checkout, or as they were installed."""
-    checkout = Path(__file__).parents[1] / _CONFIGS
-    files = list(checkout.glob("*.yaml")) if checkout.is_dir() else _installed()
-    return {file.stem: file for file in sorted(files)}
+    """Return the recipes that come with the package, by name."""
+    # In a checkout the package's folder is a link, which not every file system has.
+    package, checkout = (Path(os.path.realpath(folder / _CONFIGS)) for folder in Path(__file__).parents[:2])
+    return {file.stem: file for file in sorted((package if package.is_dir() else checkout).glob("*.yaml"))}
 
 
 def read_recipe(path: Path, *, resolved: bool = False) -> Any:
@@ -316,12 +315,3 @@ def _parsed(path: Path) -> Any:
 
 def _absent(path: Path) -> RecipeError:
     return RecipeError(f"Recipe {path} does not exist. The project's own are {', '.join(own_recipes())}.")
-
-
-def _installed() -> list[Path]:
-    try:
-        recorded = metadata.files("sa3-convert") or []
-    except metadata.PackageNotFoundError:
-        return []
-    found = [file for file in recorded if file.suffix == ".yaml" and file.parent.name == _CONFIGS]
-    return [Path(str(file.locate())).resolve() for file in found]

@@ -4,7 +4,6 @@ import json
 import os
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -47,22 +46,15 @@ def test_what_is_nowhere_is_refused_with_what_there_is(given: str) -> None:
         recipe_file(Path(given))
 
 
-def test_installed_recipes_are_found_where_pip_recorded_them(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_installed_recipes_lie_in_the_package(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = elsewhere / "lib" / "site-packages" / "sa3_convert"
-    shared = elsewhere / "share" / "sa3-convert" / "configs"
-    for folder in (package, shared):
+    others = package.parent / "configs"
+    for folder in (package / "configs", others):
         folder.mkdir(parents=True)
-    (shared / "int8.yaml").write_text("installed")
-    monkeypatch.setattr(recipe_files, "__file__", str(package / "recipe_files.py"))
-
-    def files(_: str) -> list[metadata.PackagePath]:
-        recorded = [metadata.PackagePath(f"../../share/sa3-convert/configs/{name}") for name in ("int8.yaml", "x.txt")]
-        for file in recorded:
-            file.dist = metadata.PathDistribution(package.parent / "sa3_convert.dist-info")
-        return recorded
-
-    monkeypatch.setattr(recipe_files.metadata, "files", files)
-    assert own_recipes() == {"int8": (shared / "int8.yaml").resolve()}
+    (package / "configs" / "int8.yaml").write_text("installed")
+    (others / "other.yaml").write_text("of another package")
+    monkeypatch.setattr(recipe_files, "__file__", str(package / "recipe.py"))
+    assert own_recipes() == {"int8": (package / "configs" / "int8.yaml").resolve()}
 
 
 def test_the_default_works_in_any_folder(toy: Path, elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:

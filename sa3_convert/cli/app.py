@@ -1,5 +1,6 @@
 """`run`: the one place that prints errors and decides the exit code of a command that lives to its end."""
 
+import contextlib
 import errno
 import io
 import os
@@ -164,7 +165,7 @@ def _failed(error: Exception, arguments: Sequence[str]) -> int:
         # Running a bundle needs less than everything else does, and may be all that was installed.
         _complain(
             f"A package that this needs cannot be imported ({error}). "
-            f"Install what brings it: pip install 'sa3-convert[{_extra_with(error.name or '')}]'.",
+            f"Install what brings it: {_installs(_extra_with(error.name or ''))}.",
             error,
         )
         return BackendError.exit_code
@@ -188,6 +189,24 @@ def _extra_with(module: str) -> str:
     extra = re.compile(rf"(?i){name}(?![-_\w]).*extra == .(?P<name>\w+)")
     found = filter(None, map(extra.match, requirements))
     return next((match["name"] for match in found if match["name"] != "dev"), "all")
+
+
+def _installs(extra: str) -> str:
+    """Return the command that adds an extra, in the way in which the package was installed itself."""
+    import importlib.metadata
+    import json
+    import shlex
+    from urllib.parse import unquote, urlsplit
+
+    wanted, editable = f"sa3-convert[{extra}]", ""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError, KeyError):
+        # Of what came from a folder, a file or a repository; of what came from an index there is none.
+        origin = json.loads(importlib.metadata.distribution("sa3-convert").read_text("direct_url.json") or "{}")
+        if origin.get("dir_info", {}).get("editable"):
+            wanted, editable = f"{unquote(urlsplit(origin['url']).path)}[{extra}]", "-e "
+        elif "url" in origin:
+            wanted = f"{wanted} @ {origin['url']}"
+    return f"pip install {editable}{shlex.quote(wanted)}"
 
 
 def _complain(message: str, error: BaseException | None = None) -> None:

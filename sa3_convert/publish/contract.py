@@ -27,7 +27,7 @@ from sa3_convert.runtime.sampling import LOGSNR_AT_0, LOGSNR_SPAN, TorchGenerato
 CONTRACT: Final = "contract.json"
 _GOLDEN: Final = "golden"
 _MEANINGS: Final[Mapping[str, str]] = {
-    "input_ids": "token ids of the prompt, no begin or end token, cut to this length, 0 behind the last",
+    "input_ids": "token ids of the prompt as tokenizer.json gives them, special ones too, cut to this length, 0 behind",
     "attention_mask": "1 at tokens, 0 behind them",
     "last_hidden_state": "embedding; where the mask is 0 it is the learned padding, which the model puts there itself",
     "seconds": "duration of the wanted audio, clamped and normalised inside",

@@ -12,7 +12,6 @@ import re
 import secrets
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,6 +62,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     """
     if is_stream(path):
+        import tempfile
+
         with _partial(Path(tempfile.gettempdir()) / "output", _new_private_folder) as folder:
             temporary = folder / "output"
             temporary.touch()

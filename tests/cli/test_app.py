@@ -1,6 +1,7 @@
 """The command line's contract: names, exit codes, one paragraph per error."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +72,7 @@ def test_what_converting_needs_is_named_where_only_running_was_installed(
     places = {"CHECKPOINT": str(toy), "OUT": str(tmp_path / "out"), "OUT.onnx": str(tmp_path / "out.onnx")}
     done = run_blocked(*(places.get(argument, argument) for argument in arguments))
     assert done.returncode == 7, done.stderr
-    assert "pip install 'sa3-convert[convert]'" in done.stderr
+    assert re.search(r"pip install .*\[convert\]", done.stderr)
     assert "bug" not in done.stderr
 
 
