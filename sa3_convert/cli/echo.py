@@ -2,8 +2,6 @@
 
 import sys
 
-import typer
-
 from sa3_convert.system.untrusted import printable
 
 _quiet = False
@@ -22,6 +20,9 @@ def is_silent(stream: object) -> bool:
 
 def echo(text: str, *, err: bool = False) -> None:
     """Print a line, what would control the terminal as text: names and messages come from files that others made."""
-    # What standard output takes goes to standard error where `--json` has claimed it.
-    if err or not is_silent(sys.stdout):
-        typer.echo(printable(text), err=err)
+    stream = sys.stderr if err else sys.stdout
+    # `--json` may have claimed standard output: then this is standard error. None is one that is not there.
+    if stream is not None and (err or not is_silent(stream)):
+        # Not by Typer, which writes UTF-8 where a stream's encoding is ASCII.
+        stream.write(f"{printable(text)}\n")
+        stream.flush()

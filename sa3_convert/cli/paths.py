@@ -10,8 +10,8 @@ import typer
 
 from sa3_convert.bundle.overlap import Named, require_apart, require_outside
 from sa3_convert.errors import UsageError
-from sa3_convert.system.files import check_name
 from sa3_convert.system.streams import check_stream, claim_standard_output, descriptor_of, is_stream
+from sa3_convert.system.untrusted import check_name
 
 _META = "sa3_convert.paths"
 

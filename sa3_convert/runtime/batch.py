@@ -23,8 +23,8 @@ from sa3_convert.runtime.audio import SampleFormat, audio_writer, check_output_p
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.request import AudioChunk, GenerateRequest, OutputCheck, Report, StageName
 from sa3_convert.system.checked_files import inside
-from sa3_convert.system.files import alone_in, check_name, sha256_file
-from sa3_convert.system.untrusted import parse_json, read_bytes, read_text
+from sa3_convert.system.files import alone_in, sha256_file
+from sa3_convert.system.untrusted import check_name, parse_json, read_bytes, read_text
 
 RESULTS = "results.jsonl"
 _LARGEST_RESULTS = 1 << 28

@@ -11,7 +11,6 @@ import os
 import re
 import secrets
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import BinaryIO
 from sa3_convert.errors import UsageError
 from sa3_convert.system.streams import is_stream, opened_stream
 from sa3_convert.system.supervisor import writing_into
-from sa3_convert.system.untrusted import NotAFileError, open_regular
+from sa3_convert.system.untrusted import NotAFileError, check_name, open_regular
 
 try:
     import fcntl
@@ -34,10 +33,6 @@ _FICLONE = 0x40049409
 """Linux: `ioctl_ficlone(2)`."""
 _PATIENCE, _PAUSE = 10.0, 0.01
 """Seconds to wait for another that takes final names, which is a matter of milliseconds."""
-_WINDOWS = sys.platform == "win32"
-_RESERVED = re.compile(
-    r"(?i)(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[1-9¹²³])( *\..*)?|.*[<>:\"|?*].*|.*[. ]", re.DOTALL
-)
 _AS_IT_IS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _swept: set[Path] = set()
 _own: set[Path] = set()
@@ -243,18 +238,6 @@ def _held_by_file(path: Path, patience: float) -> Iterator[bool]:
 
 def _busy(path: Path) -> BlockingIOError:
     return BlockingIOError(errno.EAGAIN, "Something else is writing there", str(path))
-
-
-def check_name(path: Path) -> None:
-    """Refuse, on Windows, a name that stands for something else there: `CON` for a device, `a:b` for a part of `a`.
-
-    Raises:
-        UsageError: it does.
-
-    """
-    for name in path.parts[bool(path.anchor) :] if _WINDOWS else ():
-        if name != ".." and _RESERVED.fullmatch(name):
-            raise UsageError(f"{path}: Windows gives no file or folder the name {name!r}. Choose another.")
 
 
 def check_new_folder(path: Path) -> None:

@@ -4,15 +4,23 @@ import errno
 import json
 import math
 import os
+import re
 import stat
+import sys
 from collections import Counter
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+from sa3_convert.errors import UsageError
+
 SMALL: Final = 16 << 20
 """Bytes that a text file may have which a person or a tool wrote; the largest of ours has a tenth of it."""
 
+_WINDOWS = sys.platform == "win32"
+_RESERVED = re.compile(
+    r"(?i)(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[1-9¹²³])( *\..*)?|.*[<>:\"|?*].*|.*[. ]", re.DOTALL
+)
 _DEEPEST = 64
 _LARGEST = 1 << 64
 _NON_BLOCKING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
@@ -97,6 +105,18 @@ def parse_json(text: str) -> Any:
 def read_json(path: Path, limit: int = SMALL) -> Any:
     """Read a JSON file; see `read_text` and `parse_json` for what is refused."""
     return parse_json(read_text(path, limit))
+
+
+def check_name(path: Path) -> None:
+    """Refuse, on Windows, a name that stands for something else there: `CON` for a device, `a:b` for a part of `a`.
+
+    Raises:
+        UsageError: it does.
+
+    """
+    for name in path.parts[bool(path.anchor) :] if _WINDOWS else ():
+        if name != ".." and _RESERVED.fullmatch(name):
+            raise UsageError(f"{path}: Windows gives no file or folder the name {name!r}. Choose another.")
 
 
 def printable(text: str) -> str:

@@ -126,6 +126,24 @@ def test_all_commands_do_so_everywhere(place: Path, encoding: str, output: str) 
     assert complaints(place, encoding, output, COMMANDS | more) == []
 
 
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_line_is_in_the_encoding_of_its_stream(tmp_path: Path, encoding: str) -> None:
+    code = (
+        "from sa3_convert.system.streams import prepare_standard_streams; prepare_standard_streams()\n"
+        "from sa3_convert.cli.echo import echo; echo('64×256 ▶ 太 é'); echo('−1 …', err=True)"
+    )
+    ended, shown = ran(["-c", code], tmp_path, encoding, "pipe")
+    assert ended == 0
+    expected = {
+        "ascii": "64x256 > \\u592a \\xe9\n-1 ...\n",
+        "cp437": "64x256 > \\u592a é\n-1 ...\n",
+        "cp1252": "64×256 > \\u592a é\n-1 …\n",
+        "gbk": "64×256 > 太 é\n-1 …\n",
+        "cp932": "64×256 > 太 \\xe9\n－1 …\n",
+    }
+    assert shown.decode(encoding) == expected[encoding]
+
+
 def test_the_program_itself_does_so(place: Path) -> None:
     code, shown = ran(["-m", "sa3_convert", "inspect", "bundle/number_conditioner.mnn"], place, "ascii", "file")
     assert code == 0

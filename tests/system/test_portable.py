@@ -11,8 +11,9 @@ import pytest
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.errors import UsageError
 from sa3_convert.recipe import WeightScheme, load_recipe
-from sa3_convert.system import files
-from sa3_convert.system.files import check_name, write_text
+from sa3_convert.system import files, untrusted
+from sa3_convert.system.files import write_text
+from sa3_convert.system.untrusted import check_name
 from tests.bundles import CONFIGS
 
 ELSEWHERE = Path(__file__).parent / "elsewhere"
@@ -145,7 +146,7 @@ def test_names_that_windows_keeps_for_itself_are_refused_there_alone(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_name(tmp_path / name)
-    monkeypatch.setattr(files, "_WINDOWS", True)
+    monkeypatch.setattr(untrusted, "_WINDOWS", True)
     with pytest.raises(UsageError, match="Windows gives no file"):
         write_text(tmp_path / name, "")
     assert list(tmp_path.iterdir()) == []
@@ -153,7 +154,7 @@ def test_names_that_windows_keeps_for_itself_are_refused_there_alone(
 
 @pytest.mark.parametrize("name", ["console.wav", "..", "../pad.wav", ".hidden", "com.wav", "Änderung ü.wav"])
 def test_other_names_are_taken_on_windows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_WINDOWS", True)
+    monkeypatch.setattr(untrusted, "_WINDOWS", True)
     check_name(Path(name))
 
 
