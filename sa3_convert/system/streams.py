@@ -20,17 +20,8 @@ _OPEN_FILES = re.compile(r"(?:/proc/(\d+)(?:/task/\d+)?|/dev)/fd")
 """Where Linux, and where macOS, names open files."""
 _MOST_LINKS = 40
 _SPELLED = {
-    "×": "x",
-    "…": "...",
-    "→": "->",
-    "−": "-",
-    "–": "-",
-    "·": "*",
-    "±": "+-",
-    "▶": ">",
-    "²": "^2",
-    "“": '"',
-    "”": '"',
+    **{"×": "x", "·": "*", "±": "+-", "√": "sqrt ", "²": "^2", "³": "^3", "⁴": "^4", "π": "pi", "∞": "infinity"},
+    **{"…": "...", "→": "->", "−": "-", "–": "-", "▶": ">", "“": '"', "”": '"'},
 }
 """Signs that are printed, for terminals that lack them."""
 _SPELLING: Final = "sa3_convert.spelled"

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from sa3_convert.bundle.reader import Bundle
+from sa3_convert.lab.drift.compare import FORMULA
+from sa3_convert.system import streams
 
 ENCODINGS = ("ascii", "cp437", "cp1252", "gbk", "cp932")
 OUTPUTS = ("file", "pipe", "closed", "terminal 40", "terminal 200", "dumb terminal", "terminal without colours")
@@ -142,6 +144,10 @@ def test_a_line_is_in_the_encoding_of_its_stream(tmp_path: Path, encoding: str) 
         "cp932": "64×256 > 太 \\xe9\n－1 …\n",
     }
     assert shown.decode(encoding) == expected[encoding]
+
+
+def test_the_rule_of_drift_is_readable_in_ascii() -> None:
+    assert b"\\" not in FORMULA.encode("ascii", streams._SPELLING)
 
 
 def test_the_program_itself_does_so(place: Path) -> None:
