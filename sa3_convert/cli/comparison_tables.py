@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sa3_convert.check.results import BundleFidelity, Verdict
+from sa3_convert.cli.console import grid
 from sa3_convert.lab.bisect.runtimes import RuntimeComparison
 from sa3_convert.lab.bisect.walk import BisectResult, limit_db
 from sa3_convert.lab.drift.baseline import BundleBaseline, Figure
@@ -29,10 +30,10 @@ def _table(title: str, words: Iterable[str], figures: Iterable[str], *, no_wrap:
 
 
 def render_fidelity(result: BundleFidelity) -> Table:
-    """Return one row per model: its worst figures, its floor, and whether it passed; about 80 columns wide."""
+    """Return one row per model: worst figures (the largest error), floor, and whether it passed; 80 columns wide."""
     title = f"{result.bundle} ({result.recipe}) against ONNX Runtime, fp32"
-    table = _table(title, ("component", "as"), ("dB", "mean", "floor", "cosine", "max error", "at low"), no_wrap=True)
-    table.add_column("", no_wrap=True)
+    figures = ("dB", "mean", "floor", "cosine", "error", "at low")
+    table = grid(title, ("component", "as"), figures, ("",))
     for verdict in result.verdicts:
         table.add_row(*_row(verdict))
     return table
@@ -46,8 +47,8 @@ def _row(verdict: Verdict) -> tuple[str | Text, ...]:
         fixed(worst.signal_to_noise_db, 1),
         fixed(verdict.mean.signal_to_noise_db, 1),
         f"{verdict.floor_db:g}" if verdict.has_floor else "–",
-        fixed(worst.cosine, 6),
-        f"{worst.max_abs_error:.2e}",
+        fixed(worst.cosine, 5),
+        f"{worst.max_abs_error:.0e}",
         "–" if verdict.half_db is None else fixed(verdict.half_db, 1),
         Text("failed", "red") if not verdict.passed else Text("ok" if verdict.has_floor else "", "green"),
     )

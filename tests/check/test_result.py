@@ -110,3 +110,12 @@ def text(renderable: object) -> str:
 def test_the_table_shows_figure_floor_case_and_verdict() -> None:
     shown = text(render(bundle(1, 41)))
     assert all(part in shown for part in ("decoder", "int8", "6.0", "41", "ok", "failed"))
+
+
+def test_the_table_has_room_for_the_longest_name_and_what_halves_leave() -> None:
+    verdict = Verdict(
+        Component.NUMBER_CONDITIONER, RESULT.measurements, 41, "int8", engine="onnxruntime-int8", half_db=54.66
+    )
+    row = text(render(BundleFidelity("small-music", "int8", (verdict,)))).splitlines()[-1].split()
+    assert row[:3] == ["number_conditioner", "int8", "ORT"]
+    assert row[-2:] == ["54.7", "failed"]

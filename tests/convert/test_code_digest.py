@@ -43,6 +43,10 @@ def changed(before: dict[str, str], package: Path) -> set[str]:
     return {name for name in STAGES if before[name] != after[name]}
 
 
+STORED = {"mnn", "verify", "split"}
+"""Stages that spell a graph for MNN: one of them to emulate it in half arithmetic."""
+
+
 def test_every_stage_is_followed() -> None:
     assert {stage.work.__module__ for stage in STAGES.values()} == {"sa3_convert.convert.stages"}
 
@@ -51,10 +55,11 @@ def test_every_stage_is_followed() -> None:
     ("file", "pattern", "by", "stages"),
     [
         # The last rule that matches decides; now the first one would.
-        ("recipe.py", r"for rule in self\.layers:", "for rule in self.layers[::-1]:", {"round", "mnn", "split"}),
-        ("runtime/sampling.py", r"^_LOGSNR_SPAN.*= ", r"\g<0>1 + ", {"round", "verify", "ort-int8", "split"}),
-        ("passes/fp16_safe.py", r"^_LARGEST_CONSTANT.*= ", r"\g<0>1 + ", {"mnn", "split"}),
-        ("passes/pipeline.py", r"^_EXTERNAL_FROM_BYTES.*= ", r"\g<0>1 + ", {"mnn", "split"}),
+        ("recipe.py", r"for rule in self\.layers:", "for rule in self.layers[::-1]:", STORED | {"round"}),
+        ("runtime/sampling.py", r"^LOGSNR_SPAN.*= ", r"\g<0>1 + ", {"round", "verify", "ort-int8", "split"}),
+        ("passes/fp16_safe.py", r"^_LARGEST_CONSTANT.*= ", r"\g<0>1 + ", STORED),
+        ("passes/pipeline.py", r"^_EXTERNAL_FROM_BYTES.*= ", r"\g<0>1 + ", STORED),
+        ("check/half.py", r"^def pass_through.*\n", r"\g<0>    print()\n", {"verify", "split"}),
         ("mnn/worker.py", r"^def _refuse.*\n", r"\g<0>    print()\n", {"mnn", "split"}),
         ("networks/layers.py", r"^MASKED.*= ", r"\g<0>1 + ", {"export", "round"}),
         ("checkpoint/lora.py", r"^_NORM_EPS.*= ", r"\g<0>1 + ", {"export", "round"}),
