@@ -16,7 +16,7 @@ TOY_BUNDLES := $(foreach variant,$(TOYS),artifacts/toy-$(variant)-int8 artifacts
 REASON ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup convert verify run drift drift-update test bench lint clean
+.PHONY: help setup convert verify run drift drift-update test bench arm lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -52,6 +52,10 @@ test: $(READY) ## run the tests
 
 bench: $(READY) ## run the slow tests on true-size models
 	$(BIN)/python -m pytest -m slow
+
+# Debian's packages and PyPI's wheels are fetched into artifacts/arm; nothing is installed.
+arm: $(READY) ## run toy bundles on emulated ARM64, on Debian; SMOKE=1 only int8 on one processor
+	$(BIN)/python -m tests.arm $(if $(SMOKE),--smoke)
 
 lint: $(READY) ## formatting, lint, types and dead code
 	$(BIN)/ruff format --check .

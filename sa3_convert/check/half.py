@@ -18,8 +18,8 @@ from sa3_convert.components import Component
 from sa3_convert.errors import ConversionError
 from sa3_convert.mnn.compatibility import MnnVersion
 from sa3_convert.passes import ir_tools
+from sa3_convert.passes.half import round_to_half
 from sa3_convert.passes.pipeline import apply_passes, load_onnx, save_onnx
-from sa3_convert.passes.weights import round_to_half
 from sa3_convert.recipe import ComponentRecipe
 
 

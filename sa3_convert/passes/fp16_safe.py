@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from sa3_convert.errors import ConversionError
 from sa3_convert.passes import ir_tools
-from sa3_convert.passes.weights import HALF_LARGEST, HALF_NORMAL, HALF_SMALLEST, exact_parts, is_exact_in_half
+from sa3_convert.passes.half import HALF_LARGEST, HALF_NORMAL, HALF_SMALLEST, exact_parts, is_exact_in_half
 
 _RESHAPING = frozenset(
     {"Cast", "Concat", "Expand", "Identity", "Reshape", "Slice", "Squeeze", "Tile", "Transpose", "Unsqueeze"}

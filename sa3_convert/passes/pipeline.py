@@ -16,10 +16,11 @@ from sa3_convert.mnn.compatibility import DEFAULT_TARGET, MnnVersion, is_older
 from sa3_convert.passes import softmax, spellings
 from sa3_convert.passes.fp16_safe import make_fp16_safe
 from sa3_convert.passes.fuse_weight_norm import fuse_weight_norm
+from sa3_convert.passes.half import round_to_half
 from sa3_convert.passes.hazards import refuse_hazards
 from sa3_convert.passes.quantise_embedding import quantise_embedding
 from sa3_convert.passes.scale_gated_products import scale_gated_products
-from sa3_convert.passes.weights import lift_small_weights, round_to_half, round_weights, take_planned, weights_of
+from sa3_convert.passes.weights import lift_small_weights, round_weights, take_planned, weights_of
 from sa3_convert.recipe import ComponentRecipe
 from sa3_convert.system.files import atomic_pair
 from sa3_convert.system.untrusted import open_regular

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from sa3_convert.errors import ConversionError
 from sa3_convert.passes.fp16_safe import make_fp16_safe
-from sa3_convert.passes.weights import round_to_half
+from sa3_convert.passes.half import round_to_half
 from tests.passes.graphs import Feeds, graph, run_mnn, run_ort, signal_to_noise_db
 
 FREQUENCIES = np.geomspace(0.5, 10000, 128).astype(np.float32)

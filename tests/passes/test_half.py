@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
 
-from sa3_convert.passes.weights import HALF_NORMAL, exact_parts, is_exact_in_half, round_to_half
+from sa3_convert.passes.half import HALF_NORMAL, exact_parts, is_exact_in_half, round_to_half
 from tests.passes.graphs import graph
 
 FLOATS = st.floats(-1e9, 1e9, width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False)

@@ -54,6 +54,12 @@ def test_another_backend_is_not_probed() -> None:
     assert store.saved("cuda") is None
 
 
+def test_another_architecture_on_the_same_processor_is_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = store.this_machine()
+    monkeypatch.setattr("platform.machine", lambda: "emulated")
+    assert store.this_machine.__wrapped__() != here
+
+
 @pytest.mark.parametrize("field", ["mnn", "backend", "machine"])
 def test_a_file_about_something_else_is_not_believed(field: str) -> None:
     data = diagnosis(**{field: "other"}).to_data()
