@@ -7,8 +7,6 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -369,7 +367,7 @@ def test_a_server_that_says_nothing_is_given_up(hub: Hub, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("status", [429, 503])
-@pytest.mark.parametrize("wait", ["1000000000", "9" * 400, format_datetime(datetime.now(UTC) + timedelta(days=400))])
+@pytest.mark.parametrize("wait", ["1000000000", "9" * 400, "Fri, 01 Jan 2100 00:00:00 GMT"])
 def test_a_long_wait_is_told_instead_of_slept(hub: Hub, tmp_path: Path, status: int, wait: str) -> None:
     hub.raw["list"] = answering(f"HTTP/1.1 {status} Wait\nRetry-After: {wait}\nContent-Length: 0")
     assert "The hub asks to wait" in refused(hub, tmp_path / "out")
