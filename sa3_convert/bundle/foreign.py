@@ -15,6 +15,7 @@ from typing import Final
 
 from sa3_convert.bundle.manifest import (
     BOTTLENECK,
+    RECIPE,
     TOKENIZER,
     UNVERIFIED,
     Artifact,
@@ -55,7 +56,9 @@ def foreign_files(path: Path) -> tuple[Path, list[Path]]:
 
 
 def foreign_manifest(path: Path) -> Manifest | None:
-    """Return what a manifest would say of the models in a tree; None if there are none.
+    """Return what a manifest would say of the models in a tree; None if there are none, or if they were a bundle.
+
+    A recipe beside them says that they were one: what lost its manifest is damaged.
 
     Raises:
         BundleError: the models are of several DiTs, or do not fit one another.
@@ -63,7 +66,7 @@ def foreign_manifest(path: Path) -> Manifest | None:
 
     """
     root, files = foreign_files(path)
-    if not files:
+    if not files or (path / RECIPE).exists():
         return None
     if len(files) > _MOST_FILES:
         raise BundleError(f"{path} holds {len(files)} models and no manifest. Name the folder of one bundle.")

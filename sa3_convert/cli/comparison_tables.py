@@ -15,7 +15,7 @@ from sa3_convert.lab.drift.baseline import BundleBaseline, Figure
 from sa3_convert.lab.drift.compare import Drift, limit
 from sa3_convert.lab.generations.distribution import Distribution, GenerationFidelity, ratios_by_step
 from sa3_convert.lab.generations.end_to_end import WINDOWS, Divergence, EndToEnd
-from sa3_convert.lab.report.theme import fixed, replay
+from sa3_convert.lab.report.formatting import fixed, replay
 from sa3_convert.runtime.engines import EngineName
 
 

@@ -102,7 +102,7 @@ def _work(bundle: "Bundle", plan: "Plan") -> dict[str, float]:
 def _complaint(bundle: "Bundle", file: Path, found: "Drift") -> str:
     """Return what moved, and what to do next."""
     from sa3_convert.lab.drift.compare import worst_cases
-    from sa3_convert.lab.report.theme import bisect_command
+    from sa3_convert.lab.report.formatting import bisect_command
 
     names = dict.fromkeys(row.figure.component.value for row in found.failures)
     since = found.baseline.history[-1]

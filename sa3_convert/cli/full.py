@@ -15,7 +15,7 @@ from sa3_convert.cli.comparison_tables import render_bisect, render_end_to_end, 
 from sa3_convert.cli.console import stderr, stdout
 from sa3_convert.lab.generations.full import Verification
 from sa3_convert.lab.generations.trajectory import GenerationCase
-from sa3_convert.lab.report.theme import shown_size
+from sa3_convert.lab.report.formatting import shown_size
 
 
 class ReportWriter:

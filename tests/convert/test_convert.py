@@ -101,7 +101,7 @@ def test_what_the_converter_said_is_kept_and_told_when_its_result_is_used_again(
 
 
 def test_a_changed_floor_is_only_verified_again(converted: Convert, toy: Path, out: Path) -> None:
-    recipe = with_component(load_recipe(CONFIGS / "fp32.yaml"), Component.ENCODER, floor_db=90.0)
+    recipe = with_component(load_recipe(CONFIGS / "fp32.yaml"), Component.ENCODER, floor_db=80.0)
     _, runs = converted(toy, recipe, out)
     assert runs.done() == {("encoder", "verify")}
 

@@ -45,11 +45,12 @@ def bomb(levels: int, kind: str) -> str:
         ("a: \0", "not allowed"),
     ],
 )
-def test_what_is_not_plain_is_refused_within_a_second(text: str, said: str) -> None:
+def test_what_is_not_plain_is_refused_without_much_work(text: str, said: str) -> None:
     began = time.process_time()
     with pytest.raises(ValueError, match=said):
         parse_yaml(text)
-    assert time.process_time() - began < 1
+    # A tenth of a second on a quiet machine, and where one of these is not stopped, minutes or all memory.
+    assert time.process_time() - began < 10
 
 
 def test_an_alias_that_says_little_is_taken() -> None:

@@ -13,6 +13,7 @@ from sa3_convert.lab.bisect.bisect import bisect_bundle
 from sa3_convert.lab.bisect.walk import BisectResult, OperatorError, limit_db
 from sa3_convert.lab.generations.distribution import FREE_RUNNING, Distribution, component_of, ratios_by_step
 from sa3_convert.lab.generations.full import Verification
+from sa3_convert.lab.report.formatting import bisect_command, fixed, replay
 from sa3_convert.lab.report.page import Heard, render_page
 from sa3_convert.lab.report.schema import (
     KIND,
@@ -30,7 +31,6 @@ from sa3_convert.lab.report.schema import (
     StoredType,
 )
 from sa3_convert.lab.report.summary import changes_since_conversion, changes_since_report, render_summary
-from sa3_convert.lab.report.theme import bisect_command, fixed, replay
 from sa3_convert.system.files import atomic_folder, write_text
 from sa3_convert.system.machine import tool_versions
 from sa3_convert.system.untrusted import read_json

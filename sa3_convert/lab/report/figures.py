@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from sa3_convert.arrays import Floats
 from sa3_convert.lab.generations.end_to_end import EndToEnd
+from sa3_convert.lab.report.formatting import shown_prompt, shown_size
 from sa3_convert.lab.report.schema import Bisection, ReportedDistribution, ReportedModel
-from sa3_convert.lab.report.theme import WIDTH, Ink, new_figure, shown_prompt, shown_size, styled, svg_of
+from sa3_convert.lab.report.theme import WIDTH, Ink, new_figure, styled, svg_of
 
 MOST_DB = 140.0
 """Equal arrays have no ratio, and nearly equal ones differ by rounding alone: their dots stand here."""

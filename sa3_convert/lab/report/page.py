@@ -24,8 +24,9 @@ from sa3_convert.lab.report.figures import (
     storage_figure,
     strips_figure,
 )
+from sa3_convert.lab.report.formatting import fixed, shown_db, shown_floor, shown_prompt, shown_size, with_prompts
 from sa3_convert.lab.report.schema import Bisection, Generations, Operator, Report, ReportedModel
-from sa3_convert.lab.report.theme import Ink, fixed, shown_db, shown_floor, shown_prompt, shown_size, with_prompts
+from sa3_convert.lab.report.theme import Ink
 from sa3_convert.runtime.audio import Quantiser
 
 Heard = Mapping[str, Sides]

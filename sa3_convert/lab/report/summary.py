@@ -8,8 +8,8 @@ from pydantic import ValidationError
 from sa3_convert.bundle.table import markdown_text
 from sa3_convert.check.results import CLAIM_CEILING_DB
 from sa3_convert.errors import InputError
+from sa3_convert.lab.report.formatting import shown_db, shown_floor, shown_size, with_prompts
 from sa3_convert.lab.report.schema import Change, Made, Report, ReportedModel
-from sa3_convert.lab.report.theme import shown_db, shown_floor, shown_size, with_prompts
 from sa3_convert.system.untrusted import parse_json, printable, read_text
 
 _LARGEST = 256 << 20

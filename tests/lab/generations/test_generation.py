@@ -43,7 +43,7 @@ from sa3_convert.lab.generations.trajectory import (
     recorded,
     replayed,
 )
-from sa3_convert.lab.report.theme import replay
+from sa3_convert.lab.report.formatting import replay
 from sa3_convert.runtime.engines import EngineName
 from sa3_convert.runtime.pipeline import Pipeline
 from tests.conftest import GOLDEN

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sa3_convert.lab.report.theme import fixed, shown_db, shown_prompt, with_prompts
+from sa3_convert.lab.report.formatting import fixed, shown_db, shown_prompt, with_prompts
 
 
 @pytest.mark.parametrize(
