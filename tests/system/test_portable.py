@@ -54,7 +54,7 @@ COMMANDS = f"""
 checkpoint synthesize made --variant small-sfx
 convert toy --recipe int8 --out bundle
 convert toy --recipe own.yaml --out other --cache cache --component decoder --component number_conditioner
-convert toy --recipe own.yaml --out other --cache cache --component number_conditioner --force
+convert toy --recipe own.yaml --out other --cache own-cache --component number_conditioner --force
 convert toy --recipe fp16 --out planned --dry-run
 run bundle --prompt pad {SHORT} --json pad.json -o pad.wav
 run bundle --from pad.json -o pad.wav
