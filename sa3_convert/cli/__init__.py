@@ -5,12 +5,11 @@ import sys
 from collections.abc import Sequence
 
 from sa3_convert.system.streams import prepare_standard_streams
-from sa3_convert.system.supervisor import leave, supervise
+from sa3_convert.system.supervisor import interrupted_early, leave, supervise
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, in a process that this one watches over, and leave with its exit code."""
-    prepare_standard_streams()
     given = list(sys.argv[1:] if arguments is None else arguments)
 
     def command() -> int:
@@ -18,7 +17,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         return run(given)
 
-    ended = supervise(command, debug=given[:1] == ["--debug"])
+    try:
+        prepare_standard_streams()
+        ended = supervise(command, debug=given[:1] == ["--debug"])
+    except KeyboardInterrupt:
+        ended = interrupted_early()
     if ended.complaint is not None:
         from sa3_convert.system.untrusted import printable
 

@@ -92,11 +92,12 @@ def plan(
 def _target(target_mib: float | None, min_snr: float | None) -> "Target":
     if (target_mib is None) == (min_snr is None):
         raise UsageError("Give either --target-mib or --min-snr.")
-    if not math.isfinite(target_mib or min_snr or 0):
-        raise UsageError("--target-mib and --min-snr are finite numbers.")
+    size = None if target_mib is None else target_mib * 2**20
+    if not math.isfinite(size or min_snr or 0):
+        raise UsageError("--target-mib and --min-snr are finite numbers, and a size fits into one in bytes.")
     from sa3_convert.lab.planner.planner import Target
 
-    return Target(size=None if target_mib is None else round(target_mib * 2**20), snr_db=min_snr)
+    return Target(size=None if size is None else round(size), snr_db=min_snr)
 
 
 def _asked(target_mib: float | None, min_snr: float | None) -> str:

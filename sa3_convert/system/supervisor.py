@@ -106,6 +106,12 @@ def supervise(command: Callable[[], int], *, debug: bool = False) -> Ended:
     return _Watch(child, page, reader, writer, before).to_the_end()
 
 
+def interrupted_early() -> Ended:
+    """Return how a command ends whose interrupt came before signals were taken notice of, when nothing had begun."""
+    code = 128 + signal.SIGINT
+    return Ended(code, _INTERRUPTED[code])
+
+
 def received() -> int:
     """Return the number of the signal that is ending this command, or 0."""
     return _received

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -155,6 +157,21 @@ def stage(toy_int8: Bundle, toy: Path, tmp_path_factory: pytest.TempPathFactory)
         }
     yield stage
     os.chdir(working)
+
+
+EARLY = """
+from sa3_convert import cli
+def interrupted():
+    raise KeyboardInterrupt
+cli.prepare_standard_streams = interrupted
+cli.main(["--version"])
+"""
+
+
+def test_an_interrupt_before_the_command_has_begun_is_no_traceback() -> None:
+    done = subprocess.run([sys.executable, "-c", EARLY], cwd=ROOT, capture_output=True, text=True, check=False)
+    said = "sa3-convert: Interrupted; nothing half-written was left behind.\n"
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", said)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
