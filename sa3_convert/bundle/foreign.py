@@ -133,7 +133,8 @@ def _variant(found: _Found) -> str:
 
 def _layout(path: Path, found: _Found) -> CheckpointLayout:
     """Return the dimensions that the files declare, the rest as published."""
-    variant = VARIANTS.get(_variant(found), VARIANTS["medium" if _variant(found) == "custom-medium" else "small-music"])
+    name = _variant(found)
+    variant = VARIANTS.get(name, VARIANTS["medium" if name == "custom-medium" else "small-music"])
     plain = published_layout(variant, "full")
     shapes = {
         component: {port.name: port.shape or () for port in storage.inputs} for component, (_, storage) in found.items()
@@ -160,8 +161,7 @@ def _with_shapes(
         channels = shapes[Component.DECODER]["latents"][1]
     else:
         channels = auto.latent_dim
-    halves = (replace(half, latent_dim=channels) for half in (auto.encoder, auto.decoder))
-    encoder, decoder = halves
+    encoder, decoder = (replace(half, latent_dim=channels) for half in (auto.encoder, auto.decoder))
     auto = replace(auto, latent_dim=channels, encoder=encoder, decoder=decoder)
     if Component.DIT not in shapes:
         return CheckpointLayout(plain.sample_rate, plain.sample_size, auto)

@@ -249,6 +249,11 @@ class Manifest(_Data):
         return self
 
     @property
+    def is_foreign(self) -> bool:
+        """Whether it was made up for models that came without one."""
+        return self.recipe == UNVERIFIED
+
+    @property
     def label(self) -> str:
         """The variant and the adapters that are in it: what tells a bundle from the plain one wherever it is named."""
         return " + ".join((self.variant, *(lora.label for lora in self.loras)))

@@ -9,7 +9,6 @@ from pydantic import ValidationError
 
 from sa3_convert.bundle.manifest import (
     MANIFEST,
-    UNVERIFIED,
     Artifact,
     ArtifactKind,
     FileEntry,
@@ -79,7 +78,7 @@ class Bundle:
     @property
     def is_foreign(self) -> bool:
         """Whether it has no manifest, so that nobody has held its models to anything."""
-        return self.manifest.recipe == UNVERIFIED
+        return self.manifest.is_foreign
 
     @property
     def layout(self) -> CheckpointLayout:

@@ -19,7 +19,7 @@ from sa3_convert.errors import ConversionError
 from sa3_convert.mnn.compatibility import MnnVersion
 from sa3_convert.passes import ir_tools
 from sa3_convert.passes.half import round_to_half
-from sa3_convert.passes.pipeline import apply_passes, load_onnx, save_onnx
+from sa3_convert.passes.pipeline import apply_passes, opened_onnx, save_onnx
 from sa3_convert.recipe import ComponentRecipe
 
 
@@ -31,13 +31,13 @@ def written_in_half(
 
     Inputs and outputs keep their names and types. See `passes.pipeline` for the errors.
     """
-    model = load_onnx(reference)
     spelled = recipe.model_copy(update={"weights": None, "embedding": "float"})
-    apply_passes(model, component, spelled, target_mnn=target_mnn)
-    pass_through_half(model)
     with tempfile.TemporaryDirectory(prefix="half-", dir=folder) as scratch:
         written = Path(scratch) / reference.name
-        save_onnx(model, written)
+        with opened_onnx(reference) as model:
+            apply_passes(model, component, spelled, target_mnn=target_mnn)
+            pass_through_half(model)
+            save_onnx(model, written)
         yield written
 
 

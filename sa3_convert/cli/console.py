@@ -78,7 +78,7 @@ def open_told(path: Path) -> Bundle:
 
 def tell_unverified(manifest: Manifest | None, path: Path) -> None:
     """Say of models without a manifest that nobody has held them to anything."""
-    if manifest is not None and manifest.recipe == UNVERIFIED:
+    if manifest is not None and manifest.is_foreign:
         files = ", ".join(artifact.path for artifact in manifest.artifacts)
         stderr.print(f"{UNVERIFIED}: {path} has no manifest. Its dimensions are read from its files: {files}")
 

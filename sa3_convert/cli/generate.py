@@ -13,7 +13,7 @@ from sa3_convert.bundle.overlap import Named
 from sa3_convert.cli.console import progress, show_raised, stderr, stdout, tell_unverified
 from sa3_convert.cli.options import write_figures
 from sa3_convert.errors import AudioError, BundleError, OutputRejectedError, UsageError
-from sa3_convert.lab.doctor.results import saved
+from sa3_convert.lab.doctor.results import CONVERSION_SETTING, saved, setting_name
 from sa3_convert.mnn.session import require_backend
 from sa3_convert.runtime.audio import (
     PcmStream,
@@ -59,7 +59,9 @@ def placed(
     for wanted in {backend, *given.values()} - {"cpu"}:
         require_backend(wanted)
     how: dict[str, Any] = {"precision": precision, "memory": memory, "overrides": given, "split": split}
-    places = placement(backend, saved(backend), **how)
+    # The usual setting on the CPU is not questioned: what was found there need not be read at every start.
+    usual = backend == "cpu" and setting_name(precision, memory) == CONVERSION_SETTING
+    places = placement(backend, None if usual else saved(backend), **how)
     for place in places:
         if backend != "cpu" or given or place.precision != precision:
             stderr.print(f"{place.component.value} on {place.backend}: {place.reason}")

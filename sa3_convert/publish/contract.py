@@ -51,7 +51,6 @@ def contract_of(manifest: Manifest, golden: bool = False) -> dict[str, Any]:
     layout = manifest.layout
     models = {a.component: a for a in manifest.artifacts if a.kind == "mnn" and a.component is not None}
     files = {a.kind: a.path for a in manifest.artifacts if a.kind in ("tokenizer", "bottleneck_params")}
-    least = max((a.target_mnn or OLDEST_KNOWN for a in manifest.artifacts), key=version_numbers, default=OLDEST_KNOWN)
     components = {
         component.value: {
             "file": artifact.path,
@@ -68,7 +67,7 @@ def contract_of(manifest: Manifest, golden: bool = False) -> dict[str, Any]:
         "schema": 1,
         "variant": manifest.variant,
         "recipe": manifest.recipe,
-        "least_mnn": least,
+        "least_mnn": least_mnn(manifest),
         "base": manifest.base,
         "files": files,
         "components": components,
@@ -76,6 +75,11 @@ def contract_of(manifest: Manifest, golden: bool = False) -> dict[str, Any]:
         "autoencoder": _autoencoder(layout),
         "golden": f"{_GOLDEN}/{_GOLDEN}.json" if golden else None,
     }
+
+
+def least_mnn(manifest: Manifest) -> str:
+    """Return the oldest version of MNN that reads all of a bundle's models."""
+    return max((a.target_mnn or OLDEST_KNOWN for a in manifest.artifacts), key=version_numbers, default=OLDEST_KNOWN)
 
 
 def _port(port: Port) -> dict[str, Any]:

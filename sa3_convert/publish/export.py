@@ -18,8 +18,7 @@ from sa3_convert.bundle.table import markdown_text
 from sa3_convert.checkpoint.variants import published_names
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError, UsageError
-from sa3_convert.mnn.compatibility import OLDEST_KNOWN, version_numbers
-from sa3_convert.publish.contract import CONTRACT, contract_of
+from sa3_convert.publish.contract import CONTRACT, contract_of, least_mnn
 from sa3_convert.publish.names import (
     SHARED,
     client_flags,
@@ -325,7 +324,7 @@ def _readme(placed: Sequence[_Placed]) -> str:
         manifest = one.bundle.manifest
         at = "this folder" if one.root else f"`{one.folder}`"
         lines.append(
-            f"| {at} | {markdown_text(manifest.label)} | `{manifest.recipe}` | {_least_mnn(manifest)} or newer |"
+            f"| {at} | {markdown_text(manifest.label)} | `{manifest.recipe}` | {least_mnn(manifest)} or newer |"
         )
     at = "." if placed[0].root else placed[0].folder
     lines += ["", f'    sa3-convert run {at} --prompt "warm analog synth pad" --seconds 10 -o pad.wav', ""]
@@ -360,8 +359,3 @@ def _client_lines(one: _Placed) -> Iterator[str]:
     assert layout.text_encoder is not None
     if (layout.autoencoder.latent_dim, layout.text_encoder.max_length, layout.dit.cond_token_dim) != (256, 256, 768):
         yield "This model is smaller than the published ones, whose shapes are fixed in that client: it cannot run it."
-
-
-def _least_mnn(manifest: Manifest) -> str:
-    targets = [artifact.target_mnn or OLDEST_KNOWN for artifact in manifest.artifacts]
-    return max(targets, key=version_numbers)

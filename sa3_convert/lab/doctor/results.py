@@ -1,7 +1,6 @@
 """What the probes found, kept per MNN, backend and machine: read by other commands without MNN or ONNX."""
 
 import json
-import platform
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -118,7 +117,7 @@ def this_machine() -> str:
     """Return a short name for what decides how MNN computes here: processor, instruction sets, GPUs."""
     found: dict[str, Any] = machine()
     parts = {name: found[name] for name in ("processor", "instructions")}
-    return fingerprint(**parts, architecture=platform.machine(), gpus=[(gpu.name, gpu.driver) for gpu in gpus()])[:12]
+    return fingerprint(**parts, architecture=architecture(), gpus=[(gpu.name, gpu.driver) for gpu in gpus()])[:12]
 
 
 def diagnosis_path(backend: str) -> Path:
