@@ -31,7 +31,9 @@ def convert_all(
     """
     bundles = []
     for word in checkpoints or ():
-        checkpoint, _, own = word.partition(":")
+        # A folder's own name may have a colon: on Windows that of its drive.
+        whole = ":" not in word or Path(word).is_dir()
+        checkpoint, _, own = (word, "", "") if whole else word.rpartition(":")
         bundles += [_converted(checkpoint, name, folder) for name in (own.split(",") if own else recipe)]
     for variant in toy or ():
         checkpoint = str(folder / f"toy-{variant}")

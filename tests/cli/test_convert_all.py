@@ -51,3 +51,13 @@ def test_toys_are_made_once_and_heard(monkeypatch: pytest.MonkeyPatch, tmp_path:
     commands, result = called(monkeypatch, *words)
     assert [command[0] for command in commands] == ["convert", "run", "bundle"]
     assert "make convert CHECKPOINT=" in result.stdout
+
+
+def test_a_colon_may_be_of_the_folder_s_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "a:b"
+    folder.mkdir()
+    commands, _ = called(monkeypatch, "--recipe", "int8", "--folder", "out", str(folder), f"{folder}:fp16")
+    assert [command[1:4] for command in commands[:2]] == [
+        [str(folder), "--recipe", "int8"],
+        [str(folder), "--recipe", "fp16"],
+    ]
