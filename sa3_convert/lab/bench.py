@@ -26,8 +26,9 @@ from sa3_convert.components import Component
 from sa3_convert.errors import BackendError, BundleError, UsageError
 from sa3_convert.runtime.conditioning import lengths
 from sa3_convert.runtime.engines import KINDS, Engine, EngineName, bundle_engine
+from sa3_convert.runtime.output_checks import CHECKS
 from sa3_convert.runtime.pipeline import Pipeline
-from sa3_convert.runtime.request import CHECKS, GenerateRequest
+from sa3_convert.runtime.request import GenerateRequest
 from sa3_convert.system import machine
 from sa3_convert.system.supervisor import die_with_parent
 

@@ -20,9 +20,10 @@ from sa3_convert.mnn.compatibility import OLDEST_KNOWN, version_numbers
 from sa3_convert.runtime.autoencode import WINDOW, Reach
 from sa3_convert.runtime.conditioning import PADDING_SECONDS, alignment
 from sa3_convert.runtime.engines import Engine, bundle_engine
+from sa3_convert.runtime.noise import TorchGenerator
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.request import GenerateRequest
-from sa3_convert.runtime.sampling import LOGSNR_AT_0, LOGSNR_SPAN, TorchGenerator
+from sa3_convert.runtime.sampling import LOGSNR_AT_0, LOGSNR_SPAN
 
 CONTRACT: Final = "contract.json"
 _GOLDEN: Final = "golden"

@@ -3,14 +3,18 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from sa3_convert.arrays import Floats
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
-from sa3_convert.errors import UsageError
+from sa3_convert.errors import AudioError, UsageError
+from sa3_convert.runtime.audio import read_audio
 from sa3_convert.runtime.prompts import Tokens
 
+AudioSource = Path | Floats
+"""A file, or stereo samples [2, N] at the model's rate."""
 Region = tuple[float, float]
 """Start and end in seconds."""
 
@@ -104,6 +108,39 @@ def check_regions(regions: Sequence[Region], seconds: float) -> None:
         if previous is not None and start < previous[1]:
             raise UsageError(f"{name} overlaps {previous[0]:g}:{previous[1]:g}. Join them.")
         previous = region
+
+
+def given_audio(
+    layout: CheckpointLayout, source: AudioSource | None, sizes: Lengths, warnings: list[str]
+) -> Floats | None:
+    """Return given audio as [1, 2, T · ratio] float32: cut, or padded with silence, to what the model works on."""
+    if source is None:
+        return None
+    rate = layout.sample_rate
+    if isinstance(source, Path):
+        samples = read_audio(source, rate, max_seconds=max_seconds(layout))
+    else:
+        samples = source
+        _check_samples(samples)
+    if samples.shape[1] > sizes.samples:
+        warnings.append(
+            f"The given audio lasts {samples.shape[1] / rate:.2f} seconds; what lies beyond the "
+            f"{sizes.samples / rate:.2f} seconds to be generated has no part in the output."
+        )
+    audio = np.zeros((1, 2, sizes.latents * layout.autoencoder.downsampling_ratio), np.float32)
+    length = min(samples.shape[1], audio.shape[2])
+    audio[0, :, :length] = samples[:, :length]
+    return audio
+
+
+def _check_samples(samples: Floats) -> None:
+    if samples.ndim != 2 or samples.shape[0] != 2 or samples.shape[1] == 0 or samples.dtype != np.float32:
+        raise AudioError(
+            f"Given samples are {samples.dtype} of shape {list(samples.shape)}; expected float32 [2, N] at the "
+            "model's rate."
+        )
+    if not np.isfinite(samples).all():
+        raise AudioError("Given samples hold NaN or infinities.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,28 +13,27 @@ from sa3_convert.bundle.manifest import Manifest
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.components import Component
-from sa3_convert.errors import AudioError, BundleError
+from sa3_convert.errors import BundleError
 from sa3_convert.runtime import autoencode
 from sa3_convert.runtime import conditioning as conditions
-from sa3_convert.runtime.audio import read_audio
 from sa3_convert.runtime.autoencode import Bottleneck
-from sa3_convert.runtime.conditioning import Conditioning, Lengths, inpaint_mask, lengths, max_seconds
+from sa3_convert.runtime.conditioning import Conditioning, Lengths, given_audio, inpaint_mask, lengths
 from sa3_convert.runtime.engines import Engine, EngineName, KeepLoaded, Models, bundle_engine, checkpoint_parts
+from sa3_convert.runtime.noise import TorchGenerator
+from sa3_convert.runtime.output_checks import OutputCheck
 from sa3_convert.runtime.prompts import PromptTokenizer, Tokens
 from sa3_convert.runtime.request import (
     AudioChunk,
-    AudioSource,
     Event,
     GenerateRequest,
     Generation,
     Notes,
-    OutputCheck,
     Report,
     ResolvedRequest,
     Started,
     Stepped,
 )
-from sa3_convert.runtime.sampling import SAMPLERS, Noise, Step, TorchGenerator, Velocity, guided, sigmas
+from sa3_convert.runtime.sampling import SAMPLERS, Noise, Step, Velocity, guided, sigmas
 
 
 class Pipeline:
@@ -167,7 +166,7 @@ class Pipeline:
 
         Args:
             request: what to generate.
-            allow: names of output checks to waive; see `request.CHECKS`.
+            allow: names of output checks to waive; see `output_checks.CHECKS`.
 
         Raises:
             UsageError: the request does not suit the model.
@@ -181,8 +180,8 @@ class Pipeline:
         check = OutputCheck(allow)
         notes = Notes()
         # Everything that can be wrong with the request is found before the first model is loaded.
-        initial = self.given_audio(request.init_audio, sizes, notes)
-        inpainted = self.given_audio(request.inpaint_audio, sizes, notes)
+        initial = given_audio(self.layout, request.init_audio, sizes, notes.warnings)
+        inpainted = given_audio(self.layout, request.inpaint_audio, sizes, notes.warnings)
         mask = inpaint_mask(self.layout, sizes, settings.inpaint)
 
         yield Started("text")
@@ -212,26 +211,6 @@ class Pipeline:
         check.finish(sizes.samples)
         engine = self.models.engine.settings
         yield Report(settings, sizes, latents, notes.seconds, engine, tuple(notes.warnings))
-
-    def given_audio(self, source: AudioSource | None, sizes: Lengths, notes: Notes) -> Floats | None:
-        """Return given audio as [1, 2, T · ratio] float32: cut, or padded with silence, to what the model works on."""
-        if source is None:
-            return None
-        rate = self.layout.sample_rate
-        if isinstance(source, Path):
-            samples = read_audio(source, rate, max_seconds=max_seconds(self.layout))
-        else:
-            samples = source
-            _check_samples(samples)
-        if samples.shape[1] > sizes.samples:
-            notes.warnings.append(
-                f"The given audio lasts {samples.shape[1] / rate:.2f} seconds; what lies beyond the "
-                f"{sizes.samples / rate:.2f} seconds to be generated has no part in the output."
-            )
-        audio = np.zeros((1, 2, sizes.latents * self.layout.autoencoder.downsampling_ratio), np.float32)
-        length = min(samples.shape[1], audio.shape[2])
-        audio[0, :, :length] = samples[:, :length]
-        return audio
 
     def tokens(self, prompt: str) -> Tokens:
         """Return the token ids of a prompt."""
@@ -367,13 +346,3 @@ def _velocity(dit: Session, condition: Conditioning, local: Floats, padding_mask
         return dit.run({"x": x, "t": np.array([t], np.float32), **constant})["out"]
 
     return velocity
-
-
-def _check_samples(samples: Floats) -> None:
-    if samples.ndim != 2 or samples.shape[0] != 2 or samples.shape[1] == 0 or samples.dtype != np.float32:
-        raise AudioError(
-            f"Given samples are {samples.dtype} of shape {list(samples.shape)}; expected float32 [2, N] at the "
-            "model's rate."
-        )
-    if not np.isfinite(samples).all():
-        raise AudioError("Given samples hold NaN or infinities.")

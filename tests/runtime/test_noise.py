@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from sa3_convert.runtime.sampling import TorchGenerator
+from sa3_convert.runtime.noise import TorchGenerator
 from tests.conftest import Golden
 
 # Without AVX2 torch itself takes the maths library's logarithm and cosine, whose last bits differ.

@@ -3,7 +3,7 @@ import pytest
 from numpy.typing import NDArray
 
 from sa3_convert.errors import OutputRejectedError, UsageError
-from sa3_convert.runtime.request import CHECKS, OutputCheck
+from sa3_convert.runtime.output_checks import CHECKS, OutputCheck
 
 Floats = NDArray[np.float32]
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from sa3_convert.components import Component
 from sa3_convert.errors import AudioError, BundleError, OutputRejectedError, UsageError
 from sa3_convert.runtime.audio import write_audio
+from sa3_convert.runtime.noise import TorchGenerator
 from sa3_convert.runtime.request import AudioChunk, GenerateRequest, Report, Started, Stepped
-from sa3_convert.runtime.sampling import TorchGenerator
 from tests.runtime.conftest import Parts
 from tests.runtime.fakes import FakeEngine, decode, pipeline
 

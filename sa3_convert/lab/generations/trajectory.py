@@ -22,10 +22,11 @@ from sa3_convert.errors import UsageError
 from sa3_convert.runtime.autoencode import encoded
 from sa3_convert.runtime.conditioning import Conditioning, conditioning, lengths
 from sa3_convert.runtime.engines import EngineName
+from sa3_convert.runtime.noise import TorchGenerator
 from sa3_convert.runtime.pipeline import Pipeline, denoised
 from sa3_convert.runtime.prompts import Tokens
 from sa3_convert.runtime.request import GenerateRequest
-from sa3_convert.runtime.sampling import TorchGenerator, Velocity
+from sa3_convert.runtime.sampling import Velocity
 
 PROMPTS: tuple[str, ...] = (
     "warm analog synth pad",
