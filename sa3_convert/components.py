@@ -25,6 +25,9 @@ class Component(StrEnum):
     ENCODER = "encoder"
 
 
+TEXT_TO_AUDIO: Final = (Component.TEXT_ENCODER, Component.NUMBER_CONDITIONER, Component.DIT, Component.DECODER)
+"""Without which nothing is generated."""
+
 TOKEN_TABLE: Final = "embed_tokens.weight"
 """The text encoder's table of tokens, which is stored as a recipe's `embedding` says."""
 

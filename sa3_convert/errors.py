@@ -4,6 +4,10 @@ Everything that a user can cause or mend is a `Sa3Error` whose message says what
 Only `sa3_convert.cli.main` prints it and turns it into the exit code. Any other exception is a bug (exit 70).
 """
 
+from collections.abc import Mapping
+from string import Formatter
+from types import MappingProxyType
+
 
 class Sa3Error(Exception):
     """Base of all errors that are the user's to mend; `exit_code` is part of the command line's contract."""
@@ -15,6 +19,28 @@ class UsageError(Sa3Error):
     """The command line asks for something that does not make sense."""
 
     exit_code = 2
+
+
+class SettingError(UsageError):
+    """A setting of a generation cannot be.
+
+    Args:
+        sentence: what is wrong, as a format of `values`; settings are named in braces: "{seed} is {0}, not …".
+        values: what the sentence's numbers stand for.
+
+    """
+
+    def __init__(self, sentence: str, *values: object) -> None:
+        super().__init__(sentence, *values)
+
+    def __str__(self) -> str:
+        return self.told()
+
+    def told(self, called: Mapping[str, str] = MappingProxyType({})) -> str:
+        """Return the sentence with settings named as whoever gave them calls them: `--init-audio`, `init_audio`."""
+        sentence, *values = self.args
+        names = {name for _, name, _, _ in Formatter().parse(sentence) if name and not name.isdigit()}
+        return str(sentence.format(*values, **{name: called.get(name, name) for name in names}))
 
 
 class InputError(Sa3Error):

@@ -7,7 +7,8 @@ from typer import Option
 
 from sa3_convert.cli import options as o
 from sa3_convert.cli import paths
-from sa3_convert.cli.echo import echo
+from sa3_convert.cli.echo import echo, echo_next
+from sa3_convert.components import TEXT_TO_AUDIO
 
 if TYPE_CHECKING:
     from sa3_convert.convert.plan import ConvertRequest
@@ -88,7 +89,9 @@ def _make(request: "ConvertRequest", json_file: Path | None) -> None:
     console.stdout.print(console.bundle_table(outcome.bundle))
     if outcome.up_to_date:
         echo(f"{request.out} is up to date; nothing was done.")
+    elif set(TEXT_TO_AUDIO) <= set(outcome.bundle.components):
+        echo_next("run", str(request.out), "--prompt", "warm analog synth pad", "--seconds", "10", "-o", "out.wav")
     elif request.checkpoint.layout.dit is None:
-        echo(f"Next: sa3-convert bundle export {request.out} --to DIR")
+        echo_next("bundle", "export", str(request.out), "--to", f"{request.out}-published")
     else:
-        echo(f'Next: sa3-convert run {request.out} --prompt "warm analog synth pad" --seconds 10 -o out.wav')
+        echo_next("inspect", str(request.out))

@@ -1,5 +1,6 @@
 """Lines on standard output and error; with `console`, the only way to a terminal."""
 
+import shlex
 import sys
 
 from sa3_convert.system.untrusted import printable
@@ -26,3 +27,8 @@ def echo(text: str, *, err: bool = False) -> None:
         # Not by Typer, which writes UTF-8 where a stream's encoding is ASCII.
         stream.write(f"{printable(text)}\n")
         stream.flush()
+
+
+def echo_next(*arguments: str) -> None:
+    """Print the command that comes next, as a shell takes it."""
+    echo(f"Next: {shlex.join(['sa3-convert', *arguments])}")

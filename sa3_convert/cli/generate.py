@@ -23,14 +23,14 @@ from sa3_convert.runtime.audio import (
     check_output_path,
     growing_wav,
 )
-from sa3_convert.runtime.batch import RESULTS, BatchOptions, BatchResult, read_batch, run_batch
+from sa3_convert.runtime.batch import RESULTS, BatchItem, BatchOptions, BatchResult, run_batch
 from sa3_convert.runtime.conditioning import lengths
 from sa3_convert.runtime.engines import KINDS, Backend, EngineName, Level
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.placement import parse_places, placement
 from sa3_convert.runtime.request import AudioChunk, GenerateRequest, Report, Started, Stepped
 from sa3_convert.system.machine import PeakMemory
-from sa3_convert.system.streams import STANDARD_OUTPUT, descriptor_of, is_terminal, opened_stream
+from sa3_convert.system.streams import STANDARD_OUTPUT, descriptor_of, is_stream, is_terminal, opened_stream
 
 _NAMES = {"pcm16": "s16le", "pcm24": "s24le", "float": "f32le"}
 
@@ -133,13 +133,16 @@ def generate_one(
         made_by = target.metadata(pipeline)
         if origin:
             _check_origin(target, made_by, origin)
-        metadata = {"request": request.resolved(pipeline.layout).to_json()} | made_by
+        resolved = request.resolved(pipeline.layout)
+        metadata = {"request": resolved.to_json(_folder_of(target.output))} | made_by
         with _writer(target, pipeline, request, metadata, stream) as writer:
             report, peak = _played(pipeline, request, writer, target.allow)
     for warning in report.warnings:
         stderr.print(f"Note: {warning}")
     figures = {"engine": dict(report.engine), "seconds": dict(report.seconds), "device_peak_bytes": device.bytes}
-    write_figures(target.json_file, metadata | figures)
+    if target.json_file is not None:
+        told = {**metadata, "request": resolved.to_json(_folder_of(target.json_file)), **figures}
+        write_figures(target.json_file, told)
     total = sum(report.seconds.values())
     stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
     engine = ", ".join(f"{name} {value}" for name, value in report.engine.items())
@@ -154,6 +157,11 @@ def generate_one(
     )
 
 
+def _folder_of(path: Path) -> Path | None:
+    """Return the folder of a file that is written; what goes into a stream has none."""
+    return None if is_stream(path) else path.parent
+
+
 def _check_origin(target: Target, here: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
     """Refuse a replay on another variant, and say when other models than the first time will run."""
     variant = origin.get("variant", here["variant"])
@@ -164,13 +172,12 @@ def _check_origin(target: Target, here: Mapping[str, Any], origin: Mapping[str, 
 
 
 def generate_batch(
-    target: Target, batch: Path, defaults: Mapping[str, Any], *, keep_loaded: bool, reads: tuple[Named, ...] = ()
+    target: Target, items: Sequence[BatchItem], *, keep_loaded: bool, reads: tuple[Named, ...] = ()
 ) -> None:
-    """Generate what a batch file lists and an earlier run has not done, a line on standard output for each.
+    """Generate what a batch lists and an earlier run has not done, a line on standard output for each.
 
     Rejected outputs are an error after the last line; `reads` is what none of them may be written over.
     """
-    items = read_batch(batch, defaults)
     rejected = 0
     with _opened(target, keep_loaded=keep_loaded) as pipeline:
         options = BatchOptions(

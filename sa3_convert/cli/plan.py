@@ -10,8 +10,9 @@ from typer import Option
 from sa3_convert.bundle.overlap import require_apart
 from sa3_convert.cli import options as o
 from sa3_convert.cli import paths
-from sa3_convert.cli.echo import echo
+from sa3_convert.cli.echo import echo, echo_next
 from sa3_convert.errors import UsageError
+from sa3_convert.system.streams import is_stream
 
 if TYPE_CHECKING:
     from sa3_convert.lab.planner.planner import Target
@@ -85,8 +86,10 @@ def plan(
     o.write_figures(json_file, figures | {"precisions": planned_rows(made)})
     stdout.print(planned_table(component, made))
     echo(f"{out}: predicted {made.predicted_db:.1f} dB; no plan of this size is above {made.bound_db:.1f} dB.")
-    loras = "".join(f" --lora {text}" for text in lora or ())
-    echo(f"Next: sa3-convert convert {checkpoint}{loras} --recipe {out} --out {out.with_suffix('')}")
+    if not is_stream(out):
+        loras = (word for text in lora or () for word in ("--lora", text))
+        folder = out.with_suffix("") if out.suffix else out.with_name(f"{out.name}-bundle")
+        echo_next("convert", checkpoint, *loras, "--recipe", str(out), "--out", str(folder))
 
 
 def _target(target_mib: float | None, min_snr: float | None) -> "Target":

@@ -1,22 +1,19 @@
 """`run`: prompts to audio."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Context, Option
 
 from sa3_convert.cli import options as o
 from sa3_convert.cli import paths
-from sa3_convert.errors import InputError, UsageError
+from sa3_convert.cli.settings import OPTIONS, given, in_words_of, wanted
+from sa3_convert.errors import UsageError
 from sa3_convert.system.streams import STANDARD_OUTPUT, is_stream
-from sa3_convert.system.untrusted import read_json
 
-_SETTINGS = (
-    "prompt", "seconds", "steps", "seed", "sampler", "cfg_scale", "apg_scale", "negative_prompt", "init_audio",
-    "init_noise_level", "inpaint_audio", "inpaint",
-)  # fmt: skip
-"""Options that are settings of a request, by its names."""
+if TYPE_CHECKING:
+    from sa3_convert.cli.generate import Target
 
 _guidance, _audio = o.panel("Guidance"), o.panel("From audio")
 _many, _files = o.panel("Batches and streams"), o.panel("Files and checks")
@@ -97,7 +94,12 @@ AllowOption = Annotated[
 ]
 FromOption = Annotated[
     Path | None,
-    Option("--from", metavar="FILE.json", help="Settings written by --json; replays them.", callback=paths.reads),
+    Option(
+        "--from",
+        metavar="FILE",
+        help="Replay the settings that --json wrote; what the command line tells overrides them.",
+        callback=paths.reads,
+    ),
 ]
 
 
@@ -136,103 +138,71 @@ def run(
     threads: o.ThreadsOption = None,
 ) -> None:
     """Generate audio: from text, from audio, or anew within audio."""
-    given = {name: value for name in _SETTINGS if (value := context.params[name]) not in (None, [], ())}
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
-    if inpaint:
-        settings["inpaint"] = [_region(text) for text in inpaint]
-    _check_mode(output, batch, stream, keep_loaded, from_file, json_file)
+    how = context.params
+    _check_mode(how)
+    from sa3_convert.cli.generate import Target
+
     output = output or STANDARD_OUTPUT
     if batch is None:
         paths.writes_as(context, "--output", output)
-    if (engine == "torch") != (checkpoint is not None):
-        raise UsageError("--engine torch and --checkpoint DIR belong together.")
-    if lora and engine != "torch":
-        raise UsageError("A bundle has its LoRAs in its weights (`convert --lora`); --lora is for --engine torch.")
-
-    from sa3_convert.cli.generate import Target, generate_batch, generate_one
-
-    options = _engine_options(engine, backend, memory, precision, place or (), split_dit)
-    options |= {} if threads is None else {"threads": threads}
-    options |= {} if checkpoint is None else {"checkpoint": checkpoint, "loras": tuple(lora or ())}
+    options = _engine_options(how)
     target = Target(bundle, engine, options, output, sample_format, dither, tuple(allow or ()), json_file)
-    if batch is not None:
-        generate_batch(target, batch, settings, keep_loaded=keep_loaded, reads=paths.reads_as(context, ()))
-    else:
-        request, origin = _request(settings, from_file)
+    (_generate_batch if batch else _generate_one)(context, target, given(how))
+
+
+def _generate_batch(context: Context, target: "Target", settings: Mapping[str, Any]) -> None:
+    from sa3_convert.cli.generate import generate_batch
+    from sa3_convert.runtime.batch import read_batch
+
+    items = read_batch(context.params["batch"], settings, OPTIONS)
+    generate_batch(target, items, keep_loaded=context.params["keep_loaded"], reads=paths.reads_as(context, ()))
+
+
+def _generate_one(context: Context, target: "Target", settings: Mapping[str, Any]) -> None:
+    from sa3_convert.cli.generate import generate_one
+    from sa3_convert.runtime.request import GenerateRequest
+
+    from_file = context.params["from_file"]
+    asked = wanted(settings, from_file)
+    with in_words_of(asked.called):
+        request = GenerateRequest.from_json(asked.settings)
         paths.reads_as(context, ((f"--from {from_file}:", path) for path in request.audio_files()))
-        generate_one(target, request, stream=stream, origin=origin)
+        generate_one(target, request, stream=context.params["stream"], origin=asked.origin)
 
 
-def _engine_options(
-    engine: str, backend: o.Device, memory: o.Level, precision: o.Level, place: Sequence[str], split: bool
-) -> dict[str, Any]:
+def _engine_options(how: Mapping[str, Any]) -> dict[str, Any]:
     """Return what an engine is opened with; places are told."""
+    engine, backend, place = how["engine"], how["backend"], how["place"] or ()
+    if (engine == "torch") != (how["checkpoint"] is not None):
+        raise UsageError("--engine torch and --checkpoint DIR belong together.")
+    if how["lora"] and engine != "torch":
+        raise UsageError("A bundle has its LoRAs in its weights (`convert --lora`); --lora is for --engine torch.")
+    options: dict[str, Any] = {"backend": backend} | {name: how[name] for name in ("threads",) if how[name]}
+    precise = {name: how[name] for name in ("memory", "precision")}
     if engine == "mnn":
         from sa3_convert.cli.generate import placed
 
-        where = placed(backend, precision, memory, place, split=split)
-        return {"memory": memory, "precision": precision, "backend": backend, "split": split, **where}
-    if (memory, precision, split) != ("normal", "high", False) or place:
+        where = placed(backend, **precise, overrides=place, split=how["split_dit"])
+        return {**options, **precise, "split": how["split_dit"], **where}
+    if precise != {"memory": "normal", "precision": "high"} or how["split_dit"] or place:
         raise UsageError("--memory, --precision, --place and --split-dit are settings of --engine mnn.")
     if backend not in ("cpu", "cuda"):
         raise UsageError(f"--device {backend} is for --engine mnn; --engine {engine} runs on cpu or cuda.")
-    return {"backend": backend}
+    if engine == "torch":
+        options |= {"checkpoint": how["checkpoint"], "loras": tuple(how["lora"] or ())}
+    return options
 
 
-def _check_mode(
-    output: Path | None,
-    batch: Path | None,
-    stream: bool,
-    keep_loaded: bool,
-    from_file: Path | None,
-    json_file: Path | None,
-) -> None:
+def _check_mode(how: Mapping[str, Any]) -> None:
     """Refuse options that contradict each other."""
-    if batch is not None:
+    output = how["output"]
+    if how["batch"] is not None:
         if output is None or is_stream(output) or output.is_file():
             raise UsageError("--batch writes several files; name their folder with -o DIR.")
-        clash = [
-            name for name, is_given in (("--stream", stream), ("--from", from_file), ("--json", json_file)) if is_given
-        ]
-        if clash:
+        single = {"--stream": "stream", "--from": "from_file", "--json": "json_file"}
+        if clash := [option for option, name in single.items() if how[name]]:
             raise UsageError(f"{clash[0]} is for one generation; --batch keeps settings and times in results.jsonl.")
-    elif keep_loaded:
+    elif how["keep_loaded"]:
         raise UsageError("--keep-loaded is for --batch; one generation uses each model once.")
-    elif output is None and not stream:
+    elif output is None and not how["stream"]:
         raise UsageError("Say where to write with -o FILE.wav, or give --stream to write samples to standard output.")
-
-
-def _region(text: str) -> list[float]:
-    start, colon, end = text.partition(":")
-    try:
-        if not colon:
-            raise ValueError
-        return [float(start), float(end)]
-    except ValueError:
-        raise UsageError(f"--inpaint {text!r} is no region; write START:END in seconds, such as 2.5:4.") from None
-
-
-def _request(settings: dict[str, Any], from_file: Path | None) -> tuple[Any, dict[str, Any]]:
-    """Return the request that the options, or a file of `--json`, describe, and what that file tells beside it."""
-    from sa3_convert.runtime.request import GenerateRequest
-
-    if from_file is None:
-        if "prompt" not in settings:
-            raise UsageError('Give --prompt "what to generate", --from FILE.json, or --batch FILE.jsonl.')
-        return GenerateRequest.from_json(settings), {}
-    if settings:
-        name = next(iter(settings)).replace("_", "-")
-        raise UsageError(f"--from brings its own prompt and settings; leave --{name} away.")
-    unread = f"{from_file} cannot be read as the settings that `run --json` writes"
-    try:
-        origin = read_json(from_file)
-    except OSError as error:
-        raise InputError(f"{unread}: {error.strerror or error}.") from None
-    except ValueError as error:
-        raise InputError(f"{unread}: {error}.") from None
-    if not isinstance(origin, dict) or not isinstance(found := origin.pop("request", None), dict):
-        raise InputError(f"{unread}: it has no request.")
-    for name, kind in (("variant", str), ("models", dict)):
-        if not isinstance(origin.get(name, kind()), kind):
-            raise InputError(f"{unread}: {name} is of another kind.")
-    return GenerateRequest.from_json(found), origin

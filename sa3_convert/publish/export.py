@@ -16,7 +16,7 @@ from sa3_convert.bundle.manifest import MANIFEST, RECIPE, Artifact, FileEntry, L
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.bundle.table import markdown_text
 from sa3_convert.checkpoint.variants import published_names
-from sa3_convert.components import Component
+from sa3_convert.components import TEXT_TO_AUDIO, Component
 from sa3_convert.errors import BundleError, UsageError
 from sa3_convert.publish.contract import CONTRACT, contract_of, least_mnn
 from sa3_convert.publish.names import (
@@ -35,8 +35,6 @@ Layout = Literal["hub", "flat"]
 
 SUMS: Final = "SHA256SUMS"
 _KINDS: Final = ("mnn", "tokenizer", "bottleneck_params", "recipe")
-_NEEDED: Final = (Component.TEXT_ENCODER, Component.NUMBER_CONDITIONER, Component.DIT, Component.DECODER)
-"""What the client does not start without."""
 _NOTICE: Final = """\
 Converted and quantised from Stable Audio 3 by sa3-convert; the weights were changed by that.
 
@@ -308,7 +306,7 @@ def _check_client_runs(bundle: Bundle) -> None:
             f"{bundle.path} is {manifest.variant}; the client samples post-trained models alone, in eight ping-pong "
             "steps. Use --layout hub, or convert the checkpoint without -base in its name."
         )
-    missing = [component.value for component in _NEEDED if component not in bundle.components]
+    missing = [component.value for component in TEXT_TO_AUDIO if component not in bundle.components]
     missing += [] if any(a.kind == "tokenizer" for a in manifest.artifacts) else ["tokenizer"]
     if missing:
         raise BundleError(

@@ -1,8 +1,8 @@
 """Many generations from one JSONL file: checked as a whole before the first, resumable after the last that was done.
 
-Each line holds the settings of one generation as `GenerateRequest.from_json` reads them, and optionally `output`, the
-name of its file. `results.jsonl` beside the files gets one line per generation that was finished or rejected. A
-generation counts as done when such a line holds exactly its settings and its file is whole.
+Each line holds the settings of one generation as `GenerateRequest.from_json` reads them, paths relative to the batch
+file, and optionally `output`, the name of its file. `results.jsonl` beside the files gets one line per generation that
+was finished or rejected. A generation counts as done when such a line holds exactly its settings and its file is whole.
 """
 
 import contextlib
@@ -11,18 +11,18 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from sa3_convert.bundle.overlap import Named, folded, require_apart
-from sa3_convert.errors import InputError, OutputRejectedError, Sa3Error, UsageError
+from sa3_convert.errors import InputError, OutputRejectedError, Sa3Error, SettingError, UsageError
 from sa3_convert.runtime.audio import SampleFormat, audio_writer, check_output_path
 from sa3_convert.runtime.output_checks import OutputCheck
 from sa3_convert.runtime.pipeline import Pipeline
-from sa3_convert.runtime.request import AudioChunk, GenerateRequest, Report, StageName
+from sa3_convert.runtime.request import AudioChunk, GenerateRequest, Report, StageName, located
 from sa3_convert.system.checked_files import inside
 from sa3_convert.system.files import alone_in, sha256_file
 from sa3_convert.system.untrusted import check_name, parse_json, read_bytes, read_text
@@ -41,6 +41,8 @@ class BatchItem:
     request: GenerateRequest
     output: str
     """File name within the batch's folder."""
+    called: Mapping[str, str] = field(default_factory=dict)
+    """What settings are called where they come from, if not by their own names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,18 +82,28 @@ class BatchResult:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "reused"}
 
 
-def read_batch(path: Path, defaults: Mapping[str, Any] | None = None) -> list[BatchItem]:
-    """Read a JSONL file of generations, `defaults` standing for what a line does not set, and check every line of it.
+def read_batch(
+    path: Path, defaults: Mapping[str, Any] | None = None, called: Mapping[str, str] | None = None
+) -> list[BatchItem]:
+    """Read a JSONL file of generations, and check every line of it.
 
-    Raises InputError if the file cannot be read, is empty, or a line is no JSON object; UsageError names a line whose
-    settings cannot be.
+    Args:
+        path: the file.
+        defaults: stand for what a line does not set.
+        called: what errors call a default; a line's own settings have their names.
+
+    Raises:
+        InputError: the file cannot be read, is empty, or a line is no JSON object.
+        UsageError: a line's settings cannot be; it is named.
+
     """
     try:
         # Other characters that break lines may stand in a prompt.
         lines = read_text(path).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
-    items = [_read_line(path, number, text, defaults or {}) for number, text in enumerate(lines, 1) if text.strip()]
+    given = (defaults or {}, called or {})
+    items = [_read_line(path, number, text, *given) for number, text in enumerate(lines, 1) if text.strip()]
     if not items:
         raise InputError(f"{path} holds no generation. Write one JSON object with a prompt per line.")
     seen: dict[str, int] = {}
@@ -103,7 +115,7 @@ def read_batch(path: Path, defaults: Mapping[str, Any] | None = None) -> list[Ba
     return items
 
 
-def _read_line(path: Path, number: int, text: str, defaults: Mapping[str, Any]) -> BatchItem:
+def _read_line(path: Path, number: int, text: str, defaults: Mapping[str, Any], called: Mapping[str, str]) -> BatchItem:
     where = f"{path}, line {number}"
     try:
         values = parse_json(text)
@@ -112,16 +124,27 @@ def _read_line(path: Path, number: int, text: str, defaults: Mapping[str, Any]) 
     if not isinstance(values, dict):
         raise InputError(f"{where} is no JSON object.")
     output = values.pop("output", f"{number:04d}.wav")
-    try:
+    called = {name: called[name] for name in defaults.keys() & called.keys() - values.keys()}
+    with _in_line(where, called):
         if not isinstance(output, str) or Path(output).name != output or output.startswith("."):
             raise UsageError(f"output is {output!r}, expected a plain file name.")
         if len(os.fsencode(output)) > _LONGEST_NAME:
             raise UsageError(f"output is a name of more than {_LONGEST_NAME} bytes.")
         check_name(Path(output))
         check_output_path(Path(output), "pcm16")
-        return BatchItem(number, GenerateRequest.from_json({**defaults, **values}), output)
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}") from None
+        request = GenerateRequest.from_json({**defaults, **located(values, path.parent)})
+        return BatchItem(number, request, output, called)
+
+
+@contextlib.contextmanager
+def _in_line(where: str, called: Mapping[str, str]) -> Iterator[None]:
+    """Name the line in an error."""
+    try:
+        yield
+    except SettingError as error:
+        raise UsageError(f"{where}: {error.told(called)}") from None
+    except Sa3Error as error:
+        raise type(error)(f"{where}: {error}") from None
 
 
 def run_batch(pipeline: Pipeline, items: Sequence[BatchItem], options: BatchOptions) -> Iterator[BatchResult]:
@@ -130,8 +153,8 @@ def run_batch(pipeline: Pipeline, items: Sequence[BatchItem], options: BatchOpti
     A rejected output does not end the batch; its result says why. Requests that do not suit the model are found before
     the first generation.
     """
-    settings = [_resolved(pipeline, item) for item in items]
     folder = options.folder
+    settings = [_resolved(pipeline, item, folder) for item in items]
     for item in items:
         check_output_path(folder / item.output, options.sample_format)
     writes = [(f"Line {item.line}:", folder / item.output) for item in items]
@@ -153,7 +176,8 @@ def run_batch(pipeline: Pipeline, items: Sequence[BatchItem], options: BatchOpti
             if found is not None and found.request == request:
                 result = found
             else:
-                result = _generate(pipeline, item, request, options, audio)
+                with _in_line(f"Line {item.line}", item.called):
+                    result = _generate(pipeline, item, request, options, audio)
                 _append(folder / RESULTS, result)
             if result.audio_sha256 is not None:
                 audio.setdefault(result.audio_sha256, result)
@@ -167,11 +191,9 @@ def _check_place(folder: Path, name: str) -> None:
         raise UsageError(f"{folder / name} is no regular file. Remove it, or name another folder.")
 
 
-def _resolved(pipeline: Pipeline, item: BatchItem) -> dict[str, Any]:
-    try:
-        return item.request.resolved(pipeline.layout).to_json()
-    except UsageError as error:
-        raise UsageError(f"Line {item.line}: {error}") from None
+def _resolved(pipeline: Pipeline, item: BatchItem, folder: Path) -> dict[str, Any]:
+    with _in_line(f"Line {item.line}", item.called):
+        return item.request.resolved(pipeline.layout).to_json(folder)
 
 
 def _generate(
@@ -206,8 +228,6 @@ def _generate(
         # A file of an earlier run under this name was made from other settings.
         path.unlink(missing_ok=True)
         return BatchResult(item.line, item.output, request, error=str(error))
-    except Sa3Error as error:
-        raise type(error)(f"Line {item.line}: {error}") from None
     assert report is not None
     return BatchResult(
         item.line,

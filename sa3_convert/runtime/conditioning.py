@@ -9,7 +9,7 @@ import numpy as np
 
 from sa3_convert.arrays import Floats
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
-from sa3_convert.errors import AudioError, UsageError
+from sa3_convert.errors import AudioError, SettingError
 from sa3_convert.runtime.audio import read_audio
 from sa3_convert.runtime.prompts import Tokens
 
@@ -48,7 +48,7 @@ def max_seconds(layout: CheckpointLayout) -> float:
 def check_duration(seconds: float) -> None:
     """Refuse what is no duration for any model."""
     if not math.isfinite(seconds) or seconds <= 0:
-        raise UsageError(f"A duration of {seconds} seconds cannot be generated. Give a positive number.")
+        raise SettingError("{seconds} is {0}; give a positive number.", seconds)
 
 
 def alignment(layout: CheckpointLayout) -> int:
@@ -63,10 +63,10 @@ def lengths(layout: CheckpointLayout, seconds: float) -> Lengths:
     check_duration(seconds)
     rate, ratio = layout.sample_rate, layout.autoencoder.downsampling_ratio
     if seconds * rate >= layout.sample_size + 1:
-        raise UsageError(f"{seconds:g} seconds is beyond this model's limit of {limit:.1f} seconds.")
+        raise SettingError("{seconds} is {0:g}, beyond this model's limit of {1:.1f} seconds.", seconds, limit)
     samples = int(seconds * rate)
     if samples == 0:
-        raise UsageError(f"{seconds:g} seconds is shorter than one sample at {rate} Hz.")
+        raise SettingError("{seconds} is {0:g}, shorter than one sample at {1} Hz.", seconds, rate)
     align = alignment(layout)
     latents = math.ceil(math.ceil(int((seconds + PADDING_SECONDS) * rate) / ratio) / align) * align
     latents = min(latents, layout.sample_size // ratio)
@@ -85,12 +85,14 @@ def inpaint_mask(layout: CheckpointLayout, sizes: Lengths, regions: Sequence[Reg
         inside = (first_sample >= int(start * layout.sample_rate)) & (first_sample < int(end * layout.sample_rate))
         if not inside.any():
             grid = layout.autoencoder.downsampling_ratio / layout.sample_rate
-            raise UsageError(
-                f"Inpaint region {start:g}:{end:g} is too short to change anything: the model works in steps of "
-                f"{grid:.3f} seconds. Widen it."
-            )
+            why = f"is too short to change anything: the model works in steps of {grid:.3f} seconds. Widen it."
+            raise _refused((start, end), why)
         keep &= ~inside
     return keep.astype(np.float32)[np.newaxis, np.newaxis]
+
+
+def _refused(region: Region, why: str) -> SettingError:
+    return SettingError("{inpaint} {0:g}:{1:g} {2}", *region, why)
 
 
 def check_regions(regions: Sequence[Region], seconds: float) -> None:
@@ -98,15 +100,14 @@ def check_regions(regions: Sequence[Region], seconds: float) -> None:
     previous: Region | None = None
     for region in sorted(regions):
         start, end = region
-        name = f"Inpaint region {start:g}:{end:g}"
         if not (math.isfinite(start) and math.isfinite(end)):
-            raise UsageError(f"{name} is not finite.")
+            raise _refused(region, "is not finite.")
         if start >= end:
-            raise UsageError(f"{name} ends before it starts. Write START:END in seconds.")
+            raise _refused(region, "ends before it starts.")
         if start < 0 or end > seconds:
-            raise UsageError(f"{name} lies outside of the {seconds:g} seconds to be generated.")
+            raise _refused(region, f"lies outside of the {seconds:g} seconds to be generated.")
         if previous is not None and start < previous[1]:
-            raise UsageError(f"{name} overlaps {previous[0]:g}:{previous[1]:g}. Join them.")
+            raise _refused(region, f"overlaps {previous[0]:g}:{previous[1]:g}. Join them.")
         previous = region
 
 

@@ -231,7 +231,7 @@ class Pipeline:
         """Return the conditioning under the prompt, and what guidance compares it with if there is guidance."""
         guidance = request.cfg_scale != 1
         if request.negative_prompt is not None and not guidance:
-            notes.warnings.append("The negative prompt has no effect without guidance (cfg_scale 1).")
+            notes.warnings.append("The negative prompt has no effect without guidance (a scale of 1).")
         prompts = {"prompt": self.tokens(request.prompt)}
         if request.negative_prompt is not None and guidance:
             prompts["negative prompt"] = self.tokens(request.negative_prompt)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from sa3_convert.bundle.manifest import TOKEN_TABLE
 from sa3_convert.checkpoint.dimensions import TextEncoderLayout
 from sa3_convert.checkpoint.json_file import Picked, held, read_json
-from sa3_convert.errors import BundleError, CheckpointError, UsageError
+from sa3_convert.errors import BundleError, CheckpointError, SettingError
 from sa3_convert.runtime.token_table import TokenTable, tabulated
 from sa3_convert.system.checked_files import named
 from sa3_convert.system.log import capture_stderr
@@ -271,8 +271,8 @@ def check_prompt(prompt: str, name: str = "prompt") -> None:
     for position, character in enumerate(prompt):
         category = unicodedata.category(character)
         if category == "Cs":
-            raise UsageError(f"The {name} is not valid Unicode at character {position + 1}. Give it as UTF-8.")
+            raise SettingError(f"{{{name}}} is not valid Unicode at character {position + 1}. Give it as UTF-8.")
         if category == "Cc" and character not in _WHITESPACE:
-            raise UsageError(
-                f"The {name} holds the control character U+{ord(character):04X} at character {position + 1}. Remove it."
+            raise SettingError(
+                f"{{{name}}} holds the control character U+{ord(character):04X} at character {position + 1}. Remove it."
             )

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import os
 import reprlib
 import time
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ import numpy as np
 from sa3_convert.arrays import Floats
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.checkpoint.variants import defaults_of
-from sa3_convert.errors import UsageError
+from sa3_convert.errors import SettingError, UsageError
 from sa3_convert.runtime.conditioning import AudioSource, Lengths, Region, check_duration, check_regions, lengths
 from sa3_convert.runtime.prompts import check_prompt
 from sa3_convert.runtime.sampling import SamplerName, Step
@@ -60,29 +61,29 @@ class GenerateRequest:
     def __post_init__(self) -> None:
         check_prompt(self.prompt)
         if self.negative_prompt is not None:
-            check_prompt(self.negative_prompt, "negative prompt")
+            check_prompt(self.negative_prompt, "negative_prompt")
         check_duration(self.seconds)
         if not 0 <= self.seed < 1 << 64:
-            raise UsageError(f"Seed {self.seed} is not within 0 … 2⁶⁴ − 1.")
+            raise SettingError("{seed} is {0}, not within 0 … 2⁶⁴ − 1.", self.seed)
         if self.steps is not None and not 1 <= self.steps <= MAX_STEPS:
-            raise UsageError(f"{self.steps} steps; give 1 to {MAX_STEPS}.")
+            raise SettingError("{steps} is {0}; give 1 to {1}.", self.steps, MAX_STEPS)
         if self.sampler is not None and self.sampler not in get_args(SamplerName):
-            raise UsageError(f"There is no sampler {self.sampler!r}. There are: {', '.join(get_args(SamplerName))}.")
+            raise SettingError("{sampler} is {0!r}; give {1}.", self.sampler, " or ".join(get_args(SamplerName)))
         for name, value in (("cfg_scale", self.cfg_scale), ("apg_scale", self.apg_scale)):
             if value is not None and not math.isfinite(value):
-                raise UsageError(f"{name} is {value}, not a finite number.")
+                raise SettingError(f"{{{name}}} is {{0}}, not a finite number.", value)
         self._check_audio()
 
     def _check_audio(self) -> None:
         level = self.init_noise_level
         if level is not None and not 0 < level <= 1:
-            raise UsageError(f"init_noise_level is {level}; it must be above 0 and at most 1 (all noise).")
+            raise SettingError("{init_noise_level} is {0}; it must be above 0 and at most 1 (all noise).", level)
         if level not in (None, 1) and self.init_audio is None:
-            raise UsageError("init_noise_level needs init_audio, of which it says how much is kept.")
+            raise SettingError("{init_noise_level} needs {init_audio}, of which it says how much is kept.")
         if self.inpaint and self.inpaint_audio is None:
-            raise UsageError("Inpaint regions need inpaint_audio, of which the rest is kept.")
+            raise SettingError("{inpaint} needs {inpaint_audio}, of which the rest is kept.")
         if self.inpaint_audio is not None and not self.inpaint:
-            raise UsageError("inpaint_audio needs at least one region START:END to generate anew.")
+            raise SettingError("{inpaint_audio} needs {inpaint}: at least one region to generate anew.")
         check_regions(self.inpaint, self.seconds)
 
     def audio_files(self) -> list[Path]:
@@ -102,18 +103,21 @@ class GenerateRequest:
         }
         return ResolvedRequest(**values | {key: value for key, value in defaults.items() if values[key] is None})
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, folder: Path | None = None) -> dict[str, Any]:
         """Return the settings as JSON values that `from_json` reads back.
+
+        Args:
+            folder: where they are to be written; relative paths are then named from there, as `located` reads them.
 
         Raises:
             ValueError: given audio is samples, not a file.
 
         """
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name in ("init_audio", "inpaint_audio"):
+        for name in _AUDIO:
             if isinstance(values[name], np.ndarray):
                 raise ValueError(f"{name} is an array; only audio that stands in a file can be written down")
-            values[name] = None if values[name] is None else str(values[name])
+            values[name] = None if values[name] is None else _named_from(folder, values[name])
         values["inpaint"] = [list(region) for region in self.inpaint]
         return values
 
@@ -132,7 +136,7 @@ class GenerateRequest:
                 hint = f" Perhaps you meant {near[0]!r}." if near else ""
                 raise UsageError(f"There is no setting {_shown(key)}.{hint}")
         if "prompt" not in values:
-            raise UsageError("The setting 'prompt' is missing.")
+            raise SettingError("{prompt} is missing.")
         return cls(**{key: _read(key, value) for key, value in values.items()})
 
 
@@ -148,12 +152,34 @@ class ResolvedRequest(GenerateRequest):
 
 _NUMBERS = ("seconds", "cfg_scale", "apg_scale", "init_noise_level")
 _WHOLE = ("seed", "steps")
+_AUDIO = ("init_audio", "inpaint_audio")
 _LARGEST = 1 << 64
 _REQUIRED = ("prompt", "seconds", "seed", "apg_scale", "inpaint")
 
 
+def located(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return settings that stand in a file of this folder, their relative paths leading from where we are."""
+    paths = {name: values[name] for name in _AUDIO if isinstance(values.get(name), str)}
+    return {**values, **{name: str(folder / path) if path else path for name, path in paths.items()}}
+
+
+def _named_from(folder: Path | None, path: Path) -> str:
+    """Return how a relative path is written in a file of this folder."""
+    if folder is None or path.is_absolute():
+        return str(path)
+    try:
+        return os.path.relpath(path, folder)
+    except ValueError:
+        # On another drive of Windows.
+        return str(path.absolute())
+
+
 def _read(key: str, value: Any) -> Any:
     """Return a setting's value for its JSON value."""
+
+    def unlike(expected: str) -> SettingError:
+        return SettingError(f"{{{key}}} is {{0}}, {expected}.", _shown(value))
+
     if value is None and key not in _REQUIRED:
         return None
     if key == "inpaint":
@@ -161,21 +187,21 @@ def _read(key: str, value: Any) -> Any:
             isinstance(r, list) and [_is_number(v) for v in r] == [True] * 2 for r in value
         ):
             return tuple((float(start), float(end)) for start, end in value)
-        raise UsageError(f"inpaint is {_shown(value)}, expected a list of [start, end] in seconds.")
+        raise unlike("expected a list of [start, end] in seconds")
     if key in _NUMBERS:
         if not _is_number(value):
-            raise UsageError(f"{key} is {_shown(value)}, expected a number.")
+            raise unlike("expected a number")
         return float(value)
     if key in _WHOLE:
         if not isinstance(value, int) or not _is_number(value):
-            raise UsageError(f"{key} is {_shown(value)}, expected a whole number.")
+            raise unlike("expected a whole number")
         return value
     if not isinstance(value, str):
-        raise UsageError(f"{key} is {_shown(value)}, expected text.")
-    if key not in ("init_audio", "inpaint_audio"):
+        raise unlike("expected text")
+    if key not in _AUDIO:
         return value
     if not value or "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise UsageError(f"{key} is {_shown(value)}, which no file is called.")
+        raise unlike("which no file is called")
     return Path(value)
 
 

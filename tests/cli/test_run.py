@@ -208,7 +208,6 @@ def test_an_interrupted_batch_keeps_what_it_has_done_and_goes_on_from_there(
         ("--prompt", "pad", "-o", "x.wav", "--inpaint", "1:3", "--inpaint", "2:4", "--inpaint-audio", "a.wav"),
         ("--prompt", "pad", "-o", "x.wav", "--inpaint", "1:3"),
         ("--prompt", "pad", "-o", "x.wav", "--allow", "everything"),
-        ("--prompt", "pad", "-o", "x.wav", "--from", "x.json"),
         ("--prompt", "pad", "-o", "x.wav", "--engine", "onnxruntime", "--memory", "low"),
         ("--prompt", "pad", "-o", "x.wav", "--json", "."),
         ("--prompt", "pad", "-o", "x.wav", "--json", "./x.wav"),

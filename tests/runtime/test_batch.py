@@ -121,8 +121,8 @@ def test_the_same_seed_twice_is_no_fault(small: Parts, tmp_path: Path) -> None:
             [{"prompt": "a"}, {"prompt": "b", "step": 3}],
             "line 2: There is no setting 'step'. Perhaps you meant 'steps'",
         ),
-        ([{"prompt": "a", "steps": 0}], "line 1: 0 steps"),
-        ([{"seed": 1}], "line 1: The setting 'prompt' is missing"),
+        ([{"prompt": "a", "steps": 0}], "line 1: steps is 0"),
+        ([{"seed": 1}], "line 1: prompt is missing"),
         ([{"prompt": "a", "output": "../x.wav"}], "plain file name"),
         ([{"prompt": "a", "output": ".wav"}], "plain file name"),
         ([{"prompt": "a", "output": 3}], "plain file name"),
@@ -197,7 +197,7 @@ def test_a_missing_batch_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_line_beyond_the_model_is_told_before_the_first_generation(small: Parts, tmp_path: Path) -> None:
     engine = FakeEngine()
-    with pytest.raises(UsageError, match="Line 2: 500 seconds is beyond"):
+    with pytest.raises(UsageError, match="Line 2: seconds is 500, beyond"):
         run(small, tmp_path, [{"prompt": "a"}, {"prompt": "b", "seconds": 500}], engine)
     assert engine.loaded == []
 

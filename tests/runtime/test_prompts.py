@@ -83,8 +83,8 @@ def test_control_characters_and_broken_unicode_are_refused(prompt: str, message:
 
 
 def test_the_message_names_which_prompt_it_is() -> None:
-    with pytest.raises(UsageError, match="The negative prompt"):
-        check_prompt("\x07", "negative prompt")
+    with pytest.raises(UsageError, match="negative_prompt holds"):
+        check_prompt("\x07", "negative_prompt")
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff\xfe", b'{"model": {"type": "BPE"'])

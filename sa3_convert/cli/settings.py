@@ -1,0 +1,90 @@
+"""What `run` is to generate: settings from its options, from a file, or from both, told in the words of either."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sa3_convert.errors import InputError, SettingError, UsageError
+from sa3_convert.system.untrusted import read_json
+
+_SETTINGS = (
+    "prompt", "seconds", "steps", "seed", "sampler", "cfg_scale", "apg_scale", "negative_prompt", "init_audio",
+    "init_noise_level", "inpaint_audio", "inpaint",
+)  # fmt: skip
+"""Options that are settings of a request, by its names."""
+
+OPTIONS: Mapping[str, str] = {name: f"--{name.replace('_', '-')}" for name in _SETTINGS}
+
+
+def given(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that the command line tells, as JSON values."""
+    told = {name: value for name in _SETTINGS if (value := parameters[name]) not in (None, [], ())}
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in told.items()}
+    if "inpaint" in settings:
+        settings["inpaint"] = [_region(text) for text in settings["inpaint"]]
+    return settings
+
+
+def _region(text: str) -> list[float]:
+    start, colon, end = text.partition(":")
+    try:
+        if not colon:
+            raise ValueError
+        return [float(start), float(end)]
+    except ValueError:
+        raise UsageError(f"--inpaint {text!r} is no region; write START:END in seconds, such as 2.5:4.") from None
+
+
+@contextlib.contextmanager
+def in_words_of(called: Mapping[str, str]) -> Iterator[None]:
+    """Name settings in an error as whoever gave them calls them."""
+    try:
+        yield
+    except SettingError as error:
+        raise UsageError(error.told(called)) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is to be generated."""
+
+    settings: Mapping[str, Any]
+    """JSON values of a request."""
+    called: Mapping[str, str] = field(default_factory=lambda: OPTIONS)
+    """How errors name them."""
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """What a file of settings tells beside them: variant and models that they were made with."""
+
+
+def wanted(options: Mapping[str, Any], from_file: Path | None) -> Wanted:
+    """Return what options and a file describe; an option overrides the file."""
+    from sa3_convert.runtime.request import located
+
+    if from_file is None:
+        if "prompt" not in options:
+            raise UsageError('Give --prompt "what to generate", --from FILE, or --batch FILE.jsonl.')
+        return Wanted(options)
+    origin = _read(from_file)
+    kept = located(origin.pop("request"), from_file.parent)
+    kept = {name: value for name, value in kept.items() if name not in options}
+    named = {name: f"{name} of {from_file}" for name, value in kept.items() if value is not None}
+    return Wanted({**kept, **options}, {**OPTIONS, **named}, origin)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return what a file of `--json` holds."""
+    unread = f"{path} cannot be read as the settings that `run --json` writes"
+    try:
+        found = read_json(path)
+    except OSError as error:
+        raise InputError(f"{unread}: {error.strerror or error}.") from None
+    except ValueError as error:
+        raise InputError(f"{unread}: {error}.") from None
+    if not isinstance(found, dict) or not isinstance(found.get("request"), dict):
+        raise InputError(f"{unread}: it has no request.")
+    for name, kind in (("variant", str), ("models", dict)):
+        if not isinstance(found.get(name, kind()), kind):
+            raise InputError(f"{unread}: {name} is of another kind.")
+    return found
