@@ -66,8 +66,9 @@ TOKEN_TABLE = "tokenizer.table"
 BOTTLENECK = "bottleneck_params.json"
 
 ArtifactKind = Literal[
-    "mnn", "onnx", "onnx-int8", "mnn-prepare", "mnn-time", "mnn-step", "tokenizer", "bottleneck_params", "recipe"
-]
+    "mnn", "onnx", "onnx-int8", "onnx-fp16", "mnn-prepare", "mnn-time", "mnn-step",
+    "tokenizer", "bottleneck_params", "recipe",
+]  # fmt: skip
 SPLIT_KINDS: Final[tuple[ArtifactKind, ...]] = ("mnn-prepare", "mnn-time", "mnn-step")
 """A model in parts, in their order: what runs once per generation, the time's embedding, and the rest of every step."""
 
@@ -75,13 +76,11 @@ RIGHT_IN_HALF_DB: Final = 40.0
 """From here on a model may compute with halves: of a model with 30 dB that takes at most 0.4 dB."""
 
 _LONGEST_NAME: Final = 60
-_KEPT_OUTSIDE = ("onnx", "onnx-int8")
+_KEPT_OUTSIDE: Final[tuple[ArtifactKind, ...]] = ("onnx", "onnx-int8", "onnx-fp16")
 """Kinds whose files may be kept outside of the bundle."""
 COMPANIONS: Mapping[ArtifactKind, str] = {
-    "mnn": ".weight",
-    **dict.fromkeys(SPLIT_KINDS, ".weight"),
-    "onnx": ".data",
-    "onnx-int8": ".data",
+    **dict.fromkeys(("mnn", *SPLIT_KINDS), ".weight"),
+    **dict.fromkeys(_KEPT_OUTSIDE, ".data"),
 }
 """Kinds of models, and what is behind their name in that of the file that is loaded with them."""
 _SHARED_BYTES: Mapping[ArtifactKind, int] = {"tokenizer": 256 << 20, "bottleneck_params": SMALL, "recipe": SMALL}

@@ -46,27 +46,34 @@ def models_of(bundle: Bundle, recipe: Recipe, component: Component) -> list[Judg
     models = [Judged(component, "mnn", bundle.artifact(component), wanted.floor_db)]
     _check_claims(bundle.file(component), models[0].artifact, wanted.precision, wanted.floor_db, "recipe")
     _check_storage(bundle, recipe, component)
-    if any(a.component is component and a.kind == "onnx-int8" for a in bundle.manifest.artifacts):
-        models.append(_integer_form(bundle, component))
-    return models
+    kinds = {a.kind for a in bundle.manifest.artifacts if a.component is component}
+    forms: tuple[EngineName, ...] = ("onnxruntime-int8", "onnxruntime-fp16")
+    return models + [_onnx_form(bundle, component, engine) for engine in forms if KINDS[engine] in kinds]
 
 
-def _integer_form(bundle: Bundle, component: Component) -> Judged:
-    from sa3_convert.rounding.ort_int8 import FLOORS_DB, check_integer_form
+def _onnx_form(bundle: Bundle, component: Component, engine: EngineName) -> Judged:
+    from sa3_convert.passes import half
+    from sa3_convert.passes.pipeline import opened_onnx
+    from sa3_convert.rounding import ort_int8
 
-    artifact, file = bundle.artifact(component, "onnx-int8"), bundle.file(component, "onnx-int8")
-    reference, integer = (bundle.checked(component, kind) for kind in ("onnx", "onnx-int8"))
+    kind = KINDS[engine]
+    artifact, file = bundle.artifact(component, kind), bundle.file(component, kind)
+    reference, form = (bundle.checked(component, one).path for one in ("onnx", kind))
+    floors, precision = (half.FLOORS_DB, "fp16") if kind == "onnx-fp16" else (ort_int8.FLOORS_DB, "int8")
     try:
-        products = check_integer_form(reference.path, integer.path)
+        if kind == "onnx-fp16":
+            with opened_onnx(form) as model:
+                half.check_halves(model)
+        elif not ort_int8.check_integer_form(reference, form):
+            precision = "fp32"
     except ConversionError as error:
-        raise VerificationError(f"{file} is not the integer form of its reference. {error}") from None
-    floor = FLOORS_DB[component]
-    _check_claims(file, artifact, "int8" if products else "fp32", floor, "quantiser")
-    return Judged(component, "onnxruntime-int8", artifact, floor)
+        raise VerificationError(f"{file} is not the {precision} form of its reference. {error}") from None
+    _check_claims(file, artifact, precision, floors[component], "maker")
+    return Judged(component, engine, artifact, floors[component])
 
 
 def _check_claims(file: Path, artifact: Artifact, precision: str, floor_db: float, source: str) -> None:
-    """Hold what the manifest says of a model to what its recipe or quantiser says."""
+    """Hold what the manifest says of a model to what its recipe or maker says."""
     if artifact.precision != precision:
         raise VerificationError(
             f"{file}: the manifest calls it {artifact.precision}, its {source} makes {precision}. Convert again."
@@ -111,9 +118,9 @@ def verify_bundle(
 ) -> BundleFidelity:
     """Compare every model of a bundle with ONNX Runtime on the reference ONNX in the bundle.
 
-    Models are the `.mnn` files and, where the bundle has them, the integer forms for ONNX Runtime. The floors and what
-    the files must hold come from the bundle's recipe (for the integer forms from `quantise.ort_int8`). The figures that
-    the manifest claims are measured again. All files are checked before the first model is loaded; one model is in
+    Models are the `.mnn` files and, where the bundle has them, the forms for ONNX Runtime. The floors and what files
+    must hold come from the bundle's recipe (for those forms from what makes them). The figures that the manifest claims
+    are measured again. All files are checked before the first model is loaded; one model is in
     memory at a time.
 
     Args:

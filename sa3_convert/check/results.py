@@ -188,7 +188,7 @@ class Verdict(ComponentFidelity):
     measured_db: Decibels | None = None
     """The ratio on the same cases now."""
     engine: EngineName = "mnn"
-    """What runs the model: a bundle can hold one for MNN and one for ONNX Runtime's integers."""
+    """What runs the model: a bundle can hold one for MNN, and others for ONNX Runtime."""
 
     @derived
     def problems(self) -> tuple[str, ...]:

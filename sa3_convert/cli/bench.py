@@ -23,7 +23,7 @@ def bench(
         list[str] | None,
         Option(
             help="mnn, mnn-low (weights quantised in memory), mnn-split (the DiT in parts), onnxruntime, "
-            "onnxruntime-int8 or torch; several times. All that the bundle has when not given."
+            "onnxruntime-int8, onnxruntime-fp16 or torch; several times. All that the bundle has when not given."
         ),
     ] = None,
     seconds: Annotated[str, Option(metavar="S,S,…", help="Durations.")] = "10,30,60,120",

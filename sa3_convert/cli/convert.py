@@ -1,7 +1,7 @@
 """`convert`: a checkpoint into a bundle of verified models."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Option
 
@@ -19,6 +19,9 @@ OutOption = Annotated[Path, Option(metavar="DIR", help="The bundle's folder.", c
 CacheOption = Annotated[Path | None, _how(metavar="DIR", help="Where stages are kept; beside --out.")]
 ReferenceOption = Annotated[bool, _more("--with-reference", help="The reference ONNX, to verify it elsewhere.")]
 OrtInt8Option = Annotated[bool, _more("--with-ort-int8", help="Models for `run --engine onnxruntime-int8`.")]
+OnnxOption = Annotated[
+    Literal["fp16"] | None, _more(help="ONNX models of this precision, for ONNX Runtime on NVIDIA GPUs.")
+]
 SplitDitOption = Annotated[bool, _more("--with-split-dit", help="The DiT in parts for `run --split-dit`.")]
 DryRunOption = Annotated[bool, _how("--dry-run", help="Print the recipe and the plan with sizes, and stop.")]
 ForceOption = Annotated[bool, _how("--force", help="Redo everything; replace another bundle.")]
@@ -33,6 +36,7 @@ def convert(
     cache: CacheOption = None,
     with_reference: ReferenceOption = False,
     with_ort_int8: OrtInt8Option = False,
+    with_onnx: OnnxOption = None,
     target_mnn: o.TargetOption = None,
     with_split_dit: SplitDitOption = False,
     threads: o.ThreadsOption = None,
@@ -61,6 +65,7 @@ def convert(
         force=force,
         with_reference=with_reference,
         with_ort_int8=with_ort_int8,
+        with_onnx=with_onnx,
         target_mnn=target_mnn,
         with_split_dit=with_split_dit,
         threads=threads,

@@ -32,7 +32,9 @@ SeedsOption = Annotated[str | None, _full(metavar="N,N,…", help="Start noises;
 SecondsOption = Annotated[str | None, _full(metavar="S,S,…", help="Durations; 2,5,10 by default.")]
 CasesOption = Annotated[list[str] | None, _full(metavar=o.CASE, help="This generation only; several times.")]
 StepsOption = Annotated[int, _full(min=1, max=1000, help="Denoising steps.")]
-EngineOption = Annotated[Literal["mnn", "onnxruntime-int8"], _full(help="What runs the generations.")]
+EngineOption = Annotated[
+    Literal["mnn", "onnxruntime-int8", "onnxruntime-fp16"], _full(help="What runs the generations.")
+]
 ReferencesMibOption = Annotated[
     int, Option(min=1, help="Bound of that folder; what was used least recently goes first.")
 ]

@@ -15,7 +15,9 @@ from typing import Any, Final, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
+from sa3_convert.bundle.manifest import Fidelity
 from sa3_convert.errors import ConversionError
+from sa3_convert.mnn.compatibility import MnnVersion
 from sa3_convert.system.files import partial_folder, sha256_file, sweep, take_name
 from sa3_convert.system.sealed import fingerprint
 
@@ -38,6 +40,38 @@ class Notes(BaseModel):
     """A few words for the user."""
     log: tuple[str, ...] = ()
     """What MNN, its converter and others said meanwhile."""
+
+
+class ModelNotes(Notes):
+    """Of a file that comes into a bundle. What is called as in `Artifact` is what the manifest says of it."""
+
+    precision: str
+
+
+class RoundNotes(Notes):
+    """How much each linear won."""
+
+    gains_db: dict[str, float]
+
+
+class MnnNotes(ModelNotes):
+    """What was done, and what the file holds."""
+
+    storage: dict[str, Any]
+    passes: dict[str, int]
+    target_mnn: MnnVersion
+
+
+class FidelityNotes(Notes):
+    """How close a model is to its reference, and how close it has to be."""
+
+    fidelity: Fidelity
+    floor_db: float
+    half_db: float | None = None
+
+
+class JudgedModelNotes(ModelNotes, FidelityNotes):
+    """Of a file that is judged by the stage that makes it."""
 
 
 N = TypeVar("N", bound=Notes)

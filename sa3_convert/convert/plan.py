@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from sa3_convert.bundle.manifest import Artifact, ArtifactKind
 from sa3_convert.bundle.reader import Bundle
@@ -49,6 +49,8 @@ class ConvertRequest:
     """Copy the reference ONNX files into the bundle instead of leaving them in the cache."""
     with_ort_int8: bool = False
     """Also make what the engine `onnxruntime-int8` runs; it is kept where the reference is."""
+    with_onnx: Literal["fp16"] | None = None
+    """Also make ONNX models of this precision, for the engine `onnxruntime-fp16`; kept where the reference is."""
     target_mnn: MnnVersion | None = None
     """The oldest MNN that the result has to be right on; None is, by component, the oldest that can read it."""
     with_split_dit: bool = False
@@ -226,8 +228,9 @@ def _component_plan(
     shapes = {name: entry.shape for name, entry in job.checkpoint.stored(job.component).items()}
     reference_bytes = 4 * sum(math.prod(shape) for shape in shapes.values())
     model_bytes = estimate_model_bytes(shapes, job.recipe)
-    # The integer form has a quarter of the reference's weights, but all of its token table.
+    # The integer form has a quarter of the reference's weights, but all of its token table; halves are half of all.
     sizes = {stage.name: reference_bytes if stage.folder else model_bytes for stage in STAGES.values()}
+    sizes["onnx-fp16"] //= 2
     made = sum(sizes[name] for name in todo if STAGES[name].leaves)
     # Two parts have the weights of one model between them.
     makers = {kind: STAGES[STAGES_OF[kind][0]] for kind in place}

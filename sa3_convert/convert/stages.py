@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any, Final
 from sa3_convert.bundle.manifest import SPLIT_KINDS, ArtifactKind, Fidelity
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.components import SPECS, Component, contract
-from sa3_convert.convert.cache import CachedResult, Notes
+from sa3_convert.convert.cache import (
+    CachedResult,
+    FidelityNotes,
+    JudgedModelNotes,
+    MnnNotes,
+    ModelNotes,
+    Notes,
+    RoundNotes,
+)
 from sa3_convert.convert.code_digest import code_digest
 from sa3_convert.mnn.compatibility import DEFAULT_TARGET, MnnVersion
 from sa3_convert.recipe import ComponentRecipe
@@ -30,38 +38,6 @@ StageKeys = Mapping[str, str]
 """Fingerprints of the stages that a component can go through, in order; each contains those of what it reads."""
 PLANNED: Final = "weights.safetensors"
 """What the round stage leaves."""
-
-
-class ModelNotes(Notes):
-    """Of a file that comes into a bundle. What is called as in `Artifact` is what the manifest says of it."""
-
-    precision: str
-
-
-class RoundNotes(Notes):
-    """How much each linear won."""
-
-    gains_db: dict[str, float]
-
-
-class MnnNotes(ModelNotes):
-    """What was done, and what the file holds."""
-
-    storage: dict[str, Any]
-    passes: dict[str, int]
-    target_mnn: MnnVersion
-
-
-class FidelityNotes(Notes):
-    """How close a model is to its reference, and how close it has to be."""
-
-    fidelity: Fidelity
-    floor_db: float
-    half_db: float | None = None
-
-
-class JudgedModelNotes(ModelNotes, FidelityNotes):
-    """Of a file that is judged by the stage that makes it."""
 
 
 def export_stage(checkpoint: "Checkpoint", component: Component, folder: Path) -> ModelNotes:
@@ -151,6 +127,20 @@ def ort_int8_stage(
     opened = partial(OrtSession, target, optimise=True)
     figures = _judged(reference, component, FLOORS_DB[component], layout, threads, opened)
     return JudgedModelNotes(precision=precision, **figures)
+
+
+def onnx_fp16_stage(
+    reference: Path, component: Component, layout: CheckpointLayout, folder: Path, threads: int | None
+) -> JudgedModelNotes:
+    """Rewrite the reference to compute with halves and compare the two; below the floor is an error."""
+    from sa3_convert.ort import OrtSession
+    from sa3_convert.passes.half import FLOORS_DB
+    from sa3_convert.passes.pipeline import onnx_in_half
+
+    onnx_in_half(reference, folder / reference.name)
+    opened = partial(OrtSession, folder / reference.name, optimise=True)
+    figures = _judged(reference, component, FLOORS_DB[component], layout, threads, opened)
+    return JudgedModelNotes(precision="fp16", **figures)
 
 
 def split_stage(
@@ -358,6 +348,18 @@ STAGES: Final[Mapping[str, Stage]] = {
             leaves={"onnx-int8": "{}.onnx"},
             folder="onnxruntime-int8",
             cost=StageCost(20, 1.5, scratch=2),
+        ),
+        Stage(
+            name="onnx-fp16",
+            verb="halving",
+            work=onnx_fp16_stage,
+            notes=JudgedModelNotes,
+            reads=("export",),
+            tools=("onnx-ir", "onnxruntime"),
+            asked=lambda request: request.with_onnx == "fp16",
+            leaves={"onnx-fp16": "{}.onnx"},
+            folder="onnxruntime-fp16",
+            cost=StageCost(20, 1.6),
         ),
         Stage(
             name="split",

@@ -41,6 +41,7 @@ _ENGINES: Mapping[str, tuple[EngineName, Mapping[str, Any]]] = {
     "mnn-split": ("mnn", {"split": True}),
     "onnxruntime": ("onnxruntime", {}),
     "onnxruntime-int8": ("onnxruntime-int8", {}),
+    "onnxruntime-fp16": ("onnxruntime-fp16", {}),
     "torch": ("torch", {"padding": "value_zeroing"}),
 }
 

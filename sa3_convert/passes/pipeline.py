@@ -16,7 +16,7 @@ from sa3_convert.mnn.compatibility import DEFAULT_TARGET, MnnVersion, is_older
 from sa3_convert.passes import softmax, spellings
 from sa3_convert.passes.fp16_safe import make_fp16_safe
 from sa3_convert.passes.fuse_weight_norm import fuse_weight_norm
-from sa3_convert.passes.half import round_to_half
+from sa3_convert.passes.half import check_halves, compute_in_half, round_to_half
 from sa3_convert.passes.hazards import refuse_hazards
 from sa3_convert.passes.quantise_embedding import quantise_embedding
 from sa3_convert.passes.scale_gated_products import scale_gated_products
@@ -138,6 +138,15 @@ def onnx_for_mnn(
         # Only a file has external data, and only there is it a hazard.
         save_onnx(model, target, check=lambda written: refuse_hazards(written, target_mnn=target_mnn))
     return report
+
+
+def onnx_in_half(reference: Path, target: Path) -> None:
+    """Rewrite the ONNX file `reference` into one that stores and computes halves; see `half.compute_in_half`."""
+    with opened_onnx(reference) as model:
+        fuse_weight_norm(model)
+        scale_gated_products(model)
+        compute_in_half(model)
+        save_onnx(model, target, check=check_halves)
 
 
 def save_onnx(model: ir.Model, target: Path, *, check: Callable[[ir.Model], None] = lambda _: None) -> None:

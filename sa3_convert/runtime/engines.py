@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sa3_convert.checkpoint.reader import Checkpoint
     from sa3_convert.mnn.session import MnnSession
 
-EngineName = Literal["mnn", "onnxruntime", "onnxruntime-int8", "torch"]
+EngineName = Literal["mnn", "onnxruntime", "onnxruntime-int8", "onnxruntime-fp16", "torch"]
 Level = Literal["normal", "high", "low"]
 Backend = Literal["cpu", "cuda", "opencl", "vulkan"]
 Padding = Literal["key_mask", "value_zeroing"]
@@ -131,19 +131,14 @@ class MnnEngine:
 
 @dataclass(frozen=True)
 class OrtEngine:
-    """Runs ONNX files: as exported, or quantised and then with all of ONNX Runtime's optimisations."""
+    """Runs ONNX files: the reference as exported, other forms with all of ONNX Runtime's optimisations."""
 
     layout: CheckpointLayout
     files: Mapping[Component, CheckedFile]
     threads: int | None = None
     """None is one per usable core."""
-    quantised: bool = False
     backend: Literal["cpu", "cuda"] = "cpu"
-
-    @property
-    def name(self) -> EngineName:
-        """Its name."""
-        return "onnxruntime-int8" if self.quantised else "onnxruntime"
+    name: EngineName = "onnxruntime"
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -161,7 +156,10 @@ class OrtEngine:
 
         file = _file(self.files, component, "ONNX")
         session = OrtSession(
-            file.path, threads=self.threads or default_threads(), optimise=self.quantised, device=self.backend
+            file.path,
+            threads=self.threads or default_threads(),
+            optimise=self.name != "onnxruntime",
+            device=self.backend,
         )
         return HeldSession(session, (file,), contract(component, self.layout))
 
@@ -271,11 +269,21 @@ class Models:
             free(self._kept.popitem()[1])
 
 
-KINDS: Mapping[EngineName, ArtifactKind] = {"mnn": "mnn", "onnxruntime": "onnx", "onnxruntime-int8": "onnx-int8"}
+KINDS: Mapping[EngineName, ArtifactKind] = {
+    "mnn": "mnn",
+    "onnxruntime": "onnx",
+    "onnxruntime-int8": "onnx-int8",
+    "onnxruntime-fp16": "onnx-fp16",
+}
+_MADE_BY: Mapping[EngineName, str] = {
+    "onnxruntime-int8": "--with-ort-int8",
+    "onnxruntime-fp16": "--with-onnx fp16",
+}
 _OPTIONS: Mapping[EngineName, tuple[str, ...]] = {
     "mnn": ("threads", "memory", "precision", "never_low", "backend", "places", "split"),
     "onnxruntime": ("threads", "backend"),
     "onnxruntime-int8": ("threads", "backend"),
+    "onnxruntime-fp16": ("threads", "backend"),
     "torch": ("threads", "padding", "backend", "checkpoint", "loras"),
 }
 
@@ -285,8 +293,7 @@ def bundle_engine(bundle: Bundle, name: EngineName, options: Mapping[str, Any], 
 
     Args:
         bundle: an open bundle.
-        name: "mnn", "onnxruntime", "onnxruntime-int8" or "torch", which runs the checkpoint that the bundle was made
-            from.
+        name: one of `EngineName`; "torch" runs the checkpoint that the bundle was made from.
         options: keyword arguments of the engine; of torch also `checkpoint`, the folder, and `loras`, each as
             FILE[:STRENGTH].
         check: compare the files with the manifest first, once per open bundle; without it they still have to stay
@@ -320,11 +327,11 @@ def bundle_engine(bundle: Bundle, name: EngineName, options: Mapping[str, Any], 
         judged = {c: bundle.artifact(c, SPLIT_KINDS[-1] if split and c is Component.DIT else kind) for c in files}
         right_at_low = frozenset(c for c, artifact in judged.items() if artifact.lowest_precision == "low")
         return MnnEngine(bundle.layout, files, parts=parts, right_at_low=right_at_low, **settings)
-    if name == "onnxruntime-int8" and not files:
+    if name in _MADE_BY and not files:
         raise BundleError(
-            f"Bundle {bundle.path} has nothing for the engine onnxruntime-int8. Convert again with --with-ort-int8."
+            f"Bundle {bundle.path} has nothing for the engine {name}. Convert again with {_MADE_BY[name]}."
         )
-    return OrtEngine(bundle.layout, files, quantised=name == "onnxruntime-int8", **options)
+    return OrtEngine(bundle.layout, files, name=name, **options)
 
 
 def _parts(bundle: Bundle, *, check: bool) -> tuple[CheckedFile, ...]:

@@ -83,8 +83,9 @@ class Pipeline:
 
         Args:
             path: the bundle's folder.
-            engine: "mnn", "onnxruntime" (which needs the reference ONNX files of the bundle), "onnxruntime-int8"
-                (which needs those that `convert --with-ort-int8` makes) or "torch" (which needs the checkpoint).
+            engine: "mnn", "onnxruntime" (which needs the reference ONNX files of the bundle), "onnxruntime-int8" or
+                "onnxruntime-fp16" (which need those of `convert --with-ort-int8` and `--with-onnx fp16`), or "torch"
+                (which needs the checkpoint).
             check: compare the bundle's models with its manifest first (reads them all once).
             keep_loaded: see the class.
             window: see the class.

@@ -56,17 +56,22 @@ def test_every_stage_is_followed() -> None:
     [
         # The last rule that matches decides; now the first one would.
         ("recipe.py", r"for rule in self\.layers:", "for rule in self.layers[::-1]:", STORED | {"round"}),
-        ("runtime/sampling.py", r"^LOGSNR_SPAN.*= ", r"\g<0>1 + ", {"round", "verify", "ort-int8", "split"}),
+        (
+            "runtime/sampling.py",
+            r"^LOGSNR_SPAN.*= ",
+            r"\g<0>1 + ",
+            {"round", "verify", "ort-int8", "onnx-fp16", "split"},
+        ),
         ("passes/fp16_safe.py", r"^_LARGEST_CONSTANT.*= ", r"\g<0>1 + ", STORED),
-        ("passes/pipeline.py", r"^_EXTERNAL_FROM_BYTES.*= ", r"\g<0>1 + ", STORED),
+        ("passes/pipeline.py", r"^_EXTERNAL_FROM_BYTES.*= ", r"\g<0>1 + ", STORED | {"onnx-fp16"}),
         ("check/half.py", r"^def pass_through.*\n", r"\g<0>    print()\n", {"verify", "split"}),
         ("mnn/worker.py", r"^def _refuse.*\n", r"\g<0>    print()\n", {"mnn", "split"}),
         ("networks/layers.py", r"^MASKED.*= ", r"\g<0>1 + ", {"export", "round"}),
         ("checkpoint/lora.py", r"^_NORM_EPS.*= ", r"\g<0>1 + ", {"export", "round"}),
         ("rounding/ort_int8.py", r"^FLOORS_DB.*\n", r"\g<0>    **{},\n", {"ort-int8"}),
-        ("check/metrics.py", r"^MAX_DB.*= ", r"\g<0>1 + ", {"verify", "ort-int8", "split"}),
+        ("check/metrics.py", r"^MAX_DB.*= ", r"\g<0>1 + ", {"verify", "ort-int8", "onnx-fp16", "split"}),
         ("runtime/sessions.py", r"^class SplitSession.*\n", r"\g<0>    odd = 1\n", {"split"}),
-        ("convert/stages.py", r"quick=True", "quick=False", {"verify", "ort-int8", "split"}),
+        ("convert/stages.py", r"quick=True", "quick=False", {"verify", "ort-int8", "onnx-fp16", "split"}),
     ],
 )
 def test_a_change_of_meaning_redoes_what_depends_on_it_and_nothing_else(

@@ -97,6 +97,7 @@ class World:
             force=rng.random() < 0.1,
             with_reference=rng.random() < 0.3,
             with_ort_int8=rng.random() < 0.3,
+            with_onnx="fp16" if rng.random() < 0.3 else None,
             with_split_dit=rng.random() < 0.3,
             target_mnn=mostly([None, "3.6.0"]),
         )
@@ -199,12 +200,12 @@ def check_bundle(request: ConvertRequest, bundle: Bundle) -> None:
     assert plan(replace(request, force=False)).up_to_date
 
 
-@pytest.mark.parametrize("stage", ["mnn", "verify", "ort-int8", "split"])
+@pytest.mark.parametrize("stage", ["mnn", "verify", "ort-int8", "onnx-fp16", "split"])
 def test_a_result_without_the_notes_that_are_needed_is_made_again(
     quick_stages: None, toy: Path, tmp_path: Path, stage: str
 ) -> None:
     request = replace(World(toy, tmp_path, 0).request(), components=(), force=False, with_ort_int8=True)
-    request = replace(request, with_split_dit=True, recipe=load_recipe(CONFIGS / "int8.yaml"))
+    request = replace(request, with_onnx="fp16", with_split_dit=True, recipe=load_recipe(CONFIGS / "int8.yaml"))
     convert(request, lambda _: None)
     for step in plan(replace(request, force=True)).steps:
         if stage in step.keys:

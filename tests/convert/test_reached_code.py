@@ -50,11 +50,13 @@ BESIDE = {("sa3_convert.system.log", "_Keep"), ("sa3_convert.system.files", "_De
 @pytest.mark.parametrize(
     ("component", "stages"),
     [
-        (Component.NUMBER_CONDITIONER, {"export", "mnn", "verify", "ort-int8"}),
+        (Component.NUMBER_CONDITIONER, {"export", "mnn", "verify", "ort-int8", "onnx-fp16"}),
         pytest.param(Component.TEXT_ENCODER, {"export", "round", "mnn", "verify"}, marks=pytest.mark.slow),
-        pytest.param(Component.DIT, {"export", "mnn", "verify", "ort-int8", "split"}, marks=pytest.mark.slow),
-        pytest.param(Component.DECODER, {"export", "mnn", "verify", "ort-int8"}, marks=pytest.mark.slow),
-        pytest.param(Component.ENCODER, {"export", "mnn", "verify", "ort-int8"}, marks=pytest.mark.slow),
+        pytest.param(
+            Component.DIT, {"export", "mnn", "verify", "ort-int8", "onnx-fp16", "split"}, marks=pytest.mark.slow
+        ),
+        pytest.param(Component.DECODER, {"export", "mnn", "verify", "ort-int8", "onnx-fp16"}, marks=pytest.mark.slow),
+        pytest.param(Component.ENCODER, {"export", "mnn", "verify", "ort-int8", "onnx-fp16"}, marks=pytest.mark.slow),
     ],
 )
 def test_every_function_that_a_stage_calls_is_followed(
@@ -87,6 +89,7 @@ def test_every_function_that_a_stage_calls_is_followed(
         cache=tmp_path / "cache",
         components=(component,),
         with_ort_int8="ort-int8" in stages,
+        with_onnx="fp16" if "onnx-fp16" in stages else None,
         with_split_dit=True,
     )
     assert calls.keys() == stages

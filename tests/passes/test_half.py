@@ -1,12 +1,21 @@
 import numpy as np
+import onnx_ir as ir
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
 
-from sa3_convert.passes.half import HALF_NORMAL, exact_parts, is_exact_in_half, round_to_half
-from tests.passes.graphs import graph
+from sa3_convert.errors import ConversionError
+from sa3_convert.passes.half import (
+    HALF_NORMAL,
+    check_halves,
+    compute_in_half,
+    exact_parts,
+    is_exact_in_half,
+    round_to_half,
+)
+from tests.passes.graphs import graph, run_ort
 
 FLOATS = st.floats(-1e9, 1e9, width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False)
 
@@ -76,3 +85,73 @@ def test_numbers_beyond_half_are_not_made_infinite() -> None:
 def test_integers_are_left_alone() -> None:
     model = graph("(float[4] x) => (float[2, 2] y) { y = Reshape(x, s) }", s=np.array([2, 2]))
     assert round_to_half(model) == 0
+
+
+def a_block() -> ir.Model:
+    """A phase and its sine, a product with a weight, what only moves numbers, another product, a norm."""
+    rng = np.random.default_rng(0)
+    weights = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in (("w", (8, 6)), ("u", (6, 4)))}
+    text = """(float[3, 1] t) => (float[3, 4] out) {
+        phase = MatMul(t, frequencies)
+        sine = Sin(phase)
+        wide = MatMul(sine, w)
+        flipped = Transpose <perm = [1, 0]> (wide)
+        back = Transpose <perm = [1, 0]> (flipped)
+        narrow = MatMul(back, u)
+        probability = Softmax(narrow)
+        out = Add(probability, narrow)
+    }"""
+    return graph(text, frequencies=np.geomspace(1, 1e4, 8, dtype=np.float32)[None], **weights)
+
+
+def test_products_compute_with_halves_and_phases_do_not() -> None:
+    feeds = {"t": np.array([[0.1], [0.7], [0.9]], np.float32)}
+    model = a_block()
+    (exact,) = run_ort(a_block(), feeds)
+    assert compute_in_half(model) == 2
+    check_halves(model)
+    types = {value.name: value.dtype for node in model.graph for value in node.outputs}
+    assert {name for name, dtype in types.items() if dtype == ir.DataType.FLOAT16} >= {"wide", "flipped", "narrow"}
+    assert types["phase"] == types["sine"] == types["probability"] == types["out"] == ir.DataType.FLOAT
+    # Between two products nothing is cast: into halves once, and out of them once.
+    assert sum(node.op_type == "Cast" for node in model.graph) == 2
+    assert model.graph.initializers["w"].dtype == ir.DataType.FLOAT16
+    assert model.graph.initializers["frequencies"].dtype == ir.DataType.FLOAT
+    (halves,) = run_ort(model, feeds)
+    assert halves.dtype == np.float32
+    error = np.linalg.norm(halves - exact) / np.linalg.norm(exact)
+    assert 0 < error < 2e-3
+
+
+def test_an_output_that_a_product_makes_keeps_its_name_and_type() -> None:
+    weight = np.eye(4, dtype=np.float32)
+    model = graph("(float[2, 4] x) => (float[2, 4] out) { out = MatMul(x, w) }", w=weight)
+    compute_in_half(model)
+    (output,) = model.graph.outputs
+    assert (output.name, output.dtype) == ("out", ir.DataType.FLOAT)
+    x = np.ones((2, 4), np.float32)
+    np.testing.assert_array_equal(run_ort(model, {"x": x})[0], x)
+
+
+def test_a_weight_that_others_read_too_stays_float32_for_them() -> None:
+    weight = np.full((4, 4), np.float32(1 / 3))
+    text = "(float[4, 4] x) => (float[4, 4] out) { y = MatMul(x, w) z = Sin(w) out = Add(y, z) }"
+    model = graph(text, w=weight)
+    assert compute_in_half(model) == 1
+    assert model.graph.initializers["w"].dtype == ir.DataType.FLOAT
+    (out,) = run_ort(model, {"x": np.zeros((4, 4), np.float32)})
+    np.testing.assert_allclose(out, np.sin(weight), rtol=1e-6)
+
+
+def test_a_weight_beyond_halfs_range_is_refused() -> None:
+    model = graph("(float[1, 2] x) => (float[1, 2] out) { out = MatMul(x, w) }", w=np.full((2, 2), 7e4, np.float32))
+    compute_in_half(model)
+    tensor = model.graph.initializers["w"].const_value
+    assert tensor is not None
+    with pytest.raises(ConversionError, match="does not fit float16"):
+        tensor.numpy()
+
+
+def test_a_model_without_halves_is_not_taken_for_one() -> None:
+    with pytest.raises(ConversionError, match="float32 weights"):
+        check_halves(a_block())

@@ -54,7 +54,7 @@ class Verification(BundleFidelity):
     """All that a verification found, and what `verify --json` writes; what was not asked for is None or empty."""
 
     engine: EngineName = "mnn"
-    """What the whole generations ran on: MNN, or ONNX Runtime with 8-bit integers."""
+    """What the whole generations ran on: MNN, or a form for ONNX Runtime."""
     generations: GenerationFidelity | None = None
     """Each component over whole generations, the DiT per step."""
     end_to_end: EndToEnd | None = None

@@ -31,6 +31,7 @@ from sa3_convert.lab.report.schema import (
     StoredType,
 )
 from sa3_convert.lab.report.summary import changes_since_conversion, changes_since_report, render_summary
+from sa3_convert.runtime.engines import KINDS
 from sa3_convert.system.files import atomic_folder, write_text
 from sa3_convert.system.machine import tool_versions
 from sa3_convert.system.untrusted import read_json
@@ -200,7 +201,7 @@ def _problems(bundle: Bundle, found: Verification, models: tuple[ReportedModel, 
 
 
 def _model(bundle: Bundle, found: Verification, verdict: Verdict) -> ReportedModel:
-    artifact = bundle.artifact(verdict.component, "mnn" if verdict.engine == "mnn" else "onnx-int8")
+    artifact = bundle.artifact(verdict.component, KINDS[verdict.engine])
     worst = verdict.worst_case.case
     return ReportedModel(
         component=verdict.component,
