@@ -214,6 +214,10 @@ class CheckpointOrigin(_Data):
     """The hub id that it names as its own, or its folder."""
     digests: dict[Component, Sha256] = Field(default_factory=dict)
     """Of each component's tensors."""
+    revision: Annotated[str, of_alphabet("no commit", "[0-9a-f]{40}")] | None = None
+    """The hub's commit that it was fetched from; None is not known."""
+    synthetic: bool = False
+    """Whether its weights are random numbers that `checkpoint synthesize` made."""
 
 
 class Manifest(_Data):

@@ -3,11 +3,11 @@
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sa3_convert.bundle.manifest import Artifact, Label, Name
+from sa3_convert.bundle.manifest import Artifact, Label, Name, Sha256, Text
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.components import Component
 from sa3_convert.errors import InputError, UsageError
@@ -18,8 +18,33 @@ class _Data(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
+Seconds = Annotated[float, Field(ge=0, le=1e9)]
+Count = Annotated[int, Field(ge=0, le=16 << 40)]
+
+
 class _Seconds(_Data):
-    total: float = Field(ge=0, le=1e9)
+    text_encoder: Seconds
+    number_conditioner: Seconds
+    dit: Seconds
+    decoder: Seconds
+    other: Seconds
+    total: Seconds
+
+
+class Machine(_Data):
+    """What something was measured on; what its system does not tell is None."""
+
+    processor: Text | None = None
+    instructions: tuple[Name, ...] = ()
+    usable_cores: Count | None = None
+    memory_bytes: Count | None = None
+    system: Text | None = None
+    versions: dict[Name, Text] = Field(default_factory=dict)
+
+
+class _Engine(_Data):
+    threads: Count | None = None
+    """None is one for each core."""
 
 
 class BenchRow(_Data):
@@ -30,7 +55,9 @@ class BenchRow(_Data):
     """Seconds of audio."""
     temperature: Literal["cold", "warm"]
     seconds: _Seconds
-    peak_bytes: int | None = Field(ge=0, le=16 << 40)
+    real_time_factor: float = Field(ge=0, le=1e9)
+    """Seconds of audio per second of work."""
+    peak_bytes: Count | None
 
 
 class Bench(_Data):
@@ -39,7 +66,14 @@ class Bench(_Data):
     variant: Label
     """With its LoRAs, as the manifest's label has it."""
     recipe: Name
-    rows: tuple[BenchRow, ...]
+    models: dict[Component, Sha256] = Field(default_factory=dict)
+    """SHA-256 of the models for MNN; none in a file of an earlier version."""
+    machine: Machine
+    repeats: Count
+    steps: Count | None
+    """Denoising steps; None is what suits the model."""
+    engines: dict[Name, _Engine]
+    rows: tuple[BenchRow, ...] = Field(min_length=1, max_length=1000)
 
     @classmethod
     def read(cls, path: Path) -> "Bench":
@@ -87,6 +121,14 @@ def markdown_table(bundles: Sequence[Bundle], benches: Sequence[Bench] = ()) -> 
 def markdown_text(text: str) -> str:
     """Return text that Markdown shows as it stands, on one line."""
     return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(text.split()))
+
+
+def markdown_code(text: str) -> str:
+    """Return text from outside as a code span of one line, in which no Markdown, HTML or address means anything."""
+    shown = " ".join(text.split()).replace("|", "\\|")
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
+    space = " " if len(fence) > 1 or not shown else ""
+    return f"{fence}{space}{shown}{space}{fence}"
 
 
 def _check_measured(keys: Collection[tuple[str, str]], benches: Sequence[Bench], bundles: Sequence[Bundle]) -> None:

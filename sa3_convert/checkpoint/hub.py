@@ -18,7 +18,7 @@ from sa3_convert.checkpoint.config import CONFIG, TEXT_ENCODER_FOLDER
 from sa3_convert.checkpoint.hub_client import HubClient, Note, UnreachableError
 from sa3_convert.checkpoint.hub_files import COMMIT, HUB_ID, CachedSnapshot, HubFile, Listing, download_folder, tidy
 from sa3_convert.checkpoint.json_file import read_json
-from sa3_convert.checkpoint.reader import TOKENIZER, Checkpoint
+from sa3_convert.checkpoint.reader import SOURCE, TOKENIZER, Checkpoint
 from sa3_convert.checkpoint.tensor_file import INDEX, WEIGHTS, shard_names
 from sa3_convert.checkpoint.variants import PINNED
 from sa3_convert.errors import CheckpointError, UsageError
@@ -27,7 +27,6 @@ from sa3_convert.system.files import check_new_folder, copy_file, require_space,
 Progress = Callable[[int, int], None]
 """Called with the bytes that are there and the bytes in all."""
 
-SOURCE = "source.json"
 _OURS = re.compile(
     rf"{TEXT_ENCODER_FOLDER}/|({TEXT_ENCODER_FOLDER}/)?[\w.-]+\.(json|safetensors)|[0-9a-f]+\.partial", re.ASCII
 )

@@ -9,9 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import Field
+
 from sa3_convert.checkpoint.config import CONFIG, TEXT_ENCODER_FOLDER, read_layout
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
-from sa3_convert.checkpoint.hub_files import HUB_ID, CachedSnapshot, cached_commit
+from sa3_convert.checkpoint.hub_files import COMMIT, HUB_ID, CachedSnapshot, cached_commit
+from sa3_convert.checkpoint.json_file import Picked, held, read_json
 from sa3_convert.checkpoint.lora import Lora, merged, open_loras
 from sa3_convert.checkpoint.lora_file import LoraRequest
 from sa3_convert.checkpoint.tensor_file import WEIGHTS, Scratch, StoredTensor, TensorFile, open_weights, refuse_pointer
@@ -36,10 +39,21 @@ if TYPE_CHECKING:
     from sa3_convert.runtime.prompts import UsedTokenizer
 
 TOKENIZER = "tokenizer.json"
+SOURCE = "source.json"
+"""What says where a checkpoint's files are from, if `checkpoint` made them."""
 _LARGEST_TOKENIZER = 128 << 20
 """Bytes; the published one has a quarter of it."""
 _REFERENCE = re.compile(rf"(?P<id>{HUB_ID.pattern})(@(?P<revision>[\w./-]+))?")
 _THREADS = min(8, os.cpu_count() or 1)
+
+
+class Source(Picked):
+    """What `source.json` says of the files beside it."""
+
+    revision: str | None = Field(default=None, pattern=f"^{COMMIT.pattern}$")
+    """The hub's commit."""
+    synthetic: bool = False
+    """Whether the weights are random numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +138,15 @@ class Checkpoint:
             for component in components_of(self.layout)
         }
         return {component: count for component, count in counts.items() if count}
+
+    @property
+    def source(self) -> Source:
+        """Where its files are from, as far as that is known."""
+        if (self.folder / SOURCE).exists():
+            return held(Source, read_json(self.folder / SOURCE), SOURCE)
+        folder = self.folder.absolute()
+        cached = folder.parent.name == "snapshots" and COMMIT.fullmatch(folder.name)
+        return Source(revision=folder.name if cached else None)
 
     @property
     def variant(self) -> Variant | None:

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
 from sa3_convert.checkpoint.config import TEXT_ENCODER_FOLDER, read_layout
 from sa3_convert.checkpoint.published import model_config, text_encoder_config
+from sa3_convert.checkpoint.reader import SOURCE
 from sa3_convert.checkpoint.tensors import (
     AUTOENCODER_PREFIX,
     TEXT_DECODER_PREFIX,
@@ -193,6 +194,7 @@ def synthesize(
     chosen = variant_named(variant)
     with atomic_folder(folder) as partial:
         _write_json(partial / "model_config.json", model_config(chosen, size))
+        _write_json(partial / SOURCE, {"synthetic": True})
         if not chosen.is_autoencoder:
             _write_text_encoder_data(partial / TEXT_ENCODER_FOLDER, chosen, size)
         layout = read_layout(partial)

@@ -53,6 +53,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], str, str]] = {
     "checkpoint fetch": (checkpoint.fetch, "", "stabilityai/stable-audio-3-small-music artifacts/small-music"),
     "checkpoint synthesize": (checkpoint.synthesize, "", "artifacts/toy --variant small-sfx --seed 1"),
     "bundle export": (bundle.export, "", "artifacts/bundle --to site --layout hub"),
+    "bundle card": (bundle.card, "", "artifacts/bundle --report report --bench bench.json -o README.md"),
 }
 """What each command calls, its group in the help, and an example."""
 

@@ -66,6 +66,7 @@ def bench(
     manifest = open_told(bundle).manifest
     data = {"machine": described, "variant": manifest.label, "recipe": manifest.recipe, "repeats": repeats}
     data |= {"steps": steps, "engines": {c.name: {"engine": c.engine, **c.options} for c in found}}
+    data |= {"models": {a.component: a.sha256 for a in manifest.artifacts if a.kind == "mnn"}}
     write_figures(json_file, data | {"rows": [row.to_json() for row in rows]})
     echo(f"{bundle}: {manifest.label}, recipe {manifest.recipe}; seconds, median of {repeats}")
     for duration in dict.fromkeys(row.duration for row in rows):

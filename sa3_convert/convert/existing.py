@@ -115,6 +115,7 @@ def manifest_of(request: "ConvertRequest", artifacts: Sequence[Artifact] = ()) -
         checkpoint=CheckpointOrigin(
             source=as_text(checkpoint.layout.source_id or checkpoint.folder.name),
             digests={component: checkpoint.digest(component) for component in components_of(checkpoint.layout)},
+            **checkpoint.source.model_dump(),
         ),
         loras=loras,
         tools=tool_versions(),
@@ -137,9 +138,10 @@ def is_current(bundle: Bundle, request: "ConvertRequest") -> bool:
     """Tell whether a manifest says what it would say now, apart from its files and from components that nobody has."""
     found, wanted = bundle.manifest, manifest_of(request)
     digests = (found.checkpoint.digests, wanted.checkpoint.digests)
-    return all(
+    same = all(
         getattr(found, name) == getattr(wanted, name) for name in ("variant", "recipe", "loras", "tools", "layout")
-    ) and all(digests[0].get(c) == digests[1].get(c) for c in {*request.selected(), *bundle.components})
+    ) and all(getattr(found.checkpoint, name) == getattr(wanted.checkpoint, name) for name in ("revision", "synthetic"))
+    return same and all(digests[0].get(c) == digests[1].get(c) for c in {*request.selected(), *bundle.components})
 
 
 def is_right(bundle: Bundle, artifact: Artifact, request: "ConvertRequest", keys: StageKeys) -> bool:

@@ -14,11 +14,12 @@ from typing import Final, Literal
 
 from sa3_convert.bundle.manifest import MANIFEST, RECIPE, Artifact, FileEntry, LoraEntry, Manifest
 from sa3_convert.bundle.reader import Bundle
-from sa3_convert.bundle.table import markdown_text
 from sa3_convert.checkpoint.variants import published_names
 from sa3_convert.components import TEXT_TO_AUDIO, Component
 from sa3_convert.errors import BundleError, UsageError
-from sa3_convert.publish.contract import CONTRACT, contract_of, least_mnn
+from sa3_convert.publish.card import card as card_text
+from sa3_convert.publish.contract import CONTRACT, contract_of
+from sa3_convert.publish.measured import ReadBench, ReadReport, by_bundle
 from sa3_convert.publish.names import (
     SHARED,
     client_flags,
@@ -34,6 +35,7 @@ from sa3_convert.system.untrusted import read_text
 Layout = Literal["hub", "flat"]
 
 SUMS: Final = "SHA256SUMS"
+_README, _PICTURE = "README.md", "README.png"
 _KINDS: Final = ("mnn", "tokenizer", "bottleneck_params", "recipe")
 _NOTICE: Final = """\
 Converted and quantised from Stable Audio 3 by sa3-convert; the weights were changed by that.
@@ -96,11 +98,31 @@ class Export:
         return "".join(f"{digest}  {path}\n" for path, digest in sorted((str(p), h) for p, h in below.items()))
 
 
-Golden = Callable[[Bundle], Mapping[str, bytes]]
+_Texts = Mapping[str, bytes]
+Golden = Callable[[Bundle], _Texts]
+Draw = Callable[[Mapping[str, Manifest], Sequence[ReadReport]], bytes | None]
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the card of an export is made from, beside the manifests."""
+
+    reports: Sequence[ReadReport] = ()
+    benches: Sequence[ReadBench] = ()
+    name: str | None = None
+    """The hub id that the export will have."""
+    draw: Draw = lambda manifests, reports: None
+    """Draws the card's picture as PNG, or says that it cannot."""
 
 
 def export_bundles(
-    bundles: Sequence[Bundle], target: Path, layout: Layout, *, force: bool = False, golden: Golden = lambda _: {}
+    bundles: Sequence[Bundle],
+    target: Path,
+    layout: Layout,
+    *,
+    force: bool = False,
+    golden: Golden = lambda _: {},
+    card: Card = Card(),
 ) -> Export:
     """Write bundles as a tree into `target`.
 
@@ -110,9 +132,11 @@ def export_bundles(
         layout: "hub", the published tree, or "flat", a folder per bundle with the names that its client opens.
         force: an earlier export may stand there; it is replaced unless it is what would be written.
         golden: gives results of a bundle that clients can test themselves with; see `contract.golden_of`.
+        card: what the README says beside what the manifests do.
 
     Raises:
         UsageError: `target` holds something else.
+        InputError: something was measured on other models.
         BundleError: a bundle is not what its manifest says, two contradict each other, or the client cannot run one.
 
     """
@@ -120,7 +144,8 @@ def export_bundles(
         check_new_folder(target)
     for bundle in bundles:
         bundle.check()
-    export = _planned(_in_tree(bundles) if layout == "hub" else [*_for_client(bundles)], golden)
+    placed = _in_tree(bundles) if layout == "hub" else [*_for_client(bundles)]
+    export = _planned(placed, golden, _describe(placed, card))
     if force and _stands(export, target):
         return Export(export.files, export.texts, export.left_out, up_to_date=True)
     with atomic_folder(target, replace=force) as temporary:
@@ -136,7 +161,7 @@ def export_bundles(
     return export
 
 
-def _planned(placed: Sequence[_Placed], golden: Golden) -> Export:
+def _planned(placed: Sequence[_Placed], golden: Golden, describe: Callable[[Sequence[_Placed]], _Texts]) -> Export:
     export = Export(left_out=tuple(_left_out(placed)))
     for one in placed:
         for artifact, path in one.paths:
@@ -150,10 +175,28 @@ def _planned(placed: Sequence[_Placed], golden: Golden) -> Export:
         export.texts.update({f"{one.folder}/{name}": content for name, content in results.items()})
     for root in dict.fromkeys(one.root for one in placed):
         of_root = [one for one in placed if one.root == root]
-        export.texts[_joined(root, "README.md")] = _readme(of_root).encode()
+        export.texts.update({_joined(root, name): text for name, text in describe(of_root).items()})
         export.texts[_joined(root, "NOTICE")] = _NOTICE.encode()
         export.texts[_joined(root, SUMS)] = export.sums(root).encode()
     return export
+
+
+def _describe(placed: Sequence[_Placed], card: Card) -> Callable[[Sequence[_Placed]], _Texts]:
+    """Return what makes the README and its picture of the bundles of one root."""
+    manifests = {one.folder: one.manifest() for one in placed}
+    reports, benches = by_bundle(manifests, card.reports), by_bundle(manifests, card.benches)
+
+    def describe(of_root: Sequence[_Placed]) -> _Texts:
+        own = {one.folder.removeprefix(one.root): manifests[one.folder] for one in of_root}
+        told = [report for one in of_root for report in reports[one.folder]]
+        timed = [bench for one in of_root for bench in benches[one.folder]]
+        drawn = card.draw(own, told)
+        usage = {one.folder.removeprefix(one.root): [*_client_lines(one)] for one in of_root}
+        picture = None if drawn is None else _PICTURE
+        text = card_text(own, told, timed, name=card.name, picture=picture, usage=usage)
+        return {_README: text.encode()} | ({} if drawn is None else {_PICTURE: drawn})
+
+    return describe
 
 
 def _joined(root: str, path: str) -> str:
@@ -315,37 +358,10 @@ def _check_client_runs(bundle: Bundle) -> None:
         )
 
 
-def _readme(placed: Sequence[_Placed]) -> str:
-    """Return `README.md` of one root: its bundles, how to run them, and what each file holds."""
-    lines = ["# Stable Audio 3 for MNN", "", "| bundle | model | recipe | MNN |", "|---|---|---|---|"]
-    for one in placed:
-        manifest = one.bundle.manifest
-        at = "this folder" if one.root else f"`{one.folder}`"
-        lines.append(
-            f"| {at} | {markdown_text(manifest.label)} | `{manifest.recipe}` | {least_mnn(manifest)} or newer |"
-        )
-    at = "." if placed[0].root else placed[0].folder
-    lines += ["", f'    sa3-convert run {at} --prompt "warm analog synth pad" --seconds 10 -o pad.wav', ""]
-    for one in placed:
-        lines += _client_lines(one)
-    lines += ["", "| file | component | stored as | bytes |", "|---|---|---|---|"]
-    rows = {
-        path: f"| `{path}` | {artifact.component.value} | {artifact.precision} | {artifact.bytes} |"
-        for one in placed
-        for artifact, path in one.paths
-        if artifact.component is not None
-    }
-    lines += [rows[path] for path in sorted(rows)]
-    lines += [
-        "",
-        f"`manifest.json` says where each file came from and how close it is to its reference; {SUMS} has all",
-    ]
-    lines += ["hashes (`sha256sum -c`). Licences: NOTICE."]
-    return "\n".join(lines) + "\n"
-
-
 def _client_lines(one: _Placed) -> Iterator[str]:
-    """Yield how the client runs a folder whose names are its slots."""
+    """Yield how apps use what was exported, and how the client runs a folder whose names are its slots."""
+    yield f"Apps find all that they need to run the models in `{CONTRACT}`; {SUMS} has all hashes (`sha256sum -c`)."
+    yield ""
     if one.flags is None:
         return
     variant = client_variant(one.bundle.manifest.variant)
@@ -357,3 +373,4 @@ def _client_lines(one: _Placed) -> Iterator[str]:
     assert layout.text_encoder is not None
     if (layout.autoencoder.latent_dim, layout.text_encoder.max_length, layout.dit.cond_token_dim) != (256, 256, 768):
         yield "This model is smaller than the published ones, whose shapes are fixed in that client: it cannot run it."
+    yield ""

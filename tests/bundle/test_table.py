@@ -71,12 +71,18 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
 
 def measured(folder: Path, **changes: object) -> Path:
     """Write what `bench --json` writes, as far as the table reads it."""
+    stages = dict.fromkeys(("text_encoder", "number_conditioner", "dit", "decoder", "other"), 0)
     rows = [
-        {"engine": "mnn", "duration": 10, "temperature": kind, "seconds": {"total": total}, "peak_bytes": peak}
-        for kind, total, peak in (("cold", 9.0, 3 << 20), ("warm", 4.25, 700 << 20))
+        {"engine": engine, "duration": duration, "temperature": kind, "peak_bytes": peak, "real_time_factor": 1}
+        | {"seconds": stages | {"total": total}}
+        for engine, duration, kind, total, peak in (
+            ("mnn", 10, "cold", 9.0, 3 << 20),
+            ("mnn", 10, "warm", 4.25, 700 << 20),
+            ("torch", 30, "warm", 1, None),
+        )
     ]
-    rows.append({"engine": "torch", "duration": 30, "temperature": "warm", "seconds": {"total": 1}, "peak_bytes": None})
-    data = {"schema": 1, "machine": {}, "variant": "small-music", "recipe": "int8", "rows": rows} | changes
+    data = {"schema": 1, "machine": {}, "variant": "small-music", "recipe": "int8", "rows": rows}
+    data |= {"repeats": 3, "steps": None, "engines": {"mnn": {}, "torch": {}}} | changes
     path = folder / "bench.json"
     path.write_text(json.dumps(data))
     return path

@@ -10,7 +10,7 @@ from huggingface_hub import constants
 
 from sa3_convert.checkpoint import hub_client
 from sa3_convert.checkpoint.hub import Fetched, fetch
-from sa3_convert.checkpoint.reader import Checkpoint
+from sa3_convert.checkpoint.reader import Checkpoint, Source
 from sa3_convert.checkpoint.synthetic import synthesize
 from sa3_convert.checkpoint.variants import VARIANTS
 from sa3_convert.errors import CheckpointError, UsageError
@@ -67,6 +67,13 @@ def test_a_checkpoint_arrives_whole_with_its_origin_beside_it(hub: Hub, small_to
         assert (tmp_path / "out" / name).read_bytes() == (small_toy / name).read_bytes()
     source = json.loads((tmp_path / "out" / "source.json").read_text())
     assert (source["hub_id"], source["revision"]) == (ID, COMMIT)
+    found = Checkpoint.open(tmp_path / "out")
+    assert found.source == Source(revision=COMMIT)
+    (tmp_path / "out" / "source.json").write_text('{"revision": "main | <b>"}')
+    with pytest.raises(CheckpointError, match=r"source\.json"):
+        _ = found.source
+    (tmp_path / "out" / "source.json").unlink()
+    assert found.source == Source()
     assert sorted(source["files"]) == NEEDED
     assert fetched == Fetched(ID, COMMIT, sum((small_toy / name).stat().st_size for name in NEEDED))
     assert Checkpoint.open(tmp_path / "out").variant_name == "small-music"

@@ -36,6 +36,7 @@ def test_a_toy_is_a_few_megabytes_in_the_published_layout(small_toy: Path) -> No
     assert sorted(hashes(small_toy)) == [
         "model.safetensors",
         "model_config.json",
+        "source.json",
         "t5gemma-b-b-ul2/config.json",
         "t5gemma-b-b-ul2/model.safetensors",
         "t5gemma-b-b-ul2/tokenizer.json",
@@ -49,6 +50,10 @@ def test_the_same_seed_gives_the_same_bytes(weights: str, tmp_path: Path) -> Non
     for name in ("a", "b"):
         synthesize(tmp_path / name, "medium", "toy", 3, weights)  # type: ignore[arg-type]
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
+
+
+def test_it_says_that_its_weights_are_random(small_toy: Path) -> None:
+    assert Checkpoint.open(small_toy).source.synthetic
 
 
 def test_another_seed_gives_other_weights_and_the_same_configuration(small_toy: Path, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from sa3_convert.arrays import Floats
 from sa3_convert.lab.generations.end_to_end import EndToEnd
 from sa3_convert.lab.report.formatting import shown_prompt, shown_size
 from sa3_convert.lab.report.schema import Bisection, ReportedDistribution, ReportedModel
-from sa3_convert.lab.report.theme import WIDTH, Ink, new_figure, styled, svg_of
+from sa3_convert.lab.report.theme import WIDTH, Ink, new_figure, png_of, styled, svg_of
+from sa3_convert.publish.card import Dot
 
 MOST_DB = 140.0
 """Equal arrays have no ratio, and nearly equal ones differ by rounding alone: their dots stand here."""
@@ -60,6 +61,29 @@ def _horizontal(axes: Axes, labels: Sequence[str], title: str) -> None:
     axes.grid(axis="x")
     axes.tick_params(length=0)
     axes.spines["left"].set_visible(False)
+
+
+def sizes_figure(dots: Sequence[Dot]) -> bytes:
+    """Return size against fidelity as PNG, a dot for each component, a colour for each bundle."""
+    figure = new_figure(260)
+    names = list(dict.fromkeys(dot.bundle for dot in dots))
+    with styled():
+        axes = figure.add_subplot()
+        for number, name in enumerate(names):
+            own = [dot for dot in dots if dot.bundle == name]
+            mib, ratios = [dot.bytes / 2**20 for dot in own], [min(dot.worst_db, MOST_DB) for dot in own]
+            marker, color = "osD^vP"[number % 6], (Ink.FIRST, Ink.SECOND)[number % 2]
+            axes.plot(mib, ratios, marker, color=color, ms=6, mew=0, label=name)
+            for dot, x, y in zip(own, mib, ratios, strict=True):
+                axes.annotate(dot.component, (x, y), (5, 4), textcoords="offset points", fontsize=8)
+        axes.set_xscale("log")
+        axes.margins(0.25, 0.12)
+        axes.set_xlabel("MiB, less is better")
+        axes.set_ylabel("worst signal-to-noise ratio, dB")
+        axes.grid(axis="y")
+        if len(names) > 1:
+            figure.legend(loc="outside upper left", ncols=2)
+    return png_of(figure)
 
 
 def steps_figure(distributions: Sequence[ReportedDistribution], name: str, label: str) -> str:

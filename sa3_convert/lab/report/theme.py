@@ -10,10 +10,12 @@ import warnings
 from contextlib import AbstractContextManager
 from enum import StrEnum
 from html import escape
+from importlib.resources import files
 from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import is_color_like, to_hex
 from matplotlib.figure import Figure
 
 WIDTH = 345.6
@@ -113,6 +115,26 @@ def svg_of(figure: Figure, name: str, label: str) -> str:
         f'role="img" aria-label="{escape(label)}">'
     )
     return head + text[text.index(">") + 1 :].rstrip()
+
+
+_COLOURS = ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor")
+
+
+def png_of(figure: Figure) -> bytes:
+    """Return a figure as PNG in the page's colours on white, for readers that show no SVG."""
+    style = files("sa3_convert.lab.report").joinpath("style.css").read_text(encoding="utf-8")
+    # The first of each name is the light one.
+    light = dict(reversed(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", style)))
+    colours = {ink.value: light[ink.name.lower()] for ink in Ink}
+    for artist in figure.findobj():
+        for name in _COLOURS:
+            found: Any = getattr(artist, f"get_{name}", lambda: None)()
+            if is_color_like(found) and (colour := colours.get(to_hex(found))):
+                getattr(artist, f"set_{name}")(colour)
+    buffer = io.BytesIO()
+    with mpl.rc_context(_STYLE):
+        figure.savefig(buffer, format="png", dpi=2 * 72, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def _with_own_identifiers(text: str, name: str) -> str:

@@ -1,0 +1,245 @@
+"""What a card is told beside manifests: reports of `verify` and files of `bench`, held to the models they speak of."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Final, Literal, Protocol, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sa3_convert.bundle.manifest import Label, Manifest, Name, Sha256, Text
+from sa3_convert.bundle.table import Bench, Count
+from sa3_convert.check.results import Decibels
+from sa3_convert.components import Component
+from sa3_convert.errors import InputError, UsageError
+from sa3_convert.system.untrusted import parse_json, read_text
+
+_LARGEST: Final = 256 << 20
+_MOST: Final = 1000
+_Cosine = Annotated[float, Field(ge=-2, le=2)]
+_Distance = Annotated[float, Field(ge=0, le=1e6)]
+_Prompt = Annotated[str, Field(max_length=1 << 16)]
+
+
+class _Data(BaseModel):
+    # A report says far more than a card shows.
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class Spread(_Data):
+    """Signal-to-noise ratios over many comparisons, in dB."""
+
+    count: Count
+    mean: Decibels
+    percentile_5: Decibels
+    worst: Decibels
+
+
+class _Step(Spread):
+    step: Count
+    best: Decibels
+
+
+class _Figures(_Data):
+    cosine: _Cosine
+
+
+class _File(_Data):
+    sha256: Sha256
+
+
+class ReportedModel(_Data):
+    """One model on sampled inputs."""
+
+    component: Component
+    engine: Name
+    passed: bool
+    spread: Spread
+    worst: _Figures
+    files: tuple[_File, ...] = Field(max_length=2)
+
+
+class Distribution(_Data):
+    """One quantity over whole generations."""
+
+    name: Text
+    spread: Spread
+    by_step: tuple[_Step, ...] = Field(max_length=_MOST)
+
+
+class _Generations(_Data):
+    engine: Name
+    steps: Count
+    distributions: tuple[Distribution, ...] = Field(max_length=_MOST)
+
+
+class _Audio(_Data):
+    mean_spectral_distance_db: _Distance
+    envelope_correlation: _Cosine
+    loudness_db: Decibels
+
+
+class Divergence(_Data):
+    """How far one generation went from the reference's."""
+
+    latent_cosine: _Cosine
+    audio: _Audio
+
+
+class _Heard(_Data):
+    prompt: _Prompt
+    target: Divergence
+    chaos: Divergence
+
+
+class EndToEnd(_Data):
+    """From prompt to audio, beside what a nudge of the noise does."""
+
+    cases: tuple[_Heard, ...] = Field(min_length=1, max_length=_MOST)
+    nudge: _Distance
+    chaos_ratio: _Distance
+
+
+class _Made(_Data):
+    variant: Label
+    recipe: Name
+    verified_with: dict[Name, Text]
+
+
+class Report(_Data):
+    """What a card shows of a `report.json`."""
+
+    kind: Literal["sa3-convert verification"]
+    passed: bool
+    made: _Made
+    components: tuple[ReportedModel, ...] = Field(max_length=_MOST)
+    generations: _Generations | None
+    end_to_end: EndToEnd | None
+
+    @classmethod
+    def read(cls, path: Path) -> "Report":
+        """Read a `report.json`; InputError if it is something else."""
+        try:
+            text = read_text(path, _LARGEST)
+            parse_json(text)
+            return cls.model_validate_json(text)
+        except (OSError, ValueError) as error:
+            first = error.errors()[0] if isinstance(error, ValidationError) else None
+            why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else error
+            raise InputError(f"{path} is no report of `sa3-convert verify --report`: {why}") from None
+
+    @property
+    def models(self) -> tuple[ReportedModel, ...]:
+        """Of MNN."""
+        return tuple(model for model in self.components if model.engine == "mnn")
+
+    @property
+    def of_generations(self) -> tuple[Distribution, ...]:
+        """What MNN's models made of whole generations; nothing if another engine ran them."""
+        found = self.generations
+        return found.distributions if found is not None and found.engine == "mnn" else ()
+
+    @property
+    def heard(self) -> EndToEnd | None:
+        """What MNN's models made from prompt to audio."""
+        return self.end_to_end if self.of_generations else None
+
+
+class _Finding(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def of(self) -> tuple[str, str]: ...
+    @property
+    def hashes(self) -> Mapping[Component, str]: ...
+
+
+@dataclass(frozen=True)
+class ReadReport:
+    """A report, and what it is called in messages."""
+
+    name: str
+    report: Report
+
+    @property
+    def of(self) -> tuple[str, str]:
+        """Label and recipe of the bundle that it says it is of."""
+        return self.report.made.variant, self.report.made.recipe
+
+    @property
+    def hashes(self) -> dict[Component, str]:
+        """SHA-256 of each model that it speaks of."""
+        return {model.component: model.files[0].sha256 if model.files else "" for model in self.report.models}
+
+
+@dataclass(frozen=True)
+class ReadBench:
+    """What `bench` found, and what the file is called in messages."""
+
+    name: str
+    bench: Bench
+
+    @property
+    def of(self) -> tuple[str, str]:
+        """Label and recipe of the bundle that it says it is of."""
+        return self.bench.variant, self.bench.recipe
+
+    @property
+    def hashes(self) -> dict[Component, str]:
+        """SHA-256 of each model that was measured."""
+        return self.bench.models
+
+
+def read_reports(paths: Sequence[Path]) -> list[ReadReport]:
+    """Read files that `verify --report` wrote, or the folders that they are in."""
+    files = [path / "report.json" if path.is_dir() else path for path in paths]
+    return [ReadReport(str(path), Report.read(path)) for path in files]
+
+
+def read_benches(paths: Sequence[Path]) -> list[ReadBench]:
+    """Read files that `bench --json` wrote."""
+    return [ReadBench(str(path), Bench.read(path)) for path in paths]
+
+
+_Found = TypeVar("_Found", bound=_Finding)
+
+
+def by_bundle(manifests: Mapping[str, Manifest], found: Sequence[_Found]) -> dict[str, list[_Found]]:
+    """Return what was found on each bundle, by the bundle's folder.
+
+    Raises:
+        InputError: something was found on models that none of the bundles has; the message names one.
+
+    """
+    assigned: dict[str, list[_Found]] = {folder: [] for folder in manifests}
+    for finding in found:
+        assigned[_owner(manifests, finding)].append(finding)
+    return assigned
+
+
+def _owner(manifests: Mapping[str, Manifest], finding: _Finding) -> str:
+    label, recipe = finding.of
+    named = {folder: m for folder, m in manifests.items() if (m.label, m.recipe) == finding.of}
+    if not named:
+        raise InputError(f"{finding.name} is of {label} with recipe {recipe!r}, which is none of the bundles.")
+    if not finding.hashes or "" in finding.hashes.values():
+        raise InputError(
+            f"{finding.name} does not say by SHA-256 which models for MNN it is of: it was written by an earlier "
+            "version, or is of other models. Measure again."
+        )
+    for folder, manifest in named.items():
+        stored = {artifact.component: artifact.sha256 for artifact in manifest.artifacts if artifact.kind == "mnn"}
+        differing = [component for component, digest in finding.hashes.items() if stored.get(component) != digest]
+        if not differing:
+            return folder
+    raise InputError(
+        f"{finding.name} was found on another {differing[0].value} than the bundle's: the SHA-256 of its file differs. "
+        "Measure this bundle."
+    )
+
+
+def one_report(reports: Sequence[ReadReport]) -> Report | None:
+    """Return the only report of a bundle; UsageError if there are several."""
+    if len(reports) > 1:
+        raise UsageError(f"{reports[0].name} and {reports[1].name} are of the same bundle. Give one of them.")
+    return reports[0].report if reports else None

@@ -1,0 +1,268 @@
+"""A card says what its inputs say: every number stands in one, and no word of theirs is Markdown, HTML or YAML."""
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from markdown_it import MarkdownIt
+
+import sa3_convert.cli.app as cli
+from sa3_convert.bundle.manifest import MANIFEST, Manifest
+from sa3_convert.bundle.reader import Bundle
+from sa3_convert.components import Component
+from sa3_convert.errors import InputError, UsageError
+from sa3_convert.publish.card import card, dots, placed
+from sa3_convert.publish.export import Card, export_bundles
+from sa3_convert.publish.measured import ReadBench, ReadReport, read_benches, read_reports
+from tests.bundle.test_manifest import lora_entry, make_bundle, with_loras
+from tests.lab.report.samples import component, made, report
+
+SECTIONS = ("Model summary", "Performance", "Fidelity", "Quantisation strategy", "Architecture")
+SECTIONS += ("Repository structure", "Usage", "Provenance", "Licences")
+
+
+def values_in(data: Any) -> Iterator[Any]:
+    """Yield every number and text of parsed JSON, keys too."""
+    if isinstance(data, dict):
+        yield from data
+        data = list(data.values())
+    if isinstance(data, list):
+        for value in data:
+            yield from values_in(value)
+    elif data is not None and not isinstance(data, bool):
+        yield data
+
+
+def spelled(value: float) -> set[str]:
+    """Return every form in which a card may show a number."""
+    forms = {f"{value:g}", *(f"{value:z.{digits}f}" for digits in (1, 2, 3, 4, 5)), f"{value:+z.2f}"}
+    forms |= {f"{value / 2**20:.0f}", f"{value / 2**20:.1f}"}
+    return forms | ({str(value)} if isinstance(value, int) else set())
+
+
+def words(text: str) -> list[str]:
+    """Return what has a digit in it, without what Markdown puts around it and what rows are called."""
+    found = re.split(r"[\s`,()|/]+", text)
+    return [word for word in found if re.search(r"\d", word) and word not in ("T5Gemma", "SHA-256")]
+
+
+def derived(manifest: Mapping[str, Any]) -> set[str]:
+    """Return the two figures that follow from several of a manifest: bytes of all models, and the longest audio."""
+    files = [e for a in manifest["artifacts"] if a["kind"] == "mnn" for e in (a, a["companion"]) if e]
+    total, layout = sum(entry["bytes"] for entry in files), manifest["layout"]
+    return {f"{total / 2**20:.1f}", str(total), f"{layout['sample_size'] / layout['sample_rate']:.0f}"}
+
+
+def rows_of(text: str) -> list[str]:
+    """Return the lines of all tables below their heads."""
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    return [line for table in tables for line in table.splitlines()[2:]]
+
+
+def untraced(text: str, *inputs: Any) -> list[str]:
+    """Return the numbers in a card's tables that stand in none of its inputs."""
+    known = set().union(*(derived(data) for data in inputs if "artifacts" in data))
+    for value in values_in(list(inputs)):
+        known |= {*words(value)} if isinstance(value, str) else spelled(value)
+    return [word for row in rows_of(text) for word in words(row) if word not in known]
+
+
+@pytest.fixture(scope="module")
+def measured(toy_int8: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `verify --full --report` and `bench --json` say of a toy."""
+    folder = tmp_path_factory.mktemp("measured")
+    bundle = str(toy_int8.path)
+    cases = ["--prompts", "0,6", "--seeds", "0", "--seconds", "0.5", "--steps", "3", "--threads", "2"]
+    verify = ["verify", bundle, "--quick", "--full", *cases, "--no-bisect", "--report", str(folder / "report")]
+    assert cli.run(verify) == 0
+    bench = ["bench", bundle, "--engine", "mnn", "--seconds", "0.5,1", "--repeats", "1", "--steps", "2"]
+    assert cli.run([*bench, "--threads", "1", "--json", str(folder / "bench.json")]) == 0
+    return folder
+
+
+def test_every_number_stands_in_an_input(toy_int8: Bundle, measured: Path, tmp_path: Path) -> None:
+    given = ["--report", str(measured / "report" / "report.json"), "--bench", str(measured / "bench.json")]
+    out = tmp_path / "README.md"
+    assert cli.run(["bundle", "card", str(toy_int8.path), *given, "-o", str(out)]) == 0
+    text = out.read_text()
+    paths = (toy_int8.path / MANIFEST, measured / "report" / "report.json", measured / "bench.json")
+    inputs = [json.loads(path.read_text()) for path in paths]
+    assert [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")] == list(SECTIONS)
+    assert len(rows_of(text)) > 60
+    assert untraced(text, *inputs) == []
+    found = inputs[1]["components"][0]
+    assert f"| {found['component']} | {found['spread']['count']} | {found['spread']['worst']:.1f} dB" in text
+    row = next(row for row in inputs[2]["rows"] if row["temperature"] == "warm")
+    assert f"| {row['seconds']['total']:.3f} s | {row['real_time_factor']:.2f} | " in text
+    assert "its chaos floor" in text
+    assert "![Size against fidelity, a dot for each component](README.png)" in text
+    assert (tmp_path / "README.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_number_that_stands_nowhere_is_found(toy_int8: Bundle) -> None:
+    data = json.loads((toy_int8.path / MANIFEST).read_text())
+    text = card(placed([toy_int8]))
+    assert untraced(text, data) == []
+    ratio = f"{data['artifacts'][0]['fidelity']['signal_to_noise_db']:.1f} dB"
+    assert untraced(text.replace(ratio, "99.9 dB"), data) == ["99.9"]
+
+
+def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
+    text = card(placed([make_bundle(tmp_path)]))
+    for section in ("Performance", "Fidelity", "Quantisation"):
+        assert section not in text
+    assert "![" not in text
+    for line, after in zip(text.splitlines(), text.splitlines()[1:], strict=False):
+        assert not (line.startswith("| ---") and not after.startswith("|")), "an empty table"
+
+
+def report_of(bundle: Bundle, folder: Path, **changes: Any) -> list[ReadReport]:
+    """A report on a bundle's DiT."""
+    artifact = bundle.artifact(Component.DIT)
+    files = ({"path": artifact.path, "bytes": artifact.bytes, "sha256": artifact.sha256},)
+    found = report(made=made(recipe=bundle.manifest.recipe), components=(component(),)).model_dump(mode="json")
+    found["components"][0]["files"] = files
+    path = folder / "report.json"
+    path.write_text(json.dumps(found | changes))
+    return read_reports([path])
+
+
+def bench_of(bundle: Bundle, folder: Path, **changes: Any) -> list[ReadBench]:
+    stages = ("text_encoder", "number_conditioner", "dit", "decoder", "other", "total")
+    row = {"engine": "mnn", "duration": 10, "temperature": "warm", "seconds": dict.fromkeys(stages, 1.5)}
+    row |= {"real_time_factor": 6.67, "peak_bytes": None}
+    data = {"variant": bundle.manifest.label, "recipe": bundle.manifest.recipe, "machine": {}, "repeats": 3}
+    data |= {"steps": None, "engines": {"mnn": {}}, "rows": [row]}
+    data |= {"models": {"dit": bundle.artifact(Component.DIT).sha256}}
+    path = folder / "bench.json"
+    path.write_text(json.dumps(data | changes))
+    return read_benches([path])
+
+
+def test_findings_stand_beside_the_bundle_that_they_are_of(tmp_path: Path) -> None:
+    bundles = [make_bundle(tmp_path / precision, precision=precision) for precision in ("int8", "fp16")]
+    reports, benches = report_of(bundles[1], tmp_path), bench_of(bundles[1], tmp_path)
+    text = card(placed(bundles), reports, benches)
+    for section in ("Performance", "Fidelity"):
+        part = text.split(f"## {section}\n")[1].split("\n## ")[0]
+        assert re.findall(r"^### (.*)$", part, re.MULTILINE) == ["`fp16`"]
+    assert "peak memory" not in text
+    assert [dot.bundle for dot in dots(placed(bundles), reports)] == ["fp16"]
+
+
+def test_findings_on_other_models_are_refused(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b")
+    other = make_bundle(tmp_path / "other", salt="x")
+    manifests = placed([bundle])
+    with pytest.raises(InputError, match="another dit than the bundle's"):
+        card(manifests, report_of(other, tmp_path))
+    with pytest.raises(InputError, match="another dit than the bundle's"):
+        card(manifests, (), bench_of(other, tmp_path))
+    with pytest.raises(InputError, match="none of the bundles"):
+        card(manifests, (), bench_of(bundle, tmp_path, recipe="fp16"))
+    with pytest.raises(InputError, match=r"written by an earlier version.*Measure again"):
+        card(manifests, (), bench_of(bundle, tmp_path, models={}))
+    with pytest.raises(UsageError, match="of the same bundle"):
+        card(manifests, report_of(bundle, tmp_path) * 2)
+    with pytest.raises(UsageError, match="no hub id"):
+        card(manifests, name="x) [y](http://z")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"kind": "sa3-convert verification"}'])
+def test_what_is_no_report_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(InputError, match="no report of"):
+        read_reports([tmp_path])
+
+
+HOSTILE = "x` <img src=x> | https://evil.example [a](b) ``` *c* $d$ &lt; ---"
+
+
+def test_words_from_files_are_neither_markdown_nor_html_nor_yaml(tmp_path: Path) -> None:
+    plain = with_loras(make_bundle(tmp_path), lora_entry(f"{HOSTILE}.safetensors".replace("/", "-")))
+    origin = plain.manifest.checkpoint.model_copy(update={"source": HOSTILE})
+    changed = plain.manifest.model_copy(update={"checkpoint": origin, "tools": {"MNN": HOSTILE}})
+    bundle = Bundle(tmp_path, Manifest.model_validate_json(changed.to_json()))
+    generations = report().model_dump(mode="json")
+    generations["end_to_end"]["cases"][0]["prompt"] = HOSTILE
+    generations["generations"]["distributions"][0]["name"] = HOSTILE
+    given = {key: generations[key] for key in ("generations", "end_to_end")}
+    about = made(recipe="int8", variant=bundle.manifest.label).model_dump(mode="json")
+    machine = {"processor": HOSTILE, "system": HOSTILE, "versions": {"MNN": HOSTILE}}
+    text = card(
+        placed([bundle]),
+        report_of(bundle, tmp_path, made=about, **given),
+        bench_of(bundle, tmp_path, machine=machine),
+    )
+    _, front, body = text.split("---\n", 2)
+    assert yaml.safe_load(front).keys() == {
+        "license", "license_name", "license_link", "library_name", "pipeline_tag", "tags"
+    }  # fmt: skip
+    page = MarkdownIt("commonmark", {"html": True}).enable("table").render(body)
+    assert "<img" not in page
+    assert re.findall(r'<a href="([^"]*)"', page) == [
+        "https://stability.ai/license",
+        "https://ai.google.dev/gemma/terms",
+    ]
+    assert "<em>" not in page
+    assert page.count("&lt;img src=x&gt; | https://evil.example [a](b) ``` *c* $d$ &amp;lt; ---</code>") == 8
+
+
+def test_the_front_matter_names_the_model_and_the_licence(tmp_path: Path) -> None:
+    plain = make_bundle(tmp_path)
+    origin = plain.manifest.checkpoint.model_copy(update={"source": "stabilityai/stable-audio-3-small-music"})
+    text = card({"": plain.manifest.model_copy(update={"checkpoint": origin})})
+    data = yaml.safe_load(text.split("---\n")[1])
+    assert data["base_model"] == ["stabilityai/stable-audio-3-small-music"]
+    assert data["base_model_relation"] == "quantized"
+    assert (data["license"], data["library_name"], data["pipeline_tag"]) == ("other", "mnn", "text-to-audio")
+    assert {"mnn", "int8"} <= set(data["tags"])
+
+
+def test_weights_that_are_random_are_told(toy_int8: Bundle, tmp_path: Path) -> None:
+    assert toy_int8.manifest.checkpoint.synthetic
+    assert "These are not the published weights" in card(placed([toy_int8]))
+
+
+def test_commands_can_be_copied(toy_int8: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "hub"
+    export_bundles([toy_int8], out, "hub", card=Card(name="me/models"))
+    text = (out / "README.md").read_text()
+    download, run = re.search(r"```bash\n(.*?)```", text, re.DOTALL)[1].splitlines()  # type: ignore[index]
+    assert download == "hf download me/models --local-dir models"
+    out.rename(tmp_path / "models")
+    monkeypatch.chdir(tmp_path)
+    assert run.startswith("sa3-convert run models/music/int8 --prompt ")
+    assert cli.run(shlex.split(run)[1:]) == 0
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1].replace("seconds=10", "seconds=0.5")  # type: ignore[index]
+    exec(code, names := {})
+    assert names["piece"].audio.shape[0] == 2
+
+
+def test_without_the_packages_that_draw_the_card_has_no_picture(
+    toy_int8: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("sa3_convert.lab.report")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.run(["bundle", "card", str(toy_int8.path), "-o", str(tmp_path / "README.md")]) == 0
+    assert "The card has no picture" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    assert "![" not in (tmp_path / "README.md").read_text()
+
+
+def test_an_exports_readme_is_its_card(toy_int8: Bundle, measured: Path, tmp_path: Path) -> None:
+    given = ["--report", str(measured / "report"), "--bench", str(measured / "bench.json")]
+    assert cli.run(["bundle", "export", str(toy_int8.path), "--to", str(tmp_path / "hub"), *given]) == 0
+    text = (tmp_path / "hub" / "README.md").read_text()
+    assert "## Performance" in text
+    assert "`music/int8/dit_music_int8.mnn`" in text
+    assert "README.png" in (tmp_path / "hub" / "SHA256SUMS").read_text()
+    exported = Bundle.open(tmp_path / "hub")
+    assert "`music/int8/dit_music_int8.mnn`" in card(placed([exported]), read_reports([measured / "report"]))
