@@ -38,6 +38,7 @@ from sa3_convert.checkpoint.json_file import (
     read_json,
 )
 from sa3_convert.checkpoint.network_config import Autoencoder, AutoencoderAlone, DitConfig, TextEncoderFile
+from sa3_convert.checkpoint.shift import DEFAULT_SHIFT, Shift
 from sa3_convert.errors import CheckpointError
 
 CONFIG: Final = "model_config.json"
@@ -126,7 +127,7 @@ class _Diffusion(Picked):
     input_concat_ids: Nothing
     prepend_cond_ids: Nothing
     modular_local_cond_configs: Nothing
-    sampling_distribution_shift_options: None = None
+    sampling_distribution_shift_options: Shift | None = None
 
 
 class _DiffusionModel(Picked):
@@ -213,6 +214,7 @@ def layout_of(data: Any, text_data: Callable[[], Any]) -> CheckpointLayout:
         number_conditioner=conditioning.seconds,
         objective=diffusion.diffusion_objective,
         source_id=prompt.repo_id,
+        sampling_shift=diffusion.sampling_distribution_shift_options or DEFAULT_SHIFT,
     )
 
 

@@ -10,6 +10,8 @@ from typing import Annotated, Final, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from sa3_convert.checkpoint.shift import DEFAULT_SHIFT, Shift
+
 Objective = Literal["rf_denoiser", "rectified_flow"]
 
 _DEEPEST: Final = 1000
@@ -204,6 +206,8 @@ class CheckpointLayout(_Checked):
     objective: Objective | None = None
     source_id: str | None = None
     """The hub id that the checkpoint names as its own (where its text encoder comes from), if it does."""
+    sampling_shift: Shift = DEFAULT_SHIFT
+    """Of the schedule, unless a request brings another."""
 
     def _problems(self) -> Iterator[str]:
         auto, dit = self.autoencoder, self.dit

@@ -24,7 +24,6 @@ from sa3_convert.runtime.audio import (
     growing_wav,
 )
 from sa3_convert.runtime.batch import RESULTS, BatchItem, BatchOptions, BatchResult, run_batch
-from sa3_convert.runtime.conditioning import lengths
 from sa3_convert.runtime.engines import KINDS, Backend, EngineName, Level
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.placement import parse_places, placement
@@ -219,7 +218,7 @@ def _writer(
         with pcm_to_standard_output(rate, **how) as pcm:
             yield pcm
     else:
-        samples = lengths(pipeline.layout, request.seconds).samples
+        samples = request.lengths(pipeline.layout).samples
         with growing_wav(
             target.output,
             rate,

@@ -15,7 +15,7 @@ from sa3_convert.system.streams import STANDARD_OUTPUT, is_stream
 if TYPE_CHECKING:
     from sa3_convert.cli.generate import Target
 
-_guidance, _audio = o.panel("Guidance"), o.panel("From audio")
+_guidance, _schedule, _audio = o.panel("Guidance"), o.panel("Schedule"), o.panel("From audio")
 _many, _files = o.panel("Batches and streams"), o.panel("Files and checks")
 
 OutputOption = Annotated[
@@ -40,7 +40,27 @@ CfgScaleOption = Annotated[float | None, _guidance(help="Guidance; 1 is none.")]
 ApgScaleOption = Annotated[
     float | None, _guidance(help="Share of the guidance's parallel part that is removed; 1 when not given.")
 ]
+CfgIntervalOption = Annotated[
+    str | None,
+    _guidance(metavar="LOW:HIGH", help="Noise levels, 0 to 1, at which there is guidance; at all when not given."),
+]
+CfgRescaleOption = Annotated[
+    float | None, _guidance(help="0 to 1: how far the deviation that guidance adds is taken back; 0 when not given.")
+]
+CfgNormOption = Annotated[
+    float | None, _guidance(help="Longest norm of what guidance adds, before --apg-scale; 0, no bound, when not given.")
+]
 NegativePromptOption = Annotated[str | None, _guidance(help="What guidance moves away from.")]
+DistShiftOption = Annotated[
+    str | None,
+    _schedule(
+        metavar="TYPE[:NAME=NUMBER,…]",
+        help="How noise levels are spaced: logsnr, flux, full or none; the checkpoint's own when not given.",
+    ),
+]
+DurationPaddingOption = Annotated[
+    float | None, _schedule(help="Seconds that are generated beyond the duration and not heard; 6 when not given.")
+]
 InitAudioOption = Annotated[Path | None, _audio(metavar="FILE", help="Start from this audio.", callback=paths.reads)]
 InitNoiseOption = Annotated[float | None, _audio(help="How much of it is replaced by noise; 0.9 when not given.")]
 InpaintAudioOption = Annotated[
@@ -114,7 +134,12 @@ def run(
     sampler: SamplerOption = None,
     cfg_scale: CfgScaleOption = None,
     apg_scale: ApgScaleOption = None,
+    cfg_interval: CfgIntervalOption = None,
+    cfg_rescale: CfgRescaleOption = None,
+    cfg_norm_threshold: CfgNormOption = None,
     negative_prompt: NegativePromptOption = None,
+    dist_shift: DistShiftOption = None,
+    duration_padding: DurationPaddingOption = None,
     init_audio: InitAudioOption = None,
     init_noise_level: InitNoiseOption = None,
     inpaint_audio: InpaintAudioOption = None,

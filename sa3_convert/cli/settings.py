@@ -1,17 +1,19 @@
 """What `run` is to generate: settings from its options, from a file, or from both, told in the words of either."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sa3_convert.errors import InputError, SettingError, UsageError
-from sa3_convert.system.untrusted import read_json
+from sa3_convert.system.untrusted import parse_json, read_json
 
 _SETTINGS = (
-    "prompt", "seconds", "steps", "seed", "sampler", "cfg_scale", "apg_scale", "negative_prompt", "init_audio",
-    "init_noise_level", "inpaint_audio", "inpaint",
+    "prompt", "seconds", "steps", "seed", "sampler", "cfg_scale", "apg_scale", "cfg_interval", "cfg_rescale",
+    "cfg_norm_threshold", "negative_prompt", "dist_shift", "duration_padding", "init_audio", "init_noise_level",
+    "inpaint_audio", "inpaint",
 )  # fmt: skip
 """Options that are settings of a request, by its names."""
 
@@ -21,20 +23,41 @@ OPTIONS: Mapping[str, str] = {name: f"--{name.replace('_', '-')}" for name in _S
 def given(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that the command line tells, as JSON values."""
     told = {name: value for name in _SETTINGS if (value := parameters[name]) not in (None, [], ())}
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in told.items()}
-    if "inpaint" in settings:
-        settings["inpaint"] = [_region(text) for text in settings["inpaint"]]
-    return settings
+    return {
+        name: _AS_JSON[name](value) if name in _AS_JSON else str(value) if isinstance(value, Path) else value
+        for name, value in told.items()
+    }
 
 
-def _region(text: str) -> list[float]:
-    start, colon, end = text.partition(":")
+def _pair(text: str, what: str) -> list[float]:
+    start, _, end = text.partition(":")
     try:
-        if not colon:
-            raise ValueError
         return [float(start), float(end)]
     except ValueError:
-        raise UsageError(f"--inpaint {text!r} is no region; write START:END in seconds, such as 2.5:4.") from None
+        raise UsageError(f"{text!r} is no {what}.") from None
+
+
+def _shift(text: str) -> dict[str, Any]:
+    """Return a distribution shift as `model_config.json` spells it."""
+    kind, _, rest = text.partition(":")
+    try:
+        numbers = parse_json("{" + re.sub(r"(\w+)=", r'"\1":', rest) + "}")
+    except ValueError:
+        raise UsageError(
+            f"--dist-shift {text!r} cannot be read; write TYPE or TYPE:NAME=NUMBER,…, such as "
+            "flux:alpha_min=2,alpha_max=4."
+        ) from None
+    return {"type": kind, **numbers}
+
+
+_REGION = "region for --inpaint; write START:END in seconds, such as 2.5:4"
+_INTERVAL = "--cfg-interval; write LOW:HIGH as noise levels, such as 0.3:0.9"
+_AS_JSON: Mapping[str, Callable[[Any], Any]] = {
+    "inpaint": lambda texts: [_pair(text, _REGION) for text in texts],
+    "cfg_interval": lambda text: _pair(text, _INTERVAL),
+    "dist_shift": _shift,
+}
+"""Settings that options spell in another way than JSON."""
 
 
 @contextlib.contextmanager

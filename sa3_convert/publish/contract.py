@@ -14,6 +14,7 @@ from sa3_convert.arrays import Arrays, Session, free
 from sa3_convert.bundle.manifest import Manifest
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
+from sa3_convert.checkpoint.shift import LogSnrShift, Shift
 from sa3_convert.checkpoint.variants import defaults_of, size_of
 from sa3_convert.components import Component, Port, contract
 from sa3_convert.mnn.compatibility import OLDEST_KNOWN, version_numbers
@@ -23,7 +24,6 @@ from sa3_convert.runtime.engines import Engine, bundle_engine
 from sa3_convert.runtime.noise import TorchGenerator
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.request import GenerateRequest
-from sa3_convert.runtime.sampling import LOGSNR_AT_0, LOGSNR_SPAN
 
 CONTRACT: Final = "contract.json"
 _GOLDEN: Final = "golden"
@@ -105,10 +105,7 @@ def _generation(layout: CheckpointLayout) -> dict[str, Any]:
         },
         "schedule": {
             "steps": defaults.steps,
-            "logsnr_at_0": LOGSNR_AT_0,
-            "logsnr_span": LOGSNR_SPAN,
-            "sigmas": "of u = linspace(sigma_max, 0, steps + 1): 1 / (1 + exp(logsnr_at_0 − logsnr_span · u)), in "
-            "float32; the first is sigma_max itself, the last 0",
+            **_shift(layout.sampling_shift),
             "sigma_max": "1, or with given audio the noise level: "
             "start = (1 − sigma_max) · latents + sigma_max · noise",
         },
@@ -126,6 +123,31 @@ def _generation(layout: CheckpointLayout) -> dict[str, Any]:
             "order": "[1, C, T] for the start, then as the sampler asks",
         },
     }
+
+
+_LINEAR = "of u = linspace(sigma_max, 0, steps + 1): {}, in float32; the first is sigma_max itself, the last 0"
+_LENGTH = "samples / samples_per_latent rounded up"
+_CLAMPED = f"n = {_LENGTH}, at least min_length, at most max_length"
+_SIGMAS: Final[Mapping[str, str]] = {
+    "none": "u",
+    "logsnr": "1 / (1 + exp(logsnr_end − (logsnr_end − start) · u)), start = anchor_logsnr − rate · "
+    f"log2(n / anchor_length), n = {_LENGTH}",
+    "flux": "a · u / (1 + (a − 1) · u), a = alpha_min · (alpha_max / alpha_min)^(log(n / min_length) / "
+    f"log(max_length / min_length)), {_CLAMPED}",
+    "full": "s = 1 − w / (w + 1 / (1 − u) − 1), w = exp(−(base_shift + (max_shift − base_shift) · (n − min_length) / "
+    f"(max_length − min_length))), {_CLAMPED}; with use_sine sin(s · π / 2)",
+}
+
+
+def _shift(shift: Shift) -> dict[str, Any]:
+    """Return how noise levels follow from equal steps, with the numbers of it."""
+    if isinstance(shift, LogSnrShift) and shift.rate == 0:
+        numbers: dict[str, Any] = {
+            "logsnr_at_0": shift.logsnr_end,
+            "logsnr_span": shift.logsnr_end - shift.anchor_logsnr,
+        }
+        return numbers | {"sigmas": _LINEAR.format("1 / (1 + exp(logsnr_at_0 − logsnr_span · u))")}
+    return {"shift": shift.model_dump(), "sigmas": _LINEAR.format(_SIGMAS[shift.type])}
 
 
 def _autoencoder(layout: CheckpointLayout) -> dict[str, Any]:

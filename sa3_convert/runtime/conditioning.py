@@ -34,6 +34,8 @@ class Lengths:
     """T of the denoising loop."""
     valid: int
     """Latents that attention sees, from the start; the rest is padding."""
+    wanted: int
+    """Latents that the output itself needs, which the schedule may go by."""
 
     def padding_mask(self) -> Floats:
         """Return [1, T] float32, 1 = valid."""
@@ -57,8 +59,11 @@ def alignment(layout: CheckpointLayout) -> int:
     return max(1, (encoder.chunk_size or _DEFAULT_CHUNK) // encoder.stride)
 
 
-def lengths(layout: CheckpointLayout, seconds: float) -> Lengths:
-    """Return the lengths of a generation; raise UsageError for a duration that the model cannot generate."""
+def lengths(layout: CheckpointLayout, seconds: float, padding: float = PADDING_SECONDS) -> Lengths:
+    """Return the lengths of a generation, of which `padding` seconds lie beyond what is wanted.
+
+    Raises UsageError for a duration that the model cannot generate.
+    """
     limit = max_seconds(layout)
     check_duration(seconds)
     rate, ratio = layout.sample_rate, layout.autoencoder.downsampling_ratio
@@ -68,10 +73,11 @@ def lengths(layout: CheckpointLayout, seconds: float) -> Lengths:
     if samples == 0:
         raise SettingError("{seconds} is {0:g}, shorter than one sample at {1} Hz.", seconds, rate)
     align = alignment(layout)
-    latents = math.ceil(math.ceil(int((seconds + PADDING_SECONDS) * rate) / ratio) / align) * align
+    latents = math.ceil(math.ceil(int((seconds + padding) * rate) / ratio) / align) * align
     latents = min(latents, layout.sample_size // ratio)
-    valid = min(math.ceil(samples / ratio) + int(PADDING_SECONDS * rate / ratio), latents)
-    return Lengths(samples=samples, latents=latents, valid=valid)
+    wanted = math.ceil(samples / ratio)
+    valid = min(wanted + int(padding * rate / ratio), latents)
+    return Lengths(samples=samples, latents=latents, valid=valid, wanted=wanted)
 
 
 def inpaint_mask(layout: CheckpointLayout, sizes: Lengths, regions: Sequence[Region]) -> Floats:

@@ -17,7 +17,7 @@ from sa3_convert.errors import BundleError
 from sa3_convert.runtime import autoencode
 from sa3_convert.runtime import conditioning as conditions
 from sa3_convert.runtime.autoencode import Bottleneck
-from sa3_convert.runtime.conditioning import Conditioning, Lengths, given_audio, inpaint_mask, lengths
+from sa3_convert.runtime.conditioning import Conditioning, Lengths, given_audio, inpaint_mask
 from sa3_convert.runtime.engines import Engine, EngineName, KeepLoaded, Models, bundle_engine, checkpoint_parts
 from sa3_convert.runtime.noise import TorchGenerator
 from sa3_convert.runtime.output_checks import OutputCheck
@@ -33,7 +33,7 @@ from sa3_convert.runtime.request import (
     Started,
     Stepped,
 )
-from sa3_convert.runtime.sampling import SAMPLERS, Noise, Step, Velocity, guided, sigmas
+from sa3_convert.runtime.sampling import SAMPLERS, Noise, Step, Velocity, guided
 
 
 class Pipeline:
@@ -177,9 +177,9 @@ class Pipeline:
 
         """
         settings = request.resolved(self.layout)
-        sizes = lengths(self.layout, settings.seconds)
+        sizes = settings.lengths(self.layout)
         check = OutputCheck(allow)
-        notes = Notes()
+        notes = Notes(settings.contradictions(sizes))
         # Everything that can be wrong with the request is found before the first model is loaded.
         initial = given_audio(self.layout, request.init_audio, sizes, notes.warnings)
         inpainted = given_audio(self.layout, request.inpaint_audio, sizes, notes.warnings)
@@ -231,8 +231,6 @@ class Pipeline:
     def condition(self, request: ResolvedRequest, notes: Notes) -> tuple[Conditioning, Conditioning | None]:
         """Return the conditioning under the prompt, and what guidance compares it with if there is guidance."""
         guidance = request.cfg_scale != 1
-        if request.negative_prompt is not None and not guidance:
-            notes.warnings.append("The negative prompt has no effect without guidance (a scale of 1).")
         prompts = {"prompt": self.tokens(request.prompt)}
         if request.negative_prompt is not None and guidance:
             prompts["negative prompt"] = self.tokens(request.negative_prompt)
@@ -284,6 +282,9 @@ class Pipeline:
                     cfg_scale=request.cfg_scale,
                     apg_scale=request.apg_scale,
                     padding_mask=padding_mask,
+                    cfg_interval=request.cfg_interval,
+                    cfg_rescale=request.cfg_rescale,
+                    cfg_norm_threshold=request.cfg_norm_threshold,
                 )
             yield velocity
 
@@ -321,18 +322,17 @@ def denoised(
 
     Args:
         velocity: of the DiT, of a wrapper around it, or one that was recorded.
-        request: gives sampler, steps, and how much of the initial latents is replaced by noise.
+        request: gives sampler, schedule, and how much of the initial latents is replaced by noise.
         channels: of the latents, C.
         sizes: lengths of the generation.
         noise: drawn from once for the start, then as the sampler does.
         initial: latents [1, C, T] to start from.
 
     """
-    start, sigma_max = noise((1, channels, sizes.latents)), 1.0
+    start, level = noise((1, channels, sizes.latents)), request.init_noise_level
     if initial is not None:
-        sigma_max = request.init_noise_level
-        start = initial * np.float32(1 - sigma_max) + start * np.float32(sigma_max)
-    return SAMPLERS[request.sampler](velocity, start, sigmas(request.steps, sigma_max), noise)
+        start = initial * np.float32(1 - level) + start * np.float32(level)
+    return SAMPLERS[request.sampler](velocity, start, request.schedule(sizes), noise)
 
 
 def _velocity(dit: Session, condition: Conditioning, local: Floats, padding_mask: Floats) -> Velocity:

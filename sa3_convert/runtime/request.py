@@ -13,17 +13,29 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from sa3_convert.arrays import Floats
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
+from sa3_convert.checkpoint.json_file import faults
+from sa3_convert.checkpoint.shift import DEFAULT_SHIFT, FluxShift, FullShift, LogSnrShift, NoShift, Shift
 from sa3_convert.checkpoint.variants import defaults_of
 from sa3_convert.errors import SettingError, UsageError
-from sa3_convert.runtime.conditioning import AudioSource, Lengths, Region, check_duration, check_regions, lengths
+from sa3_convert.runtime.conditioning import (
+    PADDING_SECONDS,
+    AudioSource,
+    Lengths,
+    Region,
+    check_duration,
+    check_regions,
+    lengths,
+)
 from sa3_convert.runtime.prompts import check_prompt
-from sa3_convert.runtime.sampling import SamplerName, Step
+from sa3_convert.runtime.sampling import SamplerName, Step, sigmas
 
 MAX_STEPS = 1000
 _DEFAULT_INIT_NOISE = 0.9
+_MOST_PADDING = 600
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,8 +59,18 @@ class GenerateRequest:
     """Guidance; 1 is none. 1 for distilled models, 7 for base models."""
     apg_scale: float = 1.0
     """0 … 1: how much of the guidance that is parallel to the estimate is removed."""
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    """Lowest and highest noise level at which there is guidance; at others the prompt alone is evaluated."""
+    cfg_rescale: float = 0.0
+    """0 … 1: how much of the loudness that guidance adds is taken back."""
+    cfg_norm_threshold: float = 0.0
+    """What guidance adds is no longer than this; 0 is no bound."""
     negative_prompt: str | None = None
     """What guidance moves away from, instead of from no prompt at all."""
+    dist_shift: Shift | None = None
+    """How the schedule is bent towards noise; the checkpoint's own, by default its log-SNR falls in equal steps."""
+    duration_padding: float = PADDING_SECONDS
+    """Seconds that are generated beyond the duration and not heard."""
     init_audio: AudioSource | None = None
     """Audio to start from instead of noise alone."""
     init_noise_level: float | None = None
@@ -72,7 +94,25 @@ class GenerateRequest:
         for name, value in (("cfg_scale", self.cfg_scale), ("apg_scale", self.apg_scale)):
             if value is not None and not math.isfinite(value):
                 raise SettingError(f"{{{name}}} is {{0}}, not a finite number.", value)
+        self._check_guidance()
         self._check_audio()
+
+    def _check_guidance(self) -> None:
+        low, high = self.cfg_interval
+        if not 0 <= low <= high <= 1:
+            raise SettingError(
+                "{cfg_interval} {0:g}:{1:g} is none; noise levels are 0 (audio) to 1 (noise).", low, high
+            )
+        if not 0 <= self.cfg_rescale <= 1:
+            raise SettingError("{cfg_rescale} is {0}; it must be within 0 (off) and 1.", self.cfg_rescale)
+        if not 0 <= self.cfg_norm_threshold < math.inf:
+            raise SettingError("{cfg_norm_threshold} is {0}; give 0 (off) or a finite norm.", self.cfg_norm_threshold)
+        if not 0 <= self.duration_padding <= _MOST_PADDING:
+            raise SettingError(
+                "{duration_padding} is {0}; give 0 to {1} seconds.", self.duration_padding, _MOST_PADDING
+            )
+        if self.dist_shift is not None and not isinstance(self.dist_shift, get_args(SHIFTS)):
+            raise SettingError("{dist_shift} is {0}, which is no shift.", reprlib.repr(self.dist_shift))
 
     def _check_audio(self) -> None:
         level = self.init_noise_level
@@ -90,15 +130,29 @@ class GenerateRequest:
         """Return the files that it reads."""
         return [audio for audio in (self.init_audio, self.inpaint_audio) if isinstance(audio, Path)]
 
+    def lengths(self, layout: CheckpointLayout) -> Lengths:
+        """Return the lengths of the generation; raise UsageError if the model cannot generate that much."""
+        return lengths(layout, self.seconds, self.duration_padding)
+
     def resolved(self, layout: CheckpointLayout) -> "ResolvedRequest":
         """Return the request with every default filled in; raise UsageError if it does not suit the model."""
-        lengths(layout, self.seconds)
+        sizes = self.lengths(layout)
+        shift = layout.sampling_shift if self.dist_shift is None else self.dist_shift
+        if isinstance(shift, LogSnrShift) and not shift.fits(sizes.wanted):
+            raise SettingError(
+                "{dist_shift}: a schedule of {0} latents would start at a log-SNR of {1:.1f}, which must lie from -16 "
+                "to below its end, {2:g}.",
+                sizes.wanted,
+                shift.start(sizes.wanted),
+                shift.logsnr_end,
+            )
         model = defaults_of(layout)
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         defaults = {
             "steps": model.steps,
             "sampler": model.sampler,
             "cfg_scale": model.guidance,
+            "dist_shift": shift,
             "init_noise_level": 1.0 if self.init_audio is None else _DEFAULT_INIT_NOISE,
         }
         return ResolvedRequest(**values | {key: value for key, value in defaults.items() if values[key] is None})
@@ -119,6 +173,8 @@ class GenerateRequest:
                 raise ValueError(f"{name} is an array; only audio that stands in a file can be written down")
             values[name] = None if values[name] is None else _named_from(folder, values[name])
         values["inpaint"] = [list(region) for region in self.inpaint]
+        values["cfg_interval"] = list(self.cfg_interval)
+        values["dist_shift"] = None if self.dist_shift is None else self.dist_shift.model_dump()
         return values
 
     @classmethod
@@ -147,14 +203,43 @@ class ResolvedRequest(GenerateRequest):
     steps: int = 8
     sampler: SamplerName = "pingpong"
     cfg_scale: float = 1.0
+    dist_shift: Shift = DEFAULT_SHIFT
     init_noise_level: float = 1.0
 
+    def schedule(self, sizes: Lengths) -> Floats:
+        """Return the noise levels of the steps, and 0."""
+        return sigmas(self.steps, self.init_noise_level, self.dist_shift, sizes.wanted)
 
-_NUMBERS = ("seconds", "cfg_scale", "apg_scale", "init_noise_level")
+    def contradictions(self, sizes: Lengths) -> list[str]:
+        """Return, as sentences, which settings have no effect beside the others."""
+        usual = {f.name: f.default for f in dataclasses.fields(self)}
+        if self.cfg_scale == 1:
+            idle = [words for name, words in _GUIDANCE.items() if getattr(self, name) != usual[name]]
+            return [f"{words} has no effect without guidance (a scale of 1)." for words in idle]
+        low, high = self.cfg_interval
+        if any(low <= sigma <= high for sigma in self.schedule(sizes)[:-1]):
+            return []
+        return [f"No step starts at a noise level within {low:g}:{high:g}, so there is no guidance."]
+
+
+_GUIDANCE = {
+    "negative_prompt": "The negative prompt",
+    "apg_scale": "The scale of APG",
+    "cfg_interval": "The interval of guidance",
+    "cfg_rescale": "Rescaling guidance",
+    "cfg_norm_threshold": "The norm threshold of guidance",
+}
+SHIFTS = NoShift | LogSnrShift | FluxShift | FullShift
+_SHIFT: TypeAdapter[Shift] = TypeAdapter(Shift)
+_NUMBERS = (
+    "seconds", "cfg_scale", "apg_scale", "cfg_rescale", "cfg_norm_threshold", "duration_padding", "init_noise_level",
+)  # fmt: skip
 _WHOLE = ("seed", "steps")
 _AUDIO = ("init_audio", "inpaint_audio")
 _LARGEST = 1 << 64
-_REQUIRED = ("prompt", "seconds", "seed", "apg_scale", "inpaint")
+_OPTIONAL = (
+    "steps", "sampler", "cfg_scale", "negative_prompt", "dist_shift", "init_audio", "init_noise_level", "inpaint_audio",
+)  # fmt: skip
 
 
 def located(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -180,12 +265,19 @@ def _read(key: str, value: Any) -> Any:
     def unlike(expected: str) -> SettingError:
         return SettingError(f"{{{key}}} is {{0}}, {expected}.", _shown(value))
 
-    if value is None and key not in _REQUIRED:
+    if value is None and key in _OPTIONAL:
         return None
+    if key == "cfg_interval":
+        if _is_pair(value):
+            return float(value[0]), float(value[1])
+        raise unlike("expected [low, high]")
+    if key == "dist_shift":
+        try:
+            return _SHIFT.validate_python(value)
+        except ValidationError as error:
+            raise SettingError("{dist_shift}: {0}.", faults(error)) from None
     if key == "inpaint":
-        if isinstance(value, list) and all(
-            isinstance(r, list) and [_is_number(v) for v in r] == [True] * 2 for r in value
-        ):
+        if isinstance(value, list) and all(map(_is_pair, value)):
             return tuple((float(start), float(end)) for start, end in value)
         raise unlike("expected a list of [start, end] in seconds")
     if key in _NUMBERS:
@@ -203,6 +295,10 @@ def _read(key: str, value: Any) -> Any:
     if not value or "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
         raise unlike("which no file is called")
     return Path(value)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and [_is_number(v) for v in value] == [True] * 2
 
 
 def _is_number(value: Any) -> bool:

@@ -1,38 +1,68 @@
 """From noise to latents: schedules, samplers and guidance (APG), without a model in them."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sa3_convert.arrays import Floats
-
-LOGSNR_AT_0: Final = 2.0
-LOGSNR_SPAN: Final = 8.2
+from sa3_convert.checkpoint.shift import DEFAULT_SHIFT, FluxShift, FullShift, LogSnrShift, NoShift, Shift
 
 
-def sigmas(steps: int, sigma_max: float = 1.0) -> NDArray[np.float32]:
-    """Return the schedule, [steps + 1] float32, falling from exactly `sigma_max` (at most 1: noise alone) to exactly 0.
+def sigmas(steps: int, sigma_max: float = 1.0, shift: Shift = DEFAULT_SHIFT, length: int = 1) -> NDArray[np.float32]:
+    """Return the schedule, [steps + 1] float32, from exactly `sigma_max` (at most 1: noise alone) to exactly 0.
 
-    t = linspace(σmax, 0), then sigmoid of the negative log-SNR 2.0 − 8.2·t. Its end at t = 0, where the sigmoid is
-    0.12, is set to 0, and its start to σmax. Source: the log-SNR shift of the published reference, in the form it has
-    when a checkpoint gives no other.
+    t = linspace(σmax, 0), between whose ends each time is shifted; `length` is that of the wanted audio in latents.
+    Source: the distribution shifts of the published reference.
     """
     if steps < 1:
         raise ValueError(f"{steps} steps; at least 1 is needed")
     if not 0 < sigma_max <= 1:
         raise ValueError(f"sigma_max {sigma_max} is not within (0, 1]")
     times = _linspace_to_zero(sigma_max, steps + 1)
-    logsnr = np.float32(LOGSNR_AT_0) - times * np.float32(LOGSNR_SPAN)
-    # Rounded to float32 where the reference rounds: the DiT's highest time frequency is 10⁴, so last bits count.
-    odds = np.exp(logsnr.astype(np.float64)).astype(np.float32)
-    shifted: NDArray[np.float32] = np.float32(1) / (np.float32(1) + odds)
-    shifted[-1] = 0
-    shifted[0] = sigma_max
+    times[1:-1] = _shifted(times[1:-1], shift, length)
+    return times
+
+
+def _shifted(times: Floats, shift: Shift, length: int) -> Floats:
+    """Return times within (0, 1) as a shift moves them.
+
+    Rounded to float32 where the reference rounds: the DiT's highest time frequency is 10⁴, so last bits count.
+    """
+    one = np.float32(1)
+    match shift:
+        case NoShift():
+            return times
+        case LogSnrShift():
+            end = np.float32(shift.logsnr_end)
+            logsnr = end - times * (end - np.float32(shift.start(length)))
+            shifted: Floats = one / (one + np.exp(logsnr.astype(np.float64)).astype(np.float32))
+        case FluxShift():
+            alpha = np.float32(_flux_alpha(shift, length))
+            shifted = alpha * times / (one + (alpha - one) * times)
+        case FullShift():
+            share = (_clamped(length, shift) - shift.min_length) / (shift.max_length - shift.min_length)
+            weight = np.float32(math.exp(-(shift.base_shift + (shift.max_shift - shift.base_shift) * share)))
+            shifted = one - weight / (weight + (one / (one - times) - one))
+            if shift.use_sine:
+                shifted = np.sin(shifted * np.float32(math.pi) / np.float32(2))
     return shifted
+
+
+def _flux_alpha(shift: FluxShift, length: int) -> float:
+    """Return the factor of a length: alpha_min and alpha_max at the ends, straight in logarithms between them."""
+    if shift.min_length == shift.max_length:
+        return shift.alpha_min
+    share = math.log(_clamped(length, shift) / shift.min_length) / math.log(shift.max_length / shift.min_length)
+    return math.exp(math.log(shift.alpha_min) + share * math.log(shift.alpha_max / shift.alpha_min))
+
+
+def _clamped(length: int, shift: FluxShift | FullShift) -> int:
+    return min(max(length, shift.min_length), shift.max_length)
 
 
 def _linspace_to_zero(start: float, points: int) -> NDArray[np.float32]:
@@ -138,33 +168,65 @@ _TINY = 1e-8
 
 
 def guided(
-    conditioned: Velocity, unconditioned: Velocity, *, cfg_scale: float, apg_scale: float, padding_mask: Floats
+    conditioned: Velocity,
+    unconditioned: Velocity,
+    *,
+    cfg_scale: float,
+    apg_scale: float,
+    padding_mask: Floats,
+    cfg_interval: tuple[float, float] = (0, 1),
+    cfg_rescale: float = 0,
+    cfg_norm_threshold: float = 0,
 ) -> Velocity:
     """Return a velocity function that evaluates both and blends them.
 
-    `cfg_scale` 1 is the conditioned velocity alone; more moves away from the unconditioned one. `apg_scale` 0 keeps the
-    whole difference, 1 only its part orthogonal to the conditioned estimate, projected and kept at valid positions
-    alone (`padding_mask` [B, T], 1 = valid).
+    Args:
+        conditioned: under the prompt.
+        unconditioned: without it, or under a negative prompt.
+        cfg_scale: 1 is the conditioned velocity alone; more moves away from the unconditioned one.
+        apg_scale: 0 keeps the whole difference, 1 only its part orthogonal to the conditioned estimate.
+        padding_mask: [B, T], 1 = valid. Norms and projections are those of valid positions.
+        cfg_interval: lowest and highest time at which there is guidance; at others `conditioned` is evaluated alone.
+        cfg_rescale: how far the deviation over channels goes back to that of the conditioned velocity; 1 all the way.
+        cfg_norm_threshold: the norm to which a longer difference is shortened before the projection; 0 is none.
+
     """
+    low, high = cfg_interval
 
     def velocity(x: Floats, t: np.float32) -> Floats:
-        denoised = x - t * conditioned(x, t)
+        alone = conditioned(x, t)
+        if not low <= t <= high:
+            return alone
+        denoised = x - t * alone
         difference = denoised - (x - t * unconditioned(x, t))
+        if cfg_norm_threshold > 0:
+            norm = _norm(difference * padding_mask[:, np.newaxis, :])
+            difference = difference * np.minimum(1, cfg_norm_threshold / np.maximum(norm, _TINY)).astype(np.float32)
         if apg_scale != 0:
             orthogonal = _orthogonal(difference, denoised, padding_mask)
             weight = np.float32(apg_scale)
             difference = (weight * orthogonal + (1 - weight) * difference).astype(np.float32)
-        return ((x - (denoised + np.float32(cfg_scale - 1) * difference)) / t).astype(np.float32)
+        blended: Floats = ((x - (denoised + np.float32(cfg_scale - 1) * difference)) / t).astype(np.float32)
+        if cfg_rescale != 0:
+            kept = alone.std(axis=1, ddof=1, keepdims=True) / np.maximum(
+                blended.std(axis=1, ddof=1, keepdims=True), _TINY
+            )
+            blended = blended * (1 + np.float32(cfg_rescale) * (kept - 1))
+        return blended
 
     return velocity
+
+
+def _norm(values: Floats) -> NDArray[np.float64]:
+    norm: NDArray[np.float64] = np.sqrt(np.sum(np.square(values, dtype=np.float64), axis=(-2, -1), keepdims=True))
+    return norm
 
 
 def _orthogonal(vector: Floats, reference: Floats, padding_mask: Floats) -> Floats:
     """Return the part of `vector` [B, C, T] orthogonal to `reference` over valid positions, and 0 at the others."""
     mask = padding_mask[:, np.newaxis, :]
     masked = reference * mask
-    norm = np.sqrt(np.sum(np.square(masked, dtype=np.float64), axis=(-2, -1), keepdims=True))
-    direction = (masked / np.maximum(norm, _TINY)).astype(np.float32)
+    direction = (masked / np.maximum(_norm(masked), _TINY)).astype(np.float32)
     length = np.sum(np.multiply(vector, direction, dtype=np.float64), axis=(-2, -1), keepdims=True)
     orthogonal: Floats = vector - length.astype(np.float32) * direction
     orthogonal *= mask

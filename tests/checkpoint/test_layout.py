@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from sa3_convert.checkpoint.config import read_layout, spelled_config, spelled_text_config
+from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.checkpoint.published import model_config, text_encoder_config
+from sa3_convert.checkpoint.shift import FluxShift, FullShift, LogSnrShift, NoShift, Shift
 from sa3_convert.checkpoint.variants import VARIANTS
 from sa3_convert.errors import CheckpointError
 from tests.checkpoint.conftest import edit_json
@@ -53,6 +56,36 @@ def test_published_small_has_the_published_dimensions(tmp_path: Path) -> None:
     assert auto.decoder.sinusoidal_from == auto.decoder.depth
     assert (layout.text_encoder.vocab_size, layout.text_encoder.max_length) == (256000, 256)
     assert layout.sample_size >= 120 * layout.sample_rate
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (None, LogSnrShift(rate=0)),
+        ({"type": "logsnr"}, LogSnrShift(anchor_length=2000, anchor_logsnr=-6.2, rate=1, logsnr_end=2)),
+        ({"type": "flux", "alpha_min": 6.93, "alpha_max": 6.93}, FluxShift(alpha_min=6.93, alpha_max=6.93)),
+        ({"base_shift": 0.25}, FullShift(base_shift=0.25, max_shift=1.15, min_length=256, max_length=4096)),
+        ({"type": "none"}, NoShift()),
+    ],
+)
+def test_the_shift_of_the_schedule_is_read_and_survives_a_manifest(
+    copy: Path, options: Config | None, expected: Shift
+) -> None:
+    edit_json(
+        copy / "model_config.json",
+        lambda c: c["model"]["diffusion"].update(sampling_distribution_shift_options=options),
+    )
+    layout = read_layout(copy)
+    assert layout.sampling_shift == expected
+    adapter = TypeAdapter(CheckpointLayout)
+    assert adapter.validate_json(adapter.dump_json(layout)) == layout
+
+
+def test_a_layout_of_before_has_the_shift_that_everything_had(copy: Path) -> None:
+    adapter = TypeAdapter(CheckpointLayout)
+    written = adapter.dump_python(read_layout(copy), mode="json")
+    del written["sampling_shift"]
+    assert adapter.validate_json(json.dumps(written)).sampling_shift == LogSnrShift(rate=0)
 
 
 def test_published_medium_has_the_published_dimensions(tmp_path: Path) -> None:
@@ -195,8 +228,16 @@ UNSUPPORTED: dict[str, tuple[Callable[[Config], object], str]] = {
         "fourier_features_type is 'learned'",
     ),
     "shift": (
-        lambda c: c["model"]["diffusion"].update(sampling_distribution_shift_options={"type": "full"}),
-        "sampling_distribution_shift_options",
+        lambda c: c["model"]["diffusion"].update(sampling_distribution_shift_options={"type": "cosine"}),
+        "sampling_distribution_shift_options is .*cosine.*expected an object whose type is none, logsnr, flux or full",
+    ),
+    "shift's key": (
+        lambda c: c["model"]["diffusion"].update(sampling_distribution_shift_options={"type": "flux", "alpha": 2}),
+        "alpha is not supported",
+    ),
+    "shift's range": (
+        lambda c: c["model"]["diffusion"].update(sampling_distribution_shift_options={"min_length": 5000}),
+        "min_length 5000 is not below max_length 4096",
     ),
     "dit key": (lambda c: dit(c).update(new_trick=1), "dit.*new_trick|config.new_trick"),
     "dit setting": (lambda c: dit(c).update(timestep_features_type="learned"), "timestep_features_type is 'learned'"),

@@ -71,6 +71,25 @@ def test_settings_are_written_and_replay_to_the_same_file(run: Callable[..., int
     assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
 
 
+def test_settings_of_guidance_and_schedule_are_kept_and_replayed(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--cfg-scale", "3", "--cfg-interval", "0.2:0.9", "--cfg-rescale", "0.7", "--cfg-norm-threshold", "15"]
+    given += ["--dist-shift", "flux:alpha_min=2,alpha_max=4", "--duration-padding", "1"]
+    assert run(*SHORT, *given, "-o", str(tmp_path / "a.wav"), "--json", str(tmp_path / "a.json")) == 0
+    assert run("--from", str(tmp_path / "a.json"), "-o", str(tmp_path / "b.wav"), "--threads", "2") == 0
+    assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
+    kept = read_metadata(tmp_path / "b.wav")["request"]
+    assert (kept["cfg_interval"], kept["cfg_rescale"], kept["cfg_norm_threshold"]) == ([0.2, 0.9], 0.7, 15)
+    assert kept["dist_shift"] == {
+        "type": "flux", "min_length": 256, "max_length": 4096, "alpha_min": 2, "alpha_max": 4,
+    }  # fmt: skip
+    assert kept["duration_padding"] == 1
+    assert "no effect" not in capsys.readouterr().err
+    assert run(*SHORT, "--cfg-interval", "0.2:0.9", "-o", str(tmp_path / "c.wav")) == 0
+    assert "Note: The interval of guidance has no effect without guidance (a scale of 1)." in capsys.readouterr().err
+
+
 def test_settings_of_another_variant_are_not_replayed_and_those_of_other_models_with_a_note(
     run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,6 +226,13 @@ def test_an_interrupted_batch_keeps_what_it_has_done_and_goes_on_from_there(
         ("--prompt", "pad", "-o", "x.wav", "--inpaint", "2:30", "--inpaint-audio", "a.wav"),
         ("--prompt", "pad", "-o", "x.wav", "--inpaint", "1:3", "--inpaint", "2:4", "--inpaint-audio", "a.wav"),
         ("--prompt", "pad", "-o", "x.wav", "--inpaint", "1:3"),
+        ("--prompt", "pad", "-o", "x.wav", "--cfg-interval", "0.5"),
+        ("--prompt", "pad", "-o", "x.wav", "--cfg-interval", "0.5:0.2"),
+        ("--prompt", "pad", "-o", "x.wav", "--dist-shift", "cosine"),
+        ("--prompt", "pad", "-o", "x.wav", "--dist-shift", "flux:alpha_min"),
+        ("--prompt", "pad", "-o", "x.wav", "--dist-shift", "flux:alpha_min=1,alpha_min=2"),
+        ("--prompt", "pad", "-o", "x.wav", "--dist-shift", "flux:alpha=1"),
+        ("--prompt", "pad", "-o", "x.wav", "--dist-shift", "logsnr:rate=2"),
         ("--prompt", "pad", "-o", "x.wav", "--allow", "everything"),
         ("--prompt", "pad", "-o", "x.wav", "--engine", "onnxruntime", "--memory", "low"),
         ("--prompt", "pad", "-o", "x.wav", "--json", "."),

@@ -58,8 +58,8 @@ def test_every_stage_is_followed() -> None:
         ("recipe.py", r"for rule in self\.layers:", "for rule in self.layers[::-1]:", STORED | {"round"}),
         (
             "runtime/sampling.py",
-            r"^LOGSNR_SPAN.*= ",
-            r"\g<0>1 + ",
+            r"times\[1:-1\] = ",
+            r"\g<0>1 - ",
             {"round", "verify", "ort-int8", "onnx-fp16", "split"},
         ),
         ("passes/fp16_safe.py", r"^_LARGEST_CONSTANT.*= ", r"\g<0>1 + ", STORED),

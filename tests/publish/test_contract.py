@@ -18,9 +18,10 @@ import soundfile
 from numpy.typing import NDArray
 
 from sa3_convert.bundle.reader import Bundle
+from sa3_convert.checkpoint.shift import FluxShift, FullShift, LogSnrShift, NoShift, Shift
 from sa3_convert.components import Component
 from sa3_convert.mnn.session import MnnSession
-from sa3_convert.publish.contract import golden_of
+from sa3_convert.publish.contract import contract_of, golden_of
 from sa3_convert.publish.export import export_bundles
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.request import GenerateRequest
@@ -109,6 +110,15 @@ def test_the_python_client_makes_the_samples_of_the_pipeline(folder: Path, secon
     made = client()(folder, tokens.ids[tokens.mask == 1].tolist(), seconds, seed)
     np.testing.assert_allclose(made, expected, atol=CLOSE, strict=True)
     assert expected.std() > 1e-3
+
+
+@pytest.mark.parametrize("shift", [NoShift(), LogSnrShift(rate=0.5), FluxShift(), FullShift()])
+def test_another_shift_is_told_with_its_formula_and_no_numbers_of_the_usual_one(toy_int8: Bundle, shift: Shift) -> None:
+    layout = replace(toy_int8.manifest.layout, sampling_shift=shift)
+    schedule = contract_of(toy_int8.manifest.model_copy(update={"layout": layout}))["schedule"]
+    assert schedule["shift"] == shift.model_dump()
+    assert "logsnr_at_0" not in schedule
+    assert all(re.search(rf"\b{name}\b", schedule["sigmas"]) for name in schedule["shift"] if name != "type")
 
 
 def test_the_python_client_needs_mnn_and_numpy_alone() -> None:

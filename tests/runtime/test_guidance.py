@@ -1,11 +1,17 @@
+from typing import Any
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
+from sa3_convert.checkpoint.shift import Shift
 from sa3_convert.components import Component
-from sa3_convert.runtime.sampling import guided
-from tests.conftest import Golden, assert_close_to_peak
+from sa3_convert.runtime.noise import TorchGenerator
+from sa3_convert.runtime.sampling import SAMPLERS, guided, sigmas
+from tests.conftest import Golden, assert_close_to_peak, load_golden
 from tests.runtime.conftest import Parts
 
 Floats = NDArray[np.float32]
@@ -111,3 +117,46 @@ def test_a_conditioned_estimate_of_zero_has_nothing_parallel_to_it() -> None:
     zero = np.zeros((1, 2, 6), np.float32)
     velocity = guided(lambda x, t: x / t, lambda x, t: zero, cfg_scale=2, apg_scale=1, padding_mask=ALL)
     assert np.isfinite(velocity(np.ones((1, 2, 6), np.float32), np.float32(1))).all()
+
+
+SAMPLING = load_golden("sampling")
+"""Stability-AI/stable-audio-3 at 636f906fc0ee54b3f06edf974dc7d3aa99d6841b."""
+
+
+@pytest.mark.parametrize("case", SAMPLING.of("trajectory"), ids=lambda case: case["output"])
+def test_each_sampler_with_each_setting_goes_the_way_of_the_reference(case: dict[str, Any]) -> None:
+    condition, evaluations = SAMPLING.tensors["cond"], []
+    noise = TorchGenerator(case["seed"]).randn
+
+    def velocity(x: Floats, t: np.float32, condition: Floats) -> Floats:
+        evaluations.append(t)
+        return np.tanh(x) * (np.float32(0.5) + t) - np.float32(0.1) * x + condition
+
+    given = dict(case["guidance"])
+    blended = guided(
+        lambda x, t: velocity(x, t, condition),
+        lambda x, t: velocity(x, t, np.zeros_like(condition)),
+        cfg_scale=case["cfg_scale"],
+        apg_scale=given.get("apg_scale", 1.0),
+        padding_mask=(np.arange(condition.shape[2]) < case["valid"]).astype(np.float32)[np.newaxis],
+        cfg_interval=tuple(given.get("cfg_interval", (0, 1))),
+        cfg_rescale=given.get("scale_phi", 0),
+        cfg_norm_threshold=given.get("cfg_norm_threshold", 0),
+    )
+    schedule = sigmas(case["steps"], 1.0, TypeAdapter[Shift](Shift).validate_python(case["shift"]), case["length"])
+    *_, last = SAMPLERS[case["sampler"]](blended, noise(condition.shape), schedule, noise)
+    assert len(evaluations) == case["evaluations"]
+    # Errors of single operations grow by the guidance, 4, and the steps, 6.
+    assert_close_to_peak(last.latents, SAMPLING.tensors[case["output"]], 5e-6)
+
+
+def test_the_trajectories_have_every_sampler_with_every_setting() -> None:
+    settings = {(case["sampler"], *case["guidance"]) for case in SAMPLING.of("trajectory")}
+    for sampler in SAMPLERS:
+        assert settings >= {(sampler, name) for name in ("cfg_interval", "scale_phi", "cfg_norm_threshold")}
+
+
+def test_channels_that_are_all_alike_are_rescaled_to_numbers() -> None:
+    flat = np.ones((1, 4, 6), np.float32)
+    velocity = guided(lambda x, t: flat, lambda x, t: -flat, cfg_scale=2, apg_scale=0, padding_mask=ALL, cfg_rescale=1)
+    assert np.isfinite(velocity(flat, np.float32(0.5))).all()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.errors import UsageError
 from sa3_convert.runtime.conditioning import check_regions, inpaint_mask, lengths, max_seconds
-from tests.conftest import Golden
+from tests.conftest import Golden, load_golden
 from tests.runtime.conftest import Parts
 
 SECONDS = st.floats(0.001, 120)
@@ -25,6 +25,13 @@ def test_golden_generations_have_the_reference_lengths(golden: Golden, parts: Pa
         sizes = lengths(parts.layout, case["duration"])
         assert sizes.latents == golden.tensors[case["latents"]].shape[2]
         assert sizes.samples == golden.tensors[case["audio"]].shape[2]
+
+
+def test_every_padding_gives_the_lengths_of_the_reference(layout: CheckpointLayout) -> None:
+    """`tests/golden/sampling`: Stability-AI/stable-audio-3 at 636f906fc0ee54b3f06edf974dc7d3aa99d6841b."""
+    for case in load_golden("sampling").of("lengths"):
+        sizes = lengths(layout, case["seconds"], case["padding"])
+        assert (sizes.latents, sizes.valid, sizes.wanted) == (case["latents"], case["valid"], case["effective"]), case
 
 
 @given(seconds=SECONDS)

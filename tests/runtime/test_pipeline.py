@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from sa3_convert.checkpoint.shift import NoShift
 from sa3_convert.components import Component
 from sa3_convert.errors import AudioError, BundleError, OutputRejectedError, UsageError
 from sa3_convert.runtime.audio import write_audio
@@ -175,6 +176,25 @@ def test_a_negative_prompt_without_guidance_is_not_computed_and_warned_of(small:
     report = pipeline(small, engine).generate(request).report
     assert len(engine.feeds(Component.TEXT_ENCODER)) == 1
     assert any("no effect" in warning for warning in report.warnings)
+
+
+def test_guidance_at_some_noise_levels_asks_the_model_once_at_the_others(small: Parts) -> None:
+    engine = FakeEngine()
+    request = GenerateRequest("pad", seconds=1, steps=4, cfg_scale=3, cfg_interval=(0.9, 1), cfg_rescale=0.5)
+    report = pipeline(small, engine).generate(request, allow=["clipping"]).report
+    times = [float(feeds["t"][0]) for feeds in engine.feeds(Component.DIT)]
+    schedule = request.resolved(small.layout).schedule(report.lengths)[:-1]
+    assert times == [float(t) for t in schedule for _ in range(2 if t >= 0.9 else 1)]
+    assert len(schedule) < len(times) < 2 * len(schedule)
+
+
+def test_a_shift_and_a_padding_reach_the_model(small: Parts) -> None:
+    engine = FakeEngine()
+    request = GenerateRequest("pad", seconds=1, steps=4, dist_shift=NoShift(), duration_padding=0)
+    pipeline(small, engine).generate(request)
+    first, second, *_ = engine.feeds(Component.DIT)
+    assert (first["x"].shape[2], first["padding_mask"].sum()) == (12, 11)
+    assert second["t"][0] == np.float32(0.75)
 
 
 def test_a_long_prompt_is_warned_of(small: Parts) -> None:

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sa3_convert.checkpoint.shift import FluxShift, FullShift, LogSnrShift, NoShift
 from sa3_convert.errors import UsageError
 from sa3_convert.runtime.request import GenerateRequest, ResolvedRequest
+from sa3_convert.runtime.sampling import sigmas
 from tests.runtime.conftest import Parts
 
 AUDIO = np.zeros((2, 100), np.float32)
@@ -22,6 +24,11 @@ SETTINGS = st.fixed_dictionaries(
         "sampler": st.sampled_from([None, "pingpong", "euler", "rk4", "dpmpp"]),
         "cfg_scale": st.none() | st.floats(0, 20),
         "apg_scale": st.floats(0, 1),
+        "cfg_interval": st.tuples(st.floats(0, 0.5), st.floats(0.5, 1)),
+        "cfg_rescale": st.floats(0, 1),
+        "cfg_norm_threshold": st.floats(0, 100),
+        "dist_shift": st.sampled_from([None, NoShift(), LogSnrShift(rate=0.5), FluxShift(alpha_max=3), FullShift()]),
+        "duration_padding": st.floats(0, 600),
         "negative_prompt": st.none() | st.text("abc", max_size=5),
     },
 )
@@ -52,6 +59,64 @@ def test_a_resolved_request_replays_as_itself(small: Parts) -> None:
     resolved = GenerateRequest("pad", init_audio=Path("a.wav")).resolved(small.layout)
     again = GenerateRequest.from_json(resolved.to_json()).resolved(small.layout)
     assert as_dict(again) == as_dict(resolved)
+
+
+def test_settings_of_before_are_read_without_the_keys_that_came_later(small: Parts) -> None:
+    request = GenerateRequest.from_json({"prompt": "pad", "seconds": 3.0, "seed": 1, "apg_scale": 1.0, "inpaint": []})
+    resolved = request.resolved(small.layout)
+    assert (resolved.cfg_interval, resolved.cfg_rescale, resolved.cfg_norm_threshold) == ((0, 1), 0, 0)
+    assert (resolved.dist_shift, resolved.duration_padding) == (LogSnrShift(rate=0), 6)
+
+
+def test_a_checkpoints_own_shift_is_taken_and_a_requests_replaces_it(small: Parts) -> None:
+    layout = dataclasses.replace(small.layout, sampling_shift=FullShift(base_shift=1))
+    sizes = GenerateRequest("pad").lengths(layout)
+    own, asked = (GenerateRequest("pad", dist_shift=shift).resolved(layout) for shift in (None, NoShift()))
+    assert own.dist_shift == FullShift(base_shift=1)
+    np.testing.assert_array_equal(own.schedule(sizes), sigmas(8, 1.0, FullShift(base_shift=1), 108))
+    np.testing.assert_allclose(asked.schedule(sizes), np.linspace(1, 0, 9), atol=1e-7)
+
+
+def test_a_shift_whose_schedule_would_rise_at_this_length_is_refused(small: Parts) -> None:
+    shift = LogSnrShift(rate=2)
+    assert GenerateRequest("pad", seconds=100, dist_shift=shift).resolved(small.layout).dist_shift == shift
+    with pytest.raises(UsageError, match=r"schedule of 11 latents would start at a log-SNR of 8\.8.*below its end, 2"):
+        GenerateRequest("pad", seconds=1, dist_shift=shift).resolved(small.layout)
+
+
+def test_padding_changes_what_is_generated_and_not_what_is_heard(small: Parts) -> None:
+    usual, short = (GenerateRequest("pad", duration_padding=p).lengths(small.layout) for p in (6.0, 0.0))
+    assert (usual.samples, usual.latents, usual.valid) == (441000, 174, 172)
+    assert (short.samples, short.latents, short.valid) == (441000, 108, 108)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, []),
+        ({"cfg_scale": 3.0, "cfg_interval": (0.5, 1.0), "cfg_rescale": 1.0, "negative_prompt": "a"}, []),
+        ({"cfg_interval": (0.5, 1.0)}, ["The interval of guidance has no effect without guidance (a scale of 1)."]),
+        (
+            {"cfg_rescale": 0.5, "cfg_norm_threshold": 2.0, "negative_prompt": "a", "apg_scale": 0.5},
+            [
+                f"{words} has no effect without guidance (a scale of 1)."
+                for words in (
+                    "The negative prompt",
+                    "The scale of APG",
+                    "Rescaling guidance",
+                    "The norm threshold of guidance",
+                )
+            ],
+        ),
+        (
+            {"cfg_scale": 3.0, "cfg_interval": (0.0, 0.1)},
+            ["No step starts at a noise level within 0:0.1, so there is no guidance."],
+        ),
+    ],
+)
+def test_settings_without_an_effect_are_told(small: Parts, settings: dict[str, Any], expected: list[str]) -> None:
+    request = GenerateRequest("pad", **settings).resolved(small.layout)
+    assert request.contradictions(request.lengths(small.layout)) == expected
 
 
 def test_samples_cannot_be_written_down() -> None:
@@ -107,6 +172,16 @@ def test_an_autoencoder_alone_cannot_generate(small: Parts) -> None:
         ({"sampler": "ddim"}, "sampler is 'ddim'; give pingpong"),
         ({"cfg_scale": float("inf")}, "cfg_scale"),
         ({"apg_scale": float("nan")}, "apg_scale"),
+        ({"cfg_interval": (0.5, 0.2)}, "cfg_interval 0.5:0.2 is none"),
+        ({"cfg_interval": (0.0, 1.1)}, "cfg_interval 0:1.1"),
+        ({"cfg_interval": (float("nan"), 1.0)}, "cfg_interval nan:1"),
+        ({"cfg_rescale": -0.1}, "cfg_rescale"),
+        ({"cfg_rescale": 1.1}, "cfg_rescale"),
+        ({"cfg_norm_threshold": -1.0}, "cfg_norm_threshold"),
+        ({"cfg_norm_threshold": float("inf")}, "cfg_norm_threshold"),
+        ({"duration_padding": -1.0}, "duration_padding"),
+        ({"duration_padding": 1e308}, "0 to 600 seconds"),
+        ({"dist_shift": "flux"}, "dist_shift is 'flux'"),
         ({"init_noise_level": 0.5}, "needs init_audio"),
         ({"init_audio": AUDIO, "init_noise_level": 0.0}, "above 0"),
         ({"init_audio": AUDIO, "init_noise_level": 1.1}, "at most 1"),
@@ -140,6 +215,14 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: 
         ({"prompt": "a", "inpaint": [[1, "2"]]}, "list of"),
         ({"prompt": "a", "inpaint": None}, "list of"),
         ({"prompt": "a", "sampler": "x"}, "sampler is 'x'"),
+        ({"prompt": "a", "cfg_interval": [0, 1, 2]}, r"expected \[low, high\]"),
+        ({"prompt": "a", "cfg_interval": None}, r"expected \[low, high\]"),
+        ({"prompt": "a", "cfg_rescale": None}, "cfg_rescale is None"),
+        ({"prompt": "a", "dist_shift": "flux"}, "type is none, logsnr, flux or full"),
+        ({"prompt": "a", "dist_shift": {"type": []}}, "type is none, logsnr, flux or full"),
+        ({"prompt": "a", "dist_shift": {"type": "flux", "alpha": 1}}, "dist_shift.*alpha is not supported"),
+        ({"prompt": "a", "dist_shift": {"type": "flux", "alpha_min": "1"}}, "alpha_min is '1', expected a number"),
+        ({"prompt": "a", "dist_shift": {"type": "flux", "alpha_min": 0}}, "at least 0.01"),
         ({"prompt": "a", "seconds": 10**400}, "seconds is a number beyond all bounds"),
         ({"prompt": "a", "seconds": 10**5000}, "seconds is a number beyond all bounds"),
         ({"prompt": "a", "steps": 10**5000}, "steps is a number beyond all bounds"),
