@@ -14,7 +14,7 @@ from sa3_convert.cli.console import progress, show_raised, stderr, stdout, tell_
 from sa3_convert.cli.options import write_figures
 from sa3_convert.errors import AudioError, BundleError, OutputRejectedError, UsageError
 from sa3_convert.lab.doctor.results import CONVERSION_SETTING, saved, setting_name
-from sa3_convert.mnn.session import require_backend
+from sa3_convert.mnn.compatibility import require_backend
 from sa3_convert.runtime.audio import (
     PcmStream,
     SampleFormat,

@@ -66,6 +66,7 @@ def surroundings_lines(found: Mapping[str, Any]) -> Iterator[str]:
         f"{g['name']} ({g['memory_bytes'] / 2**30:.0f} GiB, driver {g['driver']})" for g in found["gpus"]
     )
     yield f"NVIDIA GPUs: {devices or 'none that NVML tells of'}"
+    yield f"CUDA: {found['cuda_driver']}"
     yield f"MNN: {_present(found['mnn_backends'])}"
     providers = found["onnxruntime_providers"]
     yield f"ONNX Runtime: {'not installed' if providers is None else ', '.join(providers)}"

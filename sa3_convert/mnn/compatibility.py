@@ -1,11 +1,15 @@
-"""Which versions of MNN: the oldest that a conversion is for, and the oldest that reads and runs a file."""
+"""Which MNN: the oldest that a conversion is for and that reads a file, and what the installed one can run on here."""
 
+import functools
+import importlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Final, Literal
 
 from sa3_convert.errors import BackendError, ConversionError, UsageError
+from sa3_convert.system.log import capture_stdout
 
 if TYPE_CHECKING:
     from sa3_convert.mnn.file.contents import ModelStorage, OperatorStorage
@@ -125,3 +129,78 @@ def _found(storage: "ModelStorage") -> Iterator["tuple[_Novelty, OperatorStorage
         for novelty in _NOVELTIES:
             if novelty.is_in(operator):
                 yield novelty, operator
+
+
+Backend = Literal["cpu", "cuda", "opencl", "vulkan"]
+
+BACKENDS: tuple[Backend, ...] = ("cpu", "cuda", "opencl", "vulkan")
+
+# MNNForwardType in MNN's include/MNN/MNNForwardType.h. 13 is the CPU with AVX or the ARM extensions.
+FORWARD_TYPES: Mapping[int, str] = {0: "cpu", 1: "metal", 2: "cuda", 3: "opencl", 5: "nn", 7: "vulkan", 13: "cpu"}
+
+
+@functools.cache
+def load_mnn() -> ModuleType:
+    """Import MNN quietly (its C++ code greets on standard output)."""
+    try:
+        with capture_stdout():
+            return importlib.import_module("MNN")
+    except ImportError as error:
+        # One that was built here needs CUDA's or OpenCL's libraries; the message names the one that is missing.
+        raise BackendError(
+            f"MNN's Python package cannot be imported ({error}). Install it: pip install MNN; or, if it was built "
+            "here, what it says is missing."
+        ) from None
+
+
+def mnn_version() -> str:
+    """Return the version of the MNN that runs, as it says itself; 'absent' where it cannot be imported.
+
+    Packages that were built elsewhere have other names, or none, so metadata do not tell.
+    """
+    try:
+        return str(load_mnn().version())
+    except BackendError:
+        return "absent"
+
+
+@functools.cache
+def _missing(backend: Backend) -> str | None:
+    """Return, asking once per process, why MNN cannot run on a backend here; None if it can.
+
+    Once, because each question takes a reference to True that it does not own: some hundreds end the interpreter.
+    """
+    with capture_stdout():
+        _, present = load_mnn().Interpreter.createRuntime([{"backend": backend.upper()}])
+    if not present[0]:
+        return (
+            f"The installed MNN {mnn_version()} has no {backend.upper()} backend; MNN would run on the CPU without "
+            f"saying so. Use --backend cpu, or install an MNN built with -DMNN_{backend.upper()}=ON: the wheels on "
+            "PyPI for Linux hold the CPU backend only."
+        )
+    if backend == "cpu":
+        return None
+    from sa3_convert.system.gpu_drivers import require_device
+
+    # MNN makes a runtime without a device, a driver or code for the device, too, and then computes nothing.
+    try:
+        require_device(backend, "mnn")
+    except BackendError as error:
+        return f"MNN {mnn_version()} has a {backend.upper()} backend, but cannot use it here. {error}"
+    return None
+
+
+def has_backend(backend: Backend) -> bool:
+    """Tell whether MNN can run on this backend here: it has it, and the driver says that there is a device for it."""
+    return _missing(backend) is None
+
+
+def runtime_backends() -> dict[str, bool]:
+    """Return, for every backend that the toolchain knows, whether MNN can run on it here."""
+    return {backend: has_backend(backend) for backend in BACKENDS}
+
+
+def require_backend(backend: Backend) -> None:
+    """Raise BackendError, which says what is missing and how to get it, if MNN cannot run on a backend here."""
+    if (missing := _missing(backend)) is not None:
+        raise BackendError(missing)

@@ -127,11 +127,16 @@ JOB_SECONDS = 60.0
 _PATTERN = ("env", "MALLOC_PERTURB_=165")
 
 
-def run_jobs(jobs: Sequence[Job], folder: Path, *, timeout: float = JOB_SECONDS) -> list[JobOutcome]:
-    """Run jobs in one process after the other: where one ends the process, the next goes on behind it."""
+def run_jobs(
+    jobs: Sequence[Job], folder: Path, *, apart: bool = False, timeout: float = JOB_SECONDS
+) -> list[JobOutcome]:
+    """Run jobs in one process after the other: where one ends the process, the next goes on behind it.
+
+    `apart` gives each job a process of its own: after a fault of a GPU everything else in its process fails, too.
+    """
     found: list[JobOutcome] = []
     while len(found) < len(jobs):
-        waiting = jobs[len(found) :]
+        waiting = jobs[len(found) :][: 1 if apart else None]
         listed = folder / "jobs.json"
         listed.write_text(json.dumps([asdict(job) for job in waiting]), encoding="utf-8")
         try:

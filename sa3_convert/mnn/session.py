@@ -1,72 +1,27 @@
-"""Run a `.mnn` file: strict about names, dtypes and shapes, quiet, and never on another backend than asked."""
+"""Run a `.mnn` file: strict about names, dtypes and shapes, quiet, and never on another backend than asked.
 
-import functools
-import importlib
+A GPU backend of MNN hides failures of allocations, launches and copies: what was never written comes back as zeros. So
+outputs hold a NaN of our own before each run, and so do the arrays that they are copied to.
+"""
+
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sa3_convert.arrays import Arrays
-from sa3_convert.errors import BackendError, ModelFileError
-from sa3_convert.mnn.compatibility import require_reader
+from sa3_convert.errors import BackendError, ModelFileError, Sa3Error
+from sa3_convert.mnn.compatibility import FORWARD_TYPES, Backend, load_mnn, require_backend, require_reader
+from sa3_convert.mnn.file.contents import ModelStorage
 from sa3_convert.mnn.file.storage import read_storage
 from sa3_convert.system.checked_files import named
 from sa3_convert.system.log import capture_stdout
 from sa3_convert.system.machine import default_threads
 from sa3_convert.system.supervisor import working_on
-
-Backend = Literal["cpu", "cuda", "opencl", "vulkan"]
-
-BACKENDS: tuple[Backend, ...] = ("cpu", "cuda", "opencl", "vulkan")
-
-# MNNForwardType in MNN's include/MNN/MNNForwardType.h. 13 is the CPU with AVX or the ARM extensions.
-_FORWARD_TYPES: Mapping[int, str] = {0: "cpu", 1: "metal", 2: "cuda", 3: "opencl", 5: "nn", 7: "vulkan", 13: "cpu"}
-
-
-@functools.cache
-def load_mnn() -> ModuleType:
-    """Import MNN quietly (its C++ code greets on standard output)."""
-    try:
-        with capture_stdout():
-            return importlib.import_module("MNN")
-    except ImportError as error:
-        raise BackendError(f"MNN's Python package cannot be imported ({error}). Install it: pip install MNN.") from None
-
-
-@functools.cache
-def has_backend(backend: Backend) -> bool:
-    """Ask the runtime, once per process, whether it can run on this backend here."""
-    # Once, because each call takes a reference to True that it does not own: some hundreds end the interpreter.
-    with capture_stdout():
-        _, present = load_mnn().Interpreter.createRuntime([{"backend": backend.upper()}])
-    return bool(present[0])
-
-
-def runtime_backends() -> dict[str, bool]:
-    """Return, for every backend that the toolchain knows, whether the installed MNN has it."""
-    return {backend: has_backend(backend) for backend in BACKENDS}
-
-
-def require_backend(backend: Backend) -> None:
-    """Raise BackendError, which says how to get one, if a backend is not there."""
-    if not has_backend(backend):
-        raise BackendError(
-            f"The installed MNN has no {backend.upper()} backend (or finds no such device); MNN would run on the CPU "
-            f"without saying so. Use --backend cpu, or install an MNN built with -DMNN_{backend.upper()}=ON: "
-            "the wheels on PyPI for Linux hold the CPU backend only."
-        )
-
-
-def forward_type_name(code: int) -> str:
-    """Return the backend's name for MNN's number of it."""
-    return _FORWARD_TYPES.get(code, f"type {code}")
-
 
 Level = Literal["normal", "high", "low"]
 
@@ -82,6 +37,12 @@ _TYPES: Mapping[np.dtype[Any], str] = {
     np.dtype(np.int32): "Halide_Type_Int",
     np.dtype(np.uint8): "Halide_Type_Uint8",
 }
+_MARK: Final = 0x7FC5A3C1
+_UNWRITTEN: Final[Mapping[np.dtype[Any], Any]] = {
+    dtype: np.array(_MARK, np.uint32).view(dtype)[()] if dtype.itemsize == 4 else 0 for dtype in _TYPES
+}
+"""What is recognised when nothing was written over it: as float32 a NaN that no arithmetic makes, as int32 a number
+that no model gives; bytes have no such value."""
 # The bindings raise these bare, whatever went wrong; their subclasses mean something else.
 _BINDING_ERRORS = (Exception, SystemError)
 
@@ -111,7 +72,8 @@ class MnnSession:
         backend: where to run.
 
     Raises:
-        BackendError: MNN or the backend is not there, MNN is too old for the file, or it chose another backend.
+        BackendError: MNN or the backend is not there, MNN is too old for the file, it chose another backend, or the
+            GPU has too little memory.
         ModelFileError: the file is missing, damaged, or has other inputs or outputs than named.
 
     """
@@ -140,6 +102,14 @@ class MnnSession:
         self.weight_file_bytes = storage.weight_file_bytes
         """Of the `.weight` file that was loaded with it; 0 is none."""
         require_backend(backend)
+        self._backend = backend
+        self._marked: tuple[str, ...] = ()
+        if backend != "cpu":
+            self._marked = tuple(port.name for port in storage.outputs)
+            self._weight_bytes = _least_weight_bytes(storage, memory)
+            free = self._free_memory()
+            if free is not None and self._weight_bytes > free:
+                raise self._failure("does not fit into the device's memory")
         config = {
             "backend": backend.upper(),
             "numThread": threads or default_threads(),
@@ -184,7 +154,8 @@ class MnnSession:
     @property
     def backend_in_use(self) -> str:
         """The backend that MNN really runs the model on, as MNN reports it."""
-        return forward_type_name(int(self._open().getSessionInfo(self._session, _INFO_BACKEND)))
+        code = int(self._open().getSessionInfo(self._session, _INFO_BACKEND))
+        return FORWARD_TYPES.get(code, f"type {code}")
 
     @property
     def memory_mb(self) -> float:
@@ -203,6 +174,7 @@ class MnnSession:
             ValueError: a feed is missing, unknown, or of another dtype or shape than the model declares; or the
                 session is closed.
             ModelFileError: MNN could not run the model with these feeds, or returned an empty output.
+            BackendError: on a GPU, the device ended in a fault, or left outputs unwritten.
 
         """
         self._check(feeds)
@@ -210,14 +182,20 @@ class MnnSession:
             self._open()
             self._recent.clear()
             self._resize(feeds)
+            for name in self._marked:
+                tensor, dtype = self._output_tensor(name), self._dtype(name, self._output_tensor(name))
+                tensor.copyFrom(self._host_tensor(np.full(tensor.getShape(), _UNWRITTEN[dtype], dtype)))
             for name, array in feeds.items():
                 self._input_tensor(name).copyFrom(self._host_tensor(np.ascontiguousarray(array)))
             with capture_stdout() as captured:
                 code = self._interpreter.runSession(self._session)
             self._note(captured.lines)
             if code != 0:
-                raise ModelFileError(f"{self._path} failed with error code {code} on {_shapes(feeds)}{self._said()}")
-            return {name: self._fetch(name, feeds) for name in self._outputs}
+                raise self._failure(f"failed with error code {code} on {_shapes(feeds)}")
+            results = {name: self._fetch(name, feeds) for name in self._outputs}
+            if self._backend != "cpu":
+                self._require_written(results)
+            return results
 
     def _load(self, path: Path, config: Mapping[str, object], *, low_memory: bool) -> tuple[Any, Any]:
         with capture_stdout() as captured:
@@ -233,9 +211,8 @@ class MnnSession:
                 failure = str(error)
         self._note(captured.lines)
         if failure is not None:
-            raise ModelFileError(
-                f"{self._path} is not a model that MNN can load; it is damaged or was made for another version of MNN"
-                f"{self._said()}"
+            raise self._failure(
+                "is not a model that MNN can load; it is damaged or was made for another version of MNN"
             )
         return interpreter, session
 
@@ -304,10 +281,45 @@ class MnnSession:
             raise ModelFileError(
                 f"{self._path} returned {name} empty, {list(shape)}, on {_shapes(feeds)}{self._said()}"
             )
-        host = self._host_tensor(np.zeros(shape, self._dtype(name, tensor)))
+        dtype = self._dtype(name, tensor)
+        host = self._host_tensor(np.full(shape, _UNWRITTEN[dtype], dtype))
         if not tensor.copyToHostTensor(host):
-            raise ModelFileError(f"{self._path}: MNN could not copy {name} {list(shape)}{self._said()}")
+            raise self._failure(f"ran, but MNN could not copy {name} {list(shape)}")
         return np.array(host.getNumpyData().reshape(shape))
+
+    def _require_written(self, results: Arrays) -> None:
+        if self._backend == "cuda":
+            from sa3_convert.system.gpu_drivers import cuda_fault
+
+            if (fault := cuda_fault()) is not None:
+                raise self._failure(f"ended in a fault of the device: {fault}")
+        for name, array in results.items():
+            left = int(np.count_nonzero(array.view(np.uint32) == _MARK)) if array.itemsize == 4 else 0
+            if left:
+                wrote = "nothing" if left == array.size else "a part"
+                raise self._failure(
+                    f"left {left} of {array.size} numbers of {name} as they were: the device reported nothing and "
+                    f"wrote {wrote}"
+                )
+
+    def _free_memory(self) -> int | None:
+        if self._backend != "cuda":
+            return None
+        from sa3_convert.system.gpu_drivers import free_cuda_memory
+
+        return free_cuda_memory()
+
+    def _failure(self, what: str) -> Sa3Error:
+        """Return the error of a file that is at fault, or on a GPU of a device, with figures and what to try."""
+        if self._backend == "cpu":
+            return ModelFileError(f"{self._path} {what}{self._said()}")
+        free = self._free_memory()
+        there = "" if free is None else f", and {free / 2**20:.0f} MiB are free there"
+        return BackendError(
+            f"{self._path} on {self._backend} {what}{self._said()} Its weights alone take "
+            f"{self._weight_bytes / 2**20:.0f} MiB of the device's memory{there}. Try less --seconds, close what else "
+            f"uses the device, see what `sa3-convert doctor --backend {self._backend}` finds, or use --device cpu."
+        )
 
     def _open(self) -> Any:
         if self._interpreter is None:
@@ -320,6 +332,13 @@ class MnnSession:
 
     def _said(self) -> str:
         return f". MNN said: {' | '.join(dict.fromkeys(self._recent))}" if self._recent else "."
+
+
+def _least_weight_bytes(storage: ModelStorage, memory: Level) -> int:
+    """Return what weights take on a GPU at least: as halves, or as they are stored where they are kept so."""
+    if memory == "low":
+        return sum(weight.payload.bytes for _, weight in storage.weighted())
+    return sum(2 * weight.elements for _, weight in storage.weighted())
 
 
 def _fits(shape: tuple[int, ...], declared: tuple[int, ...]) -> bool:

@@ -36,15 +36,19 @@ def placement(
 ) -> tuple[Place, ...]:
     """Place each component on the backend that was asked for, unless a probe of it failed at this precision and memory.
 
-    Without a diagnosis nothing was probed; what the user places in `overrides` is not questioned. Precision low is
-    refused on CUDA, where Softmax is not known to be right with it. On the CPU normal takes the place of low where a
-    probe failed, and what is wrong with that too is refused; the usual setting, by which conversions verify, is not
-    questioned. `split` says that the DiT is run in parts.
+    Without a diagnosis nothing was probed; what the user places in `overrides` is not questioned, except for memory low
+    on a GPU, which is refused until its probes are right. Precision low is refused on CUDA, where Softmax is not known
+    to be right with it. On the CPU normal takes the place of low where a probe failed, and what is wrong with that too
+    is refused; the usual setting, by which conversions verify, is not questioned. `split` says that the DiT is run in
+    parts.
     """
     given = overrides or {}
     setting = setting_name(precision, memory)
     places = []
     for component in components:
+        where = given.get(component, backend)
+        if memory == "low" and where != "cpu":
+            _refuse_low_memory(component, where, diagnosis, setting)
         if component in given:
             places.append(Place(component, given[component], "placed with --place", precision))
         elif backend == "cpu":
@@ -94,6 +98,18 @@ def _refuse_low_precision(backend: Backend, precision: Level, diagnosis: Diagnos
         raise UsageError(
             "From MNN 3.6.0 on, Softmax on CUDA reads half buffers as float with --precision low. Use normal or high, "
             "or show with `sa3-convert doctor --backend cuda` that this build does not."
+        )
+
+
+def _refuse_low_memory(component: Component, backend: Backend, diagnosis: Diagnosis | None, setting: str) -> None:
+    known = diagnosis if diagnosis is not None and diagnosis.backend == backend else None
+    failing = () if known is None else known.failing(component, setting)
+    if known is None or failing:
+        found = "it was not probed" if known is None else described(failing, setting)
+        raise UsageError(
+            f"--memory low on {backend} is not known to be right for {component.value}: {found}. MNN 3.5.0 to 3.6.1 "
+            "read memory there that nothing has filled. Leave --memory away, or show with "
+            f"`sa3-convert doctor --backend {backend}` that this build does not."
         )
 
 

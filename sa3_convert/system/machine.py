@@ -17,11 +17,15 @@ import sa3_convert
 
 @cache
 def version_of(distribution: str) -> str:
-    """Return the installed version of a distribution, without importing it; 'absent' when it is not installed."""
-    try:
+    """Return the installed version of a distribution, or of the one that holds the module of this name.
+
+    Nothing is imported. It is 'absent' when there is neither.
+    """
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
+    # Builds with CUDA go by other names: onnxruntime-gpu, MNN_cuda.
+    others = importlib.metadata.packages_distributions().get(distribution, ())
+    return next((importlib.metadata.version(name) for name in others), "absent")
 
 
 _T = TypeVar("_T")

@@ -9,7 +9,7 @@ import torch
 
 import sa3_convert.cli.app as cli
 from sa3_convert.bundle.reader import Bundle
-from sa3_convert.mnn.session import has_backend
+from sa3_convert.mnn.compatibility import has_backend
 
 
 def run(bundle: Bundle, folder: Path, arguments: Sequence[str]) -> int:

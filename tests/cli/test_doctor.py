@@ -17,7 +17,7 @@ from sa3_convert.lab.doctor.examine import examine, surroundings
 from sa3_convert.lab.doctor.probes import PROBES
 from sa3_convert.lab.doctor.records import RECORDS
 from sa3_convert.lab.doctor.results import Answer, Diagnosis, ProbeResult, setting_name
-from sa3_convert.mnn.session import has_backend
+from sa3_convert.mnn.compatibility import has_backend
 from sa3_convert.system.machine import architecture, version_of
 
 HIGH, LOW = setting_name("high", "normal"), setting_name("low", "normal")
@@ -87,6 +87,7 @@ def test_what_is_installed_and_present_follows_the_verdict(said: Said) -> None:
         ({"torch_cuda": None}, "torch: not installed"),
         ({"torch_cuda": {"version": None, "available": False}}, "torch: a build without CUDA"),
         ({"torch_cuda": {"version": "12.6", "available": False}}, "torch: CUDA 12.6, no device"),
+        ({"cuda_driver": "T4 (compute capability 7.5)"}, "CUDA: T4 (compute capability 7.5)"),
         ({"gpus": []}, "NVIDIA GPUs: none that NVML tells of"),
         (
             {"gpus": [{"name": "L4", "memory_bytes": 24 << 30, "driver": "570"}]},

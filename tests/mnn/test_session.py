@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from sa3_convert.errors import BackendError, ModelFileError
+from sa3_convert.mnn.compatibility import has_backend, runtime_backends
 from sa3_convert.mnn.converter import mnn_from_onnx
-from sa3_convert.mnn.session import MnnSession, has_backend, runtime_backends
+from sa3_convert.mnn.session import MnnSession
 from sa3_convert.recipe import ComponentRecipe, WeightScheme
 from tests.mnn.converted import Converter
 from tests.mnn.perceptron import WIDTH, decibels, feeds, reference, write_perceptron

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from sa3_convert.errors import ConversionError, ModelFileError
 from sa3_convert.mnn import converter as convert
 from sa3_convert.mnn import worker
+from sa3_convert.mnn.compatibility import load_mnn
 from sa3_convert.mnn.onnx_input import Ports, read_onnx_input
-from sa3_convert.mnn.session import MnnSession, load_mnn
+from sa3_convert.mnn.session import MnnSession
 from sa3_convert.passes.hazards import refuse_hazards
 from sa3_convert.recipe import ComponentRecipe
 

@@ -105,6 +105,37 @@ def test_precision_low_on_cuda_is_refused_unless_its_probe_is_right(known: Diagn
     assert placement("cuda", diagnosis("works"), precision="low", components=(DIT,))[0].backend == "cuda"
 
 
+LOW_MEMORY = setting_name("high", "low")
+
+
+def stored(outcome: Outcome, backend: str = "cuda") -> Diagnosis:
+    probe = ProbeResult("linear-int8", "a", {HIGH: Answer("works"), LOW_MEMORY: Answer(outcome, 2.0)}, needed_by=(DIT,))
+    return Diagnosis("3.6.1", backend, "m", (probe,))
+
+
+@pytest.mark.parametrize(
+    ("known", "said"),
+    [
+        (None, "not probed"),
+        (stored("works", "vulkan"), "not probed"),
+        (stored("wrong"), r"linear-int8 wrong \(2 dB\)"),
+        (stored("fails"), "linear-int8 fails"),
+    ],
+)
+@pytest.mark.parametrize("asked", ["device", "place"])
+def test_memory_low_on_a_gpu_is_refused_unless_its_probes_are_right(
+    known: Diagnosis | None, said: str, asked: str
+) -> None:
+    backend, places = ("cuda", {}) if asked == "device" else ("cpu", {DIT: "cuda"})
+    with pytest.raises(UsageError, match=f"--memory low on cuda.*dit: .*{said}.*doctor --backend cuda"):
+        placement(backend, known, memory="low", overrides=places, components=(DIT,))  # type: ignore[arg-type]
+
+
+def test_memory_low_on_a_gpu_whose_probes_are_right_is_given() -> None:
+    (place,) = placement("cuda", stored("works"), memory="low", components=(DIT,))
+    assert (place.backend, place.reason) == ("cuda", "its probes are right")
+
+
 def test_placements_are_read() -> None:
     assert parse_places(["text_encoder=cpu", "dit=cuda"]) == {TEXT: "cpu", DIT: "cuda"}
 

@@ -25,8 +25,8 @@ from sa3_convert.lab.bisect.walk import (
     matched,
     signal_to_noise,
 )
+from sa3_convert.mnn.compatibility import Backend, require_backend
 from sa3_convert.mnn.file.storage import read_storage
-from sa3_convert.mnn.session import Backend, require_backend
 from sa3_convert.ort import OrtSession
 from sa3_convert.system.untrusted import open_regular
 

@@ -19,9 +19,10 @@ from sa3_convert.check.metrics import MAX_DB
 from sa3_convert.errors import UsageError, VerificationError
 from sa3_convert.lab.bisect.graphs import TargetGraph
 from sa3_convert.lab.bisect.walk import TargetRuns, signal_to_noise
+from sa3_convert.mnn.compatibility import BACKENDS, Backend, require_backend
 from sa3_convert.mnn.file.contents import ModelStorage
 from sa3_convert.mnn.file.storage import read_storage
-from sa3_convert.mnn.session import BACKENDS, Backend, Level, require_backend
+from sa3_convert.mnn.session import Level
 from sa3_convert.system.checked_files import named
 
 ROUNDING_DB = 80.0

@@ -16,7 +16,8 @@ from sa3_convert.arrays import Arrays
 from sa3_convert.check.metrics import MAX_DB, compare
 from sa3_convert.errors import ModelFileError
 from sa3_convert.lab.bisect.graphs import ReferenceGraph, TargetGraph
-from sa3_convert.mnn.session import Backend, Level, MnnSession
+from sa3_convert.mnn.compatibility import Backend
+from sa3_convert.mnn.session import Level, MnnSession
 
 _FLOAT_LIMITS: Mapping[str, float] = {"fp32": 90.0, "fp16": 60.0, "bf16": 42.0}
 """Least ratio that an operator of float arithmetic has on the same inputs.

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sa3_convert.mnn.compatibility import BACKENDS, FORWARD_TYPES, has_backend, load_mnn
 from sa3_convert.mnn.isolated import start
-from sa3_convert.mnn.session import BACKENDS, forward_type_name, has_backend, load_mnn
 from sa3_convert.mnn.worker import SCRATCH
 from sa3_convert.system.log import capture_stdout
 from sa3_convert.system.supervisor import die_with_parent
@@ -59,7 +59,7 @@ def replaced(model: Path) -> str | None:
     with capture_stdout():
         interpreter = load_mnn().Interpreter(str(model))
         session = interpreter.createSession({"backend": absent.upper()})
-        used = forward_type_name(int(interpreter.getSessionInfo(session, _INFO_BACKEND)))
+        used = FORWARD_TYPES.get(int(interpreter.getSessionInfo(session, _INFO_BACKEND)), "something else")
     return None if used == absent else f"asked for {absent}, runs on {used}"
 
 

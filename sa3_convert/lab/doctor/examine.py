@@ -13,16 +13,17 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from sa3_convert.check.metrics import MAX_DB, compare
-from sa3_convert.errors import ConversionError, ModelFileError
+from sa3_convert.errors import BackendError, ConversionError, ModelFileError
 from sa3_convert.lab.doctor.probe import GraphProbe, Probe, Setting, ToolProbe, converted
 from sa3_convert.lab.doctor.probes import PROBES
 from sa3_convert.lab.doctor.results import Answer, Diagnosis, ProbeResult, this_machine
+from sa3_convert.mnn.compatibility import Backend, mnn_version, require_backend, runtime_backends
 from sa3_convert.mnn.isolated import run_jobs
-from sa3_convert.mnn.session import Backend, require_backend, runtime_backends
 from sa3_convert.mnn.worker import Job, JobOutcome
 from sa3_convert.passes.hazards import HAZARD_KINDS
 from sa3_convert.system.files import partial_folder
-from sa3_convert.system.machine import gpus, machine, version_of
+from sa3_convert.system.gpu_drivers import cuda_device
+from sa3_convert.system.machine import gpus, machine
 
 _FELL_BACK = ("support type", "back to cpu", "fallback to cpu", "fall back")
 """How MNN's backends say on standard output that an operator runs on the CPU."""
@@ -100,12 +101,13 @@ def _checked(probe: ToolProbe, folder: Path) -> Answer:
 
 
 def _run(prepared: Sequence[_Prepared], root: Path, backend: Backend) -> list[dict[str, Answer]]:
-    jobs = [job for entry in prepared for job in entry.jobs]
-    ran = iter(run_jobs(jobs, root))
+    # Memory low last: it is what is known to end in faults.
+    jobs = sorted((job for entry in prepared for job in entry.jobs), key=lambda job: job.memory == "low")
+    ran = dict(zip(jobs, run_jobs(jobs, root, apart=backend != "cpu"), strict=True))
     return [
         {CONVERTER: entry.answer}
         if entry.answer is not None
-        else _answers(entry, [next(ran) for _ in entry.jobs], root, backend)
+        else _answers(entry, [ran[job] for job in entry.jobs], root, backend)
         for entry in prepared
     ]
 
@@ -193,7 +195,7 @@ def diagnose(backend: Backend, report: Progress = lambda done, total: None) -> D
     start = time.perf_counter()
     results = tuple(examine(backend, report=report))
     return Diagnosis(
-        mnn=version_of("MNN"),
+        mnn=mnn_version(),
         backend=backend,
         machine=this_machine(),
         results=results,
@@ -207,10 +209,19 @@ def surroundings() -> dict[str, Any]:
     found = machine()
     found["gpus"] = [{"name": gpu.name, "driver": gpu.driver, "memory_bytes": gpu.memory_bytes} for gpu in gpus()]
     return found | {
+        "cuda_driver": _cuda_driver(),
         "mnn_backends": runtime_backends(),
         "onnxruntime_providers": list(ort.get_available_providers()),
         "torch_cuda": _torch_cuda(),
     }
+
+
+def _cuda_driver() -> str:
+    """Return what NVIDIA's driver says of its first device, or why it does not."""
+    try:
+        return str(cuda_device())
+    except BackendError as error:
+        return str(error)
 
 
 def _torch_cuda() -> dict[str, Any] | None:

@@ -12,7 +12,8 @@ from pydantic import Field, TypeAdapter
 
 from sa3_convert.components import Component
 from sa3_convert.errors import ConversionError
-from sa3_convert.system.machine import architecture, gpus, machine, version_of
+from sa3_convert.mnn.compatibility import mnn_version
+from sa3_convert.system.machine import architecture, gpus, machine
 from sa3_convert.system.sealed import fingerprint, read_sealed, write_sealed
 from sa3_convert.system.untrusted import parse_json
 
@@ -123,7 +124,7 @@ def this_machine() -> str:
 def diagnosis_path(backend: str) -> Path:
     """Return where the diagnosis of the installed MNN on this machine stands."""
     folder = Path(platformdirs.user_cache_dir("sa3-convert")) / "doctor"
-    return folder / f"mnn-{version_of('MNN')}-{backend}-{this_machine()}.json"
+    return folder / f"mnn-{mnn_version()}-{backend}-{this_machine()}.json"
 
 
 def save(diagnosis: Diagnosis) -> Path:
@@ -139,7 +140,7 @@ def saved(backend: str) -> Diagnosis | None:
         diagnosis = Diagnosis.from_data(parse_json(read_sealed(diagnosis_path(backend)).decode()))
     except (OSError, ValueError):
         return None
-    wanted = (version_of("MNN"), backend, this_machine())
+    wanted = (mnn_version(), backend, this_machine())
     return diagnosis if (diagnosis.mnn, diagnosis.backend, diagnosis.machine) == wanted else None
 
 
@@ -152,7 +153,7 @@ def check_conversion(components: Collection[Component]) -> str | None:
     diagnosis = saved("cpu")
     if diagnosis is None:
         return (
-            f"MNN {version_of('MNN')} was not probed on this machine; `sa3-convert doctor` finds out, in seconds, "
+            f"MNN {mnn_version()} was not probed on this machine; `sa3-convert doctor` finds out, in seconds, "
             "what it gets wrong here."
         )
     for component in components:

@@ -11,7 +11,7 @@ from sa3_convert.components import Component
 from sa3_convert.errors import BackendError, UsageError
 from sa3_convert.lab.bisect.bisect import bisect_bundle_against
 from sa3_convert.lab.bisect.runtimes import Difference, Runtime
-from sa3_convert.mnn.session import has_backend
+from sa3_convert.mnn.compatibility import has_backend
 
 TEXT = Component.TEXT_ENCODER
 

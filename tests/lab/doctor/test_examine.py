@@ -1,5 +1,8 @@
 """How a probe's result is judged."""
 
+import functools
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,10 +11,12 @@ import pytest
 from numpy.typing import NDArray
 
 from sa3_convert.errors import ConversionError
-from sa3_convert.lab.doctor.examine import judged
+from sa3_convert.lab.doctor import examine as room
+from sa3_convert.lab.doctor.examine import examine, judged
 from sa3_convert.lab.doctor.probe import GraphProbe, Level, Setting, converted
 from sa3_convert.lab.doctor.results import Answer
-from sa3_convert.mnn.session import Backend
+from sa3_convert.mnn import isolated
+from sa3_convert.mnn.compatibility import Backend
 from sa3_convert.mnn.worker import Job, JobOutcome
 
 X = np.linspace(-2, 2, 24, dtype=np.float32).reshape(4, 6)
@@ -100,3 +105,48 @@ def test_half_rounding_is_allowed_on_a_gpu_below_precision_high(job: Job) -> Non
 def test_an_operator_that_fell_back_is_told(job: Job) -> None:
     line = "CUDABackend Don't support type BinaryOp, y"
     assert answer(job, 2 * X, backend="cuda", messages=(line,)).outcome == "cpu"
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let probes of CUDA run on a device that is played."""
+    command = (sys.executable, "-P", "-s", "-m", "tests.lab.doctor.faulty_worker")
+    monkeypatch.setattr(room, "require_backend", lambda backend: None)
+    monkeypatch.setattr(isolated, "start", functools.partial(isolated.start, command=command))
+
+
+def played(name: str, *settings: Setting) -> GraphProbe:
+    text = f"(float[4, 6] x) => (float[4, 6] {name}) {{ {name} = Add(x, x) }}"
+    return replace(PROBE, id=name, text=text, settings=settings or (Setting(),))
+
+
+@pytest.mark.usefixtures("device")
+def test_a_fault_of_a_device_is_found_and_does_not_colour_the_other_probes() -> None:
+    probes = [played(name) for name in ("before", "fault", "between", "nothing", "crash", "after")]
+    found = {result.probe: result.worst for result in examine("cuda", probes)}
+    assert {name: answer.outcome for name, answer in found.items()} == {
+        "before": "works",
+        "fault": "fails",
+        "between": "works",
+        "nothing": "fails",
+        "crash": "fails",
+        "after": "works",
+    }
+    assert "24 of 24 numbers of nothing as they were" in found["nothing"].detail
+    assert "killed by signal" in found["crash"].detail
+
+
+def test_memory_low_comes_last_and_every_answer_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Job] = []
+
+    def run(jobs: Sequence[Job], folder: Path, *, apart: bool) -> list[JobOutcome]:
+        assert not apart
+        ran.extend(jobs)
+        return [JobOutcome(job.memory, ()) for job in jobs]
+
+    monkeypatch.setattr(room, "run_jobs", run)
+    probes = [played(name, Setting(memory="low"), Setting(), Setting("low")) for name in ("a", "b")]
+    results = examine("cpu", probes)
+    assert [job.memory for job in ran] == ["normal"] * 4 + ["low"] * 2
+    for result in results:
+        assert all(name.endswith(f"memory {answer.detail}") for name, answer in result.answers.items())

@@ -12,7 +12,7 @@ from sa3_convert.lab.doctor.probe import GraphProbe, ToolProbe
 from sa3_convert.lab.doctor.probes import PROBES
 from sa3_convert.lab.doctor.records import RECORDS, changes
 from sa3_convert.lab.doctor.results import Diagnosis, ProbeResult
-from sa3_convert.mnn.session import has_backend
+from sa3_convert.mnn.compatibility import has_backend
 from sa3_convert.passes.hazards import HAZARD_KINDS, find_hazards
 from sa3_convert.passes.operator_kinds import OPERATOR_KINDS
 

@@ -1,12 +1,13 @@
 """What depends on range and precision: arithmetic, and stored weights in each memory mode."""
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sa3_convert.components import Component
-from sa3_convert.lab.doctor.probe import EVERY_SETTING, PRECISIONS, GraphProbe
+from sa3_convert.lab.doctor.probe import EVERY_SETTING, EXACT_DB, PRECISIONS, GraphProbe
 from sa3_convert.passes.fp16_safe import make_fp16_safe
 from sa3_convert.passes.quantise_embedding import quantise_embedding
 
@@ -36,10 +37,30 @@ _LOW_ROWS_IN_HALF_DB: Final = 30.0
 """Halves around 90 lie 1/16 apart: logits are off by 0.018 on average, and exponentials by as much, which is 35 dB."""
 
 
+def _each(given: str, made: str, each: str, widths: Sequence[int] = _AXES) -> str:
+    """Return a graph that does the same for several widths, which stand for #."""
+    inputs, outputs, body = (
+        mark.join(text.replace("#", str(width)) for width in widths)
+        for text, mark in ((given, ", "), (made, ", "), (each, "  "))
+    )
+    return f"({inputs}) => ({outputs}) {{ {body} }}"
+
+
 def _softmax(each: str) -> str:
-    inputs = ", ".join(f"float[6, {width}] x{width}" for width in _AXES)
-    outputs = ", ".join(f"float[6, {width}] y{width}" for width in _AXES)
-    return f"({inputs}) => ({outputs}) {{ {'  '.join(each.replace('#', str(width)) for width in _AXES)} }}"
+    return _each("float[6, #] x#", "float[6, #] y#", each)
+
+
+_NORMED: Final = (64, 96, 768, 1024)
+"""Widths of heads, text encoder and DiT; kernels of GPUs differ by width."""
+_RMS_CONSTANTS: Final[dict[str, Any]] = {"two": np.float32(2), "last": np.array([-1]), "eps": np.float32(1e-6)}
+
+
+def _rms(x: str, y: str, gain: str, own: str) -> str:
+    """Return an RMS norm as exporters spell it; `own` makes the names between unique."""
+    return (
+        f"q{own} = Pow({x}, two)  m{own} = ReduceMean<keepdims = 1>(q{own}, last)  n{own} = Add(m{own}, eps)  "
+        f"s{own} = Sqrt(n{own})  i{own} = Reciprocal(s{own})  a{own} = Mul({x}, i{own})  {y} = Mul(a{own}, {gain})"
+    )
 
 
 def _gated(scale: float) -> GraphProbe:
@@ -142,12 +163,10 @@ ARITHMETIC: tuple[GraphProbe, ...] = (
     ),
     GraphProbe(
         id="rms-norm",
-        asks="RMS norm, spelled out",
-        text="""(float[1, 12, 96] x) => (float[1, 12, 96] y) {
-            q = Pow(x, two)  m = ReduceMean<keepdims = 1>(q, axes)  n = Add(m, eps)  s = Sqrt(n)  i = Reciprocal(s)
-            a = Mul(x, i)  y = Mul(a, g) }""",
-        constants={"two": np.float32(2), "axes": np.array([-1]), "eps": np.float32(1e-6), "g": _normal(96)},
-        feeds=({"x": _normal(1, 12, 96)},),
+        asks="RMS norm over 64, 96, 768 and 1024, spelled out",
+        text=_each("float[1, 12, #] x#", "float[1, 12, #] y#", _rms("x#", "y#", "g#", "#"), _NORMED),
+        constants=_RMS_CONSTANTS | {f"g{width}": _normal(width) for width in _NORMED},
+        feeds=({f"x{width}": _normal(1, 12, width) for width in _NORMED},),
         needed_by=(Component.TEXT_ENCODER, Component.DIT),
         settings=PRECISIONS,
     ),
@@ -237,7 +256,8 @@ ARITHMETIC: tuple[GraphProbe, ...] = (
 
 _WEIGHTS_RANDOM = np.random.default_rng(2)
 _ALL: Final = tuple(Component)
-_LINEAR = "(float[1, 12, 64] x) => (float[1, 12, 96] y) { m = MatMul(x, w)  y = Add(m, b) }"
+_LINEAR = "(float[1, N, 64] x) => (float[1, N, 96] y) { m = MatMul(x, w)  y = Add(m, b) }"
+_POINTWISE = "(float[1, 64, N] x) => (float[1, 96, N] y) { c = Conv(x, w, b)  y = Identity(c) }"
 _CONV = "(float[1, 32, N] x) => (float[1, 48, N] y) { c = Conv<pads = [1, 1]>(x, w, b)  y = Identity(c) }"
 _LOOKUP = "(int32[1, 12] i) => (float[1, 12, 64] y) { g = Gather(w, i)  y = Mul(g, k) }"
 
@@ -247,67 +267,106 @@ def _normal_weights(*shape: int) -> NDArray[np.float32]:
 
 
 _LINEAR_CONSTANTS: Final[dict[str, Any]] = {"w": _normal_weights(64, 96) / 8, "b": _normal_weights(96)}
-_LINEAR_FEEDS: Final = ({"x": _normal_weights(1, 12, 64)},)
+_LINEAR_FEEDS: Final = tuple({"x": _normal_weights(1, rows, 64)} for rows in (12, 40))
+"""More than 16 rows take another way on CUDA at memory low."""
 _CONV_CONSTANTS: Final[dict[str, Any]] = {"w": _normal_weights(48, 32, 3) / 10, "b": _normal_weights(48)}
 _CONV_FEEDS: Final = ({"x": _normal_weights(1, 32, 40)}, {"x": _normal_weights(1, 32, 17)})
+_POINTWISE_CONSTANTS: Final = _LINEAR_CONSTANTS | {"w": np.ascontiguousarray(_LINEAR_CONSTANTS["w"].T)[:, :, None]}
+_POINTWISE_FEEDS: Final = tuple({"x": np.ascontiguousarray(f["x"].transpose(0, 2, 1))} for f in _LINEAR_FEEDS)
 _IDS: Final = ({"i": _WEIGHTS_RANDOM.integers(0, 200, (1, 12)).astype(np.int32)},)
 _TABLE: Final[dict[str, Any]] = {"w": _normal_weights(200, 64), "k": np.float32(8)}
 
 _BITS: Final = {8: 36.0, 4: 12.0}
 """Least ratio that the arithmetic of memory low leaves as well (8-bit activations)."""
+_BLOCK_DB: Final = 30.0
+"""The same after four layers, one after the other."""
 
 
-def _quantised(kind: str, bits: int, *flags: str) -> GraphProbe:
-    conv = kind == "conv"
-    name = f"{kind}-int{bits}" + ("-blocks" if flags else "")
+def _stored(kind: str, how: str, least_db: float, *flags: str) -> GraphProbe:
+    """Return the probe of a kind of layer whose weights are stored in a way."""
+    what, text, constants, feeds, needed_by = _LAYERS[kind]
     return GraphProbe(
-        id=name,
-        asks=f"{'a convolution of 3' if conv else 'a linear'} with {bits}-bit weights{' in blocks' if flags else ''}",
-        text=_CONV if conv else _LINEAR,
-        constants=_CONV_CONSTANTS if conv else _LINEAR_CONSTANTS,
-        feeds=_CONV_FEEDS if conv else _LINEAR_FEEDS,
-        needed_by=_AUTOENCODER if conv else _ALL,
-        flags=("--weightQuantBits", str(bits), "--weightQuantAsymmetric=1", *flags),
+        id=f"{kind}-{how}" if how else kind,
+        asks=f"{what} with {_WAYS[how]} weights",
+        text=text,
+        constants=constants,
+        feeds=feeds,
+        needed_by=needed_by,
+        flags=flags,
         settings=EVERY_SETTING,
-        least_db=_BITS[bits],
+        least_db=least_db,
     )
 
 
+def _quantised(kind: str, bits: int, *flags: str) -> GraphProbe:
+    asked = ("--weightQuantBits", str(bits), "--weightQuantAsymmetric=1", *flags)
+    return _stored(kind, f"int{bits}" + ("-blocks" if flags else ""), _BITS[bits], *asked)
+
+
+def _dit_block(width: int = 1024, heads: int = 16) -> GraphProbe:
+    """Return self-attention and gated MLP as the DiT has them, at its true width."""
+
+    def weight(rows: int, columns: int) -> NDArray[np.float32]:
+        return _WEIGHTS_RANDOM.standard_normal((rows, columns), dtype=np.float32) / np.float32(rows**0.5)
+
+    def headed(part: str) -> str:
+        return f"{part}r = Reshape({part}, cut)  {part}h = Transpose<perm = [0, 2, 1, 3]>({part}r)"
+
+    return GraphProbe(
+        id="dit-block",
+        asks="a block of the DiT at its true width, 8-bit weights, two lengths",
+        text=f"""(float[1, N, {width}] x, float[1, N] mask) => (float[1, N, {width}] y) {{
+            {_rms("x", "xn", "gx", "1")}  p = MatMul(xn, wp)  q, k, v = Split<axis = -1, num_outputs = 3>(p)
+            {headed("q")}  {headed("k")}  {headed("v")}  {_rms("qh", "qg", "gq", "2")}  {_rms("kh", "kg", "gk", "3")}
+            qs = Mul(qg, scale)  kt = Transpose<perm = [0, 1, 3, 2]>(kg)  l = MatMul(qs, kt)
+            u = Sub(one, mask)  ul = Mul(u, masked)  um = Unsqueeze(ul, middle)  lm = Add(l, um)
+            w = Softmax<axis = -1>(lm)  o = MatMul(w, vh)  ot = Transpose<perm = [0, 2, 1, 3]>(o)
+            om = Reshape(ot, join)  d = MatMul(om, wo)  h = Add(x, d)
+            {_rms("h", "hn", "gx", "4")}  e = MatMul(hn, we)  f, g = Split<axis = -1, num_outputs = 2>(e)
+            t = Sigmoid(g)  z = Mul(g, t)  j = Mul(f, z)  r = MatMul(j, wr)  y = Add(h, r) }}""",
+        constants=_RMS_CONSTANTS
+        | {name: _normal_weights(size) for name, size in (("gx", width), ("gq", 64), ("gk", 64))}
+        | {"wp": weight(width, 3 * width), "wo": weight(width, width)}
+        | {"we": weight(width, 2 * width), "wr": weight(width, width)}
+        | {"cut": np.array([0, 0, heads, width // heads]), "join": np.array([0, 0, width]), "middle": np.array([1, 2])}
+        | {"scale": np.float32((width // heads) ** -0.5), "one": np.float32(1), "masked": np.float32(-1e4)},
+        feeds=tuple(
+            {"x": _normal_weights(1, n, width), "mask": (np.arange(n)[None] < n - 5).astype(np.float32)}
+            for n in (40, 17)
+        ),
+        needed_by=(Component.DIT,),
+        flags=("--weightQuantBits", "8", "--weightQuantAsymmetric=1"),
+        settings=EVERY_SETTING,
+        least_db=_BLOCK_DB,
+    )
+
+
+_WAYS: Final = {
+    "": "float",
+    "half": "float16",
+    "int8": "8-bit",
+    "int8-blocks": "8-bit, in blocks,",
+    "int4": "4-bit",
+}
+_LAYERS: Final = {
+    "linear": ("a linear of 12 and of 40 rows", _LINEAR, _LINEAR_CONSTANTS, _LINEAR_FEEDS, _ALL),
+    "conv": ("a convolution of 3, two lengths,", _CONV, _CONV_CONSTANTS, _CONV_FEEDS, _AUTOENCODER),
+    "pointwise": (
+        "a convolution of 1, two lengths,",
+        _POINTWISE,
+        _POINTWISE_CONSTANTS,
+        _POINTWISE_FEEDS,
+        (Component.DIT, *_AUTOENCODER),
+    ),
+}
+_HALF_STORED_DB: Final = 55.0
+
 WEIGHTS: tuple[GraphProbe, ...] = (
-    GraphProbe(
-        id="linear",
-        asks="a linear with float weights",
-        text=_LINEAR,
-        constants=_LINEAR_CONSTANTS,
-        feeds=_LINEAR_FEEDS,
-        needed_by=_ALL,
-        settings=EVERY_SETTING,
-    ),
-    GraphProbe(
-        id="linear-half",
-        asks="a linear with float16 weights",
-        text=_LINEAR,
-        constants=_LINEAR_CONSTANTS,
-        feeds=_LINEAR_FEEDS,
-        needed_by=_ALL,
-        flags=("--fp16",),
-        settings=EVERY_SETTING,
-        least_db=55,
-    ),
-    GraphProbe(
-        id="conv",
-        asks="a convolution of 3 with float weights, two lengths",
-        text=_CONV,
-        constants=_CONV_CONSTANTS,
-        feeds=_CONV_FEEDS,
-        needed_by=_AUTOENCODER,
-        settings=EVERY_SETTING,
-    ),
-    _quantised("linear", 8),
+    *(_stored(kind, "", EXACT_DB) for kind in _LAYERS),
+    *(_stored(kind, "half", _HALF_STORED_DB, "--fp16") for kind in ("linear", "pointwise")),
+    *(_quantised(kind, bits) for kind in _LAYERS for bits in (8, 4)),
     _quantised("linear", 8, "--weightQuantBlock", "16"),
-    _quantised("linear", 4),
-    _quantised("conv", 8),
-    _quantised("conv", 4),
+    _dit_block(),
     GraphProbe(
         id="table-int8",
         asks="rows of an int8 table: Gather, Cast, Mul",
