@@ -6,8 +6,9 @@ bundles of strangers through this API does the same.
 """
 
 from sa3_convert.runtime.audio import audio_writer, read_metadata, write_audio
+from sa3_convert.runtime.events import AudioChunk, Event, Generation, Report, Started, Stepped
 from sa3_convert.runtime.pipeline import Pipeline
-from sa3_convert.runtime.request import AudioChunk, Event, GenerateRequest, Generation, Report, Started, Stepped
+from sa3_convert.runtime.request import GenerateRequest
 
 __all__ = [
     "AudioChunk",

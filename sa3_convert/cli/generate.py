@@ -25,9 +25,10 @@ from sa3_convert.runtime.audio import (
 )
 from sa3_convert.runtime.batch import RESULTS, BatchItem, BatchOptions, BatchResult, run_batch
 from sa3_convert.runtime.engines import KINDS, Backend, EngineName, Level
+from sa3_convert.runtime.events import AudioChunk, Report, Started, Stepped
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.placement import parse_places, placement
-from sa3_convert.runtime.request import AudioChunk, GenerateRequest, Report, Started, Stepped
+from sa3_convert.runtime.request import GenerateRequest
 from sa3_convert.system.machine import PeakMemory
 from sa3_convert.system.streams import STANDARD_OUTPUT, descriptor_of, is_stream, is_terminal, opened_stream
 

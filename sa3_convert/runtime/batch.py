@@ -20,9 +20,10 @@ from pydantic import TypeAdapter
 from sa3_convert.bundle.overlap import Named, folded, require_apart
 from sa3_convert.errors import InputError, OutputRejectedError, Sa3Error, SettingError, UsageError
 from sa3_convert.runtime.audio import SampleFormat, audio_writer, check_output_path
+from sa3_convert.runtime.events import AudioChunk, Report, StageName
 from sa3_convert.runtime.output_checks import OutputCheck
 from sa3_convert.runtime.pipeline import Pipeline
-from sa3_convert.runtime.request import AudioChunk, GenerateRequest, Report, StageName, located
+from sa3_convert.runtime.request import GenerateRequest, located
 from sa3_convert.system.checked_files import inside
 from sa3_convert.system.files import alone_in, sha256_file
 from sa3_convert.system.untrusted import check_name, parse_json, read_bytes, read_text

@@ -19,20 +19,11 @@ from sa3_convert.runtime import conditioning as conditions
 from sa3_convert.runtime.autoencode import Bottleneck
 from sa3_convert.runtime.conditioning import Conditioning, Lengths, given_audio, inpaint_mask
 from sa3_convert.runtime.engines import Engine, EngineName, KeepLoaded, Models, bundle_engine, checkpoint_parts
+from sa3_convert.runtime.events import AudioChunk, Event, Generation, Notes, Report, Started, Stepped
 from sa3_convert.runtime.noise import TorchGenerator
 from sa3_convert.runtime.output_checks import OutputCheck
 from sa3_convert.runtime.prompts import PromptTokenizer, Tokens
-from sa3_convert.runtime.request import (
-    AudioChunk,
-    Event,
-    GenerateRequest,
-    Generation,
-    Notes,
-    Report,
-    ResolvedRequest,
-    Started,
-    Stepped,
-)
+from sa3_convert.runtime.request import GenerateRequest, ResolvedRequest
 from sa3_convert.runtime.sampling import SAMPLERS, Noise, Step, Velocity, guided
 
 

@@ -1,16 +1,14 @@
-"""One generation: what is asked for, checked before any model is loaded; what it tells on its way."""
+"""One generation: what is asked for, checked before any model is loaded."""
 
-import contextlib
 import dataclasses
 import difflib
 import math
 import os
 import reprlib
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self, get_args
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -31,7 +29,7 @@ from sa3_convert.runtime.conditioning import (
     lengths,
 )
 from sa3_convert.runtime.prompts import check_prompt
-from sa3_convert.runtime.sampling import SamplerName, Step, sigmas
+from sa3_convert.runtime.sampling import SamplerName, sigmas
 
 MAX_STEPS = 1000
 _DEFAULT_INIT_NOISE = 0.9
@@ -311,82 +309,3 @@ def _is_number(value: Any) -> bool:
 def _shown(value: Any) -> str:
     # Python spells no integer of more than 4300 digits.
     return "a number beyond all bounds" if isinstance(value, int) and abs(value) >= _LARGEST else reprlib.repr(value)
-
-
-StageName = Literal["text", "encode", "denoise", "decode"]
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """A stage begins."""
-
-    stage: StageName
-
-
-@dataclass(frozen=True, slots=True)
-class Stepped:
-    """One denoising step is done."""
-
-    step: Step
-    steps: int
-
-
-@dataclass(frozen=True, slots=True)
-class AudioChunk:
-    """The next samples, in order and without overlap."""
-
-    start: int
-    """Samples before these."""
-    samples: Floats
-    """[2, n] float32 within ±1."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Report:
-    """What was done; the last event of a generation."""
-
-    request: GenerateRequest
-    """With every default filled in."""
-    lengths: Lengths
-    latents: Floats
-    """[1, C, T] float32, what the denoising loop gave; undefined beyond `lengths.valid`."""
-    seconds: Mapping[StageName, float]
-    """Wall-clock seconds per stage, loading included, the consumer's own time excluded."""
-    engine: Mapping[str, Any]
-    """What ran the models."""
-    warnings: tuple[str, ...]
-
-
-Event = Started | Stepped | AudioChunk | Report
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Generation:
-    """A whole generation."""
-
-    audio: Floats
-    """[2, N] float32 within ±1."""
-    sample_rate: int
-    report: Report
-
-
-@dataclass(slots=True)
-class Notes:
-    """Warnings and times of a generation under way."""
-
-    warnings: list[str] = field(default_factory=list)
-    seconds: dict[StageName, float] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def timed(self, stage: StageName) -> Iterator[None]:
-        """Count the time of the block to a stage."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-
-    def timed_next(self, iterator: Iterator[Any], stage: StageName) -> Any:
-        """Return an iterator's next value, or None at its end, its time counted to a stage."""
-        with self.timed(stage):
-            return next(iterator, None)

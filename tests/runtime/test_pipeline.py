@@ -12,8 +12,9 @@ from sa3_convert.checkpoint.shift import NoShift
 from sa3_convert.components import Component
 from sa3_convert.errors import AudioError, BundleError, OutputRejectedError, UsageError
 from sa3_convert.runtime.audio import write_audio
+from sa3_convert.runtime.events import AudioChunk, Report, Started, Stepped
 from sa3_convert.runtime.noise import TorchGenerator
-from sa3_convert.runtime.request import AudioChunk, GenerateRequest, Report, Started, Stepped
+from sa3_convert.runtime.request import GenerateRequest
 from tests.runtime.conftest import Parts
 from tests.runtime.fakes import FakeEngine, decode, pipeline
 
