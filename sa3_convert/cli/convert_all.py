@@ -59,7 +59,7 @@ def _converted(checkpoint: str, recipe: str, folder: Path) -> Path:
 def _heard(bundle: Path, prompt: str) -> None:
     wav = bundle.with_suffix(".wav")
     if not wav.exists() or wav.stat().st_mtime < (bundle / "manifest.json").stat().st_mtime:
-        _command("run", str(bundle), "--prompt", prompt, "--seconds", SECONDS, "-o", str(wav))
+        _command("run", str(bundle), "--prompt", prompt, "--seconds", SECONDS, "-o", str(wav), "--force")
 
 
 def _command(*arguments: str) -> None:

@@ -21,14 +21,16 @@ from sa3_convert.runtime.audio import (
     audio_writer,
     check_growing_path,
     check_output_path,
+    check_replaceable,
     growing_wav,
 )
 from sa3_convert.runtime.batch import RESULTS, BatchItem, BatchOptions, BatchResult, run_batch
+from sa3_convert.runtime.conditioning import max_seconds
 from sa3_convert.runtime.engines import KINDS, Backend, EngineName, Level
 from sa3_convert.runtime.events import AudioChunk, Report, Started, Stepped
-from sa3_convert.runtime.pipeline import Pipeline
+from sa3_convert.runtime.pipeline import Pipeline, Shared
 from sa3_convert.runtime.placement import parse_places, placement
-from sa3_convert.runtime.request import GenerateRequest
+from sa3_convert.runtime.request import GenerateRequest, ResolvedRequest
 from sa3_convert.system.machine import PeakMemory
 from sa3_convert.system.streams import STANDARD_OUTPUT, descriptor_of, is_stream, is_terminal, opened_stream
 
@@ -95,6 +97,15 @@ class Target:
     dither: bool
     allow: tuple[str, ...]
     json_file: Path | None
+    force: bool = False
+    """Replace files that stand there."""
+
+    def outputs(self, count: int) -> list[Path]:
+        """Return the files of so many variations."""
+        if count == 1:
+            return [self.output]
+        stem, ending = self.output.stem, self.output.suffix
+        return [self.output.with_name(f"{stem}-{n:0{len(str(count))}}{ending}") for n in range(1, count + 1)]
 
     def metadata(self, pipeline: Pipeline) -> dict[str, Any]:
         """Return what files tell about the models that made them: those that were opened."""
@@ -118,43 +129,89 @@ class _Writer(Protocol):
     def write(self, audio: NDArray[np.float32]) -> None: ...
 
 
-def generate_one(
-    target: Target, request: GenerateRequest, *, stream: bool, origin: Mapping[str, Any] | None = None
+def generate(
+    target: Target, requests: Sequence[GenerateRequest], *, stream: bool, origin: Mapping[str, Any] | None = None
 ) -> None:
-    """Generate one piece; a file takes its name when it is whole and has passed its checks.
+    """Generate one piece, or variations that differ by their seeds, each into a file of its own.
 
-    `origin` is what `--json` once told about the models of a request that is replayed.
+    A file takes its name when it is whole and has passed its checks. `origin` is what `--json` once told about the
+    models of a request that is replayed.
     """
-    if not stream:
-        check_output_path(target.output, target.sample_format)
-    elif descriptor_of(target.output) != 1:
-        check_growing_path(target.output)
-    with PeakMemory() as device, _opened(target) as pipeline:
+    outputs = target.outputs(len(requests))
+    for output in outputs:
+        if not stream:
+            check_output_path(output, target.sample_format)
+        elif descriptor_of(output) != 1:
+            check_growing_path(output)
+    entries: list[dict[str, Any]] = []
+    rejected: list[str] = []
+    with PeakMemory() as device, _opened(target, keep_loaded=len(requests) > 1) as pipeline:
         made_by = target.metadata(pipeline)
         if origin:
             _check_origin(target, made_by, origin)
-        resolved = request.resolved(pipeline.layout)
-        metadata = {"request": resolved.to_json(_folder_of(target.output))} | made_by
-        with _writer(target, pipeline, request, metadata, stream) as writer:
-            report, peak = _played(pipeline, request, writer, target.allow)
+        asked = [request.resolved(pipeline.layout) for request in requests]
+        _tell_duration(requests[0], asked[0], pipeline)
+        pieces = [
+            _Piece(output, request, {"request": request.to_json(_folder_of(output))} | made_by)
+            for output, request in zip(outputs, asked, strict=True)
+        ]
+        for piece in pieces:
+            if not target.force:
+                check_replaceable(piece.output, piece.metadata)
+        shared = Shared()
+        for piece in pieces:
+            try:
+                entries.append(_made(target, pipeline, piece, stream, shared))
+            except OutputRejectedError as error:
+                rejected.append(f"{piece.output}: {error}")
+    figures = {"device_peak_bytes": device.bytes}
+    if device.bytes is not None:
+        stdout.print(f"At most {device.bytes / 2**20:.0f} MiB of the GPU's memory.")
+    if entries:
+        told = entries[0] if len(requests) == 1 else {"variations": entries}
+        write_figures(target.json_file, told | figures)
+    if rejected:
+        raise OutputRejectedError("\n".join(rejected))
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """One file that is generated."""
+
+    output: Path
+    request: ResolvedRequest
+    metadata: Mapping[str, Any]
+
+
+def _made(target: Target, pipeline: Pipeline, piece: _Piece, stream: bool, shared: Shared) -> dict[str, Any]:
+    """Generate a piece, say what was made, and return what `--json` tells of it."""
+    with _writer(target, pipeline, piece, stream) as writer:
+        report, peak = _played(pipeline, piece.request, writer, target.allow, shared)
     for warning in report.warnings:
         stderr.print(f"Note: {warning}")
-    figures = {"engine": dict(report.engine), "seconds": dict(report.seconds), "device_peak_bytes": device.bytes}
-    if target.json_file is not None:
-        told = {**metadata, "request": resolved.to_json(_folder_of(target.json_file)), **figures}
-        write_figures(target.json_file, told)
     total = sum(report.seconds.values())
     stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
     engine = ", ".join(f"{name} {value}" for name, value in report.engine.items())
     rate = pipeline.layout.sample_rate
     length = report.lengths.samples / rate
     stdout.print(
-        f"{target.output}: {length:.2f} s of audio at {rate} Hz, peak {peak:.3f}, "
+        f"{piece.output}: {length:.2f} s of audio at {rate} Hz, peak {peak:.3f}, "
         f"seed {report.request.seed}, {report.request.steps} {report.request.sampler} steps\n"
-        f"in {total:.1f} s ({stages}), {length / total:.2f} × real time, on {engine}"
-        + ("" if device.bytes is None else f", at most {device.bytes / 2**20:.0f} MiB of the GPU's memory"),
+        f"in {total:.1f} s ({stages}), {length / total:.2f} × real time, on {engine}",
         soft_wrap=True,
     )
+    told = {"output": str(piece.output), **piece.metadata}
+    if target.json_file is not None:
+        told["request"] = piece.request.to_json(_folder_of(target.json_file))
+    return told | {"engine": dict(report.engine), "seconds": dict(report.seconds)}
+
+
+def _tell_duration(given: GenerateRequest, resolved: ResolvedRequest, pipeline: Pipeline) -> None:
+    """Say how long a piece gets where given audio decides it."""
+    if given.seconds is None and given.audio_files():
+        limit = max_seconds(pipeline.layout)
+        least = ", the longest of this model" if resolved.seconds == limit else ""
+        stderr.print(f"Note: {resolved.seconds:.2f} seconds, as the given audio{least}; --seconds changes that.")
 
 
 def _folder_of(path: Path) -> Path | None:
@@ -180,9 +237,8 @@ def generate_batch(
     """
     rejected = 0
     with _opened(target, keep_loaded=keep_loaded) as pipeline:
-        options = BatchOptions(
-            target.output, target.sample_format, target.dither, target.allow, target.metadata(pipeline), reads
-        )
+        how = (target.sample_format, target.dither, target.allow)
+        options = BatchOptions(target.output, *how, target.metadata(pipeline), reads, target.force)
         with progress("generating") as tick:
             for done, result in enumerate(run_batch(pipeline, items, options), 1):
                 tick("generating", done, len(items))
@@ -206,39 +262,31 @@ def _result_line(result: BatchResult) -> str:
 
 
 @contextlib.contextmanager
-def _writer(
-    target: Target, pipeline: Pipeline, request: GenerateRequest, metadata: Mapping[str, Any], stream: bool
-) -> Iterator[_Writer]:
+def _writer(target: Target, pipeline: Pipeline, piece: _Piece, stream: bool) -> Iterator[_Writer]:
     """Yield what takes the audio: a file or stream that gets it whole, one that grows, or standard output."""
     rate = pipeline.layout.sample_rate
     how: dict[str, Any] = {"sample_format": target.sample_format, "dither": target.dither}
     if not stream:
-        with audio_writer(target.output, rate, metadata=metadata, **how) as file:
+        with audio_writer(piece.output, rate, metadata=piece.metadata, **how) as file:
             yield file
-    elif descriptor_of(target.output) == 1:
+    elif descriptor_of(piece.output) == 1:
         with pcm_to_standard_output(rate, **how) as pcm:
             yield pcm
     else:
-        samples = request.lengths(pipeline.layout).samples
-        with growing_wav(
-            target.output,
-            rate,
-            samples,
-            metadata=metadata,
-            report=_tell,
-            **how,
-        ) as growing:
+        samples = piece.request.lengths(pipeline.layout).samples
+        with growing_wav(piece.output, rate, samples, metadata=piece.metadata, report=_tell, **how) as growing:
             yield growing
 
 
 def _played(
-    pipeline: Pipeline, request: GenerateRequest, writer: _Writer, allow: tuple[str, ...]
+    pipeline: Pipeline, request: GenerateRequest, writer: _Writer, allow: tuple[str, ...], shared: Shared
 ) -> tuple[Report, float]:
     """Run a generation with progress; return its report and the peak of its audio."""
     report: Report | None = None
     peak = 0.0
     stage, done = "starting", 0
-    with progress(stage) as tick, contextlib.closing(pipeline.stream(request, allow=allow)) as events:
+    events_of = pipeline.stream(request, allow=allow, shared=shared)
+    with progress(stage) as tick, contextlib.closing(events_of) as events:
         for event in events:
             if isinstance(event, Started):
                 stage, done = _STAGES[event.stage], 0

@@ -8,7 +8,7 @@ from typer import Context, Option
 
 from sa3_convert.cli import options as o
 from sa3_convert.cli import paths
-from sa3_convert.cli.settings import OPTIONS, given, in_words_of, wanted
+from sa3_convert.cli.settings import OPTIONS, given, in_words_of, variations_of, wanted
 from sa3_convert.errors import UsageError
 from sa3_convert.system.streams import STANDARD_OUTPUT, is_stream
 
@@ -28,10 +28,29 @@ OutputOption = Annotated[
     ),
 ]
 PromptOption = Annotated[str | None, Option(help="What to generate.")]
-SecondsOption = Annotated[float | None, Option(help="Duration; 10 when not given.")]
+SecondsOption = Annotated[
+    float | None, Option(help="Duration; that of the given audio when not given, and 10 without any.")
+]
 StepsOption = Annotated[int | None, Option(help="Denoising steps; what suits the model when not given.")]
 SeedOption = Annotated[
-    int | None, Option(help="The same seed gives the same start noise everywhere; 0 when not given.")
+    str | None,
+    Option(
+        metavar="NUMBER|random",
+        help="The same seed gives the same start noise everywhere; 0 when not given. A random one is told, and kept.",
+    ),
+]
+VariationsOption = Annotated[
+    int | None,
+    _many(
+        "-n",
+        "--variations",
+        min=1,
+        max=1000,
+        help="So many pieces with seeds that follow one another: pad-1.wav, pad-2.wav, … of -o pad.wav.",
+    ),
+]
+ForceOption = Annotated[
+    bool, _files("--force", help="Replace files that exist; without it only what the same settings made.")
 ]
 SamplerOption = Annotated[
     Literal["pingpong", "euler", "rk4", "dpmpp"] | None, Option(help="What suits the model when not given.")
@@ -117,7 +136,7 @@ FromOption = Annotated[
     Option(
         "--from",
         metavar="FILE",
-        help="Replay the settings that --json wrote; what the command line tells overrides them.",
+        help="Replay the settings that --json wrote, or those in audio that was made here; options override them.",
         callback=paths.reads,
     ),
 ]
@@ -147,6 +166,7 @@ def run(
     batch: BatchOption = None,
     stream: StreamOption = False,
     keep_loaded: KeepLoadedOption = False,
+    variations: VariationsOption = None,
     engine: EngineOption = "mnn",
     checkpoint: CheckpointOption = None,
     lora: o.LoraOption = None,
@@ -158,6 +178,7 @@ def run(
     sample_format: FormatOption = "pcm16",
     dither: DitherOption = False,
     allow: AllowOption = None,
+    force: ForceOption = False,
     from_file: FromOption = None,
     json_file: o.JsonOption = None,
     threads: o.ThreadsOption = None,
@@ -168,10 +189,8 @@ def run(
     from sa3_convert.cli.generate import Target
 
     output = output or STANDARD_OUTPUT
-    if batch is None:
-        paths.writes_as(context, "--output", output)
-    options = _engine_options(how)
-    target = Target(bundle, engine, options, output, sample_format, dither, tuple(allow or ()), json_file)
+    checks = tuple(allow or ())
+    target = Target(bundle, engine, _engine_options(how), output, sample_format, dither, checks, json_file, force)
     (_generate_batch if batch else _generate_one)(context, target, given(how))
 
 
@@ -184,15 +203,17 @@ def _generate_batch(context: Context, target: "Target", settings: Mapping[str, A
 
 
 def _generate_one(context: Context, target: "Target", settings: Mapping[str, Any]) -> None:
-    from sa3_convert.cli.generate import generate_one
+    from sa3_convert.cli.generate import generate
     from sa3_convert.runtime.request import GenerateRequest
 
-    from_file = context.params["from_file"]
+    count, from_file = context.params["variations"] or 1, context.params["from_file"]
+    for output in target.outputs(count):
+        paths.writes_as(context, "--output", output)
     asked = wanted(settings, from_file)
     with in_words_of(asked.called):
         request = GenerateRequest.from_json(asked.settings)
         paths.reads_as(context, ((f"--from {from_file}:", path) for path in request.audio_files()))
-        generate_one(target, request, stream=context.params["stream"], origin=asked.origin)
+        generate(target, variations_of(request, count), stream=context.params["stream"], origin=asked.origin)
 
 
 def _engine_options(how: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,10 +245,12 @@ def _check_mode(how: Mapping[str, Any]) -> None:
     if how["batch"] is not None:
         if output is None or is_stream(output) or output.is_file():
             raise UsageError("--batch writes several files; name their folder with -o DIR.")
-        single = {"--stream": "stream", "--from": "from_file", "--json": "json_file"}
+        single = {"--stream": "stream", "--from": "from_file", "--json": "json_file", "--variations": "variations"}
         if clash := [option for option, name in single.items() if how[name]]:
-            raise UsageError(f"{clash[0]} is for one generation; --batch keeps settings and times in results.jsonl.")
+            raise UsageError(f"{clash[0]} is not for batches; --batch keeps settings and times in results.jsonl.")
     elif how["keep_loaded"]:
         raise UsageError("--keep-loaded is for --batch; one generation uses each model once.")
+    elif (how["variations"] or 1) > 1 and (output is None or is_stream(output)):
+        raise UsageError("--variations writes several files; name them with -o FILE.wav.")
     elif output is None and not how["stream"]:
         raise UsageError("Say where to write with -o FILE.wav, or give --stream to write samples to standard output.")

@@ -1,14 +1,18 @@
 """What `run` is to generate: settings from its options, from a file, or from both, told in the words of either."""
 
 import contextlib
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sa3_convert.errors import InputError, SettingError, UsageError
 from sa3_convert.system.untrusted import parse_json, read_json
+
+if TYPE_CHECKING:
+    from sa3_convert.runtime.request import GenerateRequest
 
 _SETTINGS = (
     "prompt", "seconds", "steps", "seed", "sampler", "cfg_scale", "apg_scale", "cfg_interval", "cfg_rescale",
@@ -27,6 +31,19 @@ def given(parameters: Mapping[str, Any]) -> dict[str, Any]:
         name: _AS_JSON[name](value) if name in _AS_JSON else str(value) if isinstance(value, Path) else value
         for name, value in told.items()
     }
+
+
+def variations_of(request: "GenerateRequest", count: int) -> list["GenerateRequest"]:
+    """Return so many requests with seeds that follow one another."""
+    return [dataclasses.replace(request, seed=request.seed + n) for n in range(count)]
+
+
+def _seed(text: str) -> int | str:
+    if text == "random":
+        return text
+    if not text.removeprefix("-").isdecimal() or len(text) > _MOST_DIGITS:
+        raise UsageError(f"--seed is {text[:_MOST_DIGITS]!r}; give a whole number, or random.")
+    return int(text)
 
 
 def _pair(text: str, what: str) -> list[float]:
@@ -50,9 +67,11 @@ def _shift(text: str) -> dict[str, Any]:
     return {"type": kind, **numbers}
 
 
+_MOST_DIGITS = 30
 _REGION = "region for --inpaint; write START:END in seconds, such as 2.5:4"
 _INTERVAL = "--cfg-interval; write LOW:HIGH as noise levels, such as 0.3:0.9"
 _AS_JSON: Mapping[str, Callable[[Any], Any]] = {
+    "seed": _seed,
     "inpaint": lambda texts: [_pair(text, _REGION) for text in texts],
     "cfg_interval": lambda text: _pair(text, _INTERVAL),
     "dist_shift": _shift,
@@ -97,17 +116,25 @@ def wanted(options: Mapping[str, Any], from_file: Path | None) -> Wanted:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return what a file of `--json` holds."""
+    """Return what a file of `--json` holds, or audio that `run` has made."""
     unread = f"{path} cannot be read as the settings that `run --json` writes"
-    try:
-        found = read_json(path)
-    except OSError as error:
-        raise InputError(f"{unread}: {error.strerror or error}.") from None
-    except ValueError as error:
-        raise InputError(f"{unread}: {error}.") from None
+    from sa3_convert.runtime.audio import ENDINGS, read_metadata
+
+    found = read_metadata(path) if path.suffix.lower() in ENDINGS else _json(path, unread)
     if not isinstance(found, dict) or not isinstance(found.get("request"), dict):
-        raise InputError(f"{unread}: it has no request.")
+        several = isinstance(found, dict) and "variations" in found
+        why = "it has several; name one of their files" if several else "it has no request"
+        raise InputError(f"{unread}: {why}.")
     for name, kind in (("variant", str), ("models", dict)):
         if not isinstance(found.get(name, kind()), kind):
             raise InputError(f"{unread}: {name} is of another kind.")
     return found
+
+
+def _json(path: Path, unread: str) -> Any:
+    try:
+        return read_json(path)
+    except OSError as error:
+        raise InputError(f"{unread}: {error.strerror or error}.") from None
+    except ValueError as error:
+        raise InputError(f"{unread}: {error}.") from None

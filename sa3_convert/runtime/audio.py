@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from sa3_convert.runtime.wav import cut_short
 from sa3_convert.system.files import atomic_path
 from sa3_convert.system.streams import is_stream, is_terminal, opened_stream
 from sa3_convert.system.supervisor import working_on
-from sa3_convert.system.untrusted import open_regular, parse_json
+from sa3_convert.system.untrusted import SMALL, open_regular, parse_json
 
 SampleFormat = Literal["pcm16", "pcm24", "float"]
 
@@ -27,7 +28,7 @@ _CHANNELS = 2
 _BLOCK = 1 << 16
 _SUBTYPES: Mapping[SampleFormat, str] = {"pcm16": "PCM_16", "pcm24": "PCM_24", "float": "FLOAT"}
 _BYTES: Mapping[SampleFormat, int] = {"pcm16": 2, "pcm24": 3, "float": 4}
-_CONTAINERS = {".wav": "WAV", ".flac": "FLAC"}
+ENDINGS = {".wav": "WAV", ".flac": "FLAC"}
 _READ = ("WAV", "WAVEX", "FLAC", "OGG", "MP3", "AIFF")
 """What libsndfile or `cut_short` tells to be cut; of its other formats neither does."""
 _RATES = (1000, 384000)
@@ -71,6 +72,18 @@ def read_audio(path: Path, rate: int, *, max_seconds: float) -> Floats:
             raise AudioError(f"{path} is shorter than one sample at {rate} Hz.")
     stereo = np.broadcast_to(samples, (samples.shape[0], _CHANNELS)) if samples.shape[1] == 1 else samples
     return np.ascontiguousarray(stereo.T, dtype=np.float32)
+
+
+def audio_length(path: Path, rate: int) -> int:
+    """Return how many samples a file has at a rate, as its header says; raise AudioError if that cannot be told."""
+    with _explained(path, "read"), open_regular(path) as stream, working_on(path):
+        file = _ForwardFile(stream.fileno(), closefd=False)
+        _check_header(path, file, math.inf)
+        if not _states_length(file):
+            raise AudioError(f"{path} does not say how long it is. Say how many seconds are wanted.")
+        if not file.frames:
+            raise AudioError(f"{path} holds no samples.")
+        return round(int(file.frames) * rate / int(file.samplerate))
 
 
 @contextlib.contextmanager
@@ -271,16 +284,26 @@ def read_metadata(path: Path) -> dict[str, Any]:
             os.lseek(stream.fileno(), 0, os.SEEK_SET)
             with working_on(path), soundfile.SoundFile(stream.fileno(), closefd=False) as file:
                 comment = file.comment
-        values = parse_json(comment)
+        values = parse_json(comment[:SMALL])
     if not isinstance(values, dict):
         raise AudioError(f"{path} holds no settings of this tool.")
     return values
 
 
+def check_replaceable(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Refuse to replace a file, unless it is audio that was made with the same settings and models."""
+    if is_stream(path) or not path.exists():
+        return
+    with contextlib.suppress(AudioError):
+        if read_metadata(path) == json.loads(json.dumps(metadata)):
+            return
+    raise UsageError(f"{path} exists, and was not made with these settings. Name another file, or give --force.")
+
+
 def _container(path: Path, sample_format: SampleFormat) -> str:
-    container = _CONTAINERS.get(path.suffix.lower(), "WAV" if is_stream(path) else None)
+    container = ENDINGS.get(path.suffix.lower(), "WAV" if is_stream(path) else None)
     if container is None:
-        raise UsageError(f"{path} has no known audio file type. Name it {' or '.join(_CONTAINERS)}.")
+        raise UsageError(f"{path} has no known audio file type. Name it {' or '.join(ENDINGS)}.")
     if container == "FLAC" and sample_format == "float":
         raise UsageError(f"{path}: FLAC holds no floating-point samples. Use --format pcm24, or a .wav file.")
     return container

@@ -19,11 +19,11 @@ from pydantic import TypeAdapter
 
 from sa3_convert.bundle.overlap import Named, folded, require_apart
 from sa3_convert.errors import InputError, OutputRejectedError, Sa3Error, SettingError, UsageError
-from sa3_convert.runtime.audio import SampleFormat, audio_writer, check_output_path
+from sa3_convert.runtime.audio import SampleFormat, audio_writer, check_output_path, check_replaceable
 from sa3_convert.runtime.events import AudioChunk, Report, StageName
 from sa3_convert.runtime.output_checks import OutputCheck
 from sa3_convert.runtime.pipeline import Pipeline
-from sa3_convert.runtime.request import GenerateRequest, located
+from sa3_convert.runtime.request import RANDOM, GenerateRequest, located
 from sa3_convert.system.checked_files import inside
 from sa3_convert.system.files import alone_in, sha256_file
 from sa3_convert.system.untrusted import check_name, parse_json, read_bytes, read_text
@@ -44,6 +44,8 @@ class BatchItem:
     """File name within the batch's folder."""
     called: Mapping[str, str] = field(default_factory=dict)
     """What settings are called where they come from, if not by their own names."""
+    any_seed: bool = False
+    """Whether the seed was drawn, so that what another one made is as good."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,8 @@ class BatchOptions:
     """Written into every file, beside its settings."""
     reads: tuple[Named, ...] = ()
     """What must not be written over, besides the audio that the batch itself names."""
+    force: bool = False
+    """Replace files that no batch of this folder has made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +137,8 @@ def _read_line(path: Path, number: int, text: str, defaults: Mapping[str, Any], 
             raise UsageError(f"output is a name of more than {_LONGEST_NAME} bytes.")
         check_name(Path(output))
         check_output_path(Path(output), "pcm16")
-        request = GenerateRequest.from_json({**defaults, **located(values, path.parent)})
-        return BatchItem(number, request, output, called)
+        settings = {**defaults, **located(values, path.parent)}
+        return BatchItem(number, GenerateRequest.from_json(settings), output, called, settings.get("seed") == RANDOM)
 
 
 @contextlib.contextmanager
@@ -170,11 +174,17 @@ def run_batch(pipeline: Pipeline, items: Sequence[BatchItem], options: BatchOpti
         # What a link leads to may have changed until now.
         for name in (RESULTS, *(item.output for item in items)):
             _check_place(folder, name)
-        done = _done(folder, {item.output for item in items})
+        recorded = _recorded(folder, {item.output for item in items})
+        for item, request in zip(items, settings, strict=True):
+            if item.output not in recorded and not options.force:
+                with _in_line(f"Line {item.line}", {}):
+                    check_replaceable(folder / item.output, {**(options.metadata or {}), "request": request})
+        done = {output: found for output, found in recorded.items() if _is_whole(folder / output, found)}
         audio: dict[str, BatchResult] = {}
         for item, request in zip(items, settings, strict=True):
             found = done.get(item.output)
-            if found is not None and found.request == request:
+            wanted = {**request, "seed": found.request.get("seed")} if found and item.any_seed else request
+            if found is not None and found.request == wanted:
                 result = found
             else:
                 with _in_line(f"Line {item.line}", item.called):
@@ -252,8 +262,8 @@ def _append(path: Path, result: BatchResult) -> None:
         os.fsync(stream.fileno())
 
 
-def _done(folder: Path, outputs: AbstractSet[str]) -> dict[str, BatchResult]:
-    """Return the results of earlier runs whose files are whole, by output."""
+def _recorded(folder: Path, outputs: AbstractSet[str]) -> dict[str, BatchResult]:
+    """Return the results of earlier runs, by output."""
     try:
         lines = read_bytes(folder / RESULTS, _LARGEST_RESULTS).split(b"\n")
     except FileNotFoundError:
@@ -261,7 +271,7 @@ def _done(folder: Path, outputs: AbstractSet[str]) -> dict[str, BatchResult]:
     except OSError as error:
         raise InputError(f"{folder / RESULTS} cannot be read: {error}") from None
     found = {result.output: result for result in map(_result, lines) if result is not None}
-    return {output: found[output] for output in outputs & found.keys() if _is_whole(folder / output, found[output])}
+    return {output: found[output] for output in outputs & found.keys()}
 
 
 def _result(line: bytes) -> BatchResult | None:

@@ -1,7 +1,7 @@
 """What the DiT is told about the wanted sound: prompt tokens, duration, masks, and what is kept of given audio."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import numpy as np
 from sa3_convert.arrays import Floats
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.errors import AudioError, SettingError
-from sa3_convert.runtime.audio import read_audio
+from sa3_convert.runtime.audio import audio_length, read_audio
 from sa3_convert.runtime.prompts import Tokens
 
 AudioSource = Path | Floats
@@ -18,6 +18,7 @@ AudioSource = Path | Floats
 Region = tuple[float, float]
 """Start and end in seconds."""
 
+DEFAULT_SECONDS = 10.0
 PADDING_SECONDS = 6.0
 """What is generated beyond the wanted duration, as in training."""
 # The reference aligns to this many samples of the autoencoder's front even where it works with sliding windows.
@@ -51,6 +52,28 @@ def check_duration(seconds: float) -> None:
     """Refuse what is no duration for any model."""
     if not math.isfinite(seconds) or seconds <= 0:
         raise SettingError("{seconds} is {0}; give a positive number.", seconds)
+
+
+def duration_of(layout: CheckpointLayout, audio: Iterable[AudioSource | None], regions: Sequence[Region]) -> float:
+    """Return how long a generation is where nobody says it: as the given audio and regions, within the model's limit.
+
+    Raises AudioError if audio cannot be read, or does not say how long it is.
+    """
+    rate = layout.sample_rate
+    samples = [_length(one, rate) for one in audio if one is not None]
+    if not samples:
+        return DEFAULT_SECONDS
+    seconds = max(samples) / rate
+    if int(seconds * rate) < max(samples):
+        seconds = math.nextafter(seconds, math.inf)
+    return min(max(seconds, *(end for _, end in regions)) if regions else seconds, max_seconds(layout))
+
+
+def _length(audio: AudioSource, rate: int) -> int:
+    if isinstance(audio, Path):
+        return audio_length(audio, rate)
+    _check_samples(audio)
+    return int(audio.shape[1])
 
 
 def alignment(layout: CheckpointLayout) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Collection, Generator, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,6 +26,15 @@ from sa3_convert.runtime.output_checks import OutputCheck
 from sa3_convert.runtime.prompts import PromptTokenizer, Tokens
 from sa3_convert.runtime.request import GenerateRequest, ResolvedRequest
 from sa3_convert.runtime.sampling import SAMPLERS, Noise, Step, Velocity, guided
+
+
+@dataclass(slots=True)
+class Shared:
+    """What generations have in common that differ by their seeds alone."""
+
+    conditions: tuple[Conditioning, Conditioning | None] | None = None
+    audio: list[Floats | None] | None = None
+    """Latents of what they start from, and of what they keep."""
 
 
 class Pipeline:
@@ -151,7 +161,9 @@ class Pipeline:
         assert report is not None
         return Generation(np.concatenate(chunks, axis=1), self.layout.sample_rate, report)
 
-    def stream(self, request: GenerateRequest, *, allow: Collection[str] = ()) -> Generator[Event, None, None]:
+    def stream(
+        self, request: GenerateRequest, *, allow: Collection[str] = (), shared: Shared | None = None
+    ) -> Generator[Event, None, None]:
         """Generate, and yield what happens as it happens: stages, denoising steps, audio, and a report at the end.
 
         Audio chunks come as they are decoded. Closing the iterator stops the work and frees the models.
@@ -159,6 +171,7 @@ class Pipeline:
         Args:
             request: what to generate.
             allow: names of output checks to waive; see `output_checks.CHECKS`.
+            shared: of generations that differ by their seeds alone; the first encodes prompts and audio for all.
 
         Raises:
             UsageError: the request does not suit the model.
@@ -177,17 +190,18 @@ class Pipeline:
         mask = inpaint_mask(self.layout, sizes, settings.inpaint)
 
         yield Started("text")
+        shared = shared or Shared()
         with notes.timed("text"):
-            prompted, unprompted = self.condition(settings, notes)
-        start = kept = None
-        if initial is not None or inpainted is not None:
+            shared.conditions = shared.conditions or self.condition(settings, notes)
+        if (initial is not None or inpainted is not None) and not shared.audio:
             yield Started("encode")
             with notes.timed("encode"):
-                start, kept = self.encode(initial, inpainted)
+                shared.audio = self.encode(initial, inpainted)
+        start, kept = shared.audio or (None, None)
 
         yield Started("denoise")
         latents: Floats | None = None
-        with closing(self.denoise(settings, sizes, prompted, unprompted, (mask, kept), start)) as steps:
+        with closing(self.denoise(settings, sizes, *shared.conditions, (mask, kept), start)) as steps:
             while (step := notes.timed_next(steps, "denoise")) is not None:
                 latents = step.latents
                 yield Stepped(step, settings.steps)

@@ -5,6 +5,7 @@ import difflib
 import math
 import os
 import reprlib
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +21,14 @@ from sa3_convert.checkpoint.shift import DEFAULT_SHIFT, FluxShift, FullShift, Lo
 from sa3_convert.checkpoint.variants import defaults_of
 from sa3_convert.errors import SettingError, UsageError
 from sa3_convert.runtime.conditioning import (
+    DEFAULT_SECONDS,
     PADDING_SECONDS,
     AudioSource,
     Lengths,
     Region,
     check_duration,
     check_regions,
+    duration_of,
     lengths,
 )
 from sa3_convert.runtime.prompts import check_prompt
@@ -34,6 +37,8 @@ from sa3_convert.runtime.sampling import SamplerName, sigmas
 MAX_STEPS = 1000
 _DEFAULT_INIT_NOISE = 0.9
 _MOST_PADDING = 600
+RANDOM = "random"
+"""In place of a seed, in JSON."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,9 +51,11 @@ class GenerateRequest:
     """
 
     prompt: str
-    seconds: float = 10.0
+    seconds: float | None = None
+    """As long as the given audio, and as far as `inpaint` reaches; 10 without any."""
     seed: int = 0
-    """The same seed gives the same start noise on every engine and platform; only its low 32 bits count."""
+    """The same seed gives the same start noise on every engine and platform; only its low 32 bits count. In JSON also
+    `random`: one that is drawn when it is read."""
     steps: int | None = None
     """8 for distilled models, 50 for base models."""
     sampler: SamplerName | None = None
@@ -82,7 +89,8 @@ class GenerateRequest:
         check_prompt(self.prompt)
         if self.negative_prompt is not None:
             check_prompt(self.negative_prompt, "negative_prompt")
-        check_duration(self.seconds)
+        if self.seconds is not None:
+            check_duration(self.seconds)
         if not 0 <= self.seed < 1 << 64:
             raise SettingError("{seed} is {0}, not within 0 … 2⁶⁴ − 1.", self.seed)
         if self.steps is not None and not 1 <= self.steps <= MAX_STEPS:
@@ -122,7 +130,7 @@ class GenerateRequest:
             raise SettingError("{inpaint} needs {inpaint_audio}, of which the rest is kept.")
         if self.inpaint_audio is not None and not self.inpaint:
             raise SettingError("{inpaint_audio} needs {inpaint}: at least one region to generate anew.")
-        check_regions(self.inpaint, self.seconds)
+        check_regions(self.inpaint, math.inf if self.seconds is None else self.seconds)
 
     def audio_files(self) -> list[Path]:
         """Return the files that it reads."""
@@ -130,7 +138,13 @@ class GenerateRequest:
 
     def lengths(self, layout: CheckpointLayout) -> Lengths:
         """Return the lengths of the generation; raise UsageError if the model cannot generate that much."""
-        return lengths(layout, self.seconds, self.duration_padding)
+        return lengths(layout, self.duration(layout), self.duration_padding)
+
+    def duration(self, layout: CheckpointLayout) -> float:
+        """Return how many seconds are to be heard; see `conditioning.duration_of` for where nobody says it."""
+        if self.seconds is not None:
+            return self.seconds
+        return duration_of(layout, (self.init_audio, self.inpaint_audio), self.inpaint)
 
     def resolved(self, layout: CheckpointLayout) -> "ResolvedRequest":
         """Return the request with every default filled in; raise UsageError if it does not suit the model."""
@@ -147,6 +161,7 @@ class GenerateRequest:
         model = defaults_of(layout)
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         defaults = {
+            "seconds": self.duration(layout),
             "steps": model.steps,
             "sampler": model.sampler,
             "cfg_scale": model.guidance,
@@ -198,6 +213,7 @@ class GenerateRequest:
 class ResolvedRequest(GenerateRequest):
     """A request without open settings; made by `GenerateRequest.resolved`."""
 
+    seconds: float = DEFAULT_SECONDS
     steps: int = 8
     sampler: SamplerName = "pingpong"
     cfg_scale: float = 1.0
@@ -236,7 +252,8 @@ _WHOLE = ("seed", "steps")
 _AUDIO = ("init_audio", "inpaint_audio")
 _LARGEST = 1 << 64
 _OPTIONAL = (
-    "steps", "sampler", "cfg_scale", "negative_prompt", "dist_shift", "init_audio", "init_noise_level", "inpaint_audio",
+    "seconds", "steps", "sampler", "cfg_scale", "negative_prompt", "dist_shift", "init_audio", "init_noise_level",
+    "inpaint_audio",
 )  # fmt: skip
 
 
@@ -283,6 +300,8 @@ def _read(key: str, value: Any) -> Any:
             raise unlike("expected a number")
         return float(value)
     if key in _WHOLE:
+        if key == "seed" and value == RANDOM:
+            return secrets.randbelow(1 << 32)
         if not isinstance(value, int) or not _is_number(value):
             raise unlike("expected a whole number")
         return value

@@ -45,10 +45,10 @@ def append_chunk(stream: BinaryIO, chunk: bytes) -> None:
 def read_comment(stream: BinaryIO) -> str | None:
     """Return the comment of a WAV that is open for reading, None if it has none."""
     stream.seek(12)
-    for name, size in chunks(stream):
+    for name, size in itertools.islice(chunks(stream), _MOST_CHUNKS):
         if name == b"LIST" and stream.read(4) == b"INFO":
             information = io.BytesIO(stream.read(min(max(size - 4, 0), SMALL)))
-            for key, length in chunks(information):
+            for key, length in itertools.islice(chunks(information), _MOST_CHUNKS):
                 if key == b"ICMT":
                     return information.read(length).rstrip(b"\0").decode("utf-8")
     return None

@@ -223,7 +223,7 @@ def test_an_interrupted_batch_keeps_what_it_has_done_and_goes_on_from_there(
         ("--prompt", "a\x07b", "-o", "x.wav"),
         ("--prompt", "pad", "-o", "x.wav", "--inpaint", "1-2", "--inpaint-audio", "a.wav"),
         ("--prompt", "pad", "-o", "x.wav", "--inpaint", "3:2", "--inpaint-audio", "a.wav"),
-        ("--prompt", "pad", "-o", "x.wav", "--inpaint", "2:30", "--inpaint-audio", "a.wav"),
+        ("--prompt", "pad", "-o", "x.wav", "--inpaint", "2:30", "--inpaint-audio", "a.wav", "--seconds", "9"),
         ("--prompt", "pad", "-o", "x.wav", "--inpaint", "1:3", "--inpaint", "2:4", "--inpaint-audio", "a.wav"),
         ("--prompt", "pad", "-o", "x.wav", "--inpaint", "1:3"),
         ("--prompt", "pad", "-o", "x.wav", "--cfg-interval", "0.5"),

@@ -24,7 +24,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., GenerateRequest]:
 
     def run(*arguments: str) -> GenerateRequest:
         found: list[GenerateRequest] = []
-        monkeypatch.setattr(generate, "generate_one", lambda _, request, **__: found.append(request))
+        monkeypatch.setattr(generate, "generate", lambda _, requests, **__: found.extend(requests))
         assert cli.run(["run", "bundle", *arguments, "-o", "x.wav"]) == 0
         return found[0]
 
@@ -82,7 +82,7 @@ WRONG = [
     ("--init-noise-level", "2"),
     ("--inpaint", "1:2"),
     ("--inpaint", "1:2", "--inpaint", "1:3", "--inpaint-audio", "a.wav"),
-    ("--inpaint", "4:40", "--inpaint-audio", "a.wav"),
+    ("--inpaint", "4:40", "--inpaint-audio", "a.wav", "--seconds", "10"),
     ("--inpaint-audio", "a.wav"),
 ]
 

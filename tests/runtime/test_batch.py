@@ -359,3 +359,28 @@ def test_of_many_batches_at_once_one_does_the_work_and_each_line_is_written_once
     assert len(refused) < 6
     outputs = [json.loads(line)["output"] for line in (tmp_path / "out" / RESULTS).read_text().splitlines()]
     assert outputs == [f"{line:04d}.wav" for line in range(1, 9)]
+
+
+def test_a_drawn_seed_is_kept_by_the_next_run(small: Parts, tmp_path: Path) -> None:
+    lines = [{"prompt": "pad", "seed": "random"}, {"prompt": "drums", "seed": "random"}]
+    first = [result.request["seed"] for result in run(small, tmp_path, lines)]
+    results = run(small, tmp_path, [*lines, {"prompt": "bass"}])
+    assert [result.reused for result in results] == [True, True, False]
+    assert [result.request["seed"] for result in results[:2]] == first
+
+
+def test_a_file_that_no_batch_of_the_folder_made_is_not_replaced(small: Parts, tmp_path: Path) -> None:
+    precious = tmp_path / "out" / "drums.flac"
+    precious.parent.mkdir()
+    precious.write_text("precious")
+    engine = FakeEngine()
+    with pytest.raises(UsageError, match=r"Line 2: .*drums\.flac exists, and was not made with these settings"):
+        run(small, tmp_path, LINES, engine)
+    assert (engine.loaded, precious.read_text()) == ([], "precious")
+    assert [result.error for result in run(small, tmp_path, LINES, force=True)] == [None, None]
+
+
+def test_a_file_whose_line_a_killed_run_did_not_write_is_made_again(small: Parts, tmp_path: Path) -> None:
+    run(small, tmp_path, LINES)
+    (tmp_path / "out" / RESULTS).unlink()
+    assert [result.reused for result in run(small, tmp_path, LINES)] == [False, False]

@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sa3_convert.checkpoint.shift import FluxShift, FullShift, LogSnrShift, NoShift
-from sa3_convert.errors import UsageError
+from sa3_convert.errors import AudioError, UsageError
 from sa3_convert.runtime.request import GenerateRequest, ResolvedRequest
 from sa3_convert.runtime.sampling import sigmas
 from tests.runtime.conftest import Parts
@@ -18,7 +19,7 @@ AUDIO = np.zeros((2, 100), np.float32)
 SETTINGS = st.fixed_dictionaries(
     {"prompt": st.text("abc é🎷", max_size=20)},
     optional={
-        "seconds": st.floats(0.1, 100),
+        "seconds": st.none() | st.floats(0.1, 100),
         "seed": st.integers(0, (1 << 64) - 1),
         "steps": st.none() | st.integers(1, 1000),
         "sampler": st.sampled_from([None, "pingpong", "euler", "rk4", "dpmpp"]),
@@ -56,7 +57,7 @@ def test_audio_files_and_regions_survive_json() -> None:
 
 
 def test_a_resolved_request_replays_as_itself(small: Parts) -> None:
-    resolved = GenerateRequest("pad", init_audio=Path("a.wav")).resolved(small.layout)
+    resolved = GenerateRequest("pad", seconds=3, init_audio=Path("a.wav")).resolved(small.layout)
     again = GenerateRequest.from_json(resolved.to_json()).resolved(small.layout)
     assert as_dict(again) == as_dict(resolved)
 
@@ -189,7 +190,7 @@ def test_an_autoencoder_alone_cannot_generate(small: Parts) -> None:
         ({"inpaint": ((0.0, 1.0),)}, "inpaint needs inpaint_audio"),
         ({"inpaint_audio": AUDIO}, "at least one region"),
         ({"inpaint_audio": AUDIO, "inpaint": ((5.0, 2.0),)}, "5:2 ends before"),
-        ({"inpaint_audio": AUDIO, "inpaint": ((5.0, 11.0),)}, "outside"),
+        ({"seconds": 10.0, "inpaint_audio": AUDIO, "inpaint": ((5.0, 11.0),)}, "outside"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -207,7 +208,6 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: 
         ({"prompt": None}, "prompt is None"),
         ({"prompt": "a", "seconds": "10"}, "seconds is '10', expected a number"),
         ({"prompt": "a", "seconds": True}, "seconds is True"),
-        ({"prompt": "a", "seconds": None}, "seconds is None"),
         ({"prompt": "a", "steps": 2.5}, "whole number"),
         ({"prompt": "a", "seed": True}, "seed is True"),
         ({"prompt": "a", "inpaint": [1, 2]}, "list of"),
@@ -244,3 +244,29 @@ def test_json_of_the_wrong_kind_is_refused_by_key(values: dict[str, Any], messag
 
 def test_whole_numbers_are_numbers() -> None:
     assert GenerateRequest.from_json({"prompt": "a", "seconds": 10}).seconds == 10.0
+
+
+def test_a_random_seed_is_drawn_when_it_is_read() -> None:
+    seeds = {GenerateRequest.from_json({"prompt": "a", "seed": "random"}).seed for _ in range(3)}
+    assert len(seeds) == 3
+    assert all(0 <= seed < 1 << 32 for seed in seeds)
+    with pytest.raises(UsageError, match="seed is 'rnd'"):
+        GenerateRequest.from_json({"prompt": "a", "seed": "rnd"})
+
+
+def test_it_lasts_as_long_as_the_given_audio(small: Parts, tmp_path: Path) -> None:
+    def seconds(**settings: Any) -> float:
+        return GenerateRequest("pad", **settings).resolved(small.layout).seconds
+
+    samples = np.zeros((2, 44101), np.float32)
+    soundfile.write(tmp_path / "a.wav", samples.T[:22051], 22050)
+    assert seconds() == 10.0
+    assert int(seconds(init_audio=samples) * 44100) == 44101
+    assert int(seconds(init_audio=tmp_path / "a.wav") * 44100) == 44102
+    assert seconds(init_audio=samples, seconds=3.0) == 3.0
+    assert seconds(inpaint_audio=samples, inpaint=((0.5, 2.5),)) == 2.5
+    assert seconds(init_audio=np.zeros((2, 121 * 44100), np.float32)) == small.layout.sample_size / 44100
+    with pytest.raises(UsageError, match="outside of the 120"):
+        seconds(inpaint_audio=samples, inpaint=((0.5, 121.0),))
+    with pytest.raises(AudioError, match="gone"):
+        seconds(init_audio=tmp_path / "gone.wav")
