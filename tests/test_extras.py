@@ -39,7 +39,7 @@ def brought_by(requirements: list[str]) -> set[str]:
     return modules | {module for module, owner in BROUGHT.items() if owner in modules}
 
 
-CORE = brought_by([*PROJECT["dependencies"], *EXTRAS["convert"], *EXTRAS["gpu"]])
+CORE = brought_by([*PROJECT["dependencies"], *EXTRAS["onnx"], *EXTRAS["convert"], *EXTRAS["gpu"]])
 LAB = brought_by(EXTRAS["lab"])
 REQUIRES = [f"{name}; extra == '{extra}'" for extra, names in EXTRAS.items() for name in names]
 """As the metadata of an installed package has them."""
@@ -59,14 +59,15 @@ def test_a_room_imports_what_its_extra_brings(path: Path) -> None:
 
 def test_no_package_is_in_two_extras_and_all_has_those_of_users() -> None:
     assert EXTRAS["all"] == ["sa3-convert[convert,lab,gpu]"]
-    named = [brought_by(names) for extra, names in EXTRAS.items() if extra != "all"]
+    named = [brought_by(names) - {"sa3-convert"} for extra, names in EXTRAS.items() if extra != "all"]
     assert sum(map(len, named)) == len(set().union(*named))
 
 
 def test_every_package_that_is_asked_for_is_pinned() -> None:
     text = (SOURCE.parent / "constraints.txt").read_text(encoding="utf-8")
     pinned = {line.partition("==")[0].lower().replace("_", "-") for line in text.splitlines() if "==" in line}
-    wanted = [name for extra, names in EXTRAS.items() if extra != "all" for name in names] + PROJECT["dependencies"]
+    wanted = [name for names in EXTRAS.values() for name in names if not name.startswith("sa3-convert[")]
+    wanted += PROJECT["dependencies"]
     assert {re.split(r"[<>=]", name)[0].lower().replace("_", "-") for name in wanted} <= pinned
 
 
@@ -104,8 +105,9 @@ def test_a_report_says_which_extra_brings_what_it_lacks(toy_int8: Bundle, tmp_pa
     ("module", "extra"),
     [
         ("torch.nn", "convert"),
-        ("onnx", "convert"),
-        ("onnx_ir", "convert"),
+        ("onnx", "onnx"),
+        ("onnx_ir", "onnx"),
+        ("onnxruntime", "onnx"),
         ("onnx_graphsurgeon", "convert"),
         ("huggingface_hub", "convert"),
         ("matplotlib.figure", "lab"),
@@ -198,7 +200,9 @@ def test_a_wheel_with_base_dependencies_runs_and_measures_a_bundle(
     assert "small-music" in said("table", bundle)
     said("bench", bundle, "--engine", "mnn", "--seconds", "1", "--repeats", "1", "--steps", "1")
     said("bundle", "export", bundle, "--to", "site")
+    assert "The card has no picture" in said("bundle", "card", bundle, "-o", "card.md")
     said("run", "site", "--prompt", "warm pad", "--seconds", "1", "-o", "again.wav")
+    assert "pip install 'sa3-convert[onnx] @ file://" in said("doctor", code=7)
     assert "pip install 'sa3-convert[convert] @ file://" in said("convert", "nowhere", "--out", "o", code=7)
     target = installed.parents[2] / "target"
     assert (target / "sa3_convert" / "py.typed").is_file()
