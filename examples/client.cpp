@@ -1,12 +1,15 @@
-// Token ids to a WAV on MNN's session API, for a post-trained model: what an app has to do, in its order.
+// A prompt or token ids to a WAV on MNN's session API, for a post-trained model: what an app has to do, in its order.
 //
 //     c++ -std=c++17 -O2 client.cpp -I$MNN_HOME/include -L$MNN_HOME/lib -lMNN -o client
+//     ./client TEXT_ENCODER NUMBER_CONDITIONER DIT DECODER out.wav TOKENIZER_TABLE 0.5 7 "warm analog pad"
 //     ./client TEXT_ENCODER NUMBER_CONDITIONER DIT DECODER out.wav 335,358,74,347 0.5 7
 //
-// The files are those that contract.json names, the last two numbers seconds and seed. Widths are read from the models;
+// The files are those that contract.json names, the two numbers seconds and seed. Widths are read from the models;
 // the constants below are those of contract.json for the small family. The samples are those of `sa3-convert run`.
 
 #include <MNN/Interpreter.hpp>
+
+#include "token_table.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -146,11 +149,24 @@ void write_wav(const char* path, const Floats& left, const Floats& right) {
     if (std::fclose(file) != 0) fail(std::string("cannot write ") + path);
 }
 
-int main(int count, char** given) {
-    if (count != 9) fail("give four models, a WAV, token ids, seconds and a seed");
+std::vector<int> listed(const char* text) {
     std::vector<int> ids;
-    std::stringstream words(given[6]);
+    std::stringstream words(text);
     for (std::string word; std::getline(words, word, ',');) ids.push_back(std::atoi(word.c_str()));
+    return ids;
+}
+
+std::vector<int> encoded(const char* table, const char* prompt) {
+    try {
+        return TokenTable(table).encode(prompt);
+    } catch (const std::runtime_error& error) {
+        fail(error.what());
+    }
+}
+
+int main(int count, char** given) {
+    if (count != 9 && count != 10) fail("give four models, a WAV, token ids or a table, seconds, a seed and a prompt");
+    const std::vector<int> tokens = count == 10 ? encoded(given[6], given[9]) : listed(given[6]);
     const double seconds = std::atof(given[7]);
 
     // Lengths: of the output, of the latents, and of those that count.
@@ -165,7 +181,7 @@ int main(int count, char** given) {
     Floats condition, global;
     {
         Model text(given[1]);
-        std::vector<int> mask(text.shape("input_ids")[1], 0);
+        std::vector<int> ids = tokens, mask(text.shape("input_ids")[1], 0);
         std::fill(mask.begin(), mask.begin() + std::min(ids.size(), mask.size()), 1);
         ids.resize(mask.size(), 0);
         text.set("input_ids", ids);

@@ -51,7 +51,9 @@ def contract_of(manifest: Manifest, golden: bool = False) -> dict[str, Any]:
     """Return the contract of a bundle as its manifest describes it, file names included."""
     layout = manifest.layout
     models = {a.component: a for a in manifest.artifacts if a.kind == "mnn" and a.component is not None}
-    files = {a.kind: a.path for a in manifest.artifacts if a.kind in ("tokenizer", "bottleneck_params")}
+    files: dict[str, str] = {a.kind: a.path for a in manifest.artifacts if a.kind in ("tokenizer", "bottleneck_params")}
+    tables = [a.table.path for a in manifest.artifacts if a.table is not None]
+    files |= {"token_table": tables[0]} if tables else {}
     components = {
         component.value: {
             "file": artifact.path,

@@ -65,13 +65,18 @@ class _Placed:
 
     def manifest(self) -> Manifest:
         """Return what is said of the bundle there."""
-        moved = []
-        for artifact, path in self.paths:
-            companion = artifact.companion and artifact.companion.model_copy(update={"path": f"{path}.weight"})
-            moved.append(artifact.model_copy(update={"path": path, "companion": companion, "table": None}))
+        moved = tuple(_moved(artifact, path) for artifact, path in self.paths)
         base = "." if self.root == self.folder else "../.."
-        given = self.bundle.manifest.model_copy(update={"artifacts": tuple(moved), "base": base})
+        given = self.bundle.manifest.model_copy(update={"artifacts": moved, "base": base})
         return Manifest.model_validate_json(given.to_json(), strict=True)
+
+
+def _moved(artifact: Artifact, path: str) -> Artifact:
+    """Return a file at another place, and what belongs to it beside it."""
+    companion = artifact.companion and artifact.companion.model_copy(update={"path": f"{path}.weight"})
+    beside = str(PurePosixPath(path).with_suffix(".table"))
+    table = artifact.table and artifact.table.model_copy(update={"path": beside})
+    return artifact.model_copy(update={"path": path, "companion": companion, "table": table})
 
 
 @dataclass(frozen=True)
@@ -165,9 +170,11 @@ def _planned(placed: Sequence[_Placed], golden: Golden, describe: Callable[[Sequ
     export = Export(left_out=tuple(_left_out(placed)))
     for one in placed:
         for artifact, path in one.paths:
-            names = (path, f"{path}.weight")
-            for entry, name in zip(artifact.files, names, strict=False):
-                export.files[_joined(one.root, name)] = (one.bundle.root / entry.path, entry)
+            for entry, moved in zip(artifact.files, _moved(artifact, path).files, strict=True):
+                name, source = _joined(one.root, moved.path), one.bundle.root / entry.path
+                other, taken = export.files.setdefault(name, (source, entry))
+                if taken.sha256 != entry.sha256:
+                    raise BundleError(f"{name} would come from both {other} and {source}, with different contents.")
         manifest, results = one.manifest(), golden(one.bundle)
         export.texts[f"{one.folder}/{MANIFEST}"] = manifest.to_json().encode()
         told = json.dumps(contract_of(manifest, bool(results)), indent=2, ensure_ascii=False) + "\n"

@@ -18,13 +18,23 @@ import soundfile
 from numpy.typing import NDArray
 
 from sa3_convert.bundle.reader import Bundle
+from sa3_convert.checkpoint.config import read_layout
+from sa3_convert.checkpoint.published import model_config, text_encoder_config
 from sa3_convert.checkpoint.shift import FluxShift, FullShift, LogSnrShift, NoShift, Shift
+from sa3_convert.checkpoint.variants import VARIANTS
 from sa3_convert.components import Component
+from sa3_convert.components import contract as ports_of
 from sa3_convert.mnn.session import MnnSession
 from sa3_convert.publish.contract import contract_of, golden_of
 from sa3_convert.publish.export import export_bundles
+from sa3_convert.runtime.conditioning import lengths
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.request import GenerateRequest
+from sa3_convert.runtime.sampling import sigmas
+from sa3_convert.runtime.token_table import _prompts, tabulated
+from tests.checkpoint.test_layout import write_configs
+from tests.runtime.test_token_table import FORMS
+from tests.runtime.test_token_table import encoder as tokenizer_of
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 STEP = 2.0**-15
@@ -146,6 +156,56 @@ def test_the_constants_of_the_cpp_client_are_those_of_the_contract(contract: dic
     }
 
 
+ENCODER = """
+#include "token_table.hpp"
+#include <iostream>
+int main(int, char** given) {
+    const TokenTable table(given[1]);
+    for (std::string prompt; std::getline(std::cin, prompt, '\\0');) {
+        for (const int id : table.encode(prompt)) std::cout << id << ' ';
+        std::cout << '\\n';
+    }
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program that reads prompts, each with a zero behind it, and says their ids."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler is installed")
+    folder = tmp_path_factory.mktemp("encoder")
+    (folder / "encoder.cpp").write_text(ENCODER)
+    command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{EXAMPLES}", str(folder / "encoder.cpp")]
+    subprocess.run([*command, "-o", str(folder / "encoder")], check=True, timeout=120)
+    return folder / "encoder"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_cpp_clients_token_ids_are_those_of_the_pipeline(encoder: Path, form: str, tmp_path: Path) -> None:
+    table = tabulated(FORMS[form], tokenizer_of(FORMS[form]), (1, 0), (0,))
+    (tmp_path / "tokenizer.table").write_bytes(table.to_bytes())
+    tried = [*_prompts([*json.loads(FORMS[form])["model"]["vocab"], *table.added])]
+    prompts = [prompt for prompt in tried if "\0" not in prompt]
+    given = "".join(f"{prompt}\0" for prompt in prompts).encode()
+    command = [str(encoder), str(tmp_path / "tokenizer.table")]
+    done = subprocess.run(command, input=given, capture_output=True, check=True, timeout=60)
+    found = [[int(word) for word in line.split()] for line in done.stdout.decode().splitlines()]
+    assert found == [[1, 0, *table.encode(prompt), 0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("cut", [0, 10, -1])
+def test_the_cpp_client_refuses_a_damaged_table(encoder: Path, cut: int, tmp_path: Path) -> None:
+    whole = tabulated(FORMS["toy"], tokenizer_of(FORMS["toy"]), (), ()).to_bytes()
+    (tmp_path / "tokenizer.table").write_bytes(whole[:cut])
+    done = subprocess.run(
+        [str(encoder), str(tmp_path / "tokenizer.table")], input=b"", capture_output=True, check=False
+    )
+    assert done.returncode != 0
+    assert b"table" in done.stderr
+
+
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The C++ client, linked to MNN's library or to the one in its wheel, which is the same code."""
@@ -187,12 +247,14 @@ def test_the_cpp_client_makes_the_samples_of_the_pipeline(
         tokens = pipeline.tokens(PROMPT)
     models = [str(file_of(folder, contract, c)) for c in ("text_encoder", "number_conditioner", "dit", "decoder")]
     ids = ",".join(map(str, tokens.ids[tokens.mask == 1].tolist()))
+    table = str(folder / contract["base"] / contract["files"]["token_table"])
     wav = tmp_path / "out.wav"
-    done = subprocess.run([str(program), *models, str(wav), ids, str(seconds), "7"], check=False, timeout=60)
-    assert done.returncode == 0
-    made, rate = soundfile.read(wav, dtype="int16")
-    assert rate == 44100
-    np.testing.assert_allclose(made.T / 32767, expected, atol=CLOSE + STEP)
+    for words in ([ids, str(seconds), "7"], [table, str(seconds), "7", PROMPT]):
+        done = subprocess.run([str(program), *models, str(wav), *words], check=False, timeout=60)
+        assert done.returncode == 0
+        made, rate = soundfile.read(wav, dtype="int16")
+        assert rate == 44100
+        np.testing.assert_allclose(made.T / 32767, expected, atol=CLOSE + STEP)
 
 
 def test_true_sizes_have_no_golden_results(toy_int8: Bundle) -> None:
@@ -200,3 +262,20 @@ def test_true_sizes_have_no_golden_results(toy_int8: Bundle) -> None:
     deeper = replace(auto, decoder=replace(auto.decoder, depth=auto.decoder.depth + 1))
     larger = toy_int8.manifest.model_copy(update={"layout": replace(toy_int8.layout, autoencoder=deeper)})
     assert golden_of(Bundle(toy_int8.path, larger)) == {}
+
+
+def test_the_numbers_of_the_guide_for_apps_are_those_that_are_computed_with(tmp_path: Path) -> None:
+    text = (EXAMPLES.parent / "docs" / "integrate.md").read_text(encoding="utf-8")
+    flow = " ".join(text.split("## The flow, with its numbers")[1].split("\n## ")[0].split())
+    variant = VARIANTS["small-music"]
+    layout = read_layout(write_configs(tmp_path, model_config(variant, "full"), text_encoder_config(variant, "full")))
+    found = lengths(layout, 10)
+    assert f"`samples` = int(10 · 44100) = {found.samples}. " in flow
+    assert f"is {found.latents - 1}, and to a multiple of 2: {found.latents};" in flow
+    assert f"at most {layout.sample_size} / 4096 = {layout.sample_size // 4096}. " in flow
+    assert f"= {found.valid}. " in flow
+    assert f" {', '.join(f'{sigma:.6g}' for sigma in sigmas(8))}. " in flow
+    for component in (Component.TEXT_ENCODER, Component.NUMBER_CONDITIONER, Component.DIT):
+        for port in ports_of(component, layout).inputs + ports_of(component, layout).outputs:
+            shape = str(["T" if not isinstance(d, int) else d for d in port.shape]).replace("'", "")
+            assert shape in flow or port.name == "t", (component, port.name)

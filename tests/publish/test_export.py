@@ -136,6 +136,22 @@ def test_what_is_not_published_is_told(tmp_path: Path) -> None:
     assert line == f"{bundle.path}: not published are its files of kind onnx."
 
 
+@pytest.mark.parametrize("layout", ["hub", "flat"])
+def test_a_tokenizers_table_lies_beside_it(tmp_path: Path, layout: Layout) -> None:
+    bundle = make_bundle(tmp_path / "b")
+    (bundle.path / "tokenizer.table").write_text("table")
+    table = FileEntry.of(bundle.path, "tokenizer.table")
+    given = [a.model_copy(update={"table": table}) if a.kind == "tokenizer" else a for a in bundle.manifest.artifacts]
+    with_table = Bundle(bundle.path, bundle.manifest.model_copy(update={"artifacts": tuple(given)}))
+    export_bundles([with_table], tmp_path / "out", layout)
+    (found,) = (tmp_path / "out").rglob("tokenizer.*le")
+    assert (found.read_text(), found.with_suffix(".json").is_file()) == ("table", True)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.name.endswith(".weight")]
+    exported = Bundle.open(tmp_path / "out")
+    exported.check()
+    assert exported.artifact(None, "tokenizer").table is not None
+
+
 def test_the_text_encoder_is_called_int4_only_when_it_is() -> None:
     path = published_path("small-music", Component.TEXT_ENCODER, "int4")
     assert path == "shared/text_encoder_int4.mnn"
