@@ -33,8 +33,9 @@ _SYNTHETIC: Final = """\
 """
 _LICENCE: Final = """\
 Stable Audio 3, and what is converted from it, is under the
-[Stability AI Community License](https://stability.ai/license). The text encoder is T5Gemma, under the
-[Gemma Terms of Use](https://ai.google.dev/gemma/terms). Both apply to these files."""
+[Stability AI Community License](https://stability.ai/license)."""
+_GEMMA: Final = """\
+The text encoder is T5Gemma, under the [Gemma Terms of Use](https://ai.google.dev/gemma/terms). Both apply."""
 
 
 def placed(bundles: Sequence[Bundle]) -> dict[str, Manifest]:
@@ -133,7 +134,13 @@ def card(
     lines += ["## Repository structure", "", *_structure(manifests)]
     lines += ["## Usage", "", *_usage(manifests, name, usage)]
     lines += each("Provenance", lambda folder, manifest: _provenance(manifest, told[folder]))
-    return "\n".join([*lines, "## Licences", "", _LICENCE, ""])
+    lines += ["## Licences", "", _LICENCE, *([_GEMMA] if _generates(manifests) else [])]
+    return "\n".join([*lines, ""])
+
+
+def _generates(manifests: Mapping[str, Manifest]) -> bool:
+    """Tell whether one is more than an autoencoder alone."""
+    return any(manifest.layout.dit is not None for manifest in manifests.values())
 
 
 def _front_matter(manifests: Mapping[str, Manifest]) -> Lines:
@@ -143,7 +150,8 @@ def _front_matter(manifests: Mapping[str, Manifest]) -> Lines:
     tags = ["mnn", "stable-audio-3", "audio-generation", *precisions]
     data: dict[str, Any] = {"base_model": sources, "base_model_relation": "quantized"} if sources else {}
     data |= {"license": "other", "license_name": "stability-ai-community"}
-    data |= {"license_link": "https://stability.ai/license", "library_name": "mnn", "pipeline_tag": "text-to-audio"}
+    data |= {"license_link": "https://stability.ai/license", "library_name": "mnn"}
+    data["pipeline_tag"] = "text-to-audio" if _generates(manifests) else "audio-to-audio"
     data["tags"] = [*tags, *(["synthetic-weights"] if any(map(_is_synthetic, found)) else [])]
     return ["---", yaml.safe_dump(data, sort_keys=False, allow_unicode=True).rstrip(), "---", ""]
 
@@ -151,7 +159,8 @@ def _front_matter(manifests: Mapping[str, Manifest]) -> Lines:
 def _title(manifests: Mapping[str, Manifest]) -> Lines:
     variants = list(dict.fromkeys(m.variant for m in manifests.values() if m.variant in VARIANTS))
     lines = [" ".join(["# Stable Audio 3", *([", ".join(variants)] if variants else []), "for MNN"]), ""]
-    lines += ["Text to audio on devices, converted and quantised by sa3-convert.", ""]
+    what = "Text to audio" if _generates(manifests) else "An audio autoencoder"
+    lines += [f"{what} on devices, converted and quantised by sa3-convert.", ""]
     if synthetic := [m for m in manifests.values() if _is_synthetic(m)]:
         what = ", ".join(markdown_code(label) for label in dict.fromkeys(m.label for m in synthetic))
         lines += [*_SYNTHETIC.format(what=what).splitlines(), ""]
@@ -278,5 +287,5 @@ def _provenance(manifest: Manifest, report: Report | None) -> Lines:
     return side_by_side("", {"": facts})
 
 
-def _versions(tools: Mapping[str, str]) -> str:
-    return ", ".join(f"{markdown_code(tool)} {markdown_code(version)}" for tool, version in tools.items())
+def _versions(tools: Mapping[str, str]) -> str | None:
+    return ", ".join(f"{markdown_code(tool)} {markdown_code(version)}" for tool, version in tools.items()) or None

@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,29 +74,35 @@ def untraced(text: str, *inputs: Any) -> list[str]:
     return [word for row in rows_of(text) for word in words(row) if word not in known]
 
 
+def commanded(*words: object) -> None:
+    assert cli.run([str(word) for word in words]) == 0
+
+
+def checked_card(bundle: Bundle, report: Path, bench: Path, folder: Path) -> tuple[str, list[Any]]:
+    """Write a card with the command, trace its numbers, and return its text and its inputs."""
+    out = folder / "README.md"
+    commanded("bundle", "card", bundle.path, "--report", report, "--bench", bench, "-o", out)
+    inputs = [json.loads(path.read_text()) for path in (bundle.path / MANIFEST, report, bench)]
+    text = out.read_text()
+    assert [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")] == list(SECTIONS)
+    assert untraced(text, *inputs) == []
+    return text, inputs
+
+
 @pytest.fixture(scope="module")
 def measured(toy_int8: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `verify --full --report` and `bench --json` say of a toy."""
-    folder = tmp_path_factory.mktemp("measured")
-    bundle = str(toy_int8.path)
+    folder, bundle = tmp_path_factory.mktemp("measured"), toy_int8.path
     cases = ["--prompts", "0,6", "--seeds", "0", "--seconds", "0.5", "--steps", "3", "--threads", "2"]
-    verify = ["verify", bundle, "--quick", "--full", *cases, "--no-bisect", "--report", str(folder / "report")]
-    assert cli.run(verify) == 0
-    bench = ["bench", bundle, "--engine", "mnn", "--seconds", "0.5,1", "--repeats", "1", "--steps", "2"]
-    assert cli.run([*bench, "--threads", "1", "--json", str(folder / "bench.json")]) == 0
+    commanded("verify", bundle, "--quick", "--full", *cases, "--no-bisect", "--report", folder / "report")
+    bench = ["--engine", "mnn", "--seconds", "0.5,1", "--repeats", "1", "--steps", "2", "--threads", "1"]
+    commanded("bench", bundle, *bench, "--json", folder / "bench.json")
     return folder
 
 
 def test_every_number_stands_in_an_input(toy_int8: Bundle, measured: Path, tmp_path: Path) -> None:
-    given = ["--report", str(measured / "report" / "report.json"), "--bench", str(measured / "bench.json")]
-    out = tmp_path / "README.md"
-    assert cli.run(["bundle", "card", str(toy_int8.path), *given, "-o", str(out)]) == 0
-    text = out.read_text()
-    paths = (toy_int8.path / MANIFEST, measured / "report" / "report.json", measured / "bench.json")
-    inputs = [json.loads(path.read_text()) for path in paths]
-    assert [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")] == list(SECTIONS)
+    text, inputs = checked_card(toy_int8, measured / "report" / "report.json", measured / "bench.json", tmp_path)
     assert len(rows_of(text)) > 60
-    assert untraced(text, *inputs) == []
     found = inputs[1]["components"][0]
     assert f"| {found['component']} | {found['spread']['count']} | {found['spread']['worst']:.1f} dB" in text
     row = next(row for row in inputs[2]["rows"] if row["temperature"] == "warm")
@@ -103,6 +110,19 @@ def test_every_number_stands_in_an_input(toy_int8: Bundle, measured: Path, tmp_p
     assert "its chaos floor" in text
     assert "![Size against fidelity, a dot for each component](README.png)" in text
     assert (tmp_path / "README.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_every_number_stands_in_an_input_at_true_size(tmp_path: Path) -> None:
+    weights, out = tmp_path / "weights", tmp_path / "bundle"
+    commanded("checkpoint", "synthesize", weights, "--variant", "small-music", "--size", "full")
+    commanded("convert", weights, "--recipe", "int8", "--out", out, "--cache", tmp_path / "cache")
+    commanded("verify", out, "--quick", "--no-bisect", "--report", tmp_path / "report")
+    bench = ["--engine", "mnn-low", "--seconds", "2", "--repeats", "1", "--steps", "1"]
+    commanded("bench", out, *bench, "--json", tmp_path / "bench.json")
+    text, _ = checked_card(Bundle.open(out), tmp_path / "report" / "report.json", tmp_path / "bench.json", tmp_path)
+    assert "These are not the published weights" in text
+    assert "vocab size 256000, hidden size 768" in text
 
 
 def test_a_number_that_stands_nowhere_is_found(toy_int8: Bundle) -> None:
@@ -223,6 +243,16 @@ def test_the_front_matter_names_the_model_and_the_licence(tmp_path: Path) -> Non
     assert data["base_model_relation"] == "quantized"
     assert (data["license"], data["library_name"], data["pipeline_tag"]) == ("other", "mnn", "text-to-audio")
     assert {"mnn", "int8"} <= set(data["tags"])
+
+
+def test_an_autoencoder_alone_is_no_text_to_audio(tmp_path: Path) -> None:
+    plain = make_bundle(tmp_path).manifest
+    layout = replace(plain.layout, dit=None, text_encoder=None, number_conditioner=None, objective=None)
+    models = tuple(a for a in plain.artifacts if a.component in (Component.DECODER, Component.ENCODER))
+    text = card({"": plain.model_copy(update={"layout": layout, "artifacts": models})})
+    assert yaml.safe_load(text.split("---\n")[1])["pipeline_tag"] == "audio-to-audio"
+    for word in ("Text to audio", "Gemma", "sa3-convert run"):
+        assert word not in text
 
 
 def test_weights_that_are_random_are_told(toy_int8: Bundle, tmp_path: Path) -> None:
