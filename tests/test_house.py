@@ -56,7 +56,7 @@ ROOMS = (
     ("convert", "api"),
     ("lab/__init__", "lab/bench", "lab/bisect", "lab/doctor", "lab/planner"),
     ("lab/generations",),
-    ("lab/drift", "lab/report"),
+    ("lab/drift", "lab/report", "lab/selftest"),
     ("cli",),
     ("__main__",),
 )

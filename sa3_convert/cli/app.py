@@ -24,6 +24,7 @@ from sa3_convert.cli.inspect import inspect, table
 from sa3_convert.cli.options import Command
 from sa3_convert.cli.plan import plan
 from sa3_convert.cli.run import run as generate
+from sa3_convert.cli.selftest import selftest
 from sa3_convert.cli.stages import export, fuse, mnn
 from sa3_convert.cli.verify import verify
 from sa3_convert.errors import BackendError, Sa3Error, UsageError
@@ -43,6 +44,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], str, str]] = {
     "bisect": (bisect, _CHECK, "artifacts/bundle --component dit"),
     "drift": (drift, _CHECK, "artifacts/bundle --baseline drift.json"),
     "doctor": (doctor, _CHECK, "--backend cpu --json"),
+    "selftest": (selftest, _CHECK, "--device cuda --json selftest.json"),
     "inspect": (inspect, _CHECK, "artifacts/bundle/dit.mnn"),
     "bench": (bench, _MEASURE, "artifacts/bundle --engine mnn --seconds 10,30 --json bench.json"),
     "table": (table, _MEASURE, "artifacts/bundle artifacts/other --bench bench.json"),

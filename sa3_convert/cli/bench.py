@@ -83,15 +83,17 @@ def bench_table(rows: "Sequence[Row]", title: str) -> "Table":
     """Return seconds by component, speed and memory, within 80 columns; what is no component's own is `other`."""
     from sa3_convert.cli.console import grid
 
-    figures = ("load", "T5", "step", "DiT", "decoder", "other", "total", "×time", "MiB")
+    on_device = any(row.device_bytes is not None for row in rows)
+    figures = ("load", "T5", "step", "DiT", "decoder", "other", "total", "×time", "MiB", *("VRAM",) * on_device)
     made = grid(title, ("engine", ""), figures)
     made.padding = 0
     for row in rows:
         f = row.figures
         seconds = (f.load, f.text_encoder, f.dit_step, f.dit, f.decoder, f.other + f.number_conditioner, f.total)
-        peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}"
+        sizes = (row.peak_bytes, *(row.device_bytes,) * on_device)
+        peaks = ("" if size is None else f"{size / 2**20:.0f}" for size in sizes)
         speed = f"{row.real_time_factor:.2f}"
-        made.add_row(row.engine, row.temperature, *(shown_seconds(value) for value in seconds), speed, peak)
+        made.add_row(row.engine, row.temperature, *(shown_seconds(value) for value in seconds), speed, *peaks)
     return made
 
 

@@ -34,6 +34,8 @@ from sa3_convert.system.supervisor import die_with_parent
 
 PROMPT = "warm analog synth pad with slow attack, 90 BPM"
 Temperature = Literal["cold", "warm"]
+Peaks = tuple[int | None, int | None]
+"""Bytes of memory, and of GPUs' memory."""
 
 _ENGINES: Mapping[str, tuple[EngineName, Mapping[str, Any]]] = {
     "mnn": ("mnn", {}),
@@ -217,6 +219,8 @@ class Row:
     """Of all runs, in order."""
     peak_bytes: int | None
     """Resident memory of a process of its own that loads each model for its stage."""
+    device_bytes: int | None = None
+    """What that process held of GPUs' memory at most; None where NVML does not tell."""
 
     @property
     def real_time_factor(self) -> float:
@@ -236,6 +240,7 @@ class Row:
             "real_time_factor": self.real_time_factor,
             "totals": list(self.totals),
             "peak_bytes": self.peak_bytes,
+            "device_bytes": self.device_bytes,
         }
 
 
@@ -272,12 +277,13 @@ def bench(
     for duration in durations:
         runs = _interleaved(contenders, GenerateRequest(PROMPT, seconds=duration, steps=steps), repeats, report)
         for contender, (cold, *warm) in zip(contenders, runs, strict=True):
-            name, peak = contender.name, None
+            name = contender.name
+            peaks: Peaks = (None, None)
             if memory:
                 report(f"{duration:g} s, {name}, memory")
-                peak = peak_memory(contender, GenerateRequest(PROMPT, seconds=duration, steps=1))
-            rows.append(Row(name, duration, "cold", cold, (cold.total,), peak))
-            rows.append(Row(name, duration, "warm", median_run(warm), tuple(f.total for f in warm), peak))
+                peaks = peak_memory(contender, GenerateRequest(PROMPT, seconds=duration, steps=1))
+            rows.append(Row(name, duration, "cold", cold, (cold.total,), *peaks))
+            rows.append(Row(name, duration, "warm", median_run(warm), tuple(f.total for f in warm), *peaks))
     return rows
 
 
@@ -322,8 +328,8 @@ def median_run(runs: Sequence[Figures]) -> Figures:
     return sorted(runs, key=lambda figures: figures.total)[(len(runs) - 1) // 2]
 
 
-def peak_memory(contender: Contender, request: GenerateRequest) -> int | None:
-    """Return the most bytes that were resident at once while a new process made one generation, as `run` does it.
+def peak_memory(contender: Contender, request: GenerateRequest) -> Peaks:
+    """Return the most bytes resident, and held on GPUs, while a new process made one generation as `run` does.
 
     None where the system does not tell. Raises BackendError with the process's own message if it failed.
     """
@@ -335,19 +341,19 @@ def peak_memory(contender: Contender, request: GenerateRequest) -> int | None:
     if result.returncode:
         reason = result.stderr.strip().splitlines()[-1:] or ["without a word (killed for its memory?)"]
         raise BackendError(f"Measuring the memory of {contender.name} ended with {result.returncode}: {reason[0]}")
-    peak: int | None = json.loads(result.stdout)["peak_bytes"]
-    return peak
+    peaks = json.loads(result.stdout)
+    return peaks["peak_bytes"], peaks["device_bytes"]
 
 
 def _main() -> None:
     die_with_parent()
     task = json.load(sys.stdin)
     request = GenerateRequest.from_json(task["request"])
-    with Contender(**task["contender"]).open(keep_loaded=False) as pipeline:
+    with machine.PeakMemory() as device, Contender(**task["contender"]).open(keep_loaded=False) as pipeline:
         # Chunks are let go as they come, as when they are written to a file.
         for _ in pipeline.stream(request, allow=CHECKS):
             pass
-    sys.stdout.write(json.dumps({"peak_bytes": machine.peak_memory()}) + "\n")
+    sys.stdout.write(json.dumps({"peak_bytes": machine.peak_memory(), "device_bytes": device.bytes}) + "\n")
 
 
 if __name__ == "__main__":

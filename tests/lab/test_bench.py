@@ -98,7 +98,7 @@ def test_engines_take_turns_and_every_row_has_its_repeats(
     toy_int8: Bundle, toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    monkeypatch.setattr(benching, "peak_memory", lambda contender, _: len(contender.name))
+    monkeypatch.setattr(benching, "peak_memory", lambda contender, _: (len(contender.name), 7))
     found = contenders(toy_int8.path, ("mnn", "onnxruntime", "torch"), checkpoint=toy, threads=1)
     rows = bench(found, (0.5, 1.0), repeats=2, steps=1, report=order.append)
     at_half = [line.removeprefix("0.5 s, ") for line in order if line.startswith("0.5")]
@@ -120,7 +120,7 @@ def test_engines_take_turns_and_every_row_has_its_repeats(
         assert row.figures.total in row.totals
         assert (row.figures.load > 0) == (row.temperature == "cold")
         assert min(row.figures.text_encoder, row.figures.dit, row.figures.decoder, row.figures.other) > 0
-        assert row.peak_bytes == len(row.engine)
+        assert (row.peak_bytes, row.device_bytes) == (len(row.engine), 7)
 
 
 def test_the_reference_decodes_in_its_own_chunks(toy: Path) -> None:
@@ -136,7 +136,7 @@ def test_the_reference_decodes_in_its_own_chunks(toy: Path) -> None:
 def test_peak_memory_is_of_a_process_of_its_own_and_not_of_this_one(toy_int8: Bundle) -> None:
     ballast = np.ones(1 << 26)
     (found,) = contenders(toy_int8.path, ("mnn",), threads=1)
-    peak = peak_memory(found, GenerateRequest("pad", seconds=1.0, steps=1))
+    peak, _ = peak_memory(found, GenerateRequest("pad", seconds=1.0, steps=1))
     assert peak is not None
     assert 20 << 20 < peak < 400 << 20
     own = own_peak()

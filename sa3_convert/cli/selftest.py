@@ -1,0 +1,63 @@
+"""`selftest`: everything that is installed here, tried on a device."""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from typer import Option
+
+from sa3_convert.cli.echo import echo
+from sa3_convert.cli.options import JsonOption, write_figures
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sa3_convert.lab.selftest import SelfTest
+
+
+def selftest(
+    device: Annotated[Literal["cpu", "cuda"], Option("--device", help="Where.")] = "cpu",
+    full: Annotated[
+        bool, Option("--full", help="True-size models with random weights, up to 120 s of audio: needs 16 GB of disk.")
+    ] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Try every installed engine on this machine.
+
+    Seeded models are made, converted, compared with float32 on the CPU, timed, and MNN is probed. The JSON file is what
+    to attach to a report.
+    """
+    import tempfile
+    from pathlib import Path
+
+    from sa3_convert.cli.bench import bench_table
+    from sa3_convert.cli.console import progress, stdout
+    from sa3_convert.cli.inspection_tables import surroundings_lines, verdict_lines
+    from sa3_convert.lab.selftest import selftest as test
+    from sa3_convert.system.files import partial_folder
+
+    with progress("self-test") as tick, partial_folder(Path(tempfile.gettempdir()) / "sa3-selftest") as folder:
+        found = test(device, folder, full=full, say=lambda what: tick(what, 0, None))
+    write_figures(json_file, found.to_data())
+    for line in surroundings_lines(found.surroundings):
+        echo(line)
+    for name, why in found.absent.items():
+        echo(f"{name} is not tried: {why}")
+    stdout.print(findings_table(found))
+    for duration in dict.fromkeys(row.duration for row in found.rows):
+        stdout.print(bench_table([row for row in found.rows if row.duration == duration], f"{duration:g} s of audio"))
+    if found.diagnosis is not None:
+        for line in verdict_lines(found.diagnosis):
+            echo(line)
+    echo(f"\n{found.verdict()} ({found.seconds:.0f} s)")
+    found.check()
+
+
+def findings_table(found: "SelfTest") -> "Table":
+    """Return signal-to-noise ratios against float32 on the CPU: a row per engine, a column per component."""
+    from sa3_convert.cli.console import grid
+
+    columns = tuple(dict.fromkeys(finding.what for finding in found.findings))
+    table = grid("dB against float32 on the CPU", ("engine",), tuple(name.replace("_", " ") for name in columns))
+    for engine in dict.fromkeys(finding.engine for finding in found.findings):
+        own = {finding.what: finding for finding in found.findings if finding.engine == engine}
+        table.add_row(engine, *("failed" if (f := own[name]).db is None else f"{f.db:.1f}" for name in columns))
+    return table
