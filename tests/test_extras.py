@@ -39,7 +39,7 @@ def brought_by(requirements: list[str]) -> set[str]:
     return modules | {module for module, owner in BROUGHT.items() if owner in modules}
 
 
-CORE = brought_by([*PROJECT["dependencies"], *EXTRAS["onnx"], *EXTRAS["convert"], *EXTRAS["gpu"]])
+CORE = brought_by([*PROJECT["dependencies"], *EXTRAS["check"], *EXTRAS["convert"], *EXTRAS["gpu"]])
 LAB = brought_by(EXTRAS["lab"])
 REQUIRES = [f"{name}; extra == '{extra}'" for extra, names in EXTRAS.items() for name in names]
 """As the metadata of an installed package has them."""
@@ -105,10 +105,11 @@ def test_a_report_says_which_extra_brings_what_it_lacks(toy_int8: Bundle, tmp_pa
     ("module", "extra"),
     [
         ("torch.nn", "convert"),
-        ("onnx", "onnx"),
-        ("onnx_ir", "onnx"),
-        ("onnxruntime", "onnx"),
-        ("onnx_graphsurgeon", "convert"),
+        ("safetensors", "convert"),
+        ("onnx", "check"),
+        ("onnx_ir", "check"),
+        ("onnxruntime", "check"),
+        ("onnx_graphsurgeon", "check"),
         ("huggingface_hub", "convert"),
         ("matplotlib.figure", "lab"),
         ("jinja2", "lab"),
@@ -202,7 +203,7 @@ def test_a_wheel_with_base_dependencies_runs_and_measures_a_bundle(
     said("bundle", "export", bundle, "--to", "site")
     assert "The card has no picture" in said("bundle", "card", bundle, "-o", "card.md")
     said("run", "site", "--prompt", "warm pad", "--seconds", "1", "-o", "again.wav")
-    assert "pip install 'sa3-convert[onnx] @ file://" in said("doctor", code=7)
+    assert "pip install 'sa3-convert[check] @ file://" in said("doctor", code=7)
     assert "pip install 'sa3-convert[convert] @ file://" in said("convert", "nowhere", "--out", "o", code=7)
     target = installed.parents[2] / "target"
     assert (target / "sa3_convert" / "py.typed").is_file()

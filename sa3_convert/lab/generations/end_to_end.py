@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import pyloudnorm
 from numpy.typing import NDArray
 from pydantic.dataclasses import dataclass
 
@@ -38,6 +37,8 @@ def loudness(audio: NDArray[np.float64], sample_rate: int) -> float:
     The audio is [channels, samples], of one or two channels, finite; what is shorter than the standard's block of
     400 ms is taken to end in silence.
     """
+    import pyloudnorm
+
     meter = pyloudnorm.Meter(sample_rate, filter_class=_FILTER, block_size=_BLOCK_SECONDS)
     missing = int(np.ceil(_BLOCK_SECONDS * sample_rate)) - audio.shape[1]
     whole = np.pad(audio, ((0, 0), (0, max(0, missing))))
