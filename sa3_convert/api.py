@@ -5,6 +5,7 @@ with every hash right, can end the process or never come back. The command line 
 bundles of strangers through this API does the same.
 """
 
+from sa3_convert.checkpoint.dimensions import FluxShift, FullShift, LogSnrShift, NoShift
 from sa3_convert.runtime.audio import audio_writer, read_metadata, write_audio
 from sa3_convert.runtime.events import AudioChunk, Event, Generation, Report, Started, Stepped
 from sa3_convert.runtime.pipeline import Pipeline
@@ -13,8 +14,12 @@ from sa3_convert.runtime.request import GenerateRequest
 __all__ = [
     "AudioChunk",
     "Event",
+    "FluxShift",
+    "FullShift",
     "GenerateRequest",
     "Generation",
+    "LogSnrShift",
+    "NoShift",
     "Pipeline",
     "Report",
     "Started",

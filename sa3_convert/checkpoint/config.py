@@ -10,15 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from sa3_convert.checkpoint.dimensions import (
+    DEFAULT_SHIFT,
     CheckpointLayout,
     NumberConditionerLayout,
     Objective,
     SampleRate,
     SampleSize,
     Seconds,
+    Shift,
     Tokens,
     Width,
 )
@@ -38,7 +40,6 @@ from sa3_convert.checkpoint.json_file import (
     read_json,
 )
 from sa3_convert.checkpoint.network_config import Autoencoder, AutoencoderAlone, DitConfig, TextEncoderFile
-from sa3_convert.checkpoint.shift import DEFAULT_SHIFT, Shift
 from sa3_convert.errors import CheckpointError
 
 CONFIG: Final = "model_config.json"
@@ -114,6 +115,10 @@ class _Conditioning(Whole):
         return NumberConditionerLayout(low, high, features=_FOURIER_FEATURES, output_dim=self.cond_dim)
 
 
+def _with_type(options: Any) -> Any:
+    return {"type": "full", **options} if isinstance(options, dict) else options
+
+
 class _Diffusion(Picked):
     type: Literal["dit"]
     diffusion_objective: Annotated[Objective, absent_is("v")]
@@ -127,7 +132,7 @@ class _Diffusion(Picked):
     input_concat_ids: Nothing
     prepend_cond_ids: Nothing
     modular_local_cond_configs: Nothing
-    sampling_distribution_shift_options: Shift | None = None
+    sampling_distribution_shift_options: Annotated[Shift | None, BeforeValidator(_with_type)] = None
 
 
 class _DiffusionModel(Picked):

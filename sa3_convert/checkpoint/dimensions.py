@@ -4,13 +4,14 @@ A checkpoint's configuration and a bundle's manifest both end here, so both are 
 for models several times the published ones, and none for numbers that would make a reader take all memory.
 """
 
+import math
 from collections.abc import Iterator
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from sa3_convert.checkpoint.shift import DEFAULT_SHIFT, Shift
+from sa3_convert.checkpoint.json_file import Whole
 
 Objective = Literal["rf_denoiser", "rectified_flow"]
 
@@ -191,6 +192,82 @@ class AutoencoderLayout(_Checked):
             yield from _unequal(f"{name}.stride · patch_size", ratio, "downsampling_ratio", self.downsampling_ratio)
             if half.chunk_size is not None and half.chunk_size * self.patch_size > _LONGEST_RUN:
                 yield f"{name}.chunk_size · patch_size is {half.chunk_size * self.patch_size} samples"
+
+
+_LARGEST_LOGSNR: Final = 16.0
+"""Beyond it a float32 noise level is 0 or 1."""
+
+Length = Annotated[int, Field(ge=1, le=1 << 20)]
+"""In latents."""
+LogSnr = Annotated[float, Field(ge=-_LARGEST_LOGSNR, le=_LARGEST_LOGSNR)]
+Alpha = Annotated[float, Field(ge=0.01, le=100)]
+Mu = Annotated[float, Field(ge=-10, le=10)]
+
+
+class NoShift(Whole):
+    """Noise levels fall in equal steps."""
+
+    type: Literal["none"] = "none"
+
+
+class LogSnrShift(Whole):
+    """Log-SNR in equal steps, up to `logsnr_end`; it starts lower by `rate` for each doubling of the length."""
+
+    type: Literal["logsnr"] = "logsnr"
+    anchor_length: Length = 2000
+    anchor_logsnr: LogSnr = -6.2
+    """Where it starts at `anchor_length`."""
+    rate: Annotated[float, Field(ge=-4, le=4)] = 1.0
+    logsnr_end: LogSnr = 2.0
+
+    def start(self, length: int) -> float:
+        """Return the log-SNR that the schedule of a length starts at."""
+        return self.anchor_logsnr - self.rate * math.log2(length / self.anchor_length)
+
+    def fits(self, length: int) -> bool:
+        """Tell whether the schedule of a length falls from noise to audio."""
+        return -_LARGEST_LOGSNR <= self.start(length) < self.logsnr_end
+
+
+class FluxShift(Whole):
+    """The odds of noise, t / (1 − t), multiplied by alpha, which goes as a power of the length."""
+
+    type: Literal["flux"] = "flux"
+    min_length: Length = 256
+    max_length: Length = 4096
+    alpha_min: Alpha = 1.0
+    alpha_max: Alpha = 1.0
+
+    @model_validator(mode="after")
+    def _has_a_range(self) -> Self:
+        if self.min_length > self.max_length:
+            raise ValueError(f"min_length {self.min_length} is above max_length {self.max_length}")
+        if self.min_length == self.max_length and self.alpha_min != self.alpha_max:
+            raise ValueError("one length (min_length equals max_length) has one alpha")
+        return self
+
+
+class FullShift(Whole):
+    """The odds of noise multiplied by e to a power that goes linearly with the length; then a sine, if asked for."""
+
+    type: Literal["full"] = "full"
+    base_shift: Mu = 0.5
+    max_shift: Mu = 1.15
+    max_length: Length = 4096
+    min_length: Length = 256
+    use_sine: bool = False
+
+    @model_validator(mode="after")
+    def _has_a_range(self) -> Self:
+        if self.min_length >= self.max_length:
+            raise ValueError(f"min_length {self.min_length} is not below max_length {self.max_length}")
+        return self
+
+
+Shift = Annotated[NoShift | LogSnrShift | FluxShift | FullShift, Field(discriminator="type")]
+"""How a schedule is bent towards noise: spelled as in `model_config.json`, with the reference's defaults."""
+DEFAULT_SHIFT: Final = LogSnrShift(rate=0.0)
+"""Of a checkpoint that brings none: the same for every length."""
 
 
 @dataclass(frozen=True, slots=True, config=_FROZEN)

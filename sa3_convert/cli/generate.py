@@ -137,6 +137,8 @@ def generate(
     A file takes its name when it is whole and has passed its checks. `origin` is what `--json` once told about the
     models of a request that is replayed.
     """
+    if stream and any(request.loop for request in requests):
+        raise UsageError("A loop cannot be streamed: its beginning is made of what follows its end. Drop --stream.")
     outputs = target.outputs(len(requests))
     for output in outputs:
         if not stream:
@@ -208,7 +210,7 @@ def _made(target: Target, pipeline: Pipeline, piece: _Piece, stream: bool, share
 
 def _tell_duration(given: GenerateRequest, resolved: ResolvedRequest, pipeline: Pipeline) -> None:
     """Say how long a piece gets where given audio decides it."""
-    if given.seconds is None and given.audio_files():
+    if given.seconds is None and given.loop is None and given.audio_files():
         limit = max_seconds(pipeline.layout)
         least = ", the longest of this model" if resolved.seconds == limit else ""
         stderr.print(f"Note: {resolved.seconds:.2f} seconds, as the given audio{least}; --seconds changes that.")
@@ -267,7 +269,8 @@ def _writer(target: Target, pipeline: Pipeline, piece: _Piece, stream: bool) -> 
     rate = pipeline.layout.sample_rate
     how: dict[str, Any] = {"sample_format": target.sample_format, "dither": target.dither}
     if not stream:
-        with audio_writer(piece.output, rate, metadata=piece.metadata, **how) as file:
+        loop = piece.request.loop is not None
+        with audio_writer(piece.output, rate, metadata=piece.metadata, loop=loop, **how) as file:
             yield file
     elif descriptor_of(piece.output) == 1:
         with pcm_to_standard_output(rate, **how) as pcm:

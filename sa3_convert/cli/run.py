@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sa3_convert.cli.generate import Target
 
 _guidance, _schedule, _audio = o.panel("Guidance"), o.panel("Schedule"), o.panel("From audio")
+_loop = o.panel("Loops")
 _many, _files = o.panel("Batches and streams"), o.panel("Files and checks")
 
 OutputOption = Annotated[
@@ -31,6 +32,11 @@ PromptOption = Annotated[str | None, Option(help="What to generate.")]
 SecondsOption = Annotated[
     float | None, Option(help="Duration; that of the given audio when not given, and 10 without any.")
 ]
+BpmOption = Annotated[float | None, _loop(help="Beats per minute of a loop; the prompt is to say them, too.")]
+BarsOption = Annotated[
+    int | None, _loop(help="Make a loop of so many bars, whose end leads into its beginning, instead of --seconds.")
+]
+BeatsPerBarOption = Annotated[int | None, _loop(help="4 when not given.")]
 StepsOption = Annotated[int | None, Option(help="Denoising steps; what suits the model when not given.")]
 SeedOption = Annotated[
     str | None,
@@ -151,6 +157,9 @@ def run(
     steps: StepsOption = None,
     seed: SeedOption = None,
     sampler: SamplerOption = None,
+    bpm: BpmOption = None,
+    bars: BarsOption = None,
+    beats_per_bar: BeatsPerBarOption = None,
     cfg_scale: CfgScaleOption = None,
     apg_scale: ApgScaleOption = None,
     cfg_interval: CfgIntervalOption = None,
@@ -242,6 +251,8 @@ def _engine_options(how: Mapping[str, Any]) -> dict[str, Any]:
 def _check_mode(how: Mapping[str, Any]) -> None:
     """Refuse options that contradict each other."""
     output = how["output"]
+    if how["seconds"] is not None and (how["bpm"], how["bars"]) != (None, None):
+        raise UsageError("--bpm and --bars say how long a loop is; leave --seconds away.")
     if how["batch"] is not None:
         if output is None or is_stream(output) or output.is_file():
             raise UsageError("--batch writes several files; name their folder with -o DIR.")

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from sa3_convert.runtime.request import GenerateRequest
 
 _SETTINGS = (
-    "prompt", "seconds", "steps", "seed", "sampler", "cfg_scale", "apg_scale", "cfg_interval", "cfg_rescale",
+    "prompt", "seconds", "bpm", "bars", "beats_per_bar", "steps", "seed",
+    "sampler", "cfg_scale", "apg_scale", "cfg_interval", "cfg_rescale",
     "cfg_norm_threshold", "negative_prompt", "dist_shift", "duration_padding", "init_audio", "init_noise_level",
     "inpaint_audio", "inpaint",
 )  # fmt: skip

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from sa3_convert.arrays import Arrays, Session, free
 from sa3_convert.bundle.manifest import Manifest
 from sa3_convert.bundle.reader import Bundle
-from sa3_convert.checkpoint.dimensions import CheckpointLayout
-from sa3_convert.checkpoint.shift import LogSnrShift, Shift
+from sa3_convert.checkpoint.dimensions import CheckpointLayout, LogSnrShift, Shift
 from sa3_convert.checkpoint.variants import defaults_of, size_of
 from sa3_convert.components import Component, Port, contract
 from sa3_convert.mnn.compatibility import OLDEST_KNOWN, version_numbers

@@ -216,6 +216,7 @@ def audio_writer(
     sample_format: SampleFormat = "pcm16",
     dither: bool = False,
     metadata: Mapping[str, Any] | None = None,
+    loop: bool = False,
 ) -> Iterator[AudioWriter]:
     """Yield a stereo writer; the file takes its name when the block ends without an error, and is gone otherwise.
 
@@ -225,6 +226,7 @@ def audio_writer(
         sample_format: of the samples; FLAC has no floating point.
         dither: see `Quantiser`.
         metadata: kept as JSON in the file's comment; `read_metadata` reads it back.
+        loop: let a WAV say to samplers that it is one loop.
 
     Raises:
         UsageError: another file type or a format that it does not have.
@@ -248,6 +250,9 @@ def audio_writer(
                 file.software = "sa3-convert"
                 file.comment = comment
             yield AudioWriter(file, sample_format, dither)
+            frames = file.frames
+        if loop and container == "WAV":
+            riff.append_chunk(stream, riff.sampler_chunk(rate, frames))
         if comment is not None and container == "WAV":
             riff.append_chunk(stream, riff.information_chunk(comment))
 

@@ -225,6 +225,7 @@ def _generate(
             sample_format=options.sample_format,
             dither=options.dither,
             metadata=metadata,
+            loop=item.request.loop is not None,
         ) as writer:
             for event in pipeline.stream(item.request, allow=options.allow):
                 if isinstance(event, AudioChunk):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from sa3_convert.arrays import Floats
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.errors import AudioError, SettingError
 from sa3_convert.runtime.audio import audio_length, read_audio
+from sa3_convert.runtime.loop import Loop
 from sa3_convert.runtime.prompts import Tokens
 
 AudioSource = Path | Floats
@@ -36,7 +37,11 @@ class Lengths:
     valid: int
     """Latents that attention sees, from the start; the rest is padding."""
     wanted: int
-    """Latents that the output itself needs, which the schedule may go by."""
+    """Latents of what the model is asked for, which the schedule may go by."""
+    surplus: int = 0
+    """Samples of a loop beyond the output that are asked for; what is given goes round there."""
+    fade: int = 0
+    """Of these, how many are decoded and faded into the beginning."""
 
     def padding_mask(self) -> Floats:
         """Return [1, T] float32, 1 = valid."""
@@ -103,13 +108,21 @@ def lengths(layout: CheckpointLayout, seconds: float, padding: float = PADDING_S
     return Lengths(samples=samples, latents=latents, valid=valid, wanted=wanted)
 
 
+def looped(sizes: Lengths, loop: Loop, rate: int) -> Lengths:
+    """Return the lengths of a loop, from those of what is generated for it."""
+    samples = loop.samples(rate)
+    return replace(sizes, samples=samples, surplus=sizes.samples - samples, fade=loop.fade(rate))
+
+
 def inpaint_mask(layout: CheckpointLayout, sizes: Lengths, regions: Sequence[Region]) -> Floats:
     """Return [1, 1, T] float32: 1 keeps, 0 generates anew. What lies beyond the duration is generated too.
 
     A latent counts by its first sample, so regions (checked by `check_regions`) move by less than one latent (93 ms).
     """
     first_sample = np.arange(sizes.latents) * layout.autoencoder.downsampling_ratio
-    keep = first_sample < sizes.samples
+    keep = first_sample < sizes.samples + sizes.surplus
+    # What lies beyond a loop's end is its beginning.
+    first_sample = np.where(keep & (first_sample >= sizes.samples), first_sample - sizes.samples, first_sample)
     for start, end in regions:
         inside = (first_sample >= int(start * layout.sample_rate)) & (first_sample < int(end * layout.sample_rate))
         if not inside.any():
@@ -157,6 +170,10 @@ def given_audio(
             f"The given audio lasts {samples.shape[1] / rate:.2f} seconds; what lies beyond the "
             f"{sizes.samples / rate:.2f} seconds to be generated has no part in the output."
         )
+    if sizes.surplus:
+        samples = samples[:, : sizes.samples]
+        whole = np.pad(samples, ((0, 0), (0, sizes.samples - samples.shape[1])))
+        samples = np.concatenate((whole, whole[:, : sizes.surplus]), axis=1)
     audio = np.zeros((1, 2, sizes.latents * layout.autoencoder.downsampling_ratio), np.float32)
     length = min(samples.shape[1], audio.shape[2])
     audio[0, :, :length] = samples[:, :length]

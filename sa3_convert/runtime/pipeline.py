@@ -21,6 +21,7 @@ from sa3_convert.runtime.autoencode import Bottleneck
 from sa3_convert.runtime.conditioning import Conditioning, Lengths, given_audio, inpaint_mask
 from sa3_convert.runtime.engines import Engine, EngineName, KeepLoaded, Models, bundle_engine, checkpoint_parts
 from sa3_convert.runtime.events import AudioChunk, Event, Generation, Notes, Report, Started, Stepped
+from sa3_convert.runtime.loop import closed
 from sa3_convert.runtime.noise import TorchGenerator
 from sa3_convert.runtime.output_checks import OutputCheck
 from sa3_convert.runtime.prompts import PromptTokenizer, Tokens
@@ -166,7 +167,7 @@ class Pipeline:
     ) -> Generator[Event, None, None]:
         """Generate, and yield what happens as it happens: stages, denoising steps, audio, and a report at the end.
 
-        Audio chunks come as they are decoded. Closing the iterator stops the work and frees the models.
+        Audio chunks come as they are decoded, a loop as a whole. Closing the iterator stops the work and frees models.
 
         Args:
             request: what to generate.
@@ -209,7 +210,8 @@ class Pipeline:
 
         yield Started("decode")
         done = 0
-        with closing(self.decode(latents, sizes.samples)) as chunks:
+        with closing(self.decode(latents, sizes.samples + sizes.fade)) as decoded:
+            chunks = closed(decoded, sizes.samples, sizes.fade)
             while (audio := notes.timed_next(chunks, "decode")) is not None:
                 check.add(audio)
                 yield AudioChunk(done, np.clip(audio[0], -1, 1))
@@ -246,7 +248,7 @@ class Pipeline:
                     f"The {name} is too long: of its {kept + found.dropped} tokens only the first {kept} are heard."
                 )
         prompt, *negative = self.prompt_embeddings(*prompts.values())
-        seconds = self.seconds_embedding(request.seconds)
+        seconds = self.seconds_embedding(request.generated_seconds)
         prompted = conditions.conditioning(prompt, seconds)
         if not guidance:
             return prompted, None

@@ -15,9 +15,16 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from sa3_convert.arrays import Floats
-from sa3_convert.checkpoint.dimensions import CheckpointLayout
+from sa3_convert.checkpoint.dimensions import (
+    DEFAULT_SHIFT,
+    CheckpointLayout,
+    FluxShift,
+    FullShift,
+    LogSnrShift,
+    NoShift,
+    Shift,
+)
 from sa3_convert.checkpoint.json_file import faults
-from sa3_convert.checkpoint.shift import DEFAULT_SHIFT, FluxShift, FullShift, LogSnrShift, NoShift, Shift
 from sa3_convert.checkpoint.variants import defaults_of
 from sa3_convert.errors import SettingError, UsageError
 from sa3_convert.runtime.conditioning import (
@@ -30,7 +37,10 @@ from sa3_convert.runtime.conditioning import (
     check_regions,
     duration_of,
     lengths,
+    looped,
+    max_seconds,
 )
+from sa3_convert.runtime.loop import Loop
 from sa3_convert.runtime.prompts import check_prompt
 from sa3_convert.runtime.sampling import SamplerName, sigmas
 
@@ -39,6 +49,7 @@ _DEFAULT_INIT_NOISE = 0.9
 _MOST_PADDING = 600
 RANDOM = "random"
 """In place of a seed, in JSON."""
+_SLOWEST, _FASTEST, _MOST_BEATS = 10, 1000, 1000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,7 +63,13 @@ class GenerateRequest:
 
     prompt: str
     seconds: float | None = None
-    """As long as the given audio, and as far as `inpaint` reaches; 10 without any."""
+    """As long as the given audio, and as far as `inpaint` reaches; 10 without any. A loop has its own."""
+    bpm: float | None = None
+    """Beats per minute of a loop; the prompt is to say them, too."""
+    bars: int | None = None
+    """A loop of so many bars: its end leads into its beginning. Given audio and regions to generate anew go round."""
+    beats_per_bar: int | None = None
+    """4 in a loop."""
     seed: int = 0
     """The same seed gives the same start noise on every engine and platform; only its low 32 bits count. In JSON also
     `random`: one that is drawn when it is read."""
@@ -91,6 +108,7 @@ class GenerateRequest:
             check_prompt(self.negative_prompt, "negative_prompt")
         if self.seconds is not None:
             check_duration(self.seconds)
+        self._check_loop()
         if not 0 <= self.seed < 1 << 64:
             raise SettingError("{seed} is {0}, not within 0 … 2⁶⁴ − 1.", self.seed)
         if self.steps is not None and not 1 <= self.steps <= MAX_STEPS:
@@ -102,6 +120,22 @@ class GenerateRequest:
                 raise SettingError(f"{{{name}}} is {{0}}, not a finite number.", value)
         self._check_guidance()
         self._check_audio()
+
+    def _check_loop(self) -> None:
+        if (self.bpm is None) != (self.bars is None):
+            raise SettingError("{bpm} and {bars} belong together: they say how long a loop is.")
+        loop = self.loop
+        if loop is None:
+            if self.beats_per_bar is not None:
+                raise SettingError("{beats_per_bar} is of a loop; give {bpm} and {bars}, too.")
+            return
+        if not _SLOWEST <= loop.bpm <= _FASTEST:
+            raise SettingError("{bpm} is {0}; give {1} to {2}.", loop.bpm, _SLOWEST, _FASTEST)
+        for name, value in (("bars", loop.bars), ("beats_per_bar", loop.beats_per_bar)):
+            if not 1 <= value <= _MOST_BEATS:
+                raise SettingError(f"{{{name}}} is {{0}}; give 1 to {{1}}.", value, _MOST_BEATS)
+        if self.seconds is not None and self.seconds != loop.seconds:
+            raise SettingError("{seconds} contradicts {bpm} and {bars}, which make {0:g} seconds.", loop.seconds)
 
     def _check_guidance(self) -> None:
         low, high = self.cfg_interval
@@ -130,7 +164,15 @@ class GenerateRequest:
             raise SettingError("{inpaint} needs {inpaint_audio}, of which the rest is kept.")
         if self.inpaint_audio is not None and not self.inpaint:
             raise SettingError("{inpaint_audio} needs {inpaint}: at least one region to generate anew.")
-        check_regions(self.inpaint, math.inf if self.seconds is None else self.seconds)
+        loop = self.loop
+        check_regions(self.inpaint, loop.seconds if loop else math.inf if self.seconds is None else self.seconds)
+
+    @property
+    def loop(self) -> Loop | None:
+        """The loop that is asked for, if it is one."""
+        if self.bpm is None or self.bars is None:
+            return None
+        return Loop(self.bpm, self.bars, 4 if self.beats_per_bar is None else self.beats_per_bar)
 
     def audio_files(self) -> list[Path]:
         """Return the files that it reads."""
@@ -138,10 +180,22 @@ class GenerateRequest:
 
     def lengths(self, layout: CheckpointLayout) -> Lengths:
         """Return the lengths of the generation; raise UsageError if the model cannot generate that much."""
-        return lengths(layout, self.duration(layout), self.duration_padding)
+        loop, limit = self.loop, max_seconds(layout)
+        if loop is None:
+            return lengths(layout, self.duration(layout), self.duration_padding)
+        if loop.generated_seconds > limit:
+            raise SettingError(
+                "{bars} are too many: with the bar that is generated beyond a loop they last {0:.1f} seconds, and this "
+                "model's limit is {1:.1f}.",
+                loop.generated_seconds,
+                limit,
+            )
+        return looped(lengths(layout, loop.generated_seconds, self.duration_padding), loop, layout.sample_rate)
 
     def duration(self, layout: CheckpointLayout) -> float:
         """Return how many seconds are to be heard; see `conditioning.duration_of` for where nobody says it."""
+        if loop := self.loop:
+            return loop.seconds
         if self.seconds is not None:
             return self.seconds
         return duration_of(layout, (self.init_audio, self.inpaint_audio), self.inpaint)
@@ -185,6 +239,8 @@ class GenerateRequest:
             if isinstance(values[name], np.ndarray):
                 raise ValueError(f"{name} is an array; only audio that stands in a file can be written down")
             values[name] = None if values[name] is None else _named_from(folder, values[name])
+        # What follows from others would contradict them when one of them is replaced.
+        values["seconds"] = None if self.loop else self.seconds
         values["inpaint"] = [list(region) for region in self.inpaint]
         values["cfg_interval"] = list(self.cfg_interval)
         values["dist_shift"] = None if self.dist_shift is None else self.dist_shift.model_dump()
@@ -220,6 +276,12 @@ class ResolvedRequest(GenerateRequest):
     dist_shift: Shift = DEFAULT_SHIFT
     init_noise_level: float = 1.0
 
+    @property
+    def generated_seconds(self) -> float:
+        """What the model is asked for; of a loop it is more than what is heard."""
+        loop = self.loop
+        return loop.generated_seconds if loop else self.seconds
+
     def schedule(self, sizes: Lengths) -> Floats:
         """Return the noise levels of the steps, and 0."""
         return sigmas(self.steps, self.init_noise_level, self.dist_shift, sizes.wanted)
@@ -246,15 +308,13 @@ _GUIDANCE = {
 SHIFTS = NoShift | LogSnrShift | FluxShift | FullShift
 _SHIFT: TypeAdapter[Shift] = TypeAdapter(Shift)
 _NUMBERS = (
-    "seconds", "cfg_scale", "apg_scale", "cfg_rescale", "cfg_norm_threshold", "duration_padding", "init_noise_level",
+    "seconds", "bpm", "cfg_scale", "apg_scale", "cfg_rescale", "cfg_norm_threshold", "duration_padding",
+    "init_noise_level",
 )  # fmt: skip
-_WHOLE = ("seed", "steps")
+_WHOLE = ("seed", "steps", "bars", "beats_per_bar")
 _AUDIO = ("init_audio", "inpaint_audio")
 _LARGEST = 1 << 64
-_OPTIONAL = (
-    "seconds", "steps", "sampler", "cfg_scale", "negative_prompt", "dist_shift", "init_audio", "init_noise_level",
-    "inpaint_audio",
-)  # fmt: skip
+_OPTIONAL = tuple(f.name for f in dataclasses.fields(GenerateRequest) if f.default is None)
 
 
 def located(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sa3_convert.arrays import Floats
-from sa3_convert.checkpoint.shift import DEFAULT_SHIFT, FluxShift, FullShift, LogSnrShift, NoShift, Shift
+from sa3_convert.checkpoint.dimensions import DEFAULT_SHIFT, FluxShift, FullShift, LogSnrShift, NoShift, Shift
 
 
 def sigmas(steps: int, sigma_max: float = 1.0, shift: Shift = DEFAULT_SHIFT, length: int = 1) -> NDArray[np.float32]:

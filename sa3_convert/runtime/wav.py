@@ -33,6 +33,13 @@ def information_chunk(comment: str) -> bytes:
     return _chunk(b"LIST", b"INFO" + _chunk(b"ISFT", _SOFTWARE) + _chunk(b"ICMT", comment.encode() + b"\0"))
 
 
+def sampler_chunk(rate: int, samples: int) -> bytes:
+    """Return a chunk that tells samplers and audio programs that all of it is one loop, played without end."""
+    middle_c, forever = 60, 0
+    instrument = struct.pack("<9I", 0, 0, round(1e9 / rate), middle_c, 0, 0, 0, 1, 0)
+    return _chunk(b"smpl", instrument + struct.pack("<6I", 0, 0, 0, samples - 1, 0, forever))
+
+
 def append_chunk(stream: BinaryIO, chunk: bytes) -> None:
     """Append a chunk to a whole WAV that is open for reading and writing."""
     end = stream.seek(0, io.SEEK_END)

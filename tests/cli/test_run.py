@@ -71,6 +71,19 @@ def test_settings_are_written_and_replay_to_the_same_file(run: Callable[..., int
     assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
 
 
+def test_a_loop_has_its_samples_says_so_to_samplers_and_replays(run: Callable[..., int], tmp_path: Path) -> None:
+    given = ["--prompt", "pad", "--bpm", "174", "--bars", "1", "--steps", "1", "--threads", "2", "--allow", "clipping"]
+    assert run(*given, "-o", str(tmp_path / "a.wav"), "--json", str(tmp_path / "a.json")) == 0
+    assert soundfile.info(tmp_path / "a.wav").frames == round(4 * 60 / 174 * 44100)
+    kept = read_metadata(tmp_path / "a.wav")["request"]
+    assert (kept["bpm"], kept["bars"], kept["beats_per_bar"], kept["seconds"]) == (174, 1, None, None)
+    again = ["--from", str(tmp_path / "a.json"), "--threads", "2", "--allow", "clipping"]
+    assert run(*again, "-o", str(tmp_path / "b.wav")) == 0
+    assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
+    assert run(*again, "--beats-per-bar", "3", "-o", str(tmp_path / "c.wav")) == 0
+    assert soundfile.info(tmp_path / "c.wav").frames == round(3 * 60 / 174 * 44100)
+
+
 def test_settings_of_guidance_and_schedule_are_kept_and_replayed(
     run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -226,6 +239,10 @@ def test_an_interrupted_batch_keeps_what_it_has_done_and_goes_on_from_there(
         ("--prompt", "pad", "-o", "x.wav", "--inpaint", "2:30", "--inpaint-audio", "a.wav", "--seconds", "9"),
         ("--prompt", "pad", "-o", "x.wav", "--inpaint", "1:3", "--inpaint", "2:4", "--inpaint-audio", "a.wav"),
         ("--prompt", "pad", "-o", "x.wav", "--inpaint", "1:3"),
+        ("--prompt", "pad", "-o", "x.wav", "--bpm", "120"),
+        ("--prompt", "pad", "-o", "x.wav", "--bpm", "120", "--bars", "4", "--seconds", "8"),
+        ("--prompt", "pad", "-o", "x.wav", "--bpm", "120", "--bars", "4", "--stream"),
+        ("--prompt", "pad", "-o", "x.wav", "--bpm", "120", "--bars", "60"),
         ("--prompt", "pad", "-o", "x.wav", "--cfg-interval", "0.5"),
         ("--prompt", "pad", "-o", "x.wav", "--cfg-interval", "0.5:0.2"),
         ("--prompt", "pad", "-o", "x.wav", "--dist-shift", "cosine"),

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.checkpoint.config import read_layout
+from sa3_convert.checkpoint.dimensions import FluxShift, FullShift, LogSnrShift, NoShift, Shift
 from sa3_convert.checkpoint.published import model_config, text_encoder_config
-from sa3_convert.checkpoint.shift import FluxShift, FullShift, LogSnrShift, NoShift, Shift
 from sa3_convert.checkpoint.variants import VARIANTS
 from sa3_convert.components import Component
 from sa3_convert.components import contract as ports_of

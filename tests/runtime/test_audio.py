@@ -18,12 +18,14 @@ from sa3_convert.runtime import audio as audio_module
 from sa3_convert.runtime.audio import (
     PcmStream,
     Quantiser,
+    SampleFormat,
     audio_writer,
     check_output_path,
     read_audio,
     read_metadata,
     write_audio,
 )
+from sa3_convert.runtime.wav import chunks
 
 Floats = NDArray[np.float32]
 RATE = 44100
@@ -470,3 +472,27 @@ def test_metadata_is_json_that_other_tools_can_read(tmp_path: Path) -> None:
     with soundfile.SoundFile(path) as file:
         assert json.loads(file.comment) == {"prompt": "é"}
         assert file.software.startswith("sa3-convert")
+
+
+@pytest.mark.parametrize("sample_format", ["pcm16", "pcm24", "float"])
+def test_a_loop_says_so_to_samplers_and_is_read_as_any_other(tmp_path: Path, sample_format: SampleFormat) -> None:
+    audio = np.linspace(-0.5, 0.5, 2 * 333, dtype=np.float32).reshape(2, 333)
+    with audio_writer(
+        tmp_path / "a.wav", 44100, sample_format=sample_format, metadata={"bpm": 120}, loop=True
+    ) as writer:
+        writer.write(audio[:, :100])
+        writer.write(audio[:, 100:])
+    with (tmp_path / "a.wav").open("rb") as stream:
+        assert struct.unpack("<4sI4s", stream.read(12)) == (b"RIFF", (tmp_path / "a.wav").stat().st_size - 8, b"WAVE")
+        found = {name: stream.read(size) for name, size in chunks(stream)}
+    values = struct.unpack("<15I", found[b"smpl"])
+    # Nanoseconds of a sample, middle C, one loop; it is a forward one, from the first sample to the last, without end.
+    assert values == (0, 0, 22676, 60, 0, 0, 0, 1, 0, 0, 0, 0, 332, 0, 0)
+    assert read_metadata(tmp_path / "a.wav") == {"bpm": 120}
+    np.testing.assert_allclose(read_audio(tmp_path / "a.wav", 44100, max_seconds=1), audio, atol=2.0**-15)
+
+
+def test_a_loop_in_flac_is_audio_alone(tmp_path: Path) -> None:
+    with audio_writer(tmp_path / "a.flac", 44100, loop=True) as writer:
+        writer.write(np.zeros((2, 10), np.float32))
+    assert b"smpl" not in (tmp_path / "a.flac").read_bytes()

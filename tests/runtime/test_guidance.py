@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from sa3_convert.checkpoint.shift import Shift
+from sa3_convert.checkpoint.dimensions import Shift
 from sa3_convert.components import Component
 from sa3_convert.runtime.noise import TorchGenerator
 from sa3_convert.runtime.sampling import SAMPLERS, guided, sigmas

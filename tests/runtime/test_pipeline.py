@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from sa3_convert.checkpoint.shift import NoShift
+from sa3_convert.checkpoint.dimensions import NoShift
 from sa3_convert.components import Component
 from sa3_convert.errors import AudioError, BundleError, OutputRejectedError, UsageError
 from sa3_convert.runtime.audio import write_audio
+from sa3_convert.runtime.conditioning import given_audio
 from sa3_convert.runtime.events import AudioChunk, Report, Started, Stepped
+from sa3_convert.runtime.loop import crossfaded
 from sa3_convert.runtime.noise import TorchGenerator
 from sa3_convert.runtime.pipeline import Shared
 from sa3_convert.runtime.request import GenerateRequest
@@ -197,6 +199,37 @@ def test_a_shift_and_a_padding_reach_the_model(small: Parts) -> None:
     first, second, *_ = engine.feeds(Component.DIT)
     assert (first["x"].shape[2], first["padding_mask"].sum()) == (12, 11)
     assert second["t"][0] == np.float32(0.75)
+
+
+def test_a_loop_is_what_a_longer_generation_gives_its_end_faded_into_its_beginning(small: Parts) -> None:
+    engine = FakeEngine()
+    made = pipeline(small, engine).generate(GenerateRequest("pad", bpm=100.0, bars=1, beats_per_bar=3, steps=1))
+    assert engine.feeds(Component.NUMBER_CONDITIONER)[0]["seconds"] == np.float32(3.6)
+    samples, fade = 79380, 26460
+    longer = np.concatenate(list(pipeline(small, FakeEngine()).decode(made.report.latents, samples + fade)), axis=2)
+    expected = longer[..., :samples].copy()
+    expected[..., :fade] = crossfaded(longer[..., samples:], longer[..., :fade])
+    assert made.audio.shape == (2, samples)
+    np.testing.assert_array_equal(made.audio, np.clip(expected[0], -1, 1))
+    assert made.report.request.seconds == 1.8
+
+
+def test_in_a_loop_given_audio_and_what_is_generated_anew_go_round(small: Parts) -> None:
+    engine = FakeEngine()
+    audio = np.random.default_rng(0).uniform(-0.5, 0.5, (2, 4 * 44100)).astype(np.float32)
+    request = GenerateRequest("pad", bpm=120.0, bars=1, steps=1, inpaint_audio=audio, inpaint=((0.0, 0.5), (1.5, 2.0)))
+    report = pipeline(small, engine).generate(request).report
+    assert any("beyond the 2.00 seconds" in warning for warning in report.warnings)
+    mask = engine.feeds(Component.DIT)[0]["local_add_cond"][0, 0]
+    times = np.arange(mask.size) * 4096 / 44100
+    kept = (times < 4) & (times % 2 >= 0.5) & (times % 2 < 1.5)
+    np.testing.assert_array_equal(mask[np.abs(times % 0.5 - 0.25) < 0.24], kept[np.abs(times % 0.5 - 0.25) < 0.24])
+    sizes = request.lengths(small.layout)
+    given = given_audio(small.layout, audio, sizes, [])
+    assert given is not None
+    np.testing.assert_array_equal(given[..., : 2 * 44100], audio[np.newaxis, :, : 2 * 44100])
+    np.testing.assert_array_equal(given[..., 2 * 44100 : 4 * 44100], given[..., : 2 * 44100])
+    assert not given[..., 4 * 44100 :].any()
 
 
 def test_a_long_prompt_is_warned_of(small: Parts) -> None:

@@ -9,7 +9,7 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sa3_convert.checkpoint.shift import FluxShift, FullShift, LogSnrShift, NoShift
+from sa3_convert.checkpoint.dimensions import FluxShift, FullShift, LogSnrShift, NoShift
 from sa3_convert.errors import AudioError, UsageError
 from sa3_convert.runtime.request import GenerateRequest, ResolvedRequest
 from sa3_convert.runtime.sampling import sigmas
@@ -120,6 +120,27 @@ def test_settings_without_an_effect_are_told(small: Parts, settings: dict[str, A
     assert request.contradictions(request.lengths(small.layout)) == expected
 
 
+def test_a_loop_is_resolved_and_replayed_and_its_bars_can_be_changed(small: Parts) -> None:
+    resolved = GenerateRequest("pad", bpm=120.0, bars=4).resolved(small.layout)
+    assert resolved.seconds == 8
+    assert resolved.generated_seconds == 10
+    written = json.loads(json.dumps(resolved.to_json()))
+    assert as_dict(GenerateRequest.from_json(written).resolved(small.layout)) == as_dict(resolved)
+    assert GenerateRequest.from_json({**written, "bars": 2}).resolved(small.layout).seconds == 4
+
+
+def test_a_loop_has_the_lengths_of_what_is_generated_for_it_and_its_own_samples(small: Parts) -> None:
+    loop = GenerateRequest("pad", bpm=120.0, bars=4).lengths(small.layout)
+    plain = GenerateRequest("pad", seconds=10).lengths(small.layout)
+    assert (loop.latents, loop.valid, loop.wanted) == (plain.latents, plain.valid, plain.wanted)
+    assert (loop.samples, loop.surplus, loop.fade) == (8 * 44100, 2 * 44100, 22050)
+
+
+def test_a_loop_that_leaves_no_room_for_a_bar_more_is_refused(small: Parts) -> None:
+    with pytest.raises(UsageError, match=r"bars are too many: .* they last 122\.0 seconds.*limit is 120\.0"):
+        GenerateRequest("pad", bpm=120.0, bars=60).resolved(small.layout)
+
+
 def test_samples_cannot_be_written_down() -> None:
     with pytest.raises(ValueError, match="init_audio is an array"):
         GenerateRequest("pad", init_audio=AUDIO).to_json()
@@ -173,6 +194,15 @@ def test_an_autoencoder_alone_cannot_generate(small: Parts) -> None:
         ({"sampler": "ddim"}, "sampler is 'ddim'; give pingpong"),
         ({"cfg_scale": float("inf")}, "cfg_scale"),
         ({"apg_scale": float("nan")}, "apg_scale"),
+        ({"bpm": 120.0}, "bpm and bars belong together"),
+        ({"bars": 4}, "bpm and bars belong together"),
+        ({"beats_per_bar": 3}, "give bpm and bars, too"),
+        ({"bpm": 0.0, "bars": 4}, "bpm is 0.0; give 10 to 1000"),
+        ({"bpm": float("nan"), "bars": 4}, "bpm is nan"),
+        ({"bpm": 120.0, "bars": 0}, "bars is 0; give 1 to 1000"),
+        ({"bpm": 120.0, "bars": 4, "beats_per_bar": 0}, "beats_per_bar is 0"),
+        ({"bpm": 120.0, "bars": 4, "seconds": 10.0}, "seconds contradicts bpm and bars, which make 8 seconds"),
+        ({"bpm": 120.0, "bars": 4, "inpaint_audio": AUDIO, "inpaint": ((7.0, 8.5),)}, "outside of the 8 seconds"),
         ({"cfg_interval": (0.5, 0.2)}, "cfg_interval 0.5:0.2 is none"),
         ({"cfg_interval": (0.0, 1.1)}, "cfg_interval 0:1.1"),
         ({"cfg_interval": (float("nan"), 1.0)}, "cfg_interval nan:1"),
@@ -208,6 +238,8 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: 
         ({"prompt": None}, "prompt is None"),
         ({"prompt": "a", "seconds": "10"}, "seconds is '10', expected a number"),
         ({"prompt": "a", "seconds": True}, "seconds is True"),
+        ({"prompt": "a", "bars": 2.5, "bpm": 100}, "bars is 2.5, expected a whole number"),
+        ({"prompt": "a", "bpm": "fast", "bars": 2}, "bpm is 'fast', expected a number"),
         ({"prompt": "a", "steps": 2.5}, "whole number"),
         ({"prompt": "a", "seed": True}, "seed is True"),
         ({"prompt": "a", "inpaint": [1, 2]}, "list of"),
@@ -218,8 +250,10 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: 
         ({"prompt": "a", "cfg_interval": [0, 1, 2]}, r"expected \[low, high\]"),
         ({"prompt": "a", "cfg_interval": None}, r"expected \[low, high\]"),
         ({"prompt": "a", "cfg_rescale": None}, "cfg_rescale is None"),
-        ({"prompt": "a", "dist_shift": "flux"}, "type is none, logsnr, flux or full"),
-        ({"prompt": "a", "dist_shift": {"type": []}}, "type is none, logsnr, flux or full"),
+        ({"prompt": "a", "dist_shift": "flux"}, "dist_shift.* is str, expected an object"),
+        ({"prompt": "a", "dist_shift": {"type": "cosine"}}, "only 'none', 'logsnr', 'flux', 'full' are supported"),
+        ({"prompt": "a", "dist_shift": {"type": []}}, "dist_shift.*type"),
+        ({"prompt": "a", "dist_shift": {}}, "it has no 'type'"),
         ({"prompt": "a", "dist_shift": {"type": "flux", "alpha": 1}}, "dist_shift.*alpha is not supported"),
         ({"prompt": "a", "dist_shift": {"type": "flux", "alpha_min": "1"}}, "alpha_min is '1', expected a number"),
         ({"prompt": "a", "dist_shift": {"type": "flux", "alpha_min": 0}}, "at least 0.01"),

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from sa3_convert.checkpoint.shift import LogSnrShift, Shift
+from sa3_convert.checkpoint.dimensions import LogSnrShift, Shift
 from sa3_convert.runtime.sampling import sigmas
 from tests.conftest import Golden, load_golden
 
