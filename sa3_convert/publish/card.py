@@ -201,7 +201,12 @@ def _facts(manifest: Manifest) -> dict[str, str | None]:
 
 
 def _architecture(manifests: Mapping[str, Manifest]) -> Lines:
-    return side_by_side("part", {head: _dimensions(manifest) for head, manifest in _by_folder(manifests).items()})
+    """Return a column for all bundles of the same dimensions."""
+    alike: dict[tuple[tuple[str, str | None], ...], list[str]] = {}
+    for head, manifest in _by_folder(manifests).items():
+        alike.setdefault(tuple(_dimensions(manifest).items()), []).append(head)
+    heads = {", ".join(found) if len(alike) > 1 else "dimensions": dict(facts) for facts, found in alike.items()}
+    return side_by_side("part", heads)
 
 
 def _dimensions(manifest: Manifest) -> dict[str, str | None]:

@@ -173,6 +173,7 @@ def test_findings_stand_beside_the_bundle_that_they_are_of(tmp_path: Path) -> No
         part = text.split(f"## {section}\n")[1].split("\n## ")[0]
         assert re.findall(r"^### (.*)$", part, re.MULTILINE) == ["`fp16`"]
     assert "peak memory" not in text
+    assert "\n| part | dimensions |\n" in text
     assert [dot.bundle for dot in dots(placed(bundles), reports)] == ["fp16"]
 
 
