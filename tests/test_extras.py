@@ -39,7 +39,7 @@ def brought_by(requirements: list[str]) -> set[str]:
     return modules | {module for module, owner in BROUGHT.items() if owner in modules}
 
 
-CORE = brought_by([*PROJECT["dependencies"], *EXTRAS["check"], *EXTRAS["convert"], *EXTRAS["gpu"]])
+CORE = brought_by([p for e in ("check", "convert", "audio", "gpu") for p in EXTRAS[e]] + PROJECT["dependencies"])
 LAB = brought_by(EXTRAS["lab"])
 REQUIRES = [f"{name}; extra == '{extra}'" for extra, names in EXTRAS.items() for name in names]
 """As the metadata of an installed package has them."""

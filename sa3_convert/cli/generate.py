@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from sa3_convert.bundle.overlap import Named
 from sa3_convert.cli.console import progress, show_raised, stderr, stdout, tell_unverified
 from sa3_convert.cli.options import write_figures
-from sa3_convert.errors import AudioError, BundleError, OutputRejectedError, UsageError
+from sa3_convert.cli.play import play_files, silent_because
+from sa3_convert.errors import AudioError, BundleError, OutputRejectedError, SettingError, UsageError
 from sa3_convert.lab.doctor.results import CONVERSION_SETTING, saved, setting_name
 from sa3_convert.mnn.compatibility import require_backend
 from sa3_convert.runtime.audio import (
@@ -130,7 +131,12 @@ class _Writer(Protocol):
 
 
 def generate(
-    target: Target, requests: Sequence[GenerateRequest], *, stream: bool, origin: Mapping[str, Any] | None = None
+    target: Target,
+    requests: Sequence[GenerateRequest],
+    *,
+    stream: bool,
+    play: bool = False,
+    origin: Mapping[str, Any] | None = None,
 ) -> None:
     """Generate one piece, or variations that differ by their seeds, each into a file of its own.
 
@@ -139,6 +145,9 @@ def generate(
     """
     if stream and any(request.loop for request in requests):
         raise UsageError("A loop cannot be streamed: its beginning is made of what follows its end. Drop --stream.")
+    if stream and (requests[0].peak == "attenuate" or requests[0].loudness is not None):
+        raise SettingError("{peak} attenuate and {loudness} need the whole piece first; a stream cannot wait for it.")
+    silent = silent_because() if play else None
     outputs = target.outputs(len(requests))
     for output in outputs:
         if not stream:
@@ -172,6 +181,10 @@ def generate(
     if entries:
         told = entries[0] if len(requests) == 1 else {"variations": entries}
         write_figures(target.json_file, told | figures)
+    if silent is not None:
+        stderr.print(f"Note: nothing can be played here ({silent}); the files are there.")
+    elif play:
+        play_files(Path(entry["output"]) for entry in entries)
     if rejected:
         raise OutputRejectedError("\n".join(rejected))
 

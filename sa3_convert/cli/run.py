@@ -24,8 +24,8 @@ OutputOption = Annotated[
     Option(
         "-o",
         "--output",
-        metavar="FILE.wav",
-        help="Where to write the audio; with --batch a folder; - is standard output.",
+        metavar="FILE",
+        help="Where to write the audio: .wav, .flac, .ogg or .mp3; with --batch a folder; - is standard output.",
     ),
 ]
 PromptOption = Annotated[str | None, Option(help="What to generate.")]
@@ -54,6 +54,16 @@ VariationsOption = Annotated[
         max=1000,
         help="So many pieces with seeds that follow one another: pad-1.wav, pad-2.wav, … of -o pad.wav.",
     ),
+]
+PeakOption = Annotated[
+    Literal["limit", "attenuate", "clip"] | None,
+    _files(help="What becomes of peaks beyond full scale; limit when not given, as the reference does on devices."),
+]
+LoudnessOption = Annotated[
+    float | None, _files(metavar="LUFS", help="Bring the whole to a loudness, such as -14; needs the extra `audio`.")
+]
+PlayOption = Annotated[
+    bool, _files("--play", help="Play what was made, where there is a loudspeaker; needs the extra `audio`.")
 ]
 ForceOption = Annotated[
     bool, _files("--force", help="Replace files that exist; without it only what the same settings made.")
@@ -187,6 +197,9 @@ def run(
     sample_format: FormatOption = "pcm16",
     dither: DitherOption = False,
     allow: AllowOption = None,
+    peak: PeakOption = None,
+    loudness: LoudnessOption = None,
+    play: PlayOption = False,
     force: ForceOption = False,
     from_file: FromOption = None,
     json_file: o.JsonOption = None,
@@ -222,7 +235,8 @@ def _generate_one(context: Context, target: "Target", settings: Mapping[str, Any
     with in_words_of(asked.called):
         request = GenerateRequest.from_json(asked.settings)
         paths.reads_as(context, ((f"--from {from_file}:", path) for path in request.audio_files()))
-        generate(target, variations_of(request, count), stream=context.params["stream"], origin=asked.origin)
+        how = {name: context.params[name] for name in ("stream", "play")}
+        generate(target, variations_of(request, count), origin=asked.origin, **how)
 
 
 def _engine_options(how: Mapping[str, Any]) -> dict[str, Any]:
@@ -256,12 +270,20 @@ def _check_mode(how: Mapping[str, Any]) -> None:
     if how["batch"] is not None:
         if output is None or is_stream(output) or output.is_file():
             raise UsageError("--batch writes several files; name their folder with -o DIR.")
-        single = {"--stream": "stream", "--from": "from_file", "--json": "json_file", "--variations": "variations"}
+        single = {
+            "--stream": "stream",
+            "--from": "from_file",
+            "--json": "json_file",
+            "--variations": "variations",
+            "--play": "play",
+        }
         if clash := [option for option, name in single.items() if how[name]]:
             raise UsageError(f"{clash[0]} is not for batches; --batch keeps settings and times in results.jsonl.")
     elif how["keep_loaded"]:
         raise UsageError("--keep-loaded is for --batch; one generation uses each model once.")
     elif (how["variations"] or 1) > 1 and (output is None or is_stream(output)):
         raise UsageError("--variations writes several files; name them with -o FILE.wav.")
+    elif how["play"] and (output is None or is_stream(output)):
+        raise UsageError("--play plays a file; name it with -o FILE.wav.")
     elif output is None and not how["stream"]:
         raise UsageError("Say where to write with -o FILE.wav, or give --stream to write samples to standard output.")

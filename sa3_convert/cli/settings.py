@@ -18,7 +18,7 @@ _SETTINGS = (
     "prompt", "seconds", "bpm", "bars", "beats_per_bar", "steps", "seed",
     "sampler", "cfg_scale", "apg_scale", "cfg_interval", "cfg_rescale",
     "cfg_norm_threshold", "negative_prompt", "dist_shift", "duration_padding", "init_audio", "init_noise_level",
-    "inpaint_audio", "inpaint",
+    "inpaint_audio", "inpaint", "peak", "loudness",
 )  # fmt: skip
 """Options that are settings of a request, by its names."""
 

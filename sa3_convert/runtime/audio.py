@@ -28,7 +28,12 @@ _CHANNELS = 2
 _BLOCK = 1 << 16
 _SUBTYPES: Mapping[SampleFormat, str] = {"pcm16": "PCM_16", "pcm24": "PCM_24", "float": "FLOAT"}
 _BYTES: Mapping[SampleFormat, int] = {"pcm16": 2, "pcm24": 3, "float": 4}
-ENDINGS = {".wav": "WAV", ".flac": "FLAC"}
+ENDINGS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".mp3": "MP3"}
+_LOSSY: Mapping[str, Mapping[str, Any]] = {
+    "OGG": {"subtype": "VORBIS", "compression_level": 0.2},
+    "MP3": {"subtype": "MPEG_LAYER_III", "compression_level": 0.0, "bitrate_mode": "CONSTANT"},
+}
+"""How they are encoded: some 260 and 320 kbit/s."""
 _READ = ("WAV", "WAVEX", "FLAC", "OGG", "MP3", "AIFF")
 """What libsndfile or `cut_short` tells to be cut; of its other formats neither does."""
 _RATES = (1000, 384000)
@@ -221,9 +226,10 @@ def audio_writer(
     """Yield a stereo writer; the file takes its name when the block ends without an error, and is gone otherwise.
 
     Args:
-        path: `.wav` or `.flac`; a pipe, a device or standard output gets the whole file at its end, a WAV if unnamed.
+        path: `.wav`, `.flac`, `.ogg` or `.mp3`; a pipe, a device or standard output gets the whole file at its end, a
+            WAV if unnamed.
         rate: Hz.
-        sample_format: of the samples; FLAC has no floating point.
+        sample_format: of the samples; FLAC has no floating point, Ogg and MP3 none of these.
         dither: see `Quantiser`.
         metadata: kept as JSON in the file's comment; `read_metadata` reads it back.
         loop: let a WAV say to samplers that it is one loop.
@@ -234,6 +240,7 @@ def audio_writer(
 
     """
     container = _container(path, sample_format)
+    encoding = _LOSSY.get(container, {"subtype": _SUBTYPES[sample_format]})
     comment = None if metadata is None else json.dumps(metadata, ensure_ascii=True)
     with _explained(path, "written"), atomic_path(path) as temporary, temporary.open("rb+") as stream:
         # soundfile takes no name that is not UTF-8.
@@ -243,13 +250,13 @@ def audio_writer(
             rate,
             _CHANNELS,
             format=container,
-            subtype=_SUBTYPES[sample_format],
             closefd=False,
+            **encoding,
         ) as file:
             if comment is not None and container != "WAV":
                 file.software = "sa3-convert"
                 file.comment = comment
-            yield AudioWriter(file, sample_format, dither)
+            yield AudioWriter(file, "float" if container in _LOSSY else sample_format, dither)
             frames = file.frames
         if loop and container == "WAV":
             riff.append_chunk(stream, riff.sampler_chunk(rate, frames))
@@ -307,8 +314,11 @@ def check_replaceable(path: Path, metadata: Mapping[str, Any]) -> None:
 
 def _container(path: Path, sample_format: SampleFormat) -> str:
     container = ENDINGS.get(path.suffix.lower(), "WAV" if is_stream(path) else None)
-    if container is None:
-        raise UsageError(f"{path} has no known audio file type. Name it {' or '.join(ENDINGS)}.")
+    if container is None or container not in soundfile.available_formats():
+        known = [ending for ending, name in ENDINGS.items() if name in soundfile.available_formats()]
+        raise UsageError(f"{path} has no audio file type that can be written here. Name it {' or '.join(known)}.")
+    if container in _LOSSY and sample_format != "pcm16":
+        raise UsageError(f"{path}: {container} stores no such samples. Leave --format away, or use a .wav file.")
     if container == "FLAC" and sample_format == "float":
         raise UsageError(f"{path}: FLAC holds no floating-point samples. Use --format pcm24, or a .wav file.")
     return container

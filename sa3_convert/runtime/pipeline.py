@@ -21,6 +21,7 @@ from sa3_convert.runtime.autoencode import Bottleneck
 from sa3_convert.runtime.conditioning import Conditioning, Lengths, given_audio, inpaint_mask
 from sa3_convert.runtime.engines import Engine, EngineName, KeepLoaded, Models, bundle_engine, checkpoint_parts
 from sa3_convert.runtime.events import AudioChunk, Event, Generation, Notes, Report, Started, Stepped
+from sa3_convert.runtime.levels import level
 from sa3_convert.runtime.loop import closed
 from sa3_convert.runtime.noise import TorchGenerator
 from sa3_convert.runtime.output_checks import OutputCheck
@@ -185,6 +186,7 @@ class Pipeline:
         sizes = settings.lengths(self.layout)
         check = OutputCheck(allow)
         notes = Notes(settings.contradictions(sizes))
+        leveller = level(settings.peak, settings.loudness, self.layout.sample_rate, notes.warnings.append)
         # Everything that can be wrong with the request is found before the first model is loaded.
         initial = given_audio(self.layout, request.init_audio, sizes, notes.warnings)
         inpainted = given_audio(self.layout, request.inpaint_audio, sizes, notes.warnings)
@@ -214,11 +216,13 @@ class Pipeline:
             chunks = closed(decoded, sizes.samples, sizes.fade)
             while (audio := notes.timed_next(chunks, "decode")) is not None:
                 check.add(audio)
-                yield AudioChunk(done, np.clip(audio[0], -1, 1))
-                done += audio.shape[2]
+                if (ready := leveller.add(audio[0])).size:
+                    yield AudioChunk(done, ready)
+                    done += ready.shape[1]
         check.finish(sizes.samples)
-        engine = self.models.engine.settings
-        yield Report(settings, sizes, latents, notes.seconds, engine, tuple(notes.warnings))
+        if (rest := leveller.finish()).size:
+            yield AudioChunk(done, rest)
+        yield Report(settings, sizes, latents, notes.seconds, self.models.engine.settings, tuple(notes.warnings))
 
     def tokens(self, prompt: str) -> Tokens:
         """Return the token ids of a prompt."""

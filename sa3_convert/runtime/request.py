@@ -40,6 +40,7 @@ from sa3_convert.runtime.conditioning import (
     looped,
     max_seconds,
 )
+from sa3_convert.runtime.levels import PeakName
 from sa3_convert.runtime.loop import Loop
 from sa3_convert.runtime.prompts import check_prompt
 from sa3_convert.runtime.sampling import SamplerName, sigmas
@@ -47,6 +48,7 @@ from sa3_convert.runtime.sampling import SamplerName, sigmas
 MAX_STEPS = 1000
 _DEFAULT_INIT_NOISE = 0.9
 _MOST_PADDING = 600
+_SOFTEST = -60
 RANDOM = "random"
 """In place of a seed, in JSON."""
 _SLOWEST, _FASTEST, _MOST_BEATS = 10, 1000, 1000
@@ -101,6 +103,10 @@ class GenerateRequest:
     """Audio of which everything is kept but `inpaint`."""
     inpaint: tuple[Region, ...] = field(default=())
     """What to generate anew, in seconds; may reach beyond the audio's end, which continues it."""
+    peak: PeakName = "limit"
+    """What becomes of peaks beyond full scale; see `levels`."""
+    loudness: float | None = None
+    """In LUFS; as it comes by default."""
 
     def __post_init__(self) -> None:
         check_prompt(self.prompt)
@@ -115,6 +121,10 @@ class GenerateRequest:
             raise SettingError("{steps} is {0}; give 1 to {1}.", self.steps, MAX_STEPS)
         if self.sampler is not None and self.sampler not in get_args(SamplerName):
             raise SettingError("{sampler} is {0!r}; give {1}.", self.sampler, " or ".join(get_args(SamplerName)))
+        if self.peak not in get_args(PeakName):
+            raise SettingError("{peak} is {0!r}; give {1}.", self.peak, " or ".join(get_args(PeakName)))
+        if self.loudness is not None and not _SOFTEST <= self.loudness <= 0:
+            raise SettingError("{loudness} is {0:g}; give LUFS from {1} to 0, such as -14.", self.loudness, _SOFTEST)
         for name, value in (("cfg_scale", self.cfg_scale), ("apg_scale", self.apg_scale)):
             if value is not None and not math.isfinite(value):
                 raise SettingError(f"{{{name}}} is {{0}}, not a finite number.", value)
@@ -309,7 +319,7 @@ SHIFTS = NoShift | LogSnrShift | FluxShift | FullShift
 _SHIFT: TypeAdapter[Shift] = TypeAdapter(Shift)
 _NUMBERS = (
     "seconds", "bpm", "cfg_scale", "apg_scale", "cfg_rescale", "cfg_norm_threshold", "duration_padding",
-    "init_noise_level",
+    "init_noise_level", "loudness",
 )  # fmt: skip
 _WHOLE = ("seed", "steps", "bars", "beats_per_bar")
 _AUDIO = ("init_audio", "inpaint_audio")

@@ -223,7 +223,8 @@ def test_a_link_is_followed_and_what_it_leads_to_is_replaced(
     (tmp_path / "link.wav").symlink_to("elsewhere/real.wav")
     (tmp_path / "link.json").symlink_to("elsewhere/real.json")
     output = ["-o", str(tmp_path / "link.wav"), "--json", str(tmp_path / "link.json")]
-    assert run(*SHORT, *stream, *output) == 0
+    assert run(*SHORT, *stream, *output) == 2
+    assert run(*SHORT, *stream, *output, "--force") == 0
     assert (tmp_path / "link.wav").is_symlink()
     assert soundfile.info(tmp_path / "elsewhere" / "real.wav").frames == 22050
     assert json.loads((tmp_path / "elsewhere" / "real.json").read_text())["request"]["prompt"] == "pad"

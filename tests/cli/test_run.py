@@ -225,7 +225,7 @@ def test_an_interrupted_batch_keeps_what_it_has_done_and_goes_on_from_there(
     [
         ("--prompt", "pad"),
         ("-o", "x.wav"),
-        ("--prompt", "pad", "-o", "x.mp3"),
+        ("--prompt", "pad", "-o", "x.mid"),
         ("--prompt", "pad", "-o", "x.flac", "--stream"),
         ("--prompt", "pad", "-o", "x.wav", "--keep-loaded"),
         ("--prompt", "pad", "-o", "x.wav", "--seconds", "0"),

@@ -1,7 +1,9 @@
 """Variations, seeds that are drawn, settings from audio, and files that are not written over."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -107,3 +109,62 @@ def test_a_piece_lasts_as_long_as_the_given_audio(run: Any, capsys: pytest.Captu
     assert run("--prompt", "pad", "--steps", "1", "--init-audio", "a.wav", "-o", "b.wav", "--threads", "2") == 0
     assert "0.20 seconds, as the given audio" in capsys.readouterr().err
     assert soundfile.info("b.wav").frames == soundfile.info("a.wav").frames
+
+
+@pytest.mark.parametrize("name", ["a.ogg", "a.mp3"])
+def test_a_lossy_file_carries_its_settings_too(run: Any, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--prompt", "pad", *SHORT, "-o", "a.wav") == 0
+    assert run("--prompt", "pad", *SHORT, "-o", name) == 0
+    assert read_metadata(Path(name)) == read_metadata(Path("a.wav"))
+    assert abs(soundfile.info(name).frames - soundfile.info("a.wav").frames) <= 1
+    assert run("--from", name, "-o", "b.wav", "--threads", "2") == 0
+    assert Path("b.wav").read_bytes() == Path("a.wav").read_bytes()
+    assert run("--prompt", "pad", "-o", name, "--format", "pcm24") == 2
+    assert "stores no such samples" in capsys.readouterr().err
+
+
+def test_an_unknown_ending_is_told_with_those_that_work(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--prompt", "pad", "-o", "a.mid") == 2
+    assert "Name it .wav or .flac or .ogg or .mp3." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", [("--peak", "attenuate"), ("--loudness", "-14")])
+def test_a_stream_does_not_wait_for_the_whole(
+    run: Any, how: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--prompt", "pad", *how, "--stream", "-o", "a.wav") == 2
+    assert "--peak attenuate and --loudness need the whole piece first" in capsys.readouterr().err
+
+
+def test_levels_are_settings_that_are_kept(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--prompt", "pad", *SHORT, "--peak", "attenuate", "--loudness", "-20", "-o", "a.wav") == 0
+    assert "LUFS" in capsys.readouterr().err
+    request = read_metadata(Path("a.wav"))["request"]
+    assert (request["peak"], request["loudness"]) == ("attenuate", -20.0)
+
+
+def test_what_was_made_is_played(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    played: list[Any] = []
+    device = SimpleNamespace(
+        PortAudioError=RuntimeError,
+        check_output_settings=lambda **_: None,
+        play=lambda samples, rate, blocking: played.append((len(samples), rate, blocking)),
+    )
+    monkeypatch.setitem(sys.modules, "sounddevice", device)
+    assert run("--prompt", "pad", *SHORT, "-n", "2", "--play", "-o", "a.flac") == 0
+    assert played == [(8820, 44100, True)] * 2
+
+
+def test_where_nothing_can_be_heard_the_file_is_made_and_it_is_told(
+    run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise RuntimeError("no device")
+
+    monkeypatch.setitem(
+        sys.modules, "sounddevice", SimpleNamespace(PortAudioError=RuntimeError, check_output_settings=refuse)
+    )
+    assert run("--prompt", "pad", *SHORT, "--play", "-o", "a.wav") == 0
+    assert "Note: nothing can be played here (no device); the files are there." in capsys.readouterr().err
+    assert Path("a.wav").exists()
+    assert run("--prompt", "pad", "--play", "-o", "-") == 2

@@ -86,6 +86,7 @@ def golden_request(golden: Golden, case: Mapping[str, Any]) -> GenerateRequest:
         seed=case["seed"],
         cfg_scale=case.get("cfg_scale", 1.0),
         negative_prompt=case.get("negative_prompt"),
+        peak="clip",
         **audio,
     )
 

@@ -441,7 +441,12 @@ def test_a_full_disk_is_an_audio_error(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     ("name", "sample_format", "message"),
-    [("out.mp3", "pcm16", "no known audio file type"), ("out", "pcm16", "type"), ("out.flac", "float", "FLAC")],
+    [
+        ("out.mid", "pcm16", "no audio file type that can be written here"),
+        ("out", "pcm16", "type"),
+        ("out.flac", "float", "FLAC"),
+        ("out.mp3", "float", "MP3 stores no such samples"),
+    ],
 )
 def test_a_name_that_cannot_be_written_is_told_before_any_work(
     tmp_path: Path, name: str, sample_format: Any, message: str

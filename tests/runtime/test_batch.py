@@ -126,7 +126,7 @@ def test_the_same_seed_twice_is_no_fault(small: Parts, tmp_path: Path) -> None:
         ([{"prompt": "a", "output": "../x.wav"}], "plain file name"),
         ([{"prompt": "a", "output": ".wav"}], "plain file name"),
         ([{"prompt": "a", "output": 3}], "plain file name"),
-        ([{"prompt": "a", "output": "x.mp3"}], "line 1: .*file type"),
+        ([{"prompt": "a", "output": "x.mid"}], "line 1: .*file type"),
         ([{"prompt": "a", "output": "x.wav"}, {"prompt": "b", "output": "x.wav"}], "lines 1 and 2 both write 'x.wav'"),
         ([{"prompt": "a", "output": "é.wav"}, {"prompt": "b", "output": "E\u0301.WAV"}], "lines 1 and 2 both write"),
         ([{"prompt": "a", "output": "x" * 252 + ".wav"}], "more than 255 bytes"),

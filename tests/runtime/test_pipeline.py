@@ -63,7 +63,9 @@ def test_the_model_that_was_used_last_stays_until_another_is_needed(small: Parts
 
 def test_start_noise_is_drawn_first_and_then_one_draw_per_step(small: Parts) -> None:
     engine = FakeEngine(dit=lambda x, **_: np.zeros_like(x))
-    result = pipeline(small, engine).generate(GenerateRequest("pad", seconds=1, steps=2, seed=5), allow=["clipping"])
+    result = pipeline(small, engine).generate(
+        GenerateRequest("pad", seconds=1, steps=2, seed=5, peak="clip"), allow=["clipping"]
+    )
     generator = TorchGenerator(5)
     shape = result.report.latents.shape
     start, first, _ = (generator.randn(shape) for _ in range(3))
@@ -87,7 +89,8 @@ def test_chunks_join_without_gap_or_overlap_and_come_as_they_are_decoded(small: 
     engine = FakeEngine()
     position = 0
     runs = []
-    for event in pipeline(small, engine, window=16).stream(GenerateRequest("pad", seconds=5, steps=1)):
+    request = GenerateRequest("pad", seconds=5, steps=1, peak="clip")
+    for event in pipeline(small, engine, window=16).stream(request):
         if isinstance(event, AudioChunk):
             assert event.start == position
             position += event.samples.shape[1]
@@ -118,7 +121,9 @@ def test_a_consumer_that_stops_frees_the_models(small: Parts) -> None:
 
 def test_audio_beyond_full_scale_is_clipped(small: Parts) -> None:
     engine = FakeEngine(decoder=lambda latents: 100 * decode(latents))
-    result = pipeline(small, engine).generate(GenerateRequest("pad", seconds=1, steps=1), allow=["clipping"])
+    result = pipeline(small, engine).generate(
+        GenerateRequest("pad", seconds=1, steps=1, peak="clip"), allow=["clipping"]
+    )
     assert np.abs(result.audio).max() == 1
 
 

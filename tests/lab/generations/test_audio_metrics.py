@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from sa3_convert.errors import VerificationError
 from sa3_convert.lab.generations import end_to_end
-from sa3_convert.lab.generations.end_to_end import SILENCE_LUFS, WINDOWS, AudioFidelity, loudness, spectral_distance
+from sa3_convert.lab.generations.end_to_end import WINDOWS, AudioFidelity, spectral_distance
+from sa3_convert.runtime.levels import SILENCE_LUFS, loudness
 
 RATE = 44100
 
