@@ -56,7 +56,8 @@ def findings_table(found: "SelfTest") -> "Table":
     from sa3_convert.cli.console import grid
 
     columns = tuple(dict.fromkeys(finding.what for finding in found.findings))
-    table = grid("dB against float32 on the CPU", ("engine",), tuple(name.replace("_", " ") for name in columns))
+    short = {"text_encoder": "T5", "number_conditioner": "NC", "dit": "DiT"}
+    table = grid("dB against float32 on the CPU", ("engine",), tuple(short.get(name, name) for name in columns))
     for engine in dict.fromkeys(finding.engine for finding in found.findings):
         own = {finding.what: finding for finding in found.findings if finding.engine == engine}
         table.add_row(engine, *("failed" if (f := own[name]).db is None else f"{f.db:.1f}" for name in columns))

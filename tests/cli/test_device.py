@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -10,6 +11,7 @@ import torch
 import sa3_convert.cli.app as cli
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.mnn.compatibility import has_backend
+from sa3_convert.mnn.session import MnnSession
 
 
 def run(bundle: Bundle, folder: Path, arguments: Sequence[str]) -> int:
@@ -66,3 +68,34 @@ def test_a_placement_is_told_and_generates(
 ) -> None:
     assert run(toy_fp32, tmp_path, ["--place", "text_encoder=cpu"]) == 0
     assert "text_encoder on cpu: placed with --place" in capsys.readouterr().err
+
+
+class Dead:
+    """MNN's interpreter on a device that computes nothing and reports success."""
+
+    def __init__(self, interpreter: Any) -> None:
+        self._interpreter = interpreter
+
+    def __getattr__(self, name: str) -> Any:
+        return (lambda session: 0) if name == "runSession" else getattr(self._interpreter, name)
+
+
+def test_a_device_that_computes_nothing_is_exit_7_and_no_silence(
+    toy_fp32: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = MnnSession._load
+
+    def dead(self: MnnSession, *arguments: Any, **options: Any) -> tuple[Any, Any]:
+        interpreter, session = load(self, *arguments, **options)
+        return Dead(interpreter), session
+
+    for room in ("sa3_convert.cli.generate", "sa3_convert.mnn.session"):
+        monkeypatch.setattr(f"{room}.require_backend", lambda backend: None)
+    monkeypatch.setattr(MnnSession, "backend_in_use", "opencl")
+    assert run(toy_fp32, tmp_path, ["--device", "opencl"]) == 0
+    (tmp_path / "out.wav").unlink()
+    capsys.readouterr()
+    monkeypatch.setattr(MnnSession, "_load", dead)
+    assert run(toy_fp32, tmp_path, ["--device", "opencl"]) == 7
+    assert "the device reported nothing and wrote nothing" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

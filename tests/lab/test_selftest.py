@@ -56,6 +56,7 @@ def test_all_engines_of_the_toys_pass_on_the_cpu_and_are_measured(
     told, data = capsys.readouterr().out, json.loads(report.read_text())
     assert "Self-test on cpu passed: mnn, mnn-int8, onnxruntime-fp16, torch" in told
     assert "1 s of audio" in told
+    assert max(map(len, told.split("dB against")[1].split("Self-test")[0].splitlines())) <= 80
     judged = {(f["engine"], f["what"]): f for f in data["findings"]}
     assert judged.keys() == {(engine, what) for engine in ENGINES for what in (*(c.value for c in Component), LATENTS)}
     assert judged["torch", "decoder"]["db"] > 100
