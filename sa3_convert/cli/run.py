@@ -77,7 +77,7 @@ ApgScaleOption = Annotated[
 ]
 CfgIntervalOption = Annotated[
     str | None,
-    _guidance(metavar="LOW:HIGH", help="Noise levels, 0 to 1, at which there is guidance; at all when not given."),
+    _guidance(metavar="LOW:HIGH", help="Noise levels, 0 to 1, at which there is guidance; all when not given."),
 ]
 CfgRescaleOption = Annotated[
     float | None, _guidance(help="0 to 1: how far the deviation that guidance adds is taken back; 0 when not given.")

@@ -10,47 +10,41 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sa3_convert.arrays import Floats
-from sa3_convert.checkpoint.dimensions import DEFAULT_SHIFT, FluxShift, FullShift, LogSnrShift, NoShift, Shift
+from sa3_convert.checkpoint.dimensions import DEFAULT_SHIFT, FluxShift, FullShift, LogSnrShift, Shift
 
 
 def sigmas(steps: int, sigma_max: float = 1.0, shift: Shift = DEFAULT_SHIFT, length: int = 1) -> NDArray[np.float32]:
     """Return the schedule, [steps + 1] float32, from exactly `sigma_max` (at most 1: noise alone) to exactly 0.
 
     t = linspace(σmax, 0), between whose ends each time is shifted; `length` is that of the wanted audio in latents.
-    Source: the distribution shifts of the published reference.
+    Rounded to float32 where the reference rounds: the DiT's highest time frequency is 10⁴, so last bits count. Source:
+    the distribution shifts of the published reference.
     """
     if steps < 1:
         raise ValueError(f"{steps} steps; at least 1 is needed")
     if not 0 < sigma_max <= 1:
         raise ValueError(f"sigma_max {sigma_max} is not within (0, 1]")
-    times = _linspace_to_zero(sigma_max, steps + 1)
-    times[1:-1] = _shifted(times[1:-1], shift, length)
-    return times
-
-
-def _shifted(times: Floats, shift: Shift, length: int) -> Floats:
-    """Return times within (0, 1) as a shift moves them.
-
-    Rounded to float32 where the reference rounds: the DiT's highest time frequency is 10⁴, so last bits count.
-    """
-    one = np.float32(1)
+    # As torch's linspace: each half is counted from its own end, and no product is rounded.
+    first, index = np.float32(sigma_max), np.arange(steps + 1, dtype=np.float64)
+    step = np.float64((np.float32(0) - first) / np.float32(steps))
+    falling, rising = first + step * index, -step * (steps - index)
+    schedule: NDArray[np.float32] = np.where(index < (steps + 1) // 2, falling, rising).astype(np.float32)
+    times, one = schedule[1:-1], np.float32(1)
     match shift:
-        case NoShift():
-            return times
         case LogSnrShift():
             end = np.float32(shift.logsnr_end)
             logsnr = end - times * (end - np.float32(shift.start(length)))
-            shifted: Floats = one / (one + np.exp(logsnr.astype(np.float64)).astype(np.float32))
+            times[:] = one / (one + np.exp(logsnr.astype(np.float64)).astype(np.float32))
         case FluxShift():
             alpha = np.float32(_flux_alpha(shift, length))
-            shifted = alpha * times / (one + (alpha - one) * times)
+            times[:] = alpha * times / (one + (alpha - one) * times)
         case FullShift():
             share = (_clamped(length, shift) - shift.min_length) / (shift.max_length - shift.min_length)
             weight = np.float32(math.exp(-(shift.base_shift + (shift.max_shift - shift.base_shift) * share)))
-            shifted = one - weight / (weight + (one / (one - times) - one))
+            times[:] = one - weight / (weight + (one / (one - times) - one))
             if shift.use_sine:
-                shifted = np.sin(shifted * np.float32(math.pi) / np.float32(2))
-    return shifted
+                times[:] = np.sin(times * np.float32(math.pi) / np.float32(2))
+    return schedule
 
 
 def _flux_alpha(shift: FluxShift, length: int) -> float:
@@ -63,16 +57,6 @@ def _flux_alpha(shift: FluxShift, length: int) -> float:
 
 def _clamped(length: int, shift: FluxShift | FullShift) -> int:
     return min(max(length, shift.min_length), shift.max_length)
-
-
-def _linspace_to_zero(start: float, points: int) -> NDArray[np.float32]:
-    """Return torch's linspace(start, 0, points): each half counted from its own end, products not rounded."""
-    first = np.float32(start)
-    step = (np.float32(0) - first) / np.float32(points - 1)
-    index = np.arange(points, dtype=np.float64)
-    falling = np.float64(first) + np.float64(step) * index
-    rising = -np.float64(step) * (points - 1 - index)
-    return np.where(index < points // 2, falling, rising).astype(np.float32)
 
 
 Velocity = Callable[[Floats, np.float32], Floats]

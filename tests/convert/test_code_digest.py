@@ -58,7 +58,7 @@ def test_every_stage_is_followed() -> None:
         ("recipe.py", r"for rule in self\.layers:", "for rule in self.layers[::-1]:", STORED | {"round"}),
         (
             "runtime/sampling.py",
-            r"times\[1:-1\] = ",
+            r"logsnr = end - ",
             r"\g<0>1 - ",
             {"round", "verify", "ort-int8", "onnx-fp16", "split"},
         ),
