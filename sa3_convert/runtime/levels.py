@@ -1,6 +1,7 @@
 """Levels of decoded audio: what becomes of peaks beyond full scale, and its loudness."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -38,23 +39,26 @@ class Level(Protocol):
         ...
 
 
-def level(peak: PeakName, loudness_lufs: float | None, rate: int, note: Callable[[str], None]) -> Level:
+def level(
+    peak: PeakName, loudness_lufs: float | None, rate: int, note: Callable[[str], None], *, loop: bool = False
+) -> Level:
     """Return what brings audio to its level; `note` is told what came out of a wanted loudness.
 
-    `clip` and `limit` hand on as they go (`limit` 13 ms later); `attenuate` and a loudness need the whole first.
+    `clip` and `limit` hand on as they go (`limit` 13 ms later); `attenuate`, loudness and loops need the whole first.
     Raises ImportError if what measures loudness is not installed.
     """
+    lowered = partial(limited, loop=True) if loop and peak == "limit" else _PEAKS[peak]
     if loudness_lufs is not None:
         import pyloudnorm  # noqa: F401 -- missed before anything is generated
 
-        return _Whole(lambda audio: _at_loudness(audio, loudness_lufs, peak, rate, note))
-    if peak == "attenuate":
-        return _Whole(_PEAKS[peak])
+        return _Whole(lambda audio: _at_loudness(audio, loudness_lufs, lowered, rate, note))
+    if peak == "attenuate" or loop:
+        return _Whole(lowered)
     return _Limiter() if peak == "limit" else _Clip()
 
 
-def limited(audio: Floats) -> Floats:
-    """Return [2, n] with no sample beyond `CEILING`; where none was within 6 ms, nothing changes.
+def limited(audio: Floats, *, loop: bool = False) -> Floats:
+    """Return [2, n] with no sample beyond `CEILING`; where none was within 6 ms, nothing changes. A loop goes round.
 
     As the reference's: the gain that each block of 64 samples needs, in either channel, the least of nine blocks,
     smoothed by a Hann window over nine, and drawn as a line from the middle of a block to the next.
@@ -66,11 +70,11 @@ def limited(audio: Floats) -> Floats:
     reduction = 1 - np.minimum(CEILING / np.maximum(peaks.astype(np.float64), 1e-12), 1)
     windows = np.lib.stride_tricks.sliding_window_view
     width = 2 * _REACH + 1
-    held = windows(np.pad(reduction, _REACH), width).max(axis=1)
+    held = windows(np.pad(reduction, _REACH, mode="wrap" if loop else "constant"), width).max(axis=1)
     hann = np.hanning(width)
-    smooth = windows(np.pad(held, _REACH, mode="edge"), width) @ (hann / hann.sum())
+    smooth = windows(np.pad(held, _REACH, mode="wrap" if loop else "edge"), width) @ (hann / hann.sum())
     middles = (np.arange(len(smooth)) + 0.5) * _BLOCK - 0.5
-    gain = 1 - np.interp(np.arange(samples), middles, smooth)
+    gain = 1 - np.interp(np.arange(samples), middles, smooth, period=samples if loop else None)
     return np.asarray(audio * gain, np.float32)
 
 
@@ -82,7 +86,7 @@ def _clipped(audio: Floats) -> Floats:
     return np.asarray(np.clip(audio, -1, 1), np.float32)
 
 
-_PEAKS = {"limit": limited, "attenuate": _attenuated, "clip": _clipped}
+_PEAKS: Mapping[PeakName, Callable[[Floats], Floats]] = {"limit": limited, "attenuate": _attenuated, "clip": _clipped}
 
 
 class _Clip:
@@ -129,11 +133,13 @@ class _Whole:
         return self._change(np.concatenate(self._chunks, axis=1))
 
 
-def _at_loudness(audio: Floats, wanted: float, peak: PeakName, rate: int, note: Callable[[str], None]) -> Floats:
+def _at_loudness(
+    audio: Floats, wanted: float, lowered: Callable[[Floats], Floats], rate: int, note: Callable[[str], None]
+) -> Floats:
     """Return audio brought to a loudness, and then its peaks to where they may be."""
     found = loudness(audio.astype(np.float64), rate)
     gain = 10 ** ((wanted - found) / 20) if found > SILENCE_LUFS else 1.0
-    made = _PEAKS[peak](np.asarray(audio * gain, np.float32))
+    made = lowered(np.asarray(audio * gain, np.float32))
     reached, top = loudness(made.astype(np.float64), rate), true_peak_db(made, rate)
     why = f"; for {wanted:g} its peaks would lie beyond full scale" if reached < wanted - 0.1 else ""
     over = ", which a lossy file or a converter may clip" if top > 0 else ""

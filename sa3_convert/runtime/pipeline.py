@@ -184,9 +184,9 @@ class Pipeline:
         """
         settings = request.resolved(self.layout)
         sizes = settings.lengths(self.layout)
-        check = OutputCheck(allow)
-        notes = Notes(settings.contradictions(sizes))
-        leveller = level(settings.peak, settings.loudness, self.layout.sample_rate, notes.warnings.append)
+        check, notes = OutputCheck(allow), Notes(settings.contradictions(sizes))
+        rate, loop = self.layout.sample_rate, settings.loop is not None
+        leveller = level(settings.peak, settings.loudness, rate, notes.warnings.append, loop=loop)
         # Everything that can be wrong with the request is found before the first model is loaded.
         initial = given_audio(self.layout, request.init_audio, sizes, notes.warnings)
         inpainted = given_audio(self.layout, request.inpaint_audio, sizes, notes.warnings)

@@ -106,3 +106,19 @@ def test_a_generation_is_levelled_and_otherwise_the_same(small: Parts, settings:
 def test_levels_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         GenerateRequest("pad", **settings)
+
+
+@pytest.mark.parametrize("samples", [64 * 50, 64 * 50 + 20, 64 * 50 + 50])
+@pytest.mark.parametrize("lufs", [None, 0.0])
+def test_a_loop_is_limited_all_round_so_that_its_seam_has_no_step(samples: int, lufs: float | None) -> None:
+    audio = np.full((2, samples), 0.9, np.float32)
+    audio[:, -100:-80] = 3.0
+    how = level("limit", lufs, RATE, lambda _: None, loop=True)
+    assert not how.add(audio).size
+    made = how.finish()
+    assert np.abs(made).max() <= CEILING + 1e-6
+    steps = np.abs(np.diff(made, axis=1, append=made[:, :1]))
+    # A smoothed gain changes by a quarter of the reduction, 0.7, from a block to the next; the shortest has 20 samples.
+    assert steps[0, -1] <= 0.7 / 4 / 20 + 0.002
+    # Without going round the gain jumps there.
+    assert abs(limited(audio)[0, 0] - limited(audio)[0, -1]) > 0.2
