@@ -49,6 +49,10 @@ class InputError(Sa3Error):
     exit_code = 3
 
 
+class HubError(InputError):
+    """The hub cannot be reached or refuses, or what it sends is not what it names."""
+
+
 class CheckpointError(InputError):
     """The checkpoint is incomplete, damaged or of an unsupported kind."""
 

@@ -39,7 +39,7 @@ def brought_by(requirements: list[str]) -> set[str]:
     return modules | {module for module, owner in BROUGHT.items() if owner in modules}
 
 
-CORE = brought_by([p for e in ("check", "convert", "audio", "gpu") for p in EXTRAS[e]] + PROJECT["dependencies"])
+CORE = brought_by([p for e in ("hub", "check", "convert", "audio", "gpu") for p in EXTRAS[e]] + PROJECT["dependencies"])
 LAB = brought_by(EXTRAS["lab"])
 REQUIRES = [f"{name}; extra == '{extra}'" for extra, names in EXTRAS.items() for name in names]
 """As the metadata of an installed package has them."""
@@ -110,7 +110,7 @@ def test_a_report_says_which_extra_brings_what_it_lacks(toy_int8: Bundle, tmp_pa
         ("onnx_ir", "check"),
         ("onnxruntime", "check"),
         ("onnx_graphsurgeon", "check"),
-        ("huggingface_hub", "convert"),
+        ("huggingface_hub", "hub"),
         ("matplotlib.figure", "lab"),
         ("jinja2", "lab"),
         ("somebody_elses", "all"),

@@ -8,10 +8,10 @@ the DiT is taken, then the smallest: of two text encoders the one that clients t
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Final
+from pathlib import Path, PurePath
+from typing import Final, TypeVar
 
 from sa3_convert.bundle.manifest import (
     BOTTLENECK,
@@ -19,6 +19,7 @@ from sa3_convert.bundle.manifest import (
     TOKENIZER,
     UNVERIFIED,
     Artifact,
+    ArtifactKind,
     CheckpointOrigin,
     FileEntry,
     Manifest,
@@ -34,9 +35,10 @@ from sa3_convert.mnn.file.contents import ModelStorage
 from sa3_convert.mnn.file.storage import read_storage
 from sa3_convert.system.checked_files import inside
 
-_SHARED: Final = "shared"
+SHARED: Final = "shared"
 _MOST_FILES: Final = 100
 _PRECISION: Final = re.compile(r"(?<![a-z0-9])(int[2-8]|fp16|fp32)(?![a-z0-9])")
+_P = TypeVar("_P", bound=PurePath)
 _Found = Mapping[Component, tuple[Path, ModelStorage]]
 
 
@@ -46,13 +48,41 @@ def foreign_files(path: Path) -> tuple[Path, list[Path]]:
     `path` is a tree, or in a tree like the published one the folder of one precision, which has models in `shared`.
     """
     path = Path(os.path.realpath(path))
-    own = sorted(file for depth in ("*", "*/*", "*/*/*") for file in path.glob(f"{depth}.mnn"))
     above = path.parent.parent
-    if own and (above / _SHARED).is_dir() and all(file.parent == path for file in own):
-        # A family's variants share an encoder, which lies with one of them.
-        encoders = above.glob(f"*/{path.name}/encoder*.mnn")
-        return above, [*own, *sorted({*(above / _SHARED).glob("*.mnn"), *encoders} - {*own})]
-    return path, own
+    own = sorted(file for depth in ("*", "*/*", "*/*/*") for file in path.glob(f"{depth}.mnn"))
+    return belonging(path, own, [*above.glob(f"{SHARED}/*"), *above.glob(f"*/{path.name}/encoder*.mnn")])
+
+
+def belonging(folder: _P, own: Sequence[_P], around: Sequence[_P]) -> tuple[_P, list[_P]]:
+    """Return the folder that paths are relative to, and models: those below `folder`, or `around` it in its tree too.
+
+    A family's variants share an encoder, which lies with one of them.
+    """
+    above = folder.parent.parent
+    is_inner = all(file.parent == folder for file in own) and any(file.parent == above / SHARED for file in around)
+    if own and is_inner:
+        return above, [*own, *sorted({file for file in around if file.suffix == ".mnn"} - {*own})]
+    return folder, [*own]
+
+
+def unfitness(model: PurePath, dit: PurePath) -> tuple[bool, bool]:
+    """Return how little a model belongs to a DiT by its name; of several the least is taken."""
+    return model.parent != dit.parent, _is_medium(model) is not _is_medium(dit)
+
+
+def beside(models: Sequence[_P], exists: Callable[[_P], bool]) -> Iterator[tuple[ArtifactKind, _P]]:
+    """Yield tokenizer and bottleneck, from where models lie."""
+    kinds: tuple[tuple[ArtifactKind, str], ...] = (("tokenizer", TOKENIZER), ("bottleneck_params", BOTTLENECK))
+    for kind, name in kinds:
+        medium = Path(name).with_stem(f"{Path(name).stem}_medium").name
+        wanted = (medium, name) if any(map(_is_medium, models)) else (name,)
+        places = [folder / spelled for spelled in wanted for folder in dict.fromkeys(file.parent for file in models)]
+        if (place := next(filter(exists, places), None)) is not None:
+            yield kind, place
+
+
+def _is_medium(model: PurePath) -> bool:
+    return "_medium" in model.stem
 
 
 def foreign_manifest(path: Path) -> Manifest | None:
@@ -75,7 +105,7 @@ def foreign_manifest(path: Path) -> Manifest | None:
     found = _chosen(path, [(file, read_storage(file)) for file in files])
     layout = _layout(path, found)
     artifacts = [_artifact(root, component, *model) for component, model in found.items()]
-    artifacts += _beside(root, files)
+    artifacts += _beside(root, [file for file, _ in found.values()])
     return Manifest(
         schema_version=1,
         base="." if root == Path(os.path.realpath(path)) else "../..",
@@ -104,17 +134,20 @@ def _chosen(path: Path, models: Sequence[tuple[Path, ModelStorage]]) -> _Found:
         for component in Component:
             if names == inputs[component]:
                 by_component.setdefault(component, []).append((file, storage))
-    dits = [file for file, _ in by_component.get(Component.DIT, ())]
+    by_size = {
+        component: sorted(models, key=lambda model: model[1].bytes) for component, models in by_component.items()
+    }
+    dits = [file for file, _ in by_size.get(Component.DIT, ())]
     if len(dits) > 1 and len({file.parent for file in dits}) > 1:
         folders = ", ".join(sorted({str(file.parent) for file in dits}))
         raise BundleError(f"{path} holds {len(dits)} DiTs and no manifest. Name the folder of one: {folders}.")
     if not by_component:
         raise BundleError(f"{path} holds no manifest, and no model of Stable Audio 3.")
-    home = dits[0].parent if dits else path
+    dit = dits[0] if dits else path / Component.DIT
     return {
-        component: min(by_component[component], key=lambda model: (model[0].parent != home, model[1].bytes))
+        component: min(by_size[component], key=lambda model: unfitness(model[0], dit))
         for component in Component
-        if component in by_component
+        if component in by_size
     }
 
 
@@ -128,7 +161,7 @@ def _variant(found: _Found) -> str:
         names = published_names(variant.name)
         if not variant.is_autoencoder and re.match(rf"dit_{names.folder}{names.base}_(?!base)", name):
             return variant.name
-    return "custom-medium" if any("_medium" in file.stem for file, _ in found.values()) else "custom-small"
+    return "custom-medium" if any(_is_medium(file) for file, _ in found.values()) else "custom-small"
 
 
 def _layout(path: Path, found: _Found) -> CheckpointLayout:
@@ -212,13 +245,7 @@ def _artifact(root: Path, component: Component, file: Path, storage: ModelStorag
     )
 
 
-def _beside(root: Path, files: Sequence[Path]) -> Iterator[Artifact]:
-    """Yield tokenizer and bottleneck, from where models lie."""
-    for kind, name in (("tokenizer", TOKENIZER), ("bottleneck_params", BOTTLENECK)):
-        medium = Path(name).with_stem(f"{Path(name).stem}_medium").name
-        is_medium = any("_medium" in file.stem for file in files)
-        wanted = (medium, name) if is_medium else (name,)
-        places = [folder / spelled for spelled in wanted for folder in dict.fromkeys(file.parent for file in files)]
-        if (file := next((place for place in places if place.is_file()), None)) is not None:
-            inside(root, str(file))
-            yield Artifact.model_validate({**dict(FileEntry.of(root, file.relative_to(root).as_posix())), "kind": kind})
+def _beside(root: Path, models: Sequence[Path]) -> Iterator[Artifact]:
+    for kind, file in beside(models, Path.is_file):
+        inside(root, str(file))
+        yield Artifact.model_validate({**dict(FileEntry.of(root, file.relative_to(root).as_posix())), "kind": kind})

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,6 +68,8 @@ class Bundle:
             parse_json(text)
             return cls(path, Manifest.model_validate_json(text, strict=True), folder)
         except (FileNotFoundError, NotADirectoryError):
+            if (advice := _of_checkpoint(path)) is not None:
+                raise BundleError(advice) from None
             raise BundleError(f"{path} is no bundle: {file} does not exist. `sa3-convert convert` makes one.") from None
         except OSError as error:
             raise BundleError(f"{file} cannot be read: {error.strerror}") from None
@@ -222,6 +225,26 @@ def _folder_of(path: Path) -> Path:
     if len(found) > 1:
         raise BundleError(f"{path} holds {len(found)} bundles. Name one: {', '.join(map(str, found[:_SHOWN]))}.")
     return found[0] if found else path
+
+
+def _of_checkpoint(path: Path) -> str | None:
+    """Return what to do with a checkpoint where a bundle was expected, as commands that can be copied; else None."""
+    from sa3_convert.checkpoint.config import is_checkpoint, read_layout
+    from sa3_convert.checkpoint.variants import family_of
+
+    if not is_checkpoint(path):
+        return None
+    recipe = "medium" if family_of(read_layout(path)) == "medium" else "int8"
+    whole = path if path.name else path.absolute()
+    checkpoint, out = (shlex.quote(str(name)) for name in (whole, whole.with_name(f"{whole.name}-{recipe}")))
+    how = '--prompt "warm analog synth pad" --seconds 10 -o out.wav'
+    return (
+        f"{path} is a checkpoint, not a bundle. Convert it, and run what comes out:\n"
+        f"  sa3-convert convert {checkpoint} --recipe {recipe} --out {out}\n"
+        f"  sa3-convert run {out} {how}\n"
+        f"Or run it as it is, with PyTorch:\n"
+        f"  sa3-convert run {checkpoint} --engine torch {how}"
+    )
 
 
 def _without_manifest(path: Path) -> Manifest | None:

@@ -170,6 +170,11 @@ def _config(data: Any) -> _AutoencoderFile | _DiffusionFile:
     return held(_DiffusionFile, data, CONFIG)
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Tell whether a folder says that it is a checkpoint."""
+    return (folder / CONFIG).is_file()
+
+
 def read_layout(folder: Path) -> CheckpointLayout:
     """Read the layout of the checkpoint in `folder`.
 

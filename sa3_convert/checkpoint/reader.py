@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,6 @@ from pydantic import Field
 
 from sa3_convert.checkpoint.config import CONFIG, TEXT_ENCODER_FOLDER, read_layout
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
-from sa3_convert.checkpoint.hub_files import COMMIT, HUB_ID, CachedSnapshot, cached_commit
 from sa3_convert.checkpoint.json_file import Picked, held, read_json
 from sa3_convert.checkpoint.lora import Lora, merged, open_loras
 from sa3_convert.checkpoint.lora_file import LoraRequest
@@ -31,6 +29,7 @@ from sa3_convert.checkpoint.tensors import (
 from sa3_convert.checkpoint.variants import PINNED, VARIANTS, Variant, name_of, recognise
 from sa3_convert.components import Component, components_of
 from sa3_convert.errors import CheckpointError, UsageError
+from sa3_convert.hub.files import COMMIT, CachedSnapshot, HubId, cached_commit
 from sa3_convert.system.sealed import fingerprint
 
 if TYPE_CHECKING:
@@ -43,7 +42,6 @@ SOURCE = "source.json"
 """What says where a checkpoint's files are from, if `checkpoint` made them."""
 _LARGEST_TOKENIZER = 128 << 20
 """Bytes; the published one has a quarter of it."""
-_REFERENCE = re.compile(rf"(?P<id>{HUB_ID.pattern})(@(?P<revision>[\w./-]+))?")
 _THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -259,10 +257,10 @@ def resolve_checkpoint(text: str) -> Path:
     path = Path(text).expanduser()
     if text and path.exists():
         return path
-    match = _REFERENCE.fullmatch(text)
-    if match is None:
+    meant = HubId.parse(text)
+    if meant is None or meant.folder:
         raise CheckpointError(f"Checkpoint {text!r} does not exist.{_hint(text)}")
-    hub_id, revision = match["id"], match["revision"]
+    hub_id, revision = meant.repository, meant.revision
     for candidate in [revision] if revision else [PINNED.get(hub_id, "main"), "main"]:
         folder = _cached(hub_id, candidate)
         if folder is not None:

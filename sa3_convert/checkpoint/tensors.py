@@ -10,13 +10,15 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from sa3_convert.checkpoint.dimensions import CheckpointLayout, DitLayout, SameLayout, TextEncoderLayout
 
 StoredType = Literal["F32", "F16", "BF16"]
 Shape = tuple[int, ...]
 
+SEEDED_DEVIATION: Final = 0.83
+"""The bottleneck's deviation in every seeded checkpoint; a training ends with another number."""
 AUTOENCODER_PREFIX = "pretransform.model."
 DIT_PREFIX = "model.model."
 PROMPT_PREFIX = "conditioner.conditioners.prompt."
@@ -208,7 +210,7 @@ def _autoencoder(layout: CheckpointLayout) -> Named:
     yield "bottleneck.scaling_factor", per_channel, _GAIN
     yield "bottleneck.bias", per_channel, _VECTOR
     yield "bottleneck.noise_scaling_factor", (1, 0, 1), _VECTOR
-    yield "bottleneck.running_std", (1,), Constant(0.83)
+    yield "bottleneck.running_std", (1,), Constant(SEEDED_DEVIATION)
     yield from _same_layers(ENCODER_LAYERS, auto.encoder, auto.encoder.io_channels, auto.encoder.width)
     yield from _linear("encoder.layers.2", auto.latent_dim, auto.encoder.width, bias=True)
     yield from _linear("decoder.layers.1", auto.decoder.width, auto.latent_dim, bias=True)

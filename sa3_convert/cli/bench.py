@@ -7,7 +7,17 @@ from typer import Option
 
 from sa3_convert.cli import paths
 from sa3_convert.cli.echo import echo
-from sa3_convert.cli.options import BundleArgument, JsonOption, ThreadsOption, is_duration, listed, write_figures
+from sa3_convert.cli.options import (
+    BundleArgument,
+    JsonOption,
+    OfflineOption,
+    ThreadsOption,
+    brought,
+    hub_origin,
+    is_duration,
+    listed,
+    write_figures,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,6 +49,7 @@ def bench(
     ] = None,
     peak_memory: Annotated[bool, Option("--peak-memory/--no-peak-memory", help="Also measure peak memory.")] = True,
     measure_memory: Annotated[bool | None, Option("--memory/--no-memory", hidden=True)] = None,
+    offline: OfflineOption = False,
     json_file: JsonOption = None,
     threads: ThreadsOption = None,
 ) -> None:
@@ -52,20 +63,19 @@ def bench(
     from sa3_convert.lab.bench import contenders
     from sa3_convert.system.machine import machine
 
-    found = contenders(bundle, tuple(engine or ()), checkpoint=checkpoint, threads=threads)
+    found = contenders(bundle := brought(bundle, offline), tuple(engine or ()), checkpoint=checkpoint, threads=threads)
     described = machine()
-    memory = peak_memory if measure_memory is None else measure_memory
     rows = measure(
         found,
         durations,
         repeats=repeats,
         steps=steps,
-        memory=memory,
+        memory=peak_memory if measure_memory is None else measure_memory,
         report=lambda line: stderr.print(line, style="dim"),
     )
     manifest = open_told(bundle).manifest
     data = {"machine": described, "variant": manifest.label, "recipe": manifest.recipe, "repeats": repeats}
-    data |= {"steps": steps, "engines": {c.name: {"engine": c.engine, **c.options} for c in found}}
+    data |= hub_origin(bundle) | {"steps": steps, "engines": {c.name: {"engine": c.engine, **c.options} for c in found}}
     data |= {"models": {a.component: a.sha256 for a in manifest.artifacts if a.kind == "mnn"}}
     write_figures(json_file, data | {"rows": [row.to_json() for row in rows]})
     echo(f"{bundle}: {manifest.label}, recipe {manifest.recipe}; seconds, median of {repeats}")

@@ -38,6 +38,7 @@ def bisect(
             help="Compare with the same file run otherwise, not with its reference: cpu, or cpu,memory=low,threads=1.",
         ),
     ] = None,
+    offline: o.OfflineOption = False,
     json_file: o.JsonOption = None,
     threads: o.ThreadsOption = None,
 ) -> None:
@@ -52,7 +53,7 @@ def bisect(
     from sa3_convert.lab.bisect.bisect import bisect_bundle, bisect_bundle_against, read_feeds
     from sa3_convert.lab.bisect.runtimes import Runtime
 
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(o.brought(bundle, offline))
     feeds: Arrays | None = None
     if input_file is not None:
         feeds = read_feeds(input_file, component, opened.layout)

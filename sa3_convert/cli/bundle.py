@@ -8,10 +8,12 @@ from typer import Option
 
 from sa3_convert.cli import paths
 from sa3_convert.cli.echo import echo
-from sa3_convert.cli.options import BundlesArgument
+from sa3_convert.cli.options import BundlesArgument, brought
+from sa3_convert.errors import UsageError
 
 if TYPE_CHECKING:
     from sa3_convert.bundle.manifest import Manifest
+    from sa3_convert.bundle.reader import Bundle
     from sa3_convert.publish.measured import ReadReport
 
 ReportsOption = Annotated[
@@ -40,13 +42,12 @@ def export(
     force: Annotated[bool, Option("--force", help="Replace an earlier export, unless it is up to date.")] = False,
 ) -> None:
     """Write bundles as existing clients read them, with manifests, hashes, licences and a model card."""
-    from sa3_convert.bundle.reader import Bundle
     from sa3_convert.publish.contract import golden_of
     from sa3_convert.publish.export import Card, export_bundles
     from sa3_convert.publish.measured import read_benches, read_reports
 
     told = Card(read_reports(report or ()), read_benches(bench or ()), name, drawn)
-    opened = [Bundle.open(path) for path in bundles]
+    opened = _opened(bundles)
     made = export_bundles(opened, to, layout, force=force, golden=golden_of, card=told)
     for line in made.left_out:
         echo(line, err=True)
@@ -54,6 +55,53 @@ def export(
         echo(f"{entry.sha256[:16]}  {entry.bytes / 2**20:9.2f} MiB  {path}")
     if made.up_to_date:
         echo(f"{to} is up to date; nothing was done.")
+
+
+def publish(
+    bundles: BundlesArgument,
+    to: Annotated[str, Option(metavar="ORG/NAME", help="The repository; it is made if it is not there.")],
+    private: Annotated[bool, Option("--private", help="Make it a private one, or refuse a public one.")] = False,
+    create_pr: Annotated[bool, Option("--create-pr", help="As a pull request, to a repository that is there.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Show files and card, without a network, and stop.")] = False,
+    allow: Annotated[
+        list[str] | None,
+        Option(
+            metavar="synthetic|lora", help="Also publish random weights, or LoRAs that are in the weights; several."
+        ),
+    ] = None,
+    report: ReportsOption = None,
+    bench: BenchesOption = None,
+) -> None:
+    """Publish bundles on the hub: the tree of `bundle export` in one commit, which is then held to what was meant."""
+    from sa3_convert.cli.console import stderr
+    from sa3_convert.hub.files import is_repository
+    from sa3_convert.publish import hub
+    from sa3_convert.publish.contract import golden_of
+    from sa3_convert.publish.export import Card, planned_export
+    from sa3_convert.publish.measured import read_benches, read_reports
+
+    if not is_repository(to):
+        raise UsageError(f"--to {to!r} is no hub id; give ORG/NAME.")
+    opened = _opened(bundles)
+    hub.require_publishable(opened, allow or ())
+    told = Card(read_reports(report or ()), read_benches(bench or ()), to, drawn)
+    planned = planned_export(opened, "hub", golden_of, told)
+    sizes = {path: entry.bytes for path, (_, entry) in planned.files.items()}
+    sizes |= {path: len(text) for path, text in planned.texts.items()}
+    for line in planned.left_out:
+        echo(line, err=True)
+    for path, size in sorted(sizes.items()):
+        echo(f"{size / 2**20:9.2f} MiB  {path}", err=not dry_run)
+    stderr.print(f"{to}: {len(sizes)} files, {sum(sizes.values()) / 2**20:.2f} MiB")
+    if dry_run:
+        echo(f"\n{planned.texts['README.md'].decode()}")
+        return
+    with hub.bars(shown=stderr.is_terminal and not stderr.quiet):
+        pinned, request = hub.publish(planned, to, private=private, create_pr=create_pr)
+    echo(str(pinned))
+    if request is not None:
+        stderr.print(f"It is pull request {request} there, to be merged.")
+    hub.check_published(planned, pinned, stderr.print)
 
 
 def card(
@@ -66,7 +114,6 @@ def card(
     name: NameOption = None,
 ) -> None:
     """Write a model card: what was measured, stored and converted, and nothing else."""
-    from sa3_convert.bundle.reader import Bundle
     from sa3_convert.publish.card import card as text_of
     from sa3_convert.publish.card import placed
     from sa3_convert.publish.measured import read_benches, read_reports
@@ -74,7 +121,7 @@ def card(
     from sa3_convert.system.streams import is_stream
 
     reports, benches = read_reports(report or ()), read_benches(bench or ())
-    manifests = placed([Bundle.open(path) for path in bundles])
+    manifests = placed(_opened(bundles))
     text = text_of(manifests, reports, benches, name=name)
     picture = None if is_stream(out) else drawn(manifests, reports)
     if picture is not None:
@@ -83,6 +130,12 @@ def card(
             file.write_bytes(picture)
         text = text_of(manifests, reports, benches, name=name, picture=beside.name)
     write_text(out, text)
+
+
+def _opened(bundles: Sequence[Path]) -> "list[Bundle]":
+    from sa3_convert.bundle.reader import Bundle
+
+    return [Bundle.open(brought(path, offline=False)) for path in bundles]
 
 
 def drawn(manifests: "Mapping[str, Manifest]", reports: "Sequence[ReadReport]") -> bytes | None:

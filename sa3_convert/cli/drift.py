@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from sa3_convert.cli.echo import echo
-from sa3_convert.cli.options import CASE, BundleArgument, JsonOption, ReferencesOption, ThreadsOption, write_figures
+from sa3_convert.cli.options import (
+    CASE,
+    BundleArgument,
+    JsonOption,
+    OfflineOption,
+    ReferencesOption,
+    ThreadsOption,
+    brought,
+    write_figures,
+)
 from sa3_convert.cli.paths import updates
 from sa3_convert.errors import DriftError, UsageError
 
@@ -29,6 +38,7 @@ def drift(
     reason: Annotated[str, Option(metavar="TEXT", help="Why, kept in the file's history.")] = "",
     case: CasesOption = None,
     no_speed: Annotated[bool, Option("--no-speed", help="Leave the speed ratios out.")] = False,
+    offline: OfflineOption = False,
     json_file: JsonOption = None,
     references: ReferencesOption = None,
     threads: ThreadsOption = None,
@@ -46,7 +56,7 @@ def drift(
     from sa3_convert.lab.drift.drift import Plan, cases_of
     from sa3_convert.lab.generations.end_to_end import default_references
 
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(brought(bundle, offline))
     store = ReferenceStore(references or default_references(opened))
     plan = Plan(threads=threads, speed=not no_speed, store=store)
     if update:

@@ -9,10 +9,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from sa3_convert.bundle.manifest import SPLIT_KINDS
 from sa3_convert.bundle.overlap import Named
 from sa3_convert.cli.console import progress, show_raised, stderr, stdout, tell_unverified
-from sa3_convert.cli.options import write_figures
+from sa3_convert.cli.options import hub_origin, write_figures
 from sa3_convert.cli.play import play_files, silent_because
+from sa3_convert.components import components_of
 from sa3_convert.errors import AudioError, BundleError, OutputRejectedError, SettingError, UsageError
 from sa3_convert.lab.doctor.results import CONVERSION_SETTING, saved, setting_name
 from sa3_convert.mnn.compatibility import require_backend
@@ -27,7 +29,7 @@ from sa3_convert.runtime.audio import (
 )
 from sa3_convert.runtime.batch import RESULTS, BatchItem, BatchOptions, BatchResult, run_batch
 from sa3_convert.runtime.conditioning import max_seconds
-from sa3_convert.runtime.engines import KINDS, Backend, EngineName, Level
+from sa3_convert.runtime.engines import KINDS, Backend, Engine, EngineName, Level, TorchEngine
 from sa3_convert.runtime.events import AudioChunk, Report, Started, Stepped
 from sa3_convert.runtime.pipeline import Pipeline, Shared
 from sa3_convert.runtime.placement import parse_places, placement
@@ -75,6 +77,10 @@ def placed(
 @contextlib.contextmanager
 def _opened(target: "Target", **options: Any) -> Iterator[Pipeline]:
     """Yield the pipeline; what runs at another precision than was asked for is told."""
+    if target.engine == "torch" and "checkpoint" not in target.options:
+        with Pipeline.from_checkpoint(target.bundle, **options, **target.options) as pipeline:
+            yield pipeline
+        return
     with Pipeline.from_bundle(target.bundle, target.engine, **options, **target.options) as pipeline:
         tell_unverified(pipeline.manifest, target.bundle)
         show_raised(pipeline.models.engine)
@@ -111,9 +117,10 @@ class Target:
     def metadata(self, pipeline: Pipeline) -> dict[str, Any]:
         """Return what files tell about the models that made them: those that were opened."""
         manifest = pipeline.manifest
-        assert manifest is not None
+        if manifest is None:
+            return _of_checkpoint(pipeline.models.engine)
         loras = [{"name": lora.name, "sha256": lora.sha256, "strength": lora.strength} for lora in manifest.loras]
-        made_from = {"variant": manifest.variant} | ({"loras": loras} if loras else {})
+        made_from = {"variant": manifest.variant} | ({"loras": loras} if loras else {}) | hub_origin(self.bundle)
         if self.engine == "torch":
             return made_from | {
                 "recipe": None,
@@ -124,6 +131,20 @@ class Target:
             "recipe": manifest.recipe,
             "models": {a.component.value: a.sha256 for a in manifest.artifacts if a.component and a.kind == kind},
         }
+
+
+def _of_checkpoint(engine: Engine) -> dict[str, Any]:
+    assert isinstance(engine, TorchEngine)
+    checkpoint = engine.checkpoint
+    loras = [{"name": o.file.path.name, "sha256": o.file.sha256, "strength": o.strength} for o in checkpoint.loras]
+    models = {component.value: checkpoint.digest(component) for component in components_of(checkpoint.layout)}
+    variant = {"variant": checkpoint.variant_name} | ({"loras": loras} if loras else {})
+    return variant | {"recipe": None, "models": models}
+
+
+def kinds_of(engine: EngineName, split: bool) -> set[str]:
+    """Return the kinds of a bundle's files that an engine opens."""
+    return {KINDS.get(engine, "tokenizer"), *(SPLIT_KINDS if split else ())}
 
 
 class _Writer(Protocol):

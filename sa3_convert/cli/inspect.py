@@ -8,13 +8,19 @@ from typer import Argument, Option
 
 from sa3_convert.cli import paths
 from sa3_convert.cli.echo import echo
-from sa3_convert.cli.options import BundlesArgument, JsonOption, write_figures
+from sa3_convert.cli.options import BundlesArgument, JsonOption, OfflineOption, brought, hub_origin, write_figures
 
 
 def inspect(
     file: Annotated[
-        Path, Argument(metavar="FILE.mnn", help="Any MNN model, or a bundle for all of its own.", callback=paths.reads)
+        Path,
+        Argument(
+            metavar="FILE.mnn",
+            help="Any MNN model, or a bundle for all of its own; of the hub too.",
+            callback=paths.reads,
+        ),
     ],
+    offline: OfflineOption = False,
     json_file: JsonOption = None,
 ) -> None:
     """Say what a .mnn file holds.
@@ -25,6 +31,7 @@ def inspect(
     from sa3_convert.cli.inspection_tables import render_storage
     from sa3_convert.mnn.file.storage import read_storage
 
+    file = brought(file, offline, ("mnn",))
     if file.is_dir():
         _inspect_bundle(file, json_file)
         return
@@ -43,7 +50,8 @@ def _inspect_bundle(folder: Path, json_file: Path | None) -> None:
     bundle = open_told(folder)
     models = {component: read_storage(bundle.file(component)) for component in bundle.components}
     told = {component.value: json.loads(storage.to_json()) for component, storage in models.items()}
-    write_figures(json_file, {"variant": bundle.manifest.label, "recipe": bundle.manifest.recipe, "models": told})
+    data = {"variant": bundle.manifest.label, "recipe": bundle.manifest.recipe, "models": told}
+    write_figures(json_file, data | hub_origin(folder))
     for component, storage in models.items():
         stdout.print(f"{component.value}:")
         stdout.print(render_storage(storage))
@@ -57,10 +65,11 @@ def table(
     bench: Annotated[
         list[Path] | None, Option(metavar="FILE.json", help="Add times and memory of `bench --json`.")
     ] = None,
+    offline: OfflineOption = False,
 ) -> None:
     """Print sizes and fidelity of several bundles as Markdown."""
     from sa3_convert.bundle.table import Bench, markdown_table
     from sa3_convert.cli.console import open_told
 
     benches = [Bench.read(path) for path in bench or ()]
-    echo(markdown_table([open_told(path) for path in bundles], benches))
+    echo(markdown_table([open_told(brought(path, offline, ())) for path in bundles], benches))

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -38,9 +38,26 @@ runtime = panel("How the models run")
 CheckpointArgument = Annotated[
     str, Argument(metavar="CHECKPOINT", help="Folder, or a hub id that was fetched before.", callback=paths.opens)
 ]
-BundleArgument = Annotated[Path, Argument(metavar="BUNDLE", help="Folder that `convert` made.", callback=paths.opens)]
+BundleArgument = Annotated[
+    Path,
+    Argument(
+        metavar="BUNDLE",
+        parser=paths.path,
+        help="Folder that `convert` made, or ORG/NAME/FOLDER@REVISION of the hub.",
+        callback=paths.opens,
+    ),
+]
 BundlesArgument = Annotated[
-    list[Path], Argument(metavar="BUNDLE…", help="Folders that `convert` made.", callback=paths.opens)
+    list[Path],
+    Argument(
+        metavar="BUNDLE…",
+        parser=paths.path,
+        help="Folders, or ids of the hub, as BUNDLE elsewhere.",
+        callback=paths.opens,
+    ),
+]
+OfflineOption = Annotated[
+    bool, Option("--offline", help="Of the hub, take what was downloaded before, and use no network.")
 ]
 LoraOption = Annotated[
     list[str] | None,
@@ -126,6 +143,27 @@ def open_checkpoint(checkpoint: str, loras: list[str] | None) -> "Checkpoint":
         for lora in opened.loras:
             stderr.print(lora_table(lora))
     return opened
+
+
+def brought(bundle: Path, offline: bool, kinds: Collection[str] | None = None) -> Path:
+    """Return a bundle's folder; of one that is named by its id on the hub, what is downloaded of these kinds."""
+    from sa3_convert.hub.files import HubId
+
+    if HubId.meant_by(bundle) is None:
+        return bundle
+    from sa3_convert.bundle.hub import bring_bundle
+    from sa3_convert.cli.console import stderr, transfer
+
+    with transfer("downloading") as progress:
+        return bring_bundle(bundle, kinds, offline=offline, progress=progress, note=stderr.print)
+
+
+def hub_origin(bundle: Path) -> dict[str, str]:
+    """Return what JSON tells of a bundle that came from the hub: its id, with the commit."""
+    from sa3_convert.hub.files import HubId
+
+    found = HubId.of_snapshot(bundle)
+    return {} if found is None else {"hub": str(found)}
 
 
 def write_figures(file: Path | None, data: Mapping[str, Any]) -> None:

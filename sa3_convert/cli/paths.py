@@ -31,6 +31,12 @@ class _Paths:
         require_outside(self.folders, self.opens)
 
 
+def path(text: str) -> Path:
+    """Return what is a path or the id of a bundle; what is said to be here (`./a/b`) is no id."""
+    given = Path(text)
+    return given.absolute() if text.startswith("./") and not given.exists() else given
+
+
 def reads(context: typer.Context, parameter: typer.CallbackParam, value: Any) -> Any:
     """Note files that are read; a strength behind a file's name is none of it."""
     found = _noted(context)

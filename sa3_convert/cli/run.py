@@ -1,6 +1,7 @@
 """`run`: prompts to audio."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -126,11 +127,15 @@ KeepLoadedOption = Annotated[
 ]
 EngineOption = Annotated[
     Literal["mnn", "onnxruntime", "onnxruntime-int8", "torch"],
-    o.runtime(help="What runs the models; onnxruntime-int8 needs `convert --with-ort-int8`, torch needs --checkpoint."),
+    o.runtime(help="What runs the models; onnxruntime-int8 needs `convert --with-ort-int8`, torch a checkpoint."),
 ]
 CheckpointOption = Annotated[
     Path | None,
-    o.runtime(metavar="DIR", help="For --engine torch: what the bundle was made from.", callback=paths.opens),
+    o.runtime(
+        metavar="DIR",
+        help="For --engine torch: what the bundle was made from, unless that is BUNDLE.",
+        callback=paths.opens,
+    ),
 ]
 SplitOption = Annotated[
     bool,
@@ -202,6 +207,7 @@ def run(
     play: PlayOption = False,
     force: ForceOption = False,
     from_file: FromOption = None,
+    offline: o.OfflineOption = False,
     json_file: o.JsonOption = None,
     threads: o.ThreadsOption = None,
 ) -> None:
@@ -221,7 +227,12 @@ def _generate_batch(context: Context, target: "Target", settings: Mapping[str, A
     from sa3_convert.runtime.batch import read_batch
 
     items = read_batch(context.params["batch"], settings, OPTIONS)
-    generate_batch(target, items, keep_loaded=context.params["keep_loaded"], reads=paths.reads_as(context, ()))
+    generate_batch(
+        _brought(target, context.params),
+        items,
+        keep_loaded=context.params["keep_loaded"],
+        reads=paths.reads_as(context, ()),
+    )
 
 
 def _generate_one(context: Context, target: "Target", settings: Mapping[str, Any]) -> None:
@@ -236,14 +247,21 @@ def _generate_one(context: Context, target: "Target", settings: Mapping[str, Any
         request = GenerateRequest.from_json(asked.settings)
         paths.reads_as(context, ((f"--from {from_file}:", path) for path in request.audio_files()))
         how = {name: context.params[name] for name in ("stream", "play")}
-        generate(target, variations_of(request, count), origin=asked.origin, **how)
+        generate(_brought(target, context.params), variations_of(request, count), origin=asked.origin, **how)
+
+
+def _brought(target: "Target", how: Mapping[str, Any]) -> "Target":
+    """Return the target with the folder of its bundle; of the hub only what is asked for rightly is downloaded."""
+    from sa3_convert.cli.generate import kinds_of
+
+    kinds = kinds_of(target.engine, how["split_dit"])
+    return replace(target, bundle=o.brought(target.bundle, how["offline"], kinds))
 
 
 def _engine_options(how: Mapping[str, Any]) -> dict[str, Any]:
     """Return what an engine is opened with; places are told."""
     engine, backend, place = how["engine"], how["backend"], how["place"] or ()
-    if (engine == "torch") != (how["checkpoint"] is not None):
-        raise UsageError("--engine torch and --checkpoint DIR belong together.")
+    _check_torch(how)
     if how["lora"] and engine != "torch":
         raise UsageError("A bundle has its LoRAs in its weights (`convert --lora`); --lora is for --engine torch.")
     options: dict[str, Any] = {"backend": backend} | {name: how[name] for name in ("threads",) if how[name]}
@@ -258,8 +276,24 @@ def _engine_options(how: Mapping[str, Any]) -> dict[str, Any]:
     if backend not in ("cpu", "cuda"):
         raise UsageError(f"--device {backend} is for --engine mnn; --engine {engine} runs on cpu or cuda.")
     if engine == "torch":
-        options |= {"checkpoint": how["checkpoint"], "loras": tuple(how["lora"] or ())}
+        options |= {"loras": tuple(how["lora"] or ())}
+        options |= {"checkpoint": how["checkpoint"]} if how["checkpoint"] is not None else {}
     return options
+
+
+def _check_torch(how: Mapping[str, Any]) -> None:
+    """Refuse the torch engine without the checkpoint that it runs, and a checkpoint that nothing runs."""
+    if how["engine"] != "torch":
+        if how["checkpoint"] is not None:
+            raise UsageError("--checkpoint DIR is for --engine torch.")
+        return
+    from sa3_convert.checkpoint.config import is_checkpoint
+
+    if how["checkpoint"] is None and not is_checkpoint(how["bundle"]):
+        raise UsageError(
+            "--engine torch runs a checkpoint: name its folder in place of the bundle, or what the bundle was made "
+            "from with --checkpoint DIR."
+        )
 
 
 def _check_mode(how: Mapping[str, Any]) -> None:

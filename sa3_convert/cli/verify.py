@@ -67,6 +67,7 @@ def verify(
     quick: QuickOption = False,
     full: FullOption = False,
     bisecting: BisectOption = None,
+    offline: o.OfflineOption = False,
     json_file: o.JsonOption = None,
     checkpoint: CheckpointOption = None,
     prompts: PromptsOption = None,
@@ -98,6 +99,7 @@ def verify(
     from sa3_convert.cli.console import open_told
     from sa3_convert.cli.full import ReportWriter, show_verification
 
+    bundle = o.brought(bundle, offline)
     opened = open_told(bundle)
     reporting = None if report_folder is None else ReportWriter(report_folder, since)
     if checkpoint is not None and (full or report_folder is not None or not usual or bisecting):
@@ -113,7 +115,7 @@ def verify(
         findings = _whole_generations(opened, references, references_mib << 20, **how, **more, **heard)
     else:
         findings = _sampled_inputs(opened, settings=None if usual else settings, bisecting=bool(bisecting), **how)
-    o.write_figures(json_file, findings.to_data())
+    o.write_figures(json_file, findings.to_data() | o.hub_origin(bundle))
     show_verification(findings, bundle, references)
     if reporting is not None:
         reporting.write(opened, findings, bisecting=bisecting is not False, threads=threads)

@@ -18,10 +18,10 @@ import yaml
 from sa3_convert.bundle.manifest import MANIFEST, Manifest
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.bundle.table import markdown_code
-from sa3_convert.checkpoint.hub_files import HUB_ID
 from sa3_convert.checkpoint.variants import VARIANTS, size_of
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
+from sa3_convert.hub.files import is_repository
 from sa3_convert.publish.contract import least_mnn
 from sa3_convert.publish.measured import ReadBench, ReadReport, Report, by_bundle, one_report
 from sa3_convert.publish.tables import Lines, fidelity, models_of, side_by_side, size, speed, storage, table
@@ -110,7 +110,7 @@ def card(
         BundleError: a manifest's account of its storage cannot be read.
 
     """
-    if name is not None and HUB_ID.fullmatch(name) is None:
+    if name is not None and not is_repository(name):
         raise UsageError(f"{name!r} is no hub id (owner/name).")
     told = {folder: one_report(found) for folder, found in by_bundle(manifests, reports).items()}
     timed = by_bundle(manifests, benches)
@@ -145,7 +145,7 @@ def _generates(manifests: Mapping[str, Manifest]) -> bool:
 
 def _front_matter(manifests: Mapping[str, Manifest]) -> Lines:
     found = manifests.values()
-    sources = sorted({m.checkpoint.source for m in found if HUB_ID.fullmatch(m.checkpoint.source)})
+    sources = sorted({m.checkpoint.source for m in found if is_repository(m.checkpoint.source)})
     precisions = sorted({a.precision for m in found for a in m.artifacts if a.kind == "mnn" and a.precision})
     tags = ["mnn", "stable-audio-3", "audio-generation", *precisions]
     data: dict[str, Any] = {"base_model": sources, "base_model_relation": "quantized"} if sources else {}

@@ -147,10 +147,7 @@ def export_bundles(
     """
     if not force or not _is_export(target):
         check_new_folder(target)
-    for bundle in bundles:
-        bundle.check()
-    placed = _in_tree(bundles) if layout == "hub" else [*_for_client(bundles)]
-    export = _planned(placed, golden, _describe(placed, card))
+    export = planned_export(bundles, layout, golden, card)
     if force and _stands(export, target):
         return Export(export.files, export.texts, export.left_out, up_to_date=True)
     with atomic_folder(target, replace=force) as temporary:
@@ -164,6 +161,14 @@ def export_bundles(
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(text)
     return export
+
+
+def planned_export(bundles: Sequence[Bundle], layout: Layout, golden: Golden, card: Card) -> Export:
+    """Return what `export_bundles` would write; the bundles' files were held to their manifests."""
+    for bundle in bundles:
+        bundle.check()
+    placed = _in_tree(bundles) if layout == "hub" else [*_for_client(bundles)]
+    return _planned(placed, golden, _describe(placed, card))
 
 
 def _planned(placed: Sequence[_Placed], golden: Golden, describe: Callable[[Sequence[_Placed]], _Texts]) -> Export:

@@ -112,6 +112,23 @@ class Pipeline:
         return cls.of(bundle, runner, keep_loaded=keep_loaded, window=window)
 
     @classmethod
+    def from_pretrained(
+        cls, bundle: str | Path, engine: EngineName = "mnn", *, offline: bool = False, **how: Any
+    ) -> Self:
+        """Open a bundle by its folder or by its id on the hub, `ORG/NAME[/FOLDER][@REVISION]`.
+
+        Args:
+            bundle: what is downloaded into the hub's cache unless it is a folder; see `bundle.hub.bring_bundle`.
+            engine: see `from_bundle`.
+            offline: take what was downloaded before, and use no network.
+            **how: see `from_bundle`.
+
+        """
+        from sa3_convert.bundle.hub import bring_bundle
+
+        return cls.from_bundle(bring_bundle(Path(bundle), offline=offline), engine, **how)
+
+    @classmethod
     def of(
         cls, bundle: Bundle, engine: Engine, *, keep_loaded: KeepLoaded = False, window: int = autoencode.WINDOW
     ) -> Self:

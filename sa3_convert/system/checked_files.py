@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import re
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +13,14 @@ from sa3_convert.errors import BundleError
 from sa3_convert.system.untrusted import open_regular
 
 _DESCRIPTORS: Final = Path("/proc/self/fd")
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+_CACHED: Final = re.compile(r"models--[^-].*--.+")
 _held: dict[int, Path] = {}
 """Names of the folders that are reached by descriptor."""
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Return the path of `name` within `folder`, links followed.
+    """Return the path of `name` within `folder`, links followed; see `cached_repository` for the one way out.
 
     Raises:
         BundleError: it would lie outside.
@@ -25,9 +28,25 @@ def inside(folder: Path, name: str) -> Path:
     """
     root = Path(os.path.realpath(folder))
     path = Path(os.path.realpath(root / name))
-    if path == root or not path.is_relative_to(root):
+    is_inside = path.is_relative_to(root) or (
+        (repository := cached_repository(root)) is not None and path.parent == repository / "blobs"
+    )
+    if path == root or not is_inside:
         raise BundleError(f"{name!r} leads out of {named(folder)}. Nothing is read or written there.")
     return path
+
+
+def cached_repository(folder: Path) -> Path | None:
+    """Return the folder of the hub's cache to which a folder of one commit, or one below it, belongs; None for others.
+
+    A commit's files are links there, to `blobs` in the folder that is returned.
+    """
+    folder = Path(os.path.realpath(folder))
+    for commit in (folder, *folder.parents):
+        repository = commit.parent.parent
+        if commit.parent.name == "snapshots" and _CACHED.fullmatch(repository.name) and _COMMIT.fullmatch(commit.name):
+            return repository
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from sa3_convert.checkpoint import hub_client
 from sa3_convert.checkpoint.hub import Fetched, fetch
 from sa3_convert.checkpoint.reader import Checkpoint, Source
 from sa3_convert.checkpoint.synthetic import synthesize
 from sa3_convert.checkpoint.variants import VARIANTS
-from sa3_convert.errors import CheckpointError, UsageError
-from tests.checkpoint.hub_server import COMMIT, Hub, digest_of, serve
+from sa3_convert.errors import CheckpointError, HubError, UsageError
+from sa3_convert.hub import client as hub_client
+from tests.hub.server import COMMIT, Hub, digest_of, serve
 
 ID = "someone/toy"
 NEEDED = [
@@ -122,7 +122,7 @@ def test_progress_grows_to_the_total(hub: Hub, small_toy: Path, tmp_path: Path) 
 @pytest.mark.parametrize("name", ["model.safetensors", "t5gemma-b-b-ul2/model.safetensors"])
 def test_a_broken_transfer_goes_on_where_it_stopped(hub: Hub, small_toy: Path, tmp_path: Path, name: str) -> None:
     hub.break_at[name] = 300_000
-    with pytest.raises(CheckpointError, match="run the same command again to go on"):
+    with pytest.raises(HubError, match="run the same command again to go on"):
         fetch(ID, tmp_path / "out", endpoint=hub.address)
     assert not (tmp_path / "out").exists()
     hub.broken = False
@@ -143,7 +143,7 @@ def test_a_break_that_mends_itself_costs_only_what_is_left(hub: Hub, tmp_path: P
 
 def test_what_another_commit_left_is_not_mixed_in(hub: Hub, tmp_path: Path) -> None:
     hub.break_at["model.safetensors"] = 300_000
-    with pytest.raises(CheckpointError):
+    with pytest.raises(HubError):
         fetch(ID, tmp_path / "out", endpoint=hub.address)
     hub.broken = False
     hub.revisions["new"] = "e" * 40
@@ -156,7 +156,7 @@ def test_what_another_commit_left_is_not_mixed_in(hub: Hub, tmp_path: Path) -> N
 
 def test_a_partial_file_longer_than_the_whole_is_begun_anew(hub: Hub, small_toy: Path, tmp_path: Path) -> None:
     hub.break_at["model.safetensors"] = 300_000
-    with pytest.raises(CheckpointError):
+    with pytest.raises(HubError):
         fetch(ID, tmp_path / "out", endpoint=hub.address)
     hub.broken = False
     (partial,) = (tmp_path / ".out.download").glob("*.partial")
@@ -168,7 +168,7 @@ def test_a_partial_file_longer_than_the_whole_is_begun_anew(hub: Hub, small_toy:
 @pytest.mark.parametrize("name", ["model.safetensors", "t5gemma-b-b-ul2/tokenizer.json"])
 def test_a_file_that_arrives_damaged_is_thrown_away(hub: Hub, tmp_path: Path, name: str) -> None:
     hub.corrupt.add(name)
-    with pytest.raises(CheckpointError, match=f"{name} of {ID} arrived damaged"):
+    with pytest.raises(HubError, match=f"{name} of {ID} arrived damaged"):
         fetch(ID, tmp_path / "out", endpoint=hub.address)
     assert not (tmp_path / "out").exists()
     hub.corrupt.clear()
@@ -200,33 +200,33 @@ def test_what_the_cache_lacks_is_downloaded(hub: Hub, small_toy: Path, cache: Pa
 
 def test_a_gated_repository_says_how_to_get_in(hub: Hub, tmp_path: Path) -> None:
     hub.gated = True
-    with pytest.raises(CheckpointError, match=rf"gated. Accept its licence at https://huggingface.co/{ID}.*log in"):
+    with pytest.raises(HubError, match=rf"gated. Accept its licence at https://huggingface.co/{ID}.*log in"):
         fetch(ID, tmp_path / "out", endpoint=hub.address)
 
 
 def test_an_unknown_repository_is_told(hub: Hub, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="The hub has no someone/else"):
+    with pytest.raises(HubError, match="The hub has no someone/else"):
         fetch("someone/else", tmp_path / "out", endpoint=hub.address)
 
 
 def test_an_unknown_revision_is_told(hub: Hub, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no such revision"):
+    with pytest.raises(HubError, match="no such revision"):
         fetch(ID, tmp_path / "out", "nope", endpoint=hub.address)
 
 
 def test_an_unknown_commit_is_told(hub: Hub, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no such revision"):
+    with pytest.raises(HubError, match="no such revision"):
         fetch(ID, tmp_path / "out", "a" * 40, endpoint=hub.address)
 
 
 def test_a_missing_file_is_told(hub: Hub, tmp_path: Path) -> None:
     del hub.files["t5gemma-b-b-ul2/tokenizer.json"]
-    with pytest.raises(CheckpointError, match="a file is missing"):
+    with pytest.raises(HubError, match="a file is missing"):
         fetch(ID, tmp_path / "out", endpoint=hub.address)
 
 
 def test_no_network_is_told(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="Check the network"):
+    with pytest.raises(HubError, match="Check the network"):
         fetch(ID, tmp_path / "out", endpoint="http://127.0.0.1:9")
     assert not (tmp_path / "out").exists()
 

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from sa3_convert.checkpoint import hub_client
 from sa3_convert.checkpoint.hub import fetch
 from sa3_convert.errors import Sa3Error
-from tests.checkpoint.hub_server import COMMIT, Hub, listing_of
+from sa3_convert.hub import client as hub_client
 from tests.checkpoint.test_hub_hostile import FILES, ID, PLANTED, Raw, answering, cache_of, contents, hub, ok, plant
 from tests.damage import damaged
+from tests.hub.server import COMMIT, Hub, listing_of
 
 __all__ = ["hub"]
 

@@ -15,12 +15,12 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from sa3_convert.checkpoint import hub_client
 from sa3_convert.checkpoint.hub import fetch
 from sa3_convert.checkpoint.reader import Checkpoint
 from sa3_convert.cli.app import run
-from sa3_convert.errors import CheckpointError, InputError, UsageError
-from tests.checkpoint.hub_server import COMMIT, Hub, digest_of, listing_of, serve
+from sa3_convert.errors import HubError, InputError, UsageError
+from sa3_convert.hub import client as hub_client
+from tests.hub.server import COMMIT, Hub, digest_of, listing_of, serve
 
 ID = "someone/tiny"
 FILES = {
@@ -109,7 +109,7 @@ def test_a_damaged_blob_of_the_cache_is_downloaded_instead(hub: Hub, tmp_path: P
 def test_without_a_network_a_damaged_blob_is_refused(hub: Hub, tmp_path: Path, name: str) -> None:
     damaged = cache_of(hub, tmp_path) / digest_of(name, FILES[name])
     damaged.write_bytes(b"\x01" + damaged.read_bytes()[1:])
-    with pytest.raises(CheckpointError, match="is damaged"):
+    with pytest.raises(HubError, match="is damaged"):
         fetch(ID, tmp_path / "out", COMMIT, endpoint="http://127.0.0.1:9")
 
 
@@ -118,7 +118,7 @@ def test_without_a_network_a_blob_that_no_hash_names_is_refused(hub: Hub, tmp_pa
     pointer = blobs.parent / "snapshots" / COMMIT / "model.safetensors"
     pointer.unlink()
     pointer.write_bytes(FILES["model.safetensors"])
-    with pytest.raises(CheckpointError, match="cannot be checked without the hub"):
+    with pytest.raises(HubError, match="cannot be checked without the hub"):
         fetch(ID, tmp_path / "out", COMMIT, endpoint="http://127.0.0.1:9")
     arrives(hub, tmp_path / "out", COMMIT)
 
@@ -432,7 +432,7 @@ def test_an_address_without_https_is_not_followed_from_one_with_it(
         return httpx2.Response(302, headers={"Location": f"{hub.address}/list"})
 
     monkeypatch.setattr(huggingface_hub, "get_session", lambda: httpx2.Client(transport=httpx2.MockTransport(answer)))
-    with pytest.raises(CheckpointError, match="to an address that is not https"):
+    with pytest.raises(HubError, match="to an address that is not https"):
         fetch(ID, tmp_path / "out", endpoint="https://hub.invalid")
     assert len(asked) == 1
 

@@ -6,8 +6,8 @@ from huggingface_hub import constants
 from sa3_convert.checkpoint.reader import resolve_checkpoint
 from sa3_convert.checkpoint.variants import VARIANTS
 from sa3_convert.errors import CheckpointError
-from tests.checkpoint.hub_server import COMMIT
 from tests.checkpoint.test_hub import NEEDED, fill_cache
+from tests.hub.server import COMMIT
 
 ID = "someone/toy"
 

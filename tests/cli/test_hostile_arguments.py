@@ -45,6 +45,7 @@ WORK = (
     "sa3_convert.runtime.pipeline.Pipeline.stream",
     "sa3_convert.lab.bench.bench",
     "sa3_convert.lab.doctor.examine.diagnose",
+    "sa3_convert.lab.selftest.selftest",
     "sa3_convert.checkpoint.hub.fetch",
 )
 
@@ -81,9 +82,12 @@ SOUND = {
     "run": (["BUNDLE"], {"-o": "o.wav", "--prompt": "x", "--seconds": "0.3", "--steps": "1"}),
     "bench": (["BUNDLE"], {}),
     "doctor": ([], {}),
+    "selftest": ([], {}),
     "checkpoint synthesize": (["synthesized"], {"--size": "toy"}),
     "checkpoint fetch": (["someone/something", "downloaded"], {}),
     "bundle export": (["BUNDLE"], {"--to": "site"}),
+    "bundle card": (["BUNDLE"], {"--out": "card.md"}),
+    "bundle publish": (["BUNDLE"], {"--to": "someone/models", "--allow": "synthetic", "--dry-run": None}),
 }
 """Arguments of each command that are right."""
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import soundfile
 import sa3_convert.cli.app as cli
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.checkpoint.synthetic import synthesize
+from sa3_convert.errors import BundleError
 from sa3_convert.runtime.audio import read_metadata
 
 SHORT = ["--prompt", "pad", "--seconds", "0.5", "--steps", "2", "--threads", "2"]
@@ -389,6 +391,36 @@ def test_torch_runs_the_checkpoint_that_the_bundle_was_made_from(
     settings = read_metadata(tmp_path / "torch.wav")
     assert settings["recipe"] is None
     assert settings["models"] == {c.value: d for c, d in toy_int8.manifest.checkpoint.digests.items()}
+
+
+def test_torch_runs_a_checkpoint_without_a_bundle(toy: Path, run: Callable[..., int], tmp_path: Path) -> None:
+    own, lent = tmp_path / "own.wav", tmp_path / "lent.wav"
+    assert cli.run(["run", str(toy), *SHORT, "--engine", "torch", "-o", str(own)]) == 0
+    assert run(*SHORT, "--engine", "torch", "--checkpoint", str(toy), "-o", str(lent)) == 0
+    assert own.read_bytes() == lent.read_bytes()
+
+
+def test_a_checkpoint_where_a_bundle_is_expected_names_commands_that_work(
+    tmp_path: Path, toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tmp_path / "my models" / "it's"
+    shutil.copytree(toy, checkpoint)
+    assert cli.run(["run", str(checkpoint), *SHORT, "-o", str(tmp_path / "x.wav")]) == 3
+    said = complaint(capsys)
+    assert "is a checkpoint, not a bundle" in said
+    convert, run, torch = [shlex.split(line) for line in said.splitlines() if "sa3-convert " in line[:15]]
+    assert convert[1:3] == ["convert", str(checkpoint)]
+    monkeypatch.chdir(tmp_path)
+    assert cli.run([*convert[1:], "--dry-run"]) == 0
+    assert run[:3] == ["sa3-convert", "run", convert[convert.index("--out") + 1]]
+    assert cli.run([*torch[1:], "--steps", "1", "--seconds", "0.3"]) == 0
+    assert (tmp_path / "out.wav").is_file()
+
+
+def test_medium_is_converted_with_its_own_recipe(tmp_path: Path) -> None:
+    synthesize(tmp_path / "medium", "medium")
+    with pytest.raises(BundleError, match=r"--recipe medium --out \S*/medium-medium\n"):
+        Bundle.open(tmp_path / "medium")
 
 
 def test_torch_refuses_another_checkpoint(

@@ -69,6 +69,7 @@ bench bundle --engine mnn {SHORT} --repeats 1
 inspect bundle/dit.mnn
 table bundle other
 bundle export bundle --to hub
+bundle publish bundle --to someone/models --allow synthetic --dry-run
 plan toy --component dit --target-mib 1 --out planned.yaml --dry-run
 plan --help
 bisect bundle --component number_conditioner

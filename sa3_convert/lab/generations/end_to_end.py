@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import platformdirs
 from numpy.typing import NDArray
 from pydantic.dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from sa3_convert.lab.generations.trajectory import STEPS, GenerationCase, Memory
 from sa3_convert.runtime.engines import EngineName, bundle_engine
 from sa3_convert.runtime.levels import loudness
 from sa3_convert.runtime.pipeline import Pipeline
+from sa3_convert.system.checked_files import cached_repository
 from sa3_convert.system.files import partial_folder
 
 WINDOWS = (512, 2048, 8192)
@@ -147,7 +149,12 @@ def staged_pipelines(
 
 
 def default_references(bundle: Bundle) -> Path:
-    """Return where a bundle's reference outputs are kept: in the folder of stages that `convert` keeps beside it."""
+    """Return where a bundle's reference outputs are kept: in the folder of stages that `convert` keeps beside it.
+
+    Nothing is put into the hub's cache.
+    """
+    if cached_repository(bundle.path) is not None:
+        return Path(platformdirs.user_cache_dir("sa3-convert")) / "references"
     return cache_beside(bundle.path) / "references"
 
 

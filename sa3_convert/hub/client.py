@@ -16,8 +16,8 @@ from queue import Empty, Queue
 from typing import TYPE_CHECKING, BinaryIO, Final
 from urllib.parse import quote, urlsplit
 
-from sa3_convert.checkpoint.hub_files import HubFile, Listing
-from sa3_convert.errors import CheckpointError, UsageError
+from sa3_convert.errors import HubError, UsageError
+from sa3_convert.hub.files import HubFile, Listing
 from sa3_convert.system.untrusted import SMALL
 
 if TYPE_CHECKING:
@@ -42,14 +42,14 @@ Note = Callable[[str], None]
 """Told what the user should know while it goes on."""
 
 
-class UnreachableError(CheckpointError):
+class UnreachableError(HubError):
     """No answer came."""
 
 
 class _AgainError(Exception):
     """A try that is worth another one."""
 
-    def __init__(self, what: CheckpointError, wait: float | None = None) -> None:
+    def __init__(self, what: HubError, wait: float | None = None) -> None:
         super().__init__(str(what))
         self.what, self.wait = what, wait
 
@@ -107,7 +107,7 @@ class HubClient:
             return
         if again.wait > LONGEST_WAIT:
             long = f"{again.wait:.0f} s" if again.wait < 1e6 else "very long"
-            raise CheckpointError(f"The hub asks to wait {long} before {self._hub_id} is asked for again. {_KEPT}")
+            raise HubError(f"The hub asks to wait {long} before {self._hub_id} is asked for again. {_KEPT}")
         self._note(f"The hub asks to wait {again.wait:.0f} s …")
         time.sleep(again.wait)
 
@@ -125,9 +125,7 @@ class HubClient:
         for piece in pieces:
             assert isinstance(piece, bytes)
             if into.tell() + len(piece) > limit:
-                raise CheckpointError(
-                    f"The hub sends more than the {limit} bytes that there should be. Try again later."
-                )
+                raise HubError(f"The hub sends more than the {limit} bytes that there should be. Try again later.")
             into.write(piece)
             grown(into.tell())
         if size is not None and into.tell() < size:
@@ -147,7 +145,7 @@ class HubClient:
             name = type(error).__name__
             if isinstance(error, ValueError) or name == "LocalProtocolError":
                 # Their words quote what was to be sent, the token among it.
-                raise CheckpointError(
+                raise HubError(
                     f"No request for {self._hub_id} can be made ({name}). Are HF_TOKEN (or what `hf auth login` kept) "
                     "and the addresses of proxies whole?"
                 ) from None
@@ -175,11 +173,9 @@ class HubClient:
                 response.close()
             following = response.next_request
             if following is None or following.url.scheme not in self._schemes:
-                raise CheckpointError(
-                    f"The hub leads from {self._hub_id} to an address that is not https. Not followed."
-                )
+                raise HubError(f"The hub leads from {self._hub_id} to an address that is not https. Not followed.")
             request = following
-        raise CheckpointError(f"The hub leads from one address of {self._hub_id} to the next without an end.")
+        raise HubError(f"The hub leads from one address of {self._hub_id} to the next without an end.")
 
     def _require_sound(self, answer: "Response", start: int, size: int | None) -> None:
         """Refuse an answer that is not the content that was asked for."""
@@ -194,25 +190,25 @@ class HubClient:
             fits = size is None or length == str(size) or (length is None and not start)
         if not fits or headers.get("Content-Encoding", "identity") != "identity":
             what = f"The hub answers something else than what was asked for of {self._hub_id}. {_KEPT}"
-            raise _AgainError(CheckpointError(what))
+            raise _AgainError(HubError(what))
 
     def _refusal(self, status: int, headers: Mapping[str, str]) -> Exception:
         hub_id, code = self._hub_id, headers.get("X-Error-Code")
         if code == "GatedRepo":
-            return CheckpointError(
+            return HubError(
                 f"{hub_id} is gated. Accept its licence at https://huggingface.co/{hub_id}, then log in with "
                 "`hf auth login` (or set HF_TOKEN) and run the same command again."
             )
         if code == "RevisionNotFound":
-            return CheckpointError(f"{hub_id} has no such revision. Leave --revision out, or give a commit of it.")
+            return HubError(f"{hub_id} has no such revision. Leave it out, or give a commit, branch or tag of it.")
         if code == "EntryNotFound":
-            return CheckpointError(f"{hub_id} lacks a file that the hub's list names. Give another --revision.")
+            return HubError(f"{hub_id} lacks a file that the hub's list names. Give another revision.")
         if status in (401, 404):
-            return CheckpointError(
+            return HubError(
                 f"The hub has no {hub_id}, or it is private and you are not logged in. "
                 "Check the id, or log in with `hf auth login`."
             )
-        refused = CheckpointError(f"The hub refused {hub_id} (status {status}). {_KEPT}")
+        refused = HubError(f"The hub refused {hub_id} (status {status}). {_KEPT}")
         return _AgainError(refused, _seconds_to_wait(headers)) if status in _BUSY else refused
 
 

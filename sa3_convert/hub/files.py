@@ -13,16 +13,61 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sa3_convert.checkpoint.config import TEXT_ENCODER_FOLDER
-from sa3_convert.errors import CheckpointError, UsageError
+from sa3_convert.errors import HubError, UsageError
+from sa3_convert.system.checked_files import cached_repository
 from sa3_convert.system.files import alone_in
 from sa3_convert.system.untrusted import open_regular, parse_json, read_text
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_WORD = r"[A-Za-z0-9][\w.+-]*"
+_ID = re.compile(
+    rf"(?P<repository>{_WORD}/{_WORD})(/(?P<folder>{_WORD}(/{_WORD})*))?(@(?P<revision>{_WORD}(/{_WORD})*))?", re.ASCII
+)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _REFERENCE = 1 << 10
 """Bytes that a file of the cache may have which says what a branch is."""
+
+
+@dataclass(frozen=True, slots=True)
+class HubId:
+    """`ORG/NAME[/FOLDER][@REVISION]`."""
+
+    repository: str
+    folder: str = ""
+    """Within the repository."""
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "HubId | None":
+        """Read one; None if it is none."""
+        match = _ID.fullmatch(text)
+        return match and cls(match["repository"], match["folder"] or "", match["revision"])
+
+    @classmethod
+    def meant_by(cls, path: Path) -> "HubId | None":
+        """Return the id that a name stands for: of the form of one, where no such path is, nor one to hold it."""
+        meant = None if path.is_absolute() or os.path.lexists(path) else cls.parse(path.as_posix())
+        if meant is None or (meant.revision is None and os.path.lexists(path.parts[0])):
+            return None
+        return meant
+
+    @classmethod
+    def of_snapshot(cls, path: Path) -> "HubId | None":
+        """Return what a folder in the hub's cache holds, with its commit; None for any other folder."""
+        repository = cached_repository(path)
+        if repository is None:
+            return None
+        commit, *folder = Path(os.path.realpath(path)).relative_to(repository / "snapshots").parts
+        return cls(repository.name.removeprefix("models--").replace("--", "/", 1), "/".join(folder), commit)
+
+    def __str__(self) -> str:
+        within = f"/{self.folder}" if self.folder else ""
+        return f"{self.repository}{within}{f'@{self.revision}' if self.revision else ''}"
+
+
+def is_repository(text: str) -> bool:
+    """Tell whether a text is `ORG/NAME`, and nothing more."""
+    return HubId.parse(text) == HubId(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,32 +134,36 @@ class Listing:
         """Read the hub's answer about one revision.
 
         Raises:
-            CheckpointError: it is not such an answer.
+            HubError: it is not such an answer.
 
         """
         try:
             data = _Answer.model_validate(parse_json(answer.decode("utf-8")))
         except ValueError:
-            raise CheckpointError(
+            raise HubError(
                 f"The answer about {hub_id} is not the hub's list of files, or names no commit. "
                 "Is HF_ENDPOINT the address of a hub, and the network free of login pages?"
             ) from None
         names = [str(entry.get("rfilename")) for entry in data.siblings]
         if len(set(names)) != len(names):
-            raise CheckpointError(f"The hub's list of {hub_id} names a file twice. Give another --revision.")
+            raise HubError(f"The hub's list of {hub_id} names a file twice. Give another revision.")
         return cls(hub_id, data.sha, dict(zip(names, data.siblings, strict=True)))
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
 
+    def names(self) -> Iterator[str]:
+        """Yield the names of all files, whatever they look like."""
+        yield from self._entries
+
     def file(self, name: str) -> HubFile:
         """Return what a file must be."""
         if name not in self._entries:
-            raise CheckpointError(f"{self.hub_id} is no Stable Audio 3 checkpoint, a file is missing: {name}.")
+            raise HubError(f"Of {self.hub_id} a file is missing: {name}. Give another id or revision.")
         try:
             entry = _Entry.model_validate(self._entries[name])
         except ValueError:
-            raise CheckpointError(
+            raise HubError(
                 f"The hub does not say which size and hash {name} of {self.hub_id} has, so it cannot be checked. "
                 "Is HF_ENDPOINT the address of a hub?"
             ) from None
@@ -126,18 +175,23 @@ class CachedSnapshot:
 
     def __init__(self, hub_id: str, commit: str) -> None:
         self.hub_id, self.commit = hub_id, commit
-        self.folder = _repository(hub_id) / "snapshots" / commit
+        self.repository = _repository(hub_id)
+        self.folder = self.repository / "snapshots" / commit
 
     def __contains__(self, name: str) -> bool:
         return (self.folder / name).is_file()
 
+    def names(self) -> Iterator[str]:
+        """Yield the names of all files that are there."""
+        yield from (path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
+
     def file(self, name: str) -> HubFile:
         """Return what a file must be by its blob's name, which is the hash that the hub gave when it was cached."""
         if name not in self:
-            raise CheckpointError(f"{name} of {self.hub_id} is not in the local cache, and the hub cannot be reached.")
+            raise HubError(f"{name} of {self.hub_id} is not in the local cache, and the hub cannot be reached.")
         blob = Path(os.path.realpath(self.folder / name))
         if _HASH.fullmatch(blob.name) is None:
-            raise CheckpointError(
+            raise HubError(
                 f"{self.folder / name} cannot be checked without the hub: its blob is not named by a hash. "
                 "Run the same command with a network."
             )
@@ -145,7 +199,7 @@ class CachedSnapshot:
 
     def damaged(self) -> Iterator[Path]:
         """Yield the blobs of JSON files and weights whose content is not what their names say."""
-        for path in sorted(self.folder.glob("*")) + sorted(self.folder.glob(f"{TEXT_ENCODER_FOLDER}/*")):
+        for path in sorted(self.folder.rglob("*")):
             blob = Path(os.path.realpath(path))
             if path.suffix not in (".json", ".safetensors") or not path.is_file() or not _HASH.fullmatch(blob.name):
                 continue
