@@ -1,5 +1,9 @@
 """Run an ONNX file with ONNX Runtime: on the CPU, the reference that every converted model is compared with."""
 
+import contextlib
+import functools
+import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,10 +13,11 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as failures
 
-from sa3_convert.arrays import Arrays
+from sa3_convert.arrays import Arrays, Placed
 from sa3_convert.errors import BackendError, ModelFileError
 from sa3_convert.system.checked_files import named
-from sa3_convert.system.log import is_shown
+from sa3_convert.system.log import is_shown, note
+from sa3_convert.system.machine import gpu_state, version_of
 from sa3_convert.system.supervisor import working_on
 
 _DTYPES: Mapping[str, type[np.generic]] = {
@@ -26,11 +31,16 @@ _DTYPES: Mapping[str, type[np.generic]] = {
     "tensor(bool)": np.bool_,
 }
 _CUDA = "CUDAExecutionProvider"
-_HOW_TO_GET_CUDA = (
-    "Install onnxruntime-gpu in place of onnxruntime, with an NVIDIA driver and the CUDA version that it names, or use "
-    "--device cpu."
-)
-# ONNX Runtime's exceptions have no base of their own below Exception.
+_CUDA_OPTIONS = {
+    # Products of float32 stay float32 products.
+    "use_tf32": "0",
+    # By the shape alone, not by the clock: the same algorithm, and so the same sums, in every run.
+    "cudnn_conv_algo_search": "HEURISTIC",
+    # Twice what was needed so far would often not fit beside another model.
+    "arena_extend_strategy": "kSameAsRequested",
+}
+_HOW_TO_GET_CUDA = "Install it into an environment of its own (pip install 'sa3-convert[cuda]'), or use --device cpu."
+# ONNX Runtime's exceptions have no base of their own below Exception, and bound inputs and outputs fail with Python's.
 _FAILURES = (
     failures.EPFail,
     failures.Fail,
@@ -41,6 +51,7 @@ _FAILURES = (
     failures.NoSuchFile,
     failures.NotImplemented,
     failures.RuntimeException,
+    RuntimeError,
 )
 
 
@@ -81,6 +92,7 @@ class OrtSession:
             raise ModelFileError(f"{name} does not exist. Export the checkpoint first.")
         self._path = name
         self._session = _load(path, threads, optimise, device)
+        self._placed = Placed(functools.partial(_ort_value, device))
         self._inputs = {port.name: port for port in self._session.get_inputs()}
         if strange := [f"{name} ({port.type})" for name, port in self._inputs.items() if port.type not in _DTYPES]:
             raise ModelFileError(f"{name} has inputs of a type that no Stable Audio 3 model has: {', '.join(strange)}.")
@@ -110,8 +122,15 @@ class OrtSession:
         self._check(feeds)
         try:
             with working_on(self._path):
-                results = self._session.run(self._outputs, {name: np.ascontiguousarray(a) for name, a in feeds.items()})
+                binding = self._session.io_binding()
+                for name, array in feeds.items():
+                    binding.bind_ortvalue_input(name, self._placed(array))
+                for name in self._outputs:
+                    binding.bind_output(name)
+                self._session.run_with_iobinding(binding)
+                results = binding.copy_outputs_to_cpu()
         except _FAILURES as error:
+            _refuse_without_memory(self._path, error)
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
             raise ModelFileError(f"{self._path} cannot be run with {shapes}: {error}") from None
         return dict(zip(self._outputs, results, strict=True))
@@ -140,12 +159,47 @@ def _fits(shape: tuple[int, ...], declared: Sequence[int | str | None], lengths:
     )
 
 
+def _ort_value(device: str, array: NDArray[Any]) -> ort.OrtValue:
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device)
+
+
+def cuda_problem() -> str | None:
+    """Return why ONNX Runtime cannot use CUDA here, or None, and then its libraries are loaded."""
+    if _CUDA in ort.get_available_providers():
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            ort.preload_dlls()
+        note("onnxruntime", said.getvalue().splitlines())
+        return None
+    here, gpu = version_of("onnxruntime"), version_of("onnxruntime-gpu")
+    if "absent" not in (here, gpu):
+        return (
+            f"onnxruntime {here}, for the CPU, lies over onnxruntime-gpu {gpu}: both are the module `onnxruntime`. "
+            "Take both away and put one back: pip uninstall -y onnxruntime onnxruntime-gpu, then pip install "
+            f"'onnxruntime-gpu[cuda,cudnn]=={gpu}'."
+        )
+    return f"ONNX Runtime {ort.__version__} is built for the CPU."
+
+
+def _refuse_without_memory(path: Path, error: Exception, size: int = 0) -> None:
+    """Raise BackendError, with numbers, if what ONNX Runtime says is that the memory does not suffice."""
+    text = str(error)
+    if not re.search(r"out of memory|Failed to allocate|bad allocation|bad_alloc", text, re.IGNORECASE):
+        return
+    asked = re.search(r"requested bytes of (\d+)|buffer of size (\d+)", text)
+    needed = max(size, *(int(number or 0) for number in asked.groups())) if asked else size
+    wanted = f"{-(-needed // 2**20)} MiB at once" if needed else "more memory than there is"
+    raise BackendError(
+        f"{path} needs {wanted}; {gpu_state()}. Generate less at a time, end what else uses the GPU, or use "
+        "--device cpu."
+    ) from None
+
+
 def _load(path: Path, threads: int | None, optimise: bool, device: str) -> ort.InferenceSession:
-    providers = ["CPUExecutionProvider"]
+    providers: list[Any] = ["CPUExecutionProvider"]
     if device == "cuda":
-        providers.insert(0, _CUDA)
-        if _CUDA not in ort.get_available_providers():
-            raise BackendError(f"ONNX Runtime {ort.__version__} has no CUDA here. {_HOW_TO_GET_CUDA}")
+        if problem := cuda_problem():
+            raise BackendError(f"ONNX Runtime has no CUDA here: {problem} {_HOW_TO_GET_CUDA}")
+        providers.insert(0, (_CUDA, _CUDA_OPTIONS))
     options = ort.SessionOptions()
     levels = ort.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_ENABLE_BASIC
@@ -162,11 +216,19 @@ def _load(path: Path, threads: int | None, optimise: bool, device: str) -> ort.I
         with working_on(named(path)):
             session = ort.InferenceSession(str(path), options, providers=providers)
     except _FAILURES as error:
+        _refuse_without_memory(
+            named(path), error, sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+        )
         raise ModelFileError(
             f"{named(path)} is not a model that ONNX Runtime can load (is its .data file beside it, and whole?): "
             + str(error).replace(str(path), str(named(path)))
         ) from None
     # ONNX Runtime itself goes on without a provider that does not start.
     if device == "cuda" and _CUDA not in session.get_providers():
-        raise BackendError(f"ONNX Runtime's CUDA did not start for {named(path)}. {_HOW_TO_GET_CUDA}")
+        built = getattr(ort, "cuda_version", None) or "a CUDA that it does not name"
+        raise BackendError(
+            f"ONNX Runtime {ort.__version__} was built for CUDA {built} and cuDNN 9, and did not start with it for "
+            f"{named(path)}: a library of these, or the NVIDIA driver, is missing or of another version (--verbose "
+            f"says which; {gpu_state()}). {_HOW_TO_GET_CUDA}"
+        )
     return session

@@ -68,7 +68,7 @@ def test_every_package_that_is_asked_for_is_pinned() -> None:
     pinned = {line.partition("==")[0].lower().replace("_", "-") for line in text.splitlines() if "==" in line}
     wanted = [name for names in EXTRAS.values() for name in names if not name.startswith("sa3-convert[")]
     wanted += PROJECT["dependencies"]
-    assert {re.split(r"[<>=]", name)[0].lower().replace("_", "-") for name in wanted} <= pinned
+    assert {re.split(r"[\[<>=]", name)[0].lower().replace("_", "-") for name in wanted} <= pinned
 
 
 BLOCKED = f"""

@@ -1,16 +1,22 @@
 """The reference runtime: what it accepts, what it refuses, and that it computes what the graph says."""
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_failures
 
-from sa3_convert.errors import ModelFileError
-from sa3_convert.ort import OrtSession
+from sa3_convert.arrays import constant
+from sa3_convert.errors import BackendError, ModelFileError
+from sa3_convert.ort import OrtSession, cuda_problem
 
 WEIGHT = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
 
@@ -199,3 +205,73 @@ def test_failures_print_nothing(model: Path, capfd: pytest.CaptureFixture[str]) 
     with pytest.raises(ModelFileError):
         OrtSession(model)
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_cannot_change_is_sent_once_and_what_can_every_time(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, sent = OrtSession(model, threads=1), []
+    place = session._placed._place
+    monkeypatch.setattr(session._placed, "_place", lambda array: sent.append(array.shape) or place(array))
+    x, bias = feeds()["x"], feeds()["bias"]
+    fixed = constant(bias)
+    for _ in range(3):
+        out = session.run({"x": x, "bias": fixed})["y"]
+    assert (sent.count(x.shape), sent.count(bias.shape)) == (3, 1)
+    np.testing.assert_allclose(out, x @ WEIGHT + bias, rtol=0, atol=1e-4)
+    bias += 1
+    again = session.run({"x": x, "bias": bias})["y"]
+    np.testing.assert_allclose(again, out + 1, rtol=0, atol=1e-4)
+
+
+class FakeCuda:
+    """What a build of ONNX Runtime with CUDA says, on a machine where it does not start."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, failure: Exception | None = None) -> None:
+        self.asked: list[Any] = []
+        self.preloaded = 0
+        self.failure = failure
+        monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+        monkeypatch.setattr(ort, "preload_dlls", self.preload)
+        monkeypatch.setattr(ort, "InferenceSession", self.open)
+
+    def preload(self) -> None:
+        self.preloaded += 1
+        sys.stdout.write("Failed to load libcudnn.so.9\n")
+
+    def open(self, path: str, options: Any, providers: list[Any]) -> Any:
+        assert self.preloaded
+        self.asked = providers
+        if self.failure is not None:
+            raise self.failure
+        return SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
+
+
+def test_cuda_is_asked_for_exactly_and_its_libraries_are_loaded_first(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cuda = FakeCuda(monkeypatch)
+    with pytest.raises(BackendError, match=r"did not start .* cuDNN|cuDNN 9, and did not start"):
+        OrtSession(model, device="cuda")
+    (name, options), fallback = cuda.asked
+    assert (name, fallback) == ("CUDAExecutionProvider", "CPUExecutionProvider")
+    assert options["use_tf32"] == "0"
+    assert options["cudnn_conv_algo_search"] == "HEURISTIC"
+    assert "Failed" not in "".join(capfd.readouterr())
+
+
+def test_a_device_without_memory_is_exit_7_with_numbers(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of size 104857600"
+    FakeCuda(monkeypatch, ort_failures.RuntimeException(text))
+    monkeypatch.setattr("sa3_convert.ort.gpu_state", lambda: "driver 600, GPU 0 has 12 of 8192 MiB free")
+    with pytest.raises(BackendError, match=r"m\.onnx needs 100 MiB at once; driver 600, GPU 0 has 12 of 8192 MiB free"):
+        OrtSession(model, device="cuda")
+
+
+def test_the_cpu_package_over_the_gpu_package_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"}
+    monkeypatch.setattr("sa3_convert.ort.version_of", versions.get)
+    problem = cuda_problem()
+    assert problem is not None
+    assert "onnxruntime 1.32.0, for the CPU, lies over onnxruntime-gpu 1.31.1" in problem
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu" in problem
+    versions["onnxruntime-gpu"] = "absent"
+    assert "built for the CPU" in str(cuda_problem())

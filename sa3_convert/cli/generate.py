@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from sa3_convert.bundle.manifest import SPLIT_KINDS
 from sa3_convert.bundle.overlap import Named
+from sa3_convert.bundle.reader import Bundle
 from sa3_convert.cli.console import progress, show_raised, stderr, stdout, tell_unverified
 from sa3_convert.cli.options import hub_origin, write_figures
 from sa3_convert.cli.play import play_files, silent_because
@@ -32,7 +33,7 @@ from sa3_convert.runtime.conditioning import max_seconds
 from sa3_convert.runtime.engines import KINDS, Backend, Engine, EngineName, Level, TorchEngine
 from sa3_convert.runtime.events import AudioChunk, Report, Started, Stepped
 from sa3_convert.runtime.pipeline import Pipeline, Shared
-from sa3_convert.runtime.placement import parse_places, placement
+from sa3_convert.runtime.placement import engine_for, parse_places, placement
 from sa3_convert.runtime.request import GenerateRequest, ResolvedRequest
 from sa3_convert.system.machine import PeakMemory
 from sa3_convert.system.streams import STANDARD_OUTPUT, descriptor_of, is_stream, is_terminal, opened_stream
@@ -72,6 +73,14 @@ def placed(
             stderr.print(f"{place.component.value} on {place.backend}: {place.reason}")
     never = tuple(place.component for place in places if place.precision != precision)
     return {"places": {place.component: place.backend for place in places}, "never_low": never}
+
+
+def chosen_engine(bundle: Path, backend: Backend, *, checkpoint: bool) -> EngineName:
+    """Return the engine that runs a bundle on a device; which, and why, is said on stderr."""
+    kinds = {artifact.kind for artifact in Bundle.open(bundle).manifest.artifacts}
+    name, why = engine_for(backend, kinds, checkpoint=checkpoint)
+    stderr.print(f"Engine {name} on {backend}: {why}.")
+    return name
 
 
 @contextlib.contextmanager

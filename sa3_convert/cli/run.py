@@ -126,8 +126,11 @@ KeepLoadedOption = Annotated[
     bool, _many("--keep-loaded", help="With --batch: keep all models in memory from one line to the next.")
 ]
 EngineOption = Annotated[
-    Literal["mnn", "onnxruntime", "onnxruntime-int8", "torch"],
-    o.runtime(help="What runs the models; onnxruntime-int8 needs `convert --with-ort-int8`, torch a checkpoint."),
+    Literal["auto", "mnn", "onnxruntime", "onnxruntime-int8", "onnxruntime-fp16", "torch"],
+    o.runtime(
+        help="What runs the models. auto is mnn, and with --device cuda the first that has CUDA here; onnxruntime-int8 "
+        "needs `convert --with-ort-int8`, onnxruntime-fp16 `--with-onnx fp16`, torch a checkpoint."
+    ),
 ]
 CheckpointOption = Annotated[
     Path | None,
@@ -191,7 +194,7 @@ def run(
     stream: StreamOption = False,
     keep_loaded: KeepLoadedOption = False,
     variations: VariationsOption = None,
-    engine: EngineOption = "mnn",
+    engine: EngineOption = "auto",
     checkpoint: CheckpointOption = None,
     lora: o.LoraOption = None,
     memory: o.MemoryOption = "normal",
@@ -218,7 +221,10 @@ def run(
 
     output = output or STANDARD_OUTPUT
     checks = tuple(allow or ())
-    target = Target(bundle, engine, _engine_options(how), output, sample_format, dither, checks, json_file, force)
+    if engine == "auto":
+        how = how | _chosen(bundle, how)
+    options = _engine_options(how)
+    target = Target(bundle, how["engine"], options, output, sample_format, dither, checks, json_file, force)
     (_generate_batch if batch else _generate_one)(context, target, given(how))
 
 
@@ -256,6 +262,18 @@ def _brought(target: "Target", how: Mapping[str, Any]) -> "Target":
 
     kinds = kinds_of(target.engine, how["split_dit"])
     return replace(target, bundle=o.brought(target.bundle, how["offline"], kinds))
+
+
+def _chosen(bundle: Path, how: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the engine for a device, and the checkpoint if it is torch; what only MNN has asks for MNN."""
+    if how["backend"] != "cuda" or how["memory"] != "normal" or how["split_dit"] or how["place"]:
+        return {"engine": "mnn"}
+    from sa3_convert.cli.generate import chosen_engine
+
+    # Its manifest says what there is; models are downloaded when it is known which.
+    folder = o.brought(bundle, how["offline"], {"tokenizer"})
+    engine = chosen_engine(folder, how["backend"], checkpoint=how["checkpoint"] is not None)
+    return {"engine": engine, "checkpoint": how["checkpoint"] if engine == "torch" else None}
 
 
 def _engine_options(how: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from sa3_convert.arrays import Floats, Session
+from sa3_convert.arrays import Floats, Session, constant
 from sa3_convert.bundle.manifest import Manifest
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
@@ -364,14 +364,14 @@ def denoised(
 
 
 def _velocity(dit: Session, condition: Conditioning, local: Floats, padding_mask: Floats) -> Velocity:
-    constant = {
-        "cross_attn_cond": condition.cross_attn_cond,
-        "global_embed": condition.global_embed,
-        "local_add_cond": local,
-        "padding_mask": padding_mask,
+    same = {
+        "cross_attn_cond": constant(condition.cross_attn_cond),
+        "global_embed": constant(condition.global_embed),
+        "local_add_cond": constant(local),
+        "padding_mask": constant(padding_mask),
     }
 
     def velocity(x: Floats, t: np.float32) -> Floats:
-        return dit.run({"x": x, "t": np.array([t], np.float32), **constant})["out"]
+        return dit.run({"x": x, "t": np.array([t], np.float32), **same})["out"]
 
     return velocity

@@ -1,15 +1,16 @@
-"""Which component runs where and how precisely, with a reason each: as asked for, unless a probe says that it is wrong.
+"""Which engine runs on a device, and of MNN which component where and how precisely, with a reason each.
 
 Data, not a fall-back: it is decided before anything runs, from one saved diagnosis, and told.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sa3_convert.components import Component
-from sa3_convert.errors import UsageError
+from sa3_convert.errors import BackendError, UsageError
 from sa3_convert.lab.doctor.results import BAD, CONVERSION_SETTING, Diagnosis, described, setting_name
-from sa3_convert.runtime.engines import Backend, Level
+from sa3_convert.mnn.session import require_backend
+from sa3_convert.runtime.engines import KINDS, Backend, EngineName, Level
 
 _LOW_PRECISION_PROBE = "softmax-low-precision"
 
@@ -22,6 +23,57 @@ class Place:
     backend: Backend
     reason: str
     precision: Level
+
+
+def engine_for(backend: Backend, kinds: Collection[str], *, checkpoint: bool) -> tuple[EngineName, str]:
+    """Return the engine that runs on a device, and why this one; asked in the order of what is best proven.
+
+    Args:
+        backend: the device.
+        kinds: of the bundle's files; ONNX Runtime takes halves before float32.
+        checkpoint: whether there is one for torch.
+
+    Raises:
+        BackendError: none runs there; it says why of each.
+
+    """
+    if backend != "cuda":
+        return "mnn", f"it is for {backend}"
+    try:
+        require_backend("cuda")
+        return "mnn", "this MNN has CUDA"
+    except BackendError as error:
+        problems = [str(error)]
+    forms: tuple[EngineName, ...] = ("onnxruntime-fp16", "onnxruntime")
+    form = next((name for name in forms if KINDS[name] in kinds), None)
+    problem = onnxruntime_problem() if form else "The bundle has no ONNX; `convert --with-onnx fp16` makes some."
+    if form and problem is None:
+        return form, "this MNN has no CUDA, this ONNX Runtime has"
+    problems += [problem or "", torch_problem() or ("" if checkpoint else "torch runs with --checkpoint DIR alone.")]
+    if not problems[-1]:
+        return "torch", f"neither MNN nor ONNX Runtime has CUDA ({problem})"
+    raise BackendError(
+        f"No engine runs on CUDA here. {' '.join(filter(None, problems))} Install ONNX Runtime with CUDA into an "
+        "environment of its own (pip install 'sa3-convert[cuda]'), or use --device cpu."
+    )
+
+
+def onnxruntime_problem() -> str | None:
+    """Return why ONNX Runtime cannot use CUDA, or None."""
+    try:
+        from sa3_convert.ort import cuda_problem
+    except ImportError:
+        return "ONNX Runtime is not installed."
+    return cuda_problem()
+
+
+def torch_problem() -> str | None:
+    """Return why torch cannot use CUDA, or None."""
+    try:
+        import torch
+    except ImportError:
+        return "torch is not installed."
+    return None if torch.cuda.is_available() else f"torch {torch.__version__} finds no CUDA device."
 
 
 def placement(

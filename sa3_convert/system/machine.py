@@ -99,6 +99,18 @@ def gpus() -> tuple[Gpu, ...]:
         )
 
 
+def gpu_state() -> str:
+    """Return names, driver and free memory of the devices in words, for messages."""
+    with _nvml() as nvml:
+        if nvml is None:
+            return "no NVIDIA driver answers, or nvidia-ml-py is not installed to ask it"
+        driver = _text(nvml.nvmlSystemGetDriverVersion())
+        handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+        memory = ((_text(nvml.nvmlDeviceGetName(one)), nvml.nvmlDeviceGetMemoryInfo(one)) for one in handles)
+        free = (f"{name} has {int(m.free) >> 20} of {int(m.total) >> 20} MiB free" for name, m in memory)
+        return "; ".join((f"driver {driver}", *free))
+
+
 class PeakMemory:
     """Watches the device memory that this process holds while a `with` block runs, by asking now and then."""
 

@@ -19,7 +19,9 @@ def run(bundle: Bundle, folder: Path, arguments: Sequence[str]) -> int:
     return cli.run(["run", str(bundle.path), *how, "-o", str(folder / "out.wav"), *arguments])
 
 
-@pytest.mark.parametrize("arguments", [["--device", "cuda"], ["--backend", "cuda"], ["--place", "text_encoder=cuda"]])
+@pytest.mark.parametrize(
+    "arguments", [["--engine", "mnn", "--device", "cuda"], ["--backend", "cuda"], ["--place", "text_encoder=cuda"]]
+)
 def test_mnn_without_cuda_is_exit_7_and_says_how_to_get_one(
     toy_fp32: Bundle, tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -36,7 +38,7 @@ def test_onnxruntime_without_cuda_is_exit_7(
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime has CUDA")
     assert run(toy_fp32, tmp_path, ["--engine", "onnxruntime", "--device", "cuda"]) == 7
-    assert "onnxruntime-gpu" in capsys.readouterr().err
+    assert "sa3-convert[cuda]" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -99,3 +101,22 @@ def test_a_device_that_computes_nothing_is_exit_7_and_no_silence(
     assert run(toy_fp32, tmp_path, ["--device", "opencl"]) == 7
     assert "the device reported nothing and wrote nothing" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_engine_for_a_device_is_told_with_its_reason(
+    toy_fp32: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sa3_convert.runtime.placement.onnxruntime_problem", lambda: None)
+    # It goes on to the engine that was chosen, which then says what this machine lacks.
+    assert run(toy_fp32, tmp_path, ["--device", "cuda"]) == 7
+    said = capsys.readouterr().err
+    assert "Engine onnxruntime on cuda: this MNN has no CUDA, this ONNX Runtime has." in said
+    assert "ONNX Runtime has no CUDA here" in said
+
+
+def test_what_only_mnn_has_asks_for_mnn(
+    toy_fp32: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sa3_convert.runtime.placement.onnxruntime_problem", lambda: None)
+    assert run(toy_fp32, tmp_path, ["--device", "cuda", "--memory", "low"]) == 7
+    assert "Engine" not in capsys.readouterr().err

@@ -1,11 +1,21 @@
 """Which component runs where, and why."""
 
+import sys
+
 import pytest
 
 from sa3_convert.components import Component
-from sa3_convert.errors import UsageError
+from sa3_convert.errors import BackendError, UsageError
 from sa3_convert.lab.doctor.results import Answer, Diagnosis, Outcome, ProbeResult, setting_name
-from sa3_convert.runtime.placement import Place, parse_places, placement
+from sa3_convert.runtime import placement as module
+from sa3_convert.runtime.placement import (
+    Place,
+    engine_for,
+    onnxruntime_problem,
+    parse_places,
+    placement,
+    torch_problem,
+)
 
 HIGH, LOW = setting_name("high", "normal"), setting_name("low", "normal")
 TEXT, DIT = Component.TEXT_ENCODER, Component.DIT
@@ -151,3 +161,49 @@ def test_what_is_no_placement_is_refused(text: str) -> None:
 def test_a_component_is_placed_once() -> None:
     with pytest.raises(UsageError, match="twice"):
         parse_places(["dit=cpu", "dit=cuda"])
+
+
+CHOICES = [
+    # MNN, ONNX Runtime, torch: what each lacks; kinds of files; a checkpoint; what is chosen.
+    (None, None, None, ("mnn", "onnx-fp16"), True, "mnn"),
+    ("x", None, None, ("mnn", "onnx", "onnx-fp16"), True, "onnxruntime-fp16"),
+    ("x", None, None, ("mnn", "onnx"), True, "onnxruntime"),
+    ("x", None, None, ("mnn",), True, "torch"),
+    ("x", "y", None, ("mnn", "onnx"), True, "torch"),
+    ("x", "y", None, ("mnn", "onnx"), False, None),
+    ("x", "y", "z", ("mnn", "onnx"), True, None),
+]
+
+
+@pytest.mark.parametrize(("mnn", "ort", "torch", "kinds", "checkpoint", "chosen"), CHOICES)
+def test_the_engine_of_a_device_is_the_first_that_is_there(
+    mnn: str | None,
+    ort: str | None,
+    torch: str | None,
+    kinds: tuple[str, ...],
+    checkpoint: bool,
+    chosen: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def require(backend: str) -> None:
+        assert backend == "cuda"
+        if mnn is not None:
+            raise BackendError(mnn)
+
+    monkeypatch.setattr(module, "require_backend", require)
+    monkeypatch.setattr(module, "onnxruntime_problem", lambda: ort)
+    monkeypatch.setattr(module, "torch_problem", lambda: torch)
+    assert engine_for("cpu", kinds, checkpoint=checkpoint)[0] == "mnn"
+    if chosen is not None:
+        assert engine_for("cuda", kinds, checkpoint=checkpoint)[0] == chosen
+        return
+    with pytest.raises(BackendError) as caught:
+        engine_for("cuda", kinds, checkpoint=checkpoint)
+    assert all(problem in str(caught.value) for problem in ("x", "y", torch or "--checkpoint"))
+
+
+def test_what_cannot_be_imported_is_a_problem_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "sa3_convert.ort", None)
+    assert torch_problem() == "torch is not installed."
+    assert onnxruntime_problem() == "ONNX Runtime is not installed."

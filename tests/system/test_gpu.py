@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sa3_convert.system.machine import Gpu, PeakMemory, gpus
+from sa3_convert.system.machine import Gpu, PeakMemory, gpu_state, gpus
 
 
 class FakeDriver:
@@ -38,7 +38,7 @@ class FakeDriver:
         return f"GPU {handle}".encode()
 
     def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:  # noqa: N802
-        return SimpleNamespace(total=1 << 30)
+        return SimpleNamespace(total=1 << 30, free=1 << 28)
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[SimpleNamespace]:  # noqa: N802
         other = SimpleNamespace(pid=os.getpid() + 1, usedGpuMemory=10**9)
@@ -89,3 +89,10 @@ def test_without_the_package_there_is_nothing(monkeypatch: pytest.MonkeyPatch) -
     with PeakMemory() as peak:
         assert gpus() == ()
     assert peak.bytes is None
+
+
+def test_devices_are_told_in_words(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu_state() == "driver 600.1; GPU 0 has 256 of 1024 MiB free; GPU 1 has 256 of 1024 MiB free"
+    assert driver.running == 0
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # type: ignore[arg-type]
+    assert "nvidia-ml-py" in gpu_state()
