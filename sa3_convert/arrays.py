@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -48,21 +49,34 @@ _KEPT = 16
 """Constants of a model under two conditions, between which guidance alternates."""
 
 
+@dataclass(frozen=True, slots=True)
 class Placed(Generic[T]):
-    """Puts arrays where a session works; of a constant that it was handed before it returns what stands there."""
+    """Puts constants where a session works; of one that it was handed before it returns what stands there."""
 
-    def __init__(self, place: Callable[[NDArray[Any]], T]) -> None:
-        self._place = place
-        self._kept: OrderedDict[int, tuple[NDArray[Any], T]] = OrderedDict()
+    place: Callable[[NDArray[Any]], T]
+    kept: OrderedDict[int, tuple[NDArray[Any], T]] = field(default_factory=OrderedDict)
 
     def __call__(self, array: NDArray[Any]) -> T:
-        """Return an array where it is worked with."""
-        if array.flags.writeable:
-            return self._place(array)
+        """Return an array, which nobody can write into, where it is worked with."""
         # The array is kept too, so that no other can get its identity.
-        found = self._kept.get(id(array)) or (array, self._place(array))
-        self._kept[id(array)] = found
-        self._kept.move_to_end(id(array))
-        if len(self._kept) > _KEPT:
-            self._kept.popitem(last=False)
+        found = self.kept.get(id(array)) or (array, self.place(array))
+        self.kept[id(array)] = found
+        self.kept.move_to_end(id(array))
+        if len(self.kept) > _KEPT:
+            self.kept.popitem(last=False)
         return found[1]
+
+
+def host(array: Any) -> NDArray[Any]:
+    """Return an array in the processor's memory: itself, or what lies on a device, in one copy."""
+    if isinstance(array, np.ndarray):
+        return array
+    if array.device.type == "cpu":
+        return np.asarray(array)
+    # From the device straight into pinned memory, which is what it can write to.
+    return np.asarray(array.new_empty(array.shape, device="cpu", pin_memory=True).copy_(array))
+
+
+def placed_like(array: NDArray[Any], other: Any) -> Any:
+    """Return an array where another is worked with."""
+    return array if isinstance(other, np.ndarray) else other.new_tensor(array)

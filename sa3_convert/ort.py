@@ -92,7 +92,7 @@ class OrtSession:
             raise ModelFileError(f"{name} does not exist. Export the checkpoint first.")
         self._path = name
         self._session = _load(path, threads, optimise, device)
-        self._placed = Placed(functools.partial(_ort_value, device))
+        self._placed = Placed(functools.partial(ort.OrtValue.ortvalue_from_numpy, device_type=device))
         self._inputs = {port.name: port for port in self._session.get_inputs()}
         if strange := [f"{name} ({port.type})" for name, port in self._inputs.items() if port.type not in _DTYPES]:
             raise ModelFileError(f"{name} has inputs of a type that no Stable Audio 3 model has: {', '.join(strange)}.")
@@ -123,8 +123,9 @@ class OrtSession:
         try:
             with working_on(self._path):
                 binding = self._session.io_binding()
-                for name, array in feeds.items():
-                    binding.bind_ortvalue_input(name, self._placed(array))
+                for name, array in ((name, np.ascontiguousarray(array)) for name, array in feeds.items()):
+                    placed = self._placed.place if array.flags.writeable else self._placed
+                    binding.bind_ortvalue_input(name, placed(array))
                 for name in self._outputs:
                     binding.bind_output(name)
                 self._session.run_with_iobinding(binding)
@@ -144,23 +145,13 @@ class OrtSession:
             expected = _DTYPES[port.type]
             if array.dtype != expected:
                 raise ValueError(f"{name} is {array.dtype}, {self._path} takes {np.dtype(expected)}")
-            if not _fits(array.shape, port.shape, lengths):
+            # A symbol stands for one value in all inputs.
+            if len(array.shape) != len(port.shape) or not all(
+                actual == size if isinstance(size, int) else size is None or lengths.setdefault(size, actual) == actual
+                for actual, size in zip(array.shape, port.shape, strict=True)
+            ):
                 bound = ", ".join(f"{symbol} = {value}" for symbol, value in lengths.items()) or "static"
                 raise ValueError(f"{name} is {list(array.shape)}, {self._path} takes {port.shape} ({bound})")
-
-
-def _fits(shape: tuple[int, ...], declared: Sequence[int | str | None], lengths: dict[str, int]) -> bool:
-    """Compare a shape with a declared one; a symbol stands for one value in all inputs."""
-    if len(shape) != len(declared):
-        return False
-    return all(
-        actual == wanted if isinstance(wanted, int) else wanted is None or lengths.setdefault(wanted, actual) == actual
-        for actual, wanted in zip(shape, declared, strict=True)
-    )
-
-
-def _ort_value(device: str, array: NDArray[Any]) -> ort.OrtValue:
-    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device)
 
 
 def cuda_problem() -> str | None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_failures
 
-from sa3_convert.arrays import constant
+from sa3_convert.arrays import Placed, constant
 from sa3_convert.errors import BackendError, ModelFileError
 from sa3_convert.ort import OrtSession, cuda_problem
 
@@ -209,8 +209,8 @@ def test_failures_print_nothing(model: Path, capfd: pytest.CaptureFixture[str]) 
 
 def test_what_cannot_change_is_sent_once_and_what_can_every_time(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session, sent = OrtSession(model, threads=1), []
-    place = session._placed._place
-    monkeypatch.setattr(session._placed, "_place", lambda array: sent.append(array.shape) or place(array))
+    place = session._placed.place
+    monkeypatch.setattr(session, "_placed", Placed(lambda array: sent.append(array.shape) or place(array)))
     x, bias = feeds()["x"], feeds()["bias"]
     fixed = constant(bias)
     for _ in range(3):

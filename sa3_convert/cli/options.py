@@ -95,7 +95,11 @@ BackendOption = Annotated[
 ]
 MemoryOption = Annotated[Level, runtime(help="MNN: low keeps weights quantised in memory.")]
 PrecisionOption = Annotated[
-    Level, runtime(help="MNN: high computes in float32; low in halves, on ARM, what is right with them.")
+    Level,
+    runtime(
+        help="high computes in float32; normal multiplies in halves with torch and on GPUs; low, of MNN, computes in "
+        "halves on ARM what is right with them."
+    ),
 ]
 ReferencesOption = Annotated[
     Path | None, Option(metavar="DIR", help="Where reference outputs are kept; beside the bundle by default.")

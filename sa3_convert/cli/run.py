@@ -289,8 +289,12 @@ def _engine_options(how: Mapping[str, Any]) -> dict[str, Any]:
 
         where = placed(backend, **precise, overrides=place, split=how["split_dit"])
         return {**options, **precise, "split": how["split_dit"], **where}
-    if precise != {"memory": "normal", "precision": "high"} or how["split_dit"] or place:
-        raise UsageError("--memory, --precision, --place and --split-dit are settings of --engine mnn.")
+    if how["memory"] != "normal" or how["split_dit"] or place:
+        raise UsageError("--memory, --place and --split-dit are settings of --engine mnn.")
+    if how["precision"] != "high":
+        if (engine, how["precision"]) != ("torch", "normal"):
+            raise UsageError("--precision low is for --engine mnn, and normal for mnn and torch.")
+        options["precision"] = how["precision"]
     if backend not in ("cpu", "cuda"):
         raise UsageError(f"--device {backend} is for --engine mnn; --engine {engine} runs on cpu or cuda.")
     if engine == "torch":

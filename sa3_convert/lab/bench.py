@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sa3_convert.arrays import Arrays, Floats, Session, free
+from sa3_convert.arrays import Arrays, Floats, Session, free, host
 from sa3_convert.bundle.manifest import SPLIT_KINDS
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.checkpoint.dimensions import AutoencoderLayout
@@ -29,6 +29,7 @@ from sa3_convert.runtime.engines import KINDS, Engine, EngineName, bundle_engine
 from sa3_convert.runtime.output_checks import CHECKS
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.request import GenerateRequest
+from sa3_convert.runtime.sampling import Noise
 from sa3_convert.system import machine
 from sa3_convert.system.supervisor import die_with_parent
 
@@ -62,6 +63,10 @@ class TimedEngine:
         self.seconds: defaultdict[Component, float] = defaultdict(float)
         self.runs: Counter[Component] = Counter()
 
+    def noise(self, seed: int, draws: int) -> Noise:
+        """Return the engine's own noise."""
+        return self._engine.noise(seed, draws)
+
     def load(self, component: Component) -> Session:
         """Load a model; see `Engine.load`."""
         start = time.perf_counter()
@@ -77,6 +82,9 @@ class _TimedSession:
     def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
         start = time.perf_counter()
         result = self._session.run(feeds)
+        for array in result.values():
+            # A device may still be at work; a number that is fetched has waited for it.
+            host(array.reshape(-1)[:1])
         self._clock.seconds[self._component] += time.perf_counter() - start
         self._clock.runs[self._component] += 1
         return result
@@ -118,7 +126,7 @@ class _AsReference(Pipeline):
 
     def decode(self, latents: Floats, samples: int | None = None) -> Generator[Floats, None, None]:
         with self.models.use(Component.DECODER) as decoder:
-            yield decoded_with_overlap(decoder, latents, self.layout.autoencoder)[:, :, :samples]
+            yield decoded_with_overlap(decoder, host(latents), self.layout.autoencoder)[:, :, :samples]
 
 
 def decoded_with_overlap(

@@ -26,9 +26,20 @@ class WeightNormConv(nn.Module):
         norm = torch.sqrt((self.weight_v * self.weight_v).sum(dim=(1, 2), keepdim=True))
         return F.conv1d(x, self.weight_v * (self.weight_g / norm), self.bias, padding=self.padding)
 
+    def fused(self) -> nn.Conv1d:
+        """Return the same convolution with its weight computed once."""
+        outputs, channels, kernel = self.weight_v.shape
+        conv = nn.Conv1d(channels, outputs, kernel, padding=self.padding, device="meta")
+        norm = torch.sqrt((self.weight_v * self.weight_v).sum(dim=(1, 2), keepdim=True))
+        tensors = self.weight_v * (self.weight_g / norm), self.bias
+        conv.weight, conv.bias = (nn.Parameter(x, requires_grad=False) for x in tensors)
+        return conv
+
 
 class _Attention(nn.Module):
     """Differential attention: the difference of two attentions over one v."""
+
+    attend = staticmethod(attend)
 
     def __init__(self, layout: SameLayout) -> None:
         super().__init__()
@@ -53,7 +64,7 @@ class _Attention(nn.Module):
         def attention(query: Tensor, key: Tensor) -> Tensor:
             query = rotate(self.q_norm(query).transpose(1, 2), *query_rope) * self.scale
             key = rotate(self._with_neighbours(self.k_norm(key)).transpose(1, 2), *key_rope)
-            return attend(query, key, v, bias)
+            return self.attend(query, key, v, bias)
 
         attended = attention(q, k) - attention(q_diff, k_diff)
         output: Tensor = self.to_out(attended.transpose(1, 2).flatten(2))

@@ -37,6 +37,8 @@ class _GemmaNorm(Derived):
 
 
 class _SelfAttention(nn.Module):
+    attend = staticmethod(attend)
+
     def __init__(self, layout: TextEncoderLayout) -> None:
         super().__init__()
         self.head_dim = layout.head_dim
@@ -58,7 +60,7 @@ class _SelfAttention(nn.Module):
         v = self._heads(self.v_proj(x))
         if self.heads_per_key > 1:
             k, v = (shared.repeat_interleave(self.heads_per_key, dim=1) for shared in (k, v))
-        output: Tensor = self.o_proj(attend(q, k, v, bias, cap=self.cap).transpose(1, 2).flatten(2))
+        output: Tensor = self.o_proj(self.attend(q, k, v, bias, cap=self.cap).transpose(1, 2).flatten(2))
         return output
 
 

@@ -16,12 +16,19 @@ Padding = Literal["key_mask", "value_zeroing"]
 but they keep their softmax weight, as in the reference without flash attention. With a mask of ones they are the same.
 """
 
+CONDITIONING = frozenset({"cross_attn_cond", "global_embed", "local_add_cond"})
+"""Inputs that stay the same in all steps of a generation."""
+CONDITIONED = frozenset({"to_cond_embed", "to_global_embed", "to_kv", "to_local_embed"})
+"""Modules that see nothing but these."""
+
 _BLOCK_EPS = 1e-5
 _QK_EPS = 1e-6
 
 
 class _Attention(nn.Module):
     """What self- and cross-attention share: q/k norms, scaling, the difference of two attentions, the output."""
+
+    attend = staticmethod(attend)
 
     def __init__(self, layout: DitLayout) -> None:
         super().__init__()
@@ -67,7 +74,7 @@ class SelfAttention(_Attention):
 
         def attention(query: Tensor, key: Tensor) -> Tensor:
             query = rotate(self.q_norm(query), cos, sin) * self.scale
-            return attend(query, rotate(self.k_norm(key), cos, sin), v, bias)
+            return self.attend(query, rotate(self.k_norm(key), cos, sin), v, bias)
 
         attended = attention(q, k)
         if differential:
@@ -89,7 +96,8 @@ class CrossAttention(_Attention):
         """Return [B, N, width] for `x` [B, N, width] and `context` [B, M, width]."""
         queries = self._heads(self.to_q(x), 2 if self.differential else 1)
         *keys, v = self._heads(self.to_kv(context), 3 if self.differential else 2)
-        attended = [attend(self.q_norm(q) * self.scale, self.k_norm(k), v) for q, k in zip(queries, keys, strict=True)]
+        pairs = zip(queries, keys, strict=True)
+        attended = [self.attend(self.q_norm(q) * self.scale, self.k_norm(k), v) for q, k in pairs]
         return self._merged(attended[0] - attended[1] if self.differential else attended[0])
 
 

@@ -19,7 +19,7 @@ from sa3_convert.components import Component, Port, contract
 from sa3_convert.mnn.compatibility import OLDEST_KNOWN, version_numbers
 from sa3_convert.runtime.autoencode import WINDOW, Reach
 from sa3_convert.runtime.conditioning import PADDING_SECONDS, alignment
-from sa3_convert.runtime.engines import Engine, bundle_engine
+from sa3_convert.runtime.engines import Engine, OnHost, bundle_engine
 from sa3_convert.runtime.noise import TorchGenerator
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.request import GenerateRequest
@@ -201,7 +201,7 @@ def golden_of(bundle: Bundle) -> dict[str, bytes]:
 
 
 @dataclass(frozen=True)
-class _Recorder:
+class _Recorder(OnHost):
     """An engine whose models note what they got and gave when they ran first; of the decoder what it got."""
 
     engine: Engine

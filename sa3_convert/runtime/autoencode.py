@@ -161,7 +161,7 @@ def decoded(
         raise ValueError(f"{samples} samples of {latents.shape[2]} latents")
     latents = _padded(latents, reach.whole(latents.shape[2]))
     for part in windows(latents.shape[2], -(-samples // ratio), max(window, reach.smallest_window), reach):
-        audio = session.run({"latents": np.ascontiguousarray(latents[:, :, part.start : part.stop])})["audio"]
+        audio = session.run({"latents": latents[:, :, part.start : part.stop]})["audio"]
         begin = (part.keep_start - part.start) * ratio
         end = min(part.keep_stop * ratio, samples) - part.start * ratio
         yield audio[:, :, begin:end]

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
-from sa3_convert.arrays import Arrays, Session, free
+from sa3_convert.arrays import Session, free
 from sa3_convert.bundle.manifest import SPLIT_KINDS, TOKENIZER, ArtifactKind
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.checkpoint.config import TEXT_ENCODER_FOLDER
@@ -17,6 +16,8 @@ from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.components import Component, contract
 from sa3_convert.errors import BackendError, BundleError, CheckpointError, UsageError
 from sa3_convert.runtime.autoencode import Bottleneck
+from sa3_convert.runtime.noise import TorchGenerator
+from sa3_convert.runtime.sampling import Noise
 from sa3_convert.runtime.sessions import HeldSession, SplitSession
 from sa3_convert.system.checked_files import CheckedFile, named
 from sa3_convert.system.machine import default_threads
@@ -44,6 +45,10 @@ class Engine(Protocol):
         """What models really run with, for reports."""
         ...
 
+    def noise(self, seed: int, draws: int) -> Noise:
+        """Return the stream of noise of a seed, where the models work; as many are likely to be drawn."""
+        ...
+
     def load(self, component: Component) -> Session:
         """Load a model.
 
@@ -56,8 +61,16 @@ class Engine(Protocol):
         ...
 
 
+class OnHost:
+    """An engine whose arrays are in the processor's memory."""
+
+    def noise(self, seed: int, draws: int) -> Noise:
+        """Return the stream of noise of a seed; see `Engine.noise`."""
+        return TorchGenerator(seed).randn
+
+
 @dataclass(frozen=True)
-class MnnEngine:
+class MnnEngine(OnHost):
     """Runs `.mnn` files."""
 
     layout: CheckpointLayout
@@ -130,7 +143,7 @@ class MnnEngine:
 
 
 @dataclass(frozen=True)
-class OrtEngine:
+class OrtEngine(OnHost):
     """Runs ONNX files: the reference as exported, other forms with all of ONNX Runtime's optimisations."""
 
     layout: CheckpointLayout
@@ -166,7 +179,7 @@ class OrtEngine:
 
 @dataclass(frozen=True)
 class TorchEngine:
-    """Runs the networks themselves, in float32: the reference."""
+    """Runs the networks themselves: in float32 the reference."""
 
     checkpoint: "Checkpoint"
     padding: Padding = "key_mask"
@@ -174,6 +187,8 @@ class TorchEngine:
     threads: int | None = None
     """None is one per usable core; it counts for the whole process."""
     backend: Literal["cpu", "cuda"] = "cpu"
+    precision: Level = "high"
+    """`normal` computes products in halves, but for the text encoder: what its gates let through has no bound."""
     name: EngineName = field(default="torch", init=False)
 
     @property
@@ -184,7 +199,14 @@ class TorchEngine:
             "backend": self.backend,
             "threads": self.threads or default_threads(),
             "padding": self.padding,
+            "precision": self.precision,
         }
+
+    def noise(self, seed: int, draws: int) -> Noise:
+        """Return torch's own stream of a seed; see `Engine.noise`."""
+        from sa3_convert.networks.session import DeviceNoise
+
+        return DeviceNoise(seed, self.backend, draws)
 
     def load(self, component: Component) -> Session:
         """Build a network; see `Engine.load`."""
@@ -192,6 +214,8 @@ class TorchEngine:
             import torch
 
             from sa3_convert.networks.build import build_network
+            from sa3_convert.networks.fast import accelerate
+            from sa3_convert.networks.session import TorchSession
         except ImportError as error:
             raise BackendError(
                 f"torch cannot be imported ({error}). Install it: pip install torch, or use --engine mnn."
@@ -206,24 +230,8 @@ class TorchEngine:
         layout = self.checkpoint.layout
         ports = contract(component, layout)
         network = build_network(component, layout, self.checkpoint.state(component), padding=self.padding)
-        return _TorchSession(
-            network.to(self.backend), [port.name for port in ports.inputs], ports.outputs[0].name, self.backend
-        )
-
-
-class _TorchSession:
-    def __init__(self, network: Any, inputs: list[str], output: str, device: str) -> None:
-        self._network, self._inputs, self._output, self._device = network, inputs, output, device
-
-    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
-        import torch
-
-        if feeds.keys() != set(self._inputs):
-            raise ValueError(f"the network takes {', '.join(self._inputs)}, not {', '.join(feeds)}")
-        with torch.inference_mode():
-            arrays = (torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in self._inputs)
-            output = self._network(*(array.to(self._device) for array in arrays))
-        return {self._output: output.cpu().numpy()}
+        accelerate(network, half=self.precision == "normal" and component is not Component.TEXT_ENCODER)
+        return TorchSession(network, [port.name for port in ports.inputs], ports.outputs[0].name, self.backend)
 
 
 def _file(files: Mapping[Component, CheckedFile], component: Component, kind: str) -> CheckedFile:
@@ -284,7 +292,7 @@ _OPTIONS: Mapping[EngineName, tuple[str, ...]] = {
     "onnxruntime": ("threads", "backend"),
     "onnxruntime-int8": ("threads", "backend"),
     "onnxruntime-fp16": ("threads", "backend"),
-    "torch": ("threads", "padding", "backend", "checkpoint", "loras"),
+    "torch": ("threads", "padding", "precision", "backend", "checkpoint", "loras"),
 }
 
 

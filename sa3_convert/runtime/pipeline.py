@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from sa3_convert.arrays import Floats, Session, constant
+from sa3_convert.arrays import Floats, Session, constant, host, placed_like
 from sa3_convert.bundle.manifest import Manifest
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
@@ -23,11 +23,10 @@ from sa3_convert.runtime.engines import Engine, EngineName, KeepLoaded, Models, 
 from sa3_convert.runtime.events import AudioChunk, Event, Generation, Notes, Report, Started, Stepped
 from sa3_convert.runtime.levels import level
 from sa3_convert.runtime.loop import closed
-from sa3_convert.runtime.noise import TorchGenerator
 from sa3_convert.runtime.output_checks import OutputCheck
 from sa3_convert.runtime.prompts import PromptTokenizer, Tokens
 from sa3_convert.runtime.request import GenerateRequest, ResolvedRequest
-from sa3_convert.runtime.sampling import SAMPLERS, Noise, Step, Velocity, guided
+from sa3_convert.runtime.sampling import DRAWING, SAMPLERS, Noise, Step, Velocity, guided, on_host
 
 
 @dataclass(slots=True)
@@ -94,7 +93,8 @@ class Pipeline:
             window: see the class.
             **options: of the engine: `threads`; for MNN `memory`, `precision` (low goes to models that are right with
                 it, normal to the others), `backend` and `split` (run the DiT that `convert --with-split-dit` makes);
-                for torch `checkpoint`, the folder that the bundle was made from, and `padding`.
+                for torch `checkpoint`, the folder that the bundle was made from, `padding`, and `precision` (normal
+                computes products in halves).
 
         Raises:
             BundleError: the bundle is missing, damaged, or cannot generate.
@@ -223,7 +223,7 @@ class Pipeline:
         latents: Floats | None = None
         with closing(self.denoise(settings, sizes, *shared.conditions, (mask, kept), start)) as steps:
             while (step := notes.timed_next(steps, "denoise")) is not None:
-                latents = step.latents
+                latents = step.x
                 yield Stepped(step, settings.steps)
         assert latents is not None
 
@@ -239,7 +239,7 @@ class Pipeline:
         check.finish(sizes.samples)
         if (rest := leveller.finish()).size:
             yield AudioChunk(done, rest)
-        yield Report(settings, sizes, latents, notes.seconds, self.models.engine.settings, tuple(notes.warnings))
+        yield Report(settings, sizes, host(latents), notes.seconds, self.models.engine.settings, tuple(notes.warnings))
 
     def tokens(self, prompt: str) -> Tokens:
         """Return the token ids of a prompt."""
@@ -304,7 +304,7 @@ class Pipeline:
         with self.models.use(Component.DIT) as dit:
             velocity = _velocity(dit, prompted, local, padding_mask)
             if unprompted is not None:
-                velocity = guided(
+                blended = guided(
                     velocity,
                     _velocity(dit, unprompted, local, padding_mask),
                     cfg_scale=request.cfg_scale,
@@ -314,6 +314,7 @@ class Pipeline:
                     cfg_rescale=request.cfg_rescale,
                     cfg_norm_threshold=request.cfg_norm_threshold,
                 )
+                velocity = on_host(blended)
             yield velocity
 
     def denoise(
@@ -326,16 +327,18 @@ class Pipeline:
         initial: Floats | None = None,
     ) -> Generator[Step, None, None]:
         """Yield the steps from noise, or noised initial latents, to latents [1, C, T]; see `velocity`."""
-        noise = TorchGenerator(request.seed).randn
+        noise = self.models.engine.noise(request.seed, 1 + request.steps * (request.sampler in DRAWING))
         with self.velocity(request, sizes, prompted, unprompted, inpainting) as velocity:
             yield from denoised(velocity, request, self.layout.autoencoder.latent_dim, sizes, noise, initial)
 
     def decode(self, latents: Floats, samples: int | None = None) -> Generator[Floats, None, None]:
         """Yield the audio of latents [1, C, T], [1, 2, n] at a time, not clipped; see `autoencode.decoded`."""
         with self.models.use(Component.DECODER) as decoder:
-            yield from autoencode.decoded(
-                decoder, latents, self.layout.autoencoder, samples=samples, window=self._window
-            )
+            half = self.layout.autoencoder.decoder
+            room = getattr(decoder, "room", None)
+            window = max(self._window, room(half.width) // half.group if room else 0)
+            chunks = autoencode.decoded(decoder, latents, self.layout.autoencoder, samples=samples, window=window)
+            yield from map(host, chunks)
 
 
 def denoised(
@@ -359,7 +362,7 @@ def denoised(
     """
     start, level = noise((1, channels, sizes.latents)), request.init_noise_level
     if initial is not None:
-        start = initial * np.float32(1 - level) + start * np.float32(level)
+        start = placed_like(initial, start) * np.float32(1 - level) + start * np.float32(level)
     return SAMPLERS[request.sampler](velocity, start, request.schedule(sizes), noise)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from sa3_convert.components import Component
 from sa3_convert.errors import BackendError, UsageError
 from sa3_convert.lab.doctor.results import BAD, CONVERSION_SETTING, Diagnosis, described, setting_name
-from sa3_convert.mnn.session import require_backend
+from sa3_convert.mnn.compatibility import require_backend
 from sa3_convert.runtime.engines import KINDS, Backend, EngineName, Level
 
 _LOW_PRECISION_PROBE = "softmax-low-precision"

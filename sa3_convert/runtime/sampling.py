@@ -4,12 +4,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sa3_convert.arrays import Floats
+from sa3_convert.arrays import Floats, host, placed_like
 from sa3_convert.checkpoint.dimensions import DEFAULT_SHIFT, FluxShift, FullShift, LogSnrShift, Shift
 
 
@@ -76,10 +76,20 @@ class Step:
     """Counted from 0."""
     sigma: float
     """The time at which the step started."""
-    latents: Floats
-    """[B, C, T]; of the last step: the result."""
-    denoised: Floats
-    """[B, C, T], the step's estimate of the result."""
+    x: Any
+    """The latents, where the models work."""
+    estimate: Any
+    """The step's estimate of the result, there too."""
+
+    @property
+    def latents(self) -> Floats:
+        """[B, C, T]; of the last step: the result."""
+        return host(self.x)
+
+    @property
+    def denoised(self) -> Floats:
+        """[B, C, T], the step's estimate of the result."""
+        return host(self.estimate)
 
 
 Sampler = Callable[[Velocity, Floats, Floats, Noise], Iterator[Step]]
@@ -146,9 +156,20 @@ def _logsnr(t: np.float32) -> np.float32:
     return ratio
 
 
+DRAWING: Final = frozenset({"pingpong"})
+"""Samplers that draw noise anew in every step."""
 SAMPLERS: Mapping[SamplerName, Sampler] = {"pingpong": pingpong, "euler": euler, "rk4": rk4, "dpmpp": dpmpp}
 
 _TINY = 1e-8
+
+
+def on_host(velocity: Velocity) -> Velocity:
+    """Return a velocity function that computes in the processor's memory, wherever the latents are."""
+
+    def moved(x: Any, t: np.float32) -> Any:
+        return placed_like(velocity(host(x), t), x)
+
+    return moved
 
 
 def guided(

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError
-from sa3_convert.runtime.engines import EngineName
+from sa3_convert.runtime.engines import EngineName, OnHost
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.prompts import PromptTokenizer
 from tests.runtime.conftest import Parts, StandIn
@@ -35,7 +35,7 @@ def _functions() -> dict[Component, tuple[str, Callable[..., Any]]]:
     }
 
 
-class FakeEngine:
+class FakeEngine(OnHost):
     """Loads stand-ins; remembers which and that they were closed."""
 
     name: EngineName = "mnn"

@@ -12,13 +12,13 @@ from sa3_convert.errors import BackendError, BundleError, CheckpointError, Model
 from sa3_convert.export.component import export_component
 from sa3_convert.mnn.converter import mnn_from_onnx
 from sa3_convert.recipe import ComponentRecipe
-from sa3_convert.runtime.engines import EngineName, MnnEngine, Models, OrtEngine, checkpoint_parts
+from sa3_convert.runtime.engines import EngineName, MnnEngine, Models, OnHost, OrtEngine, checkpoint_parts
 from sa3_convert.system.checked_files import CheckedFile
 from sa3_convert.system.machine import default_threads
 from tests.runtime.conftest import Parts, StandIn
 
 
-class FakeEngine:
+class FakeEngine(OnHost):
     """Loads stand-ins and counts."""
 
     name: EngineName = "mnn"

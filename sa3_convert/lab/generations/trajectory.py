@@ -21,7 +21,7 @@ from sa3_convert.convert.code_digest import code_digest
 from sa3_convert.errors import UsageError
 from sa3_convert.runtime.autoencode import encoded
 from sa3_convert.runtime.conditioning import Conditioning, conditioning, lengths
-from sa3_convert.runtime.engines import EngineName
+from sa3_convert.runtime.engines import EngineName, OnHost
 from sa3_convert.runtime.noise import TorchGenerator
 from sa3_convert.runtime.pipeline import Pipeline, denoised
 from sa3_convert.runtime.prompts import Tokens
@@ -342,7 +342,7 @@ class _RecordedError(Exception):
     """Ends a run of which only the inputs are wanted."""
 
 
-class _Recorder:
+class _Recorder(OnHost):
     """An engine and its only session: keeps the first inputs that it is handed, and stops there."""
 
     name: EngineName = "onnxruntime"
