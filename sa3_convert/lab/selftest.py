@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from sa3_convert.arrays import Floats, free
+from sa3_convert.arrays import Floats, constant, free, host
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.check.compare import Outputs, compare_runs, run_samples
 from sa3_convert.check.inputs import Sample, samples_for
@@ -26,6 +26,7 @@ from sa3_convert.lab.bench import Contender, Row, bench
 from sa3_convert.lab.doctor.examine import diagnose, surroundings
 from sa3_convert.lab.doctor.results import Diagnosis
 from sa3_convert.mnn.compatibility import require_backend
+from sa3_convert.passes.half import FLOORS_DB
 from sa3_convert.recipe import load_recipe, recipe_file
 from sa3_convert.runtime.engines import KINDS, Engine, EngineName
 from sa3_convert.runtime.output_checks import CHECKS
@@ -37,7 +38,7 @@ Say = Callable[[str], None]
 _FLOAT_DB: Final = 60.0
 """Of float32 on any device: another sine or order of sums leaves 68 dB of the DiT's phases, halves less than 60."""
 _WAY_DB: Final = 40.0
-_WAYS_DB: Final[Mapping[str, float]] = {"mnn-int8": 6.0, "onnxruntime-fp16": 20.0}
+_WAYS_DB: Final[Mapping[str, float]] = {"mnn-int8": 6.0, "onnxruntime-fp16": 20.0, "torch-fp16": 20.0}
 """Of latents after all steps, each of which starts from what the last one left; at 6 dB half the amplitude is right."""
 _CANDIDATES: Final[Mapping[str, tuple[EngineName, str, Mapping[str, Any]]]] = {
     "mnn": ("mnn", "fp32", {}),
@@ -45,6 +46,7 @@ _CANDIDATES: Final[Mapping[str, tuple[EngineName, str, Mapping[str, Any]]]] = {
     "onnxruntime": ("onnxruntime", "fp32", {}),
     "onnxruntime-fp16": ("onnxruntime-fp16", "fp32", {}),
     "torch": ("torch", "fp32", {}),
+    "torch-fp16": ("torch", "fp32", {"precision": "normal"}),
 }
 """By name: engine, recipe of the bundle, further options."""
 _DURATIONS: Final = {False: (2.0, 5.0), True: (10.0, 30.0, 60.0, 120.0)}
@@ -247,7 +249,8 @@ def _compared(made: Made, contenders: Sequence[Contender], say: Say) -> list[Fin
     layout = Checkpoint.open(made.checkpoint).layout
     findings = []
     for component in Component:
-        samples = samples_for(component, layout, quick=True)
+        # Twice each: torch records on CUDA what stays the same, and replays a graph the second time.
+        samples = [sample for sample in samples_for(component, layout, quick=True) for _ in range(2)]
         say(f"{component.value}, {right.name} on the CPU")
         expected = _outputs(right, component, samples)
 
@@ -268,8 +271,12 @@ def _compared(made: Made, contenders: Sequence[Contender], say: Say) -> list[Fin
 
 def _outputs(contender: Contender, component: Component, samples: Sequence[Sample]) -> list[Outputs]:
     session = _opened(contender).load(component)
+    kept: dict[str, Sample] = {}
+    for sample in samples:
+        kept.setdefault(sample.name, replace(sample, feeds={n: constant(array) for n, array in sample.feeds.items()}))
     try:
-        return run_samples(session, samples)
+        outputs = run_samples(session, [kept[sample.name] for sample in samples])
+        return [{name: host(array) for name, array in output.items()} for output in outputs]
     finally:
         free(session)
 
@@ -284,7 +291,7 @@ def _found(contender: Contender, what: str, floor_db: float, ratio: Callable[[Co
 def _floor_db(contender: Contender, component: Component) -> float:
     """Return what is asked: what the bundle asks of a model, and no more than of float32."""
     if contender.engine == "torch":
-        return _FLOAT_DB
+        return FLOORS_DB[component] if contender.name == "torch-fp16" else _FLOAT_DB
     claimed = Bundle.open(Path(contender.source)).artifact(component, KINDS[contender.engine]).floor_db
     return _FLOAT_DB if claimed is None else min(_FLOAT_DB, claimed)
 
@@ -292,7 +299,7 @@ def _floor_db(contender: Contender, component: Component) -> float:
 def _latents(contender: Contender) -> Floats:
     with contender.open(keep_loaded=False) as pipeline:
         report = pipeline.generate(_REQUEST, allow=CHECKS).report
-    return report.latents[..., : report.lengths.valid]
+    return host(report.latents)[..., : report.lengths.valid]
 
 
 def _diagnosed(device: Device, say: Say) -> Diagnosis | None:

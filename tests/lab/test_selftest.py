@@ -19,7 +19,7 @@ from sa3_convert.mnn.compatibility import has_backend
 from sa3_convert.runtime.engines import TorchEngine
 from tests.bundles import Convert
 
-ENGINES = ("mnn", "mnn-int8", "onnxruntime-fp16", "torch")
+ENGINES = ("mnn", "mnn-int8", "onnxruntime-fp16", "torch", "torch-fp16")
 """Beside the one that they are held to."""
 
 
@@ -54,7 +54,7 @@ def test_all_engines_of_the_toys_pass_on_the_cpu_and_are_measured(
     report = tmp_path / "selftest.json"
     assert cli.run(["selftest", "--json", str(report)]) == 0
     told, data = capsys.readouterr().out, json.loads(report.read_text())
-    assert "Self-test on cpu passed: mnn, mnn-int8, onnxruntime-fp16, torch" in told
+    assert "Self-test on cpu passed: mnn, mnn-int8, onnxruntime-fp16, torch, torch-fp16" in told
     assert "1 s of audio" in told
     assert max(map(len, told.split("dB against")[1].split("Self-test")[0].splitlines())) <= 80
     judged = {(f["engine"], f["what"]): f for f in data["findings"]}
@@ -106,10 +106,10 @@ def test_an_engine_that_is_wrong_in_one_component_fails_it_and_nothing_else(
 ) -> None:
     tampering(monkeypatch, Component.DECODER, lambda array: array * 1.01)
     found = selftest("cpu", tmp_path, say=lambda _: None)
-    (bad,) = [finding for finding in found.findings if not finding.passes]
-    assert (bad.engine, bad.what) == ("torch", "decoder")
-    assert bad.db == pytest.approx(40, abs=0.1)
-    with pytest.raises(VerificationError, match=r"FAILED in 1 of .*torch, decoder: 40\.0 dB, less than 60"):
+    bad = [finding for finding in found.findings if not finding.passes]
+    assert [(finding.engine, finding.what) for finding in bad] == [("torch", "decoder"), ("torch-fp16", "decoder")]
+    assert bad[0].db == pytest.approx(40, abs=0.1)
+    with pytest.raises(VerificationError, match=r"FAILED in 2 of .*torch, decoder: 40\.0 dB, less than 60"):
         found.check()
 
 
@@ -122,7 +122,9 @@ def test_an_engine_that_fails_is_told_and_not_timed_and_the_others_are(
 
     tampering(monkeypatch, Component.DIT, silent)
     found = selftest("cpu", tmp_path, say=lambda _: None)
-    assert {(f.engine, f.what) for f in found.findings if f.db is None} == {("torch", "dit"), ("torch", LATENTS)}
+    assert {(f.engine, f.what) for f in found.findings if f.db is None} == {
+        (engine, what) for engine in ("torch", "torch-fp16") for what in ("dit", LATENTS)
+    }
     assert "torch, dit: error: the device reported nothing and wrote nothing" in found.failures()
     assert timed == ["mnn", "mnn-int8", "onnxruntime", "onnxruntime-fp16"]
 
