@@ -9,7 +9,6 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from torch import Tensor, nn
 
-from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.components import Component, Contract, Port, contract
 from sa3_convert.errors import ConversionError
 from sa3_convert.export.simplify import give_readable_names, simplify
@@ -146,16 +145,13 @@ def export_component(checkpoint: "Checkpoint", component: Component, path: Path)
     """
     ports = contract(component, checkpoint.layout)
     path.parent.mkdir(parents=True, exist_ok=True)
+    auto = checkpoint.layout.autoencoder
+    halves = {Component.DECODER: auto.decoder, Component.ENCODER: auto.encoder}
+    multiple = latents_multiple(halves[component]) if component in halves else 1
     network = build_network(component, checkpoint.layout, checkpoint.state(component, scratch=path.parent))
     try:
-        onnx_from_module(network, ports, path, multiple=_multiple(component, checkpoint.layout))
+        onnx_from_module(network, ports, path, multiple=multiple)
     finally:
         # What torch traced refers to itself and to the weights; the next component needs the memory.
         del network
         gc.collect()
-
-
-def _multiple(component: Component, layout: CheckpointLayout) -> int:
-    """Return what the number of latents must be a multiple of."""
-    halves = {Component.DECODER: layout.autoencoder.decoder, Component.ENCODER: layout.autoencoder.encoder}
-    return latents_multiple(halves[component]) if component in halves else 1

@@ -126,7 +126,11 @@ def transpose_weights(model: ir.Model) -> int:
     """
     graph, count = model.graph, 0
     for name, parameter in list(graph.initializers.items()):
-        transposes = [node for node, _ in parameter.uses() if _swaps_axes(node)]
+        transposes = [
+            node
+            for node, _ in parameter.uses()
+            if node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == [1, 0]
+        ]
         if not transposes or parameter.const_value is None:
             continue
         view = _constant(parameter.const_value.numpy().T, f"{name}.transposed")
@@ -141,10 +145,6 @@ def transpose_weights(model: ir.Model) -> int:
     return count
 
 
-def _swaps_axes(node: ir.Node) -> bool:
-    return node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == [1, 0]
-
-
 def fix_reshapes(model: ir.Model) -> int:
     """Replace the computed shape of Reshape by a constant one; return the number of replacements.
 
@@ -156,7 +156,7 @@ def fix_reshapes(model: ir.Model) -> int:
     for node in model.graph:
         if node.op_type != "Reshape" or node.inputs[1] is None:
             continue
-        if not _is_constant(node.inputs[1]):
+        if ir.convenience.get_const_tensor(node.inputs[1]) is None:
             shape = _constant_shape(node.inputs[0], node.outputs[0])
             if shape is None:
                 continue
@@ -167,10 +167,6 @@ def fix_reshapes(model: ir.Model) -> int:
         # No tensor here is empty, so 0 never means 0; converters know the default best.
         node.attributes.pop("allowzero", None)
     return count
-
-
-def _is_constant(value: ir.Value) -> bool:
-    return ir.convenience.get_const_tensor(value) is not None
 
 
 def _constant_shape(source: ir.Value | None, result: ir.Value) -> list[int] | None:

@@ -20,6 +20,7 @@ from sa3_convert.components import SPECS, Component
 from sa3_convert.errors import ConversionError
 from sa3_convert.mnn.layer_rules import LIFTED_SUFFIX
 from sa3_convert.networks.build import build_network
+from sa3_convert.passes import ir_tools
 from sa3_convert.passes.quantise_embedding import best_curve, quantise_rows
 from sa3_convert.recipe import ComponentRecipe, WeightScheme
 from sa3_convert.rounding.compensated import RoundedLinear, Streams, reaching, round_blocks
@@ -91,14 +92,11 @@ def quantisable_layers(model: ir.Model) -> list[Layer]:
             continue
         name = node.outputs[0].name
         assert name is not None
-        transposed = node.op_type == "MatMul" or (node.op_type == "Gemm" and not _flag(node, "transB"))
+        transposed = node.op_type == "MatMul" or (
+            node.op_type == "Gemm" and not ir_tools.attribute_int(node, "transB", 0)
+        )
         layers.append(Layer(name.removesuffix(LIFTED_SUFFIX), node, weight, transposed))
     return layers
-
-
-def _flag(node: ir.Node, name: str) -> bool:
-    attribute = node.attributes.get(name)
-    return attribute is not None and bool(attribute.as_int())
 
 
 @dataclass(frozen=True, slots=True)
