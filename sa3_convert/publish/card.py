@@ -145,7 +145,9 @@ def _generates(manifests: Mapping[str, Manifest]) -> bool:
 
 def _front_matter(manifests: Mapping[str, Manifest]) -> Lines:
     found = manifests.values()
-    sources = sorted({m.checkpoint.source for m in found if is_repository(m.checkpoint.source)})
+    # Random weights are quantised from nobody's model.
+    trained = (m.checkpoint.source for m in found if not _is_synthetic(m))
+    sources = sorted({source for source in trained if is_repository(source)})
     precisions = sorted({a.precision for m in found for a in m.artifacts if a.kind == "mnn" and a.precision})
     tags = ["mnn", "stable-audio-3", "audio-generation", *precisions]
     data: dict[str, Any] = {"base_model": sources, "base_model_relation": "quantized"} if sources else {}

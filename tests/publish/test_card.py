@@ -16,6 +16,8 @@ from markdown_it import MarkdownIt
 import sa3_convert.cli.app as cli
 from sa3_convert.bundle.manifest import MANIFEST, Manifest
 from sa3_convert.bundle.reader import Bundle
+from sa3_convert.checkpoint.published import published_layout
+from sa3_convert.checkpoint.variants import VARIANTS
 from sa3_convert.components import Component
 from sa3_convert.errors import InputError, UsageError
 from sa3_convert.publish.card import card, dots, placed
@@ -238,7 +240,8 @@ def test_words_from_files_are_neither_markdown_nor_html_nor_yaml(tmp_path: Path)
 def test_the_front_matter_names_the_model_and_the_licence(tmp_path: Path) -> None:
     plain = make_bundle(tmp_path)
     origin = plain.manifest.checkpoint.model_copy(update={"source": "stabilityai/stable-audio-3-small-music"})
-    text = card({"": plain.manifest.model_copy(update={"checkpoint": origin})})
+    layout = published_layout(VARIANTS["small-music"], "full")
+    text = card({"": plain.manifest.model_copy(update={"checkpoint": origin, "layout": layout})})
     data = yaml.safe_load(text.split("---\n")[1])
     assert data["base_model"] == ["stabilityai/stable-audio-3-small-music"]
     assert data["base_model_relation"] == "quantized"
@@ -258,7 +261,9 @@ def test_an_autoencoder_alone_is_no_text_to_audio(tmp_path: Path) -> None:
 
 def test_weights_that_are_random_are_told(toy_int8: Bundle, tmp_path: Path) -> None:
     assert toy_int8.manifest.checkpoint.synthetic
-    assert "These are not the published weights" in card(placed([toy_int8]))
+    text = card(placed([toy_int8]))
+    assert "These are not the published weights" in text
+    assert "base_model" not in text
 
 
 def test_commands_can_be_copied(toy_int8: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
