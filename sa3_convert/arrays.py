@@ -80,3 +80,13 @@ def host(array: Any) -> NDArray[Any]:
 def placed_like(array: NDArray[Any], other: Any) -> Any:
     """Return an array where another is worked with."""
     return array if isinstance(other, np.ndarray) else other.new_tensor(array)
+
+
+def double(values: Any) -> Any:
+    """Return float64 copies, where they are: sums over whole latents need them."""
+    return values.astype(np.float64) if isinstance(values, np.ndarray) else values.double()
+
+
+def typed_like(values: Any, other: Any) -> Any:
+    """Return values in the type of another array."""
+    return values.astype(other.dtype) if isinstance(values, np.ndarray) else values.to(other.dtype)

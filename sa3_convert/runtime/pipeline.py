@@ -26,7 +26,7 @@ from sa3_convert.runtime.loop import closed
 from sa3_convert.runtime.output_checks import OutputCheck
 from sa3_convert.runtime.prompts import PromptTokenizer, Tokens
 from sa3_convert.runtime.request import GenerateRequest, ResolvedRequest
-from sa3_convert.runtime.sampling import DRAWING, SAMPLERS, Noise, Step, Velocity, guided, on_host
+from sa3_convert.runtime.sampling import DRAWING, SAMPLERS, Noise, Step, Velocity, guided
 
 
 @dataclass(slots=True)
@@ -304,7 +304,7 @@ class Pipeline:
         with self.models.use(Component.DIT) as dit:
             velocity = _velocity(dit, prompted, local, padding_mask)
             if unprompted is not None:
-                blended = guided(
+                velocity = guided(
                     velocity,
                     _velocity(dit, unprompted, local, padding_mask),
                     cfg_scale=request.cfg_scale,
@@ -314,7 +314,6 @@ class Pipeline:
                     cfg_rescale=request.cfg_rescale,
                     cfg_norm_threshold=request.cfg_norm_threshold,
                 )
-                velocity = on_host(blended)
             yield velocity
 
     def denoise(

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sa3_convert.arrays import Floats, host, placed_like
+from sa3_convert.arrays import Floats, double, host, placed_like, typed_like
 from sa3_convert.checkpoint.dimensions import DEFAULT_SHIFT, FluxShift, FullShift, LogSnrShift, Shift
 
 
@@ -163,15 +163,6 @@ SAMPLERS: Mapping[SamplerName, Sampler] = {"pingpong": pingpong, "euler": euler,
 _TINY = 1e-8
 
 
-def on_host(velocity: Velocity) -> Velocity:
-    """Return a velocity function that computes in the processor's memory, wherever the latents are."""
-
-    def moved(x: Any, t: np.float32) -> Any:
-        return placed_like(velocity(host(x), t), x)
-
-    return moved
-
-
 def guided(
     conditioned: Velocity,
     unconditioned: Velocity,
@@ -198,41 +189,41 @@ def guided(
     """
     low, high = cfg_interval
 
-    def velocity(x: Floats, t: np.float32) -> Floats:
+    def velocity(x: Any, t: np.float32) -> Any:
         alone = conditioned(x, t)
         if not low <= t <= high:
             return alone
+        mask = placed_like(padding_mask[:, np.newaxis, :], x)
         denoised = x - t * alone
         difference = denoised - (x - t * unconditioned(x, t))
         if cfg_norm_threshold > 0:
-            norm = _norm(difference * padding_mask[:, np.newaxis, :])
-            difference = difference * np.minimum(1, cfg_norm_threshold / np.maximum(norm, _TINY)).astype(np.float32)
+            norm = _norm(difference * mask).clip(min=_TINY)
+            difference = difference * typed_like((cfg_norm_threshold / norm).clip(max=1), x)
         if apg_scale != 0:
-            orthogonal = _orthogonal(difference, denoised, padding_mask)
             weight = np.float32(apg_scale)
-            difference = (weight * orthogonal + (1 - weight) * difference).astype(np.float32)
-        blended: Floats = ((x - (denoised + np.float32(cfg_scale - 1) * difference)) / t).astype(np.float32)
+            difference = weight * _orthogonal(difference, denoised, mask) + (1 - weight) * difference
+        blended = (x - (denoised + np.float32(cfg_scale - 1) * difference)) / t
         if cfg_rescale != 0:
-            kept = alone.std(axis=1, ddof=1, keepdims=True) / np.maximum(
-                blended.std(axis=1, ddof=1, keepdims=True), _TINY
-            )
+            kept = _deviation(alone) / _deviation(blended).clip(min=_TINY)
             blended = blended * (1 + np.float32(cfg_rescale) * (kept - 1))
         return blended
 
     return velocity
 
 
-def _norm(values: Floats) -> NDArray[np.float64]:
-    norm: NDArray[np.float64] = np.sqrt(np.sum(np.square(values, dtype=np.float64), axis=(-2, -1), keepdims=True))
-    return norm
+def _deviation(values: Any) -> Any:
+    """Return the standard deviation [B, 1, T] over channels, of a sample of them."""
+    centred = values - values.mean(axis=1, keepdims=True)
+    return ((centred * centred).sum(axis=1, keepdims=True) / (values.shape[1] - 1)) ** 0.5
 
 
-def _orthogonal(vector: Floats, reference: Floats, padding_mask: Floats) -> Floats:
+def _norm(values: Any) -> Any:
+    return (double(values) ** 2).sum(axis=(-2, -1), keepdims=True) ** 0.5
+
+
+def _orthogonal(vector: Any, reference: Any, mask: Any) -> Any:
     """Return the part of `vector` [B, C, T] orthogonal to `reference` over valid positions, and 0 at the others."""
-    mask = padding_mask[:, np.newaxis, :]
     masked = reference * mask
-    direction = (masked / np.maximum(_norm(masked), _TINY)).astype(np.float32)
-    length = np.sum(np.multiply(vector, direction, dtype=np.float64), axis=(-2, -1), keepdims=True)
-    orthogonal: Floats = vector - length.astype(np.float32) * direction
-    orthogonal *= mask
-    return orthogonal
+    direction = typed_like(masked / _norm(masked).clip(min=_TINY), masked)
+    length = (double(vector) * double(direction)).sum(axis=(-2, -1), keepdims=True)
+    return (vector - typed_like(length, vector) * direction) * mask

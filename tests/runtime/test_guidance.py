@@ -2,6 +2,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -160,3 +161,16 @@ def test_channels_that_are_all_alike_are_rescaled_to_numbers() -> None:
     flat = np.ones((1, 4, 6), np.float32)
     velocity = guided(lambda x, t: flat, lambda x, t: -flat, cfg_scale=2, apg_scale=0, padding_mask=ALL, cfg_rescale=1)
     assert np.isfinite(velocity(flat, np.float32(0.5))).all()
+
+
+@pytest.mark.parametrize("setting", [{}, {"apg_scale": 0}, {"cfg_norm_threshold": 2.0}, {"cfg_rescale": 0.7}], ids=str)
+def test_guidance_is_computed_where_the_latents_are(setting: dict[str, float]) -> None:
+    def guide(x: Any, conditioned: Any, unconditioned: Any) -> Any:
+        how: dict[str, Any] = {"cfg_scale": 4, "apg_scale": 0.8, "padding_mask": HALF} | setting
+        return guided(lambda x, t: conditioned, lambda x, t: unconditioned, **how)(x, np.float32(0.6))
+
+    arrays = velocities(7)
+    found = guide(*map(torch.from_numpy, arrays))
+    assert isinstance(found, torch.Tensor)
+    assert found.dtype == torch.float32
+    assert_close_to_peak(found.numpy(), guide(*arrays), 1e-6)
