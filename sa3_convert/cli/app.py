@@ -140,6 +140,10 @@ _OUT_OF_MEMORY = re.compile(r"(?i)(can't|cannot|failed to|unable to) allocate|ba
 """How native libraries say it: torch and ONNX Runtime have no exception type for it."""
 
 
+_NEED_TORCH = ("convert", "export", "plan", "drift")
+"""Commands for which the first package that is missing is not the last."""
+
+
 def _failed(error: Exception, arguments: Sequence[str]) -> int:
     """Explain an error, and return its exit code."""
     if isinstance(error, Sa3Error):
@@ -167,9 +171,10 @@ def _failed(error: Exception, arguments: Sequence[str]) -> int:
         return 3
     if isinstance(error, ImportError) and (error.name or "").split(".")[0] != sa3_convert.__name__:
         # Running a bundle needs less than everything else does, and may be all that was installed.
+        command = next((word for word in arguments if not word.startswith("-")), "")
+        extra = "convert" if command in _NEED_TORCH else _extra_with(error.name or "")
         _complain(
-            f"A package that this needs cannot be imported ({error}). "
-            f"Install what brings it: {_installs(_extra_with(error.name or ''))}.",
+            f"A package that this needs cannot be imported ({error}). Install what brings it: {_installs(extra)}.",
             error,
         )
         return BackendError.exit_code

@@ -146,7 +146,8 @@ def test_the_converter_misreads_half_precision_external_data(folder: Path) -> No
     assert SUCCESS in convert(source, folder / "out.mnn", folder)
     weight = np.fromfile(folder / "half.onnx.data", np.float16).reshape(64, 64)
     result = MnnSession(folder / "out.mnn", threads=1).run({"x": np.eye(64, dtype=np.float32)[None]})["y"]
-    assert np.abs(result[0] - weight).max() > 1
+    # What it reads may also be no number.
+    assert not np.allclose(result[0], weight, atol=1)
 
 
 def test_half_precision_external_data_is_refused_by_name(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def test_nothing_is_written_outside_of_a_batchs_folder(small: Parts, tmp_path: P
         (folder / RESULTS).write_text(f"{line}\n{named}\n", encoding="utf-8", errors="replace")
         with contextlib.suppress(InputError, UsageError, OutputRejectedError):
             items = read_batch(batch)
-            if all(item.request.seconds < 5 for item in items):
+            if all((item.request.seconds or 10) < 5 for item in items):
                 taken += len(list(run_batch(pipeline(small, FakeEngine()), items, BatchOptions(folder))))
         assert watch.changed() == []
     assert taken
