@@ -20,7 +20,6 @@ from sa3_convert.components import SPECS, Component
 from sa3_convert.errors import ConversionError
 from sa3_convert.mnn.layer_rules import LIFTED_SUFFIX
 from sa3_convert.networks.build import build_network
-from sa3_convert.passes import ir_tools
 from sa3_convert.passes.quantise_embedding import best_curve, quantise_rows
 from sa3_convert.recipe import ComponentRecipe, WeightScheme
 from sa3_convert.rounding.compensated import RoundedLinear, Streams, reaching, round_blocks
