@@ -91,9 +91,9 @@ def quantisable_layers(model: ir.Model) -> list[Layer]:
             continue
         name = node.outputs[0].name
         assert name is not None
-        transposed = node.op_type == "MatMul" or (
-            node.op_type == "Gemm" and not ir_tools.attribute_int(node, "transB", 0)
-        )
+        # MatMul has no such attribute.
+        flag = node.attributes.get("transB")
+        transposed = node.op_type in ("MatMul", "Gemm") and not (flag is not None and flag.as_int())
         layers.append(Layer(name.removesuffix(LIFTED_SUFFIX), node, weight, transposed))
     return layers
 
