@@ -22,6 +22,9 @@ OUTPUTS = ("file", "pipe", "closed", "terminal 40", "terminal 200", "dumb termin
 COMMANDS = {
     "inspect bundle/dit.mnn": 0,
     "run bundle --prompt pad --seconds 0.5 --steps 1 -o pad.wav": 0,
+    "run bundle --prompt pad --bpm 240 --bars 1 --steps 1 -n 2 --seed random --force -o loop.wav": 0,
+    "bundle card bundle -o card.md": 0,
+    "bundle publish bundle --to a/b --dry-run --allow synthetic": 0,
     "convert toy --recipe int8 --out new --dry-run": 0,
     "plan toy --component dit --target-mib 1 --out planned.yaml --dry-run": 0,
     "bisect bundle --component number_conditioner": 0,
