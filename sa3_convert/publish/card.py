@@ -127,7 +127,7 @@ def card(
     lines += ["## Model summary", "", *_summary(manifests)]
     if picture is not None:
         lines += [f"![Size against fidelity, a dot for each component]({quote(picture)})", ""]
-    lines += each("Performance", lambda folder, _: [line for read in timed[folder] for line in speed(read.bench)])
+    lines += each("Performance", lambda folder, _: [line for read in timed[folder] for line in speed(read.found)])
     lines += each("Fidelity", lambda folder, manifest: fidelity(manifest, told[folder]))
     lines += each("Quantisation strategy", lambda _, manifest: storage(manifest))
     lines += ["## Architecture", "", *_architecture(manifests)]

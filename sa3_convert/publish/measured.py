@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final, Literal, Protocol, TypeVar
+from typing import Annotated, Final, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -145,79 +145,57 @@ class Report(_Data):
         return self.end_to_end if self.of_generations else None
 
 
-class _Finding(Protocol):
-    @property
-    def name(self) -> str: ...
-    @property
-    def of(self) -> tuple[str, str]: ...
-    @property
-    def hashes(self) -> Mapping[Component, str]: ...
+_Found = TypeVar("_Found", Report, Bench)
 
 
 @dataclass(frozen=True)
-class ReadReport:
-    """A report, and what it is called in messages."""
+class Read(Generic[_Found]):
+    """What stands in a file, and whose models it speaks of."""
 
     name: str
-    report: Report
-
-    @property
-    def of(self) -> tuple[str, str]:
-        """Label and recipe of the bundle that it says it is of."""
-        return self.report.made.variant, self.report.made.recipe
-
-    @property
-    def hashes(self) -> dict[Component, str]:
-        """SHA-256 of each model that it speaks of."""
-        return {model.component: model.files[0].sha256 if model.files else "" for model in self.report.models}
+    """Of the file, in messages."""
+    found: _Found
+    of: tuple[str, str]
+    """Label and recipe of the bundle that it says it is of."""
+    hashes: Mapping[Component, str]
+    """SHA-256 of each model that it speaks of."""
 
 
-@dataclass(frozen=True)
-class ReadBench:
-    """What `bench` found, and what the file is called in messages."""
-
-    name: str
-    bench: Bench
-
-    @property
-    def of(self) -> tuple[str, str]:
-        """Label and recipe of the bundle that it says it is of."""
-        return self.bench.variant, self.bench.recipe
-
-    @property
-    def hashes(self) -> dict[Component, str]:
-        """SHA-256 of each model that was measured."""
-        return self.bench.models
+ReadReport = Read[Report]
+ReadBench = Read[Bench]
 
 
 def read_reports(paths: Sequence[Path]) -> list[ReadReport]:
     """Read files that `verify --report` wrote, or the folders that they are in."""
     files = [path / "report.json" if path.is_dir() else path for path in paths]
-    return [ReadReport(str(path), Report.read(path)) for path in files]
+    return [_of_report(str(path), Report.read(path)) for path in files]
+
+
+def _of_report(name: str, report: Report) -> ReadReport:
+    hashes = {model.component: model.files[0].sha256 if model.files else "" for model in report.models}
+    return Read(name, report, (report.made.variant, report.made.recipe), hashes)
 
 
 def read_benches(paths: Sequence[Path]) -> list[ReadBench]:
     """Read files that `bench --json` wrote."""
-    return [ReadBench(str(path), Bench.read(path)) for path in paths]
+    found = [(str(path), Bench.read(path)) for path in paths]
+    return [Read(name, bench, (bench.variant, bench.recipe), bench.models) for name, bench in found]
 
 
-_Found = TypeVar("_Found", bound=_Finding)
-
-
-def by_bundle(manifests: Mapping[str, Manifest], found: Sequence[_Found]) -> dict[str, list[_Found]]:
+def by_bundle(manifests: Mapping[str, Manifest], found: Sequence[Read[_Found]]) -> dict[str, list[Read[_Found]]]:
     """Return what was found on each bundle, by the bundle's folder.
 
     Raises:
         InputError: something was found on models that none of the bundles has; the message names one.
 
     """
-    assigned: dict[str, list[_Found]] = {folder: [] for folder in manifests}
+    assigned: dict[str, list[Read[_Found]]] = {folder: [] for folder in manifests}
     for finding in found:
         assigned[_owner(manifests, finding)].append(finding)
     return assigned
 
 
-def _owner(manifests: Mapping[str, Manifest], finding: _Finding) -> str:
+def _owner(manifests: Mapping[str, Manifest], finding: Read[_Found]) -> str:
     label, recipe = finding.of
     named = {folder: m for folder, m in manifests.items() if (m.label, m.recipe) == finding.of}
     if not named:
@@ -242,4 +220,4 @@ def one_report(reports: Sequence[ReadReport]) -> Report | None:
     """Return the only report of a bundle; UsageError if there are several."""
     if len(reports) > 1:
         raise UsageError(f"{reports[0].name} and {reports[1].name} are of the same bundle. Give one of them.")
-    return reports[0].report if reports else None
+    return reports[0].found if reports else None
