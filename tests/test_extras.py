@@ -203,7 +203,8 @@ def test_a_wheel_with_base_dependencies_runs_and_measures_a_bundle(
     said("bundle", "export", bundle, "--to", "site")
     assert "The card has no picture" in said("bundle", "card", bundle, "-o", "card.md")
     said("run", "site", "--prompt", "warm pad", "--seconds", "1", "-o", "again.wav")
-    assert "pip install 'sa3-convert[check] @ file://" in said("doctor", code=7)
+    assert "everything that the converted models need works" in said("doctor")
+    assert "pip install 'sa3-convert[check] @ file://" in said("verify", bundle, code=7)
     assert "pip install 'sa3-convert[convert] @ file://" in said("convert", "nowhere", "--out", "o", code=7)
     target = installed.parents[2] / "target"
     assert (target / "sa3_convert" / "py.typed").is_file()

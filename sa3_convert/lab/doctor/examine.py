@@ -3,24 +3,23 @@
 import importlib
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from sa3_convert.check.metrics import MAX_DB, compare
 from sa3_convert.errors import BackendError, ConversionError, ModelFileError
-from sa3_convert.lab.doctor.probe import GraphProbe, Probe, Setting, ToolProbe, converted
+from sa3_convert.lab.doctor.graphs import Arrays, avoided, converted, reference
+from sa3_convert.lab.doctor.probe import GraphProbe, Probe, Setting, ToolProbe
 from sa3_convert.lab.doctor.probes import PROBES
 from sa3_convert.lab.doctor.results import Answer, Diagnosis, ProbeResult, this_machine
 from sa3_convert.mnn.compatibility import Backend, mnn_version, require_backend, runtime_backends
 from sa3_convert.mnn.isolated import run_jobs
 from sa3_convert.mnn.worker import Job, JobOutcome
-from sa3_convert.passes.hazards import HAZARD_KINDS
 from sa3_convert.system.files import partial_folder
 from sa3_convert.system.gpu_drivers import cuda_device
 from sa3_convert.system.machine import gpus, machine
@@ -31,7 +30,6 @@ CONVERTER = "converter"
 """How the one answer is named that no setting of the runtime changes."""
 
 Progress = Callable[[int, int], None]
-Arrays = Mapping[str, NDArray[Any]]
 
 
 def examine(
@@ -39,7 +37,7 @@ def examine(
 ) -> list[ProbeResult]:
     """Run probes on a backend; `report` is called with how many are done, and of how many."""
     require_backend(backend)
-    hazards = {kind.id: kind.avoided for kind in HAZARD_KINDS}
+    hazards = avoided()
     with partial_folder(Path(tempfile.gettempdir()) / "sa3-doctor") as root:
         prepared = []
         for number, probe in enumerate(probes):
@@ -81,7 +79,7 @@ def _prepared(probe: Probe, folder: Path, backend: Backend) -> _Prepared:
     for number, arrays in enumerate(probe.feeds):
         feeds.append(str(folder / f"feeds-{number}.npz"))
         np.savez(feeds[-1], **arrays)  # type: ignore[arg-type]
-    outputs = tuple(port.name for port in probe.proto().graph.output)
+    outputs = tuple(reference(probe)[0])
     return _Prepared(
         probe,
         None,
@@ -115,20 +113,20 @@ def _run(prepared: Sequence[_Prepared], root: Path, backend: Backend) -> list[di
 def _answers(entry: _Prepared, ran: Sequence[JobOutcome], root: Path, backend: Backend) -> dict[str, Answer]:
     probe = entry.probe
     assert isinstance(probe, GraphProbe)
-    reference = _reference(probe)
+    expected = reference(probe)
     found = {}
     for setting, job, first in zip(probe.settings, entry.jobs, ran, strict=True):
-        answer = judged(probe, setting, backend, reference, job, first)
+        answer = judged(probe, setting, backend, expected, job, first)
         for _ in range(probe.processes - 1):
             if answer.outcome != "works":
                 break
-            answer = judged(probe, setting, backend, reference, job, run_jobs([job], root)[0])
+            answer = judged(probe, setting, backend, expected, job, run_jobs([job], root)[0])
         found[setting.name] = answer
     return found
 
 
 def judged(
-    probe: GraphProbe, setting: Setting, backend: Backend, reference: Sequence[Arrays], job: Job, ran: JobOutcome
+    probe: GraphProbe, setting: Setting, backend: Backend, expected: Sequence[Arrays], job: Job, ran: JobOutcome
 ) -> Answer:
     """Compare what a job left with the reference."""
     if ran.error is not None:
@@ -137,9 +135,9 @@ def judged(
         results = {name: archive[name] for name in archive.files}
     least = _least_db(probe, setting, backend)
     worst, where = min(
-        _compared(expected, results[f"{run}/{name}"], _name(probe, name, run))
-        for run, outputs in enumerate(reference)
-        for name, expected in outputs.items()
+        _compared(array, results[f"{run}/{name}"], _name(expected, name, run))
+        for run, outputs in enumerate(expected)
+        for name, array in outputs.items()
     )
     if worst < least:
         return Answer("wrong", None if worst == -MAX_DB else worst, where)
@@ -169,21 +167,11 @@ def _compared(reference: NDArray[Any], target: NDArray[Any], what: str) -> tuple
     return compare(reference[finite], target[finite]).signal_to_noise_db, what.removesuffix(": ")
 
 
-def _name(probe: GraphProbe, output: str, run: int) -> str:
+def _name(expected: Sequence[Arrays], output: str, run: int) -> str:
     """Return which output of which run, if there are several, and a colon."""
-    parts = [output] if len(probe.proto().graph.output) > 1 else []
-    parts += [f"run {run + 1}"] if len(probe.feeds) > 1 else []
+    parts = [output] if len(expected[0]) > 1 else []
+    parts += [f"run {run + 1}"] if len(expected) > 1 else []
     return f"{', '.join(parts)}: " if parts else ""
-
-
-def _reference(probe: GraphProbe) -> list[Arrays]:
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    session = ort.InferenceSession(probe.proto().SerializeToString(), options, providers=["CPUExecutionProvider"])
-    names = [port.name for port in session.get_outputs()]
-    return [dict(zip(names, session.run(names, dict(feeds)), strict=True)) for feeds in probe.feeds]
 
 
 def _first_line(error: object) -> str:
@@ -205,13 +193,13 @@ def diagnose(backend: Backend, report: Progress = lambda done, total: None) -> D
 
 
 def surroundings() -> dict[str, Any]:
-    """Return what is there, JSON-ready; where torch is not installed None stands for it."""
+    """Return what is there, JSON-ready; None stands for what torch or ONNX Runtime has where it is not installed."""
     found = machine()
     found["gpus"] = [{"name": gpu.name, "driver": gpu.driver, "memory_bytes": gpu.memory_bytes} for gpu in gpus()]
     return found | {
         "cuda_driver": _cuda_driver(),
         "mnn_backends": runtime_backends(),
-        "onnxruntime_providers": list(ort.get_available_providers()),
+        "onnxruntime_providers": _onnxruntime_providers(),
         "torch_cuda": _torch_cuda(),
     }
 
@@ -222,6 +210,13 @@ def _cuda_driver() -> str:
         return str(cuda_device())
     except BackendError as error:
         return str(error)
+
+
+def _onnxruntime_providers() -> list[str] | None:
+    try:
+        return list(importlib.import_module("onnxruntime").get_available_providers())
+    except ImportError:
+        return None
 
 
 def _torch_cuda() -> dict[str, Any] | None:

@@ -1,21 +1,14 @@
 """A probe: a small graph or a call of the converter, and what a sound MNN would make of it."""
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import onnx
-import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import numpy_helper, parser
 
 from sa3_convert.components import Component
-from sa3_convert.errors import ConversionError
 from sa3_convert.lab.doctor.results import setting_name
-from sa3_convert.mnn.isolated import JOB_SECONDS, run_worker
 
 Level = Literal["normal", "high", "low"]
 Feeds = Mapping[str, NDArray[Any]]
@@ -74,34 +67,9 @@ class GraphProbe:
     processes: int = 1
     """More where the same file is wrong in some processes only: as many are tried until one is."""
     external_data: bool = False
-    """Keep the initialisers in a file beside the graph."""
-    rewrite: Callable[[ir.Model], object] | None = None
+    """Keep the weights in a file beside the graph."""
+    rewrite: Literal["", "fp16-safe", "int8-table", "int4-table"] = ""
     """A pass of this project, where the probe is about what it makes; ONNX Runtime runs the graph without it."""
-
-    def proto(self) -> onnx.ModelProto:
-        """Return the graph as it stands."""
-        header = f'<ir_version: 10, opset_import: ["" : {self.opset}, "own" : 1]>\nprobe '
-        proto = parser.parse_model(header + self.text)
-        proto.graph.initializer.extend(
-            numpy_helper.from_array(np.asarray(value), name) for name, value in self.constants.items()
-        )
-        return proto
-
-    def write(self, path: Path) -> None:
-        """Write what the converter gets."""
-        proto = self.proto()
-        if self.rewrite is not None:
-            model = ir.serde.deserialize_model(proto)
-            self.rewrite(model)
-            proto = ir.serde.serialize_model(model)
-        onnx.save(
-            proto,
-            path,
-            format="protobuf",
-            save_as_external_data=self.external_data,
-            location=f"{path.name}.data",
-            size_threshold=0,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,30 +84,3 @@ class ToolProbe:
 
 
 Probe = GraphProbe | ToolProbe
-
-_AS_CONVERTED_HERE = {"--optimizeLevel": "1", "--useGeluApproximation": "0"}
-
-
-def converted(probe: GraphProbe, folder: Path, flags: Sequence[str] = (), *, plain: bool = False) -> Path:
-    """Convert a probe's graph into an empty folder; `plain` is without the flags that every conversion has."""
-    target = folder / "probe.mnn"
-    given = [] if plain else [word for f in _AS_CONVERTED_HERE.items() if f[0] not in flags for word in f]
-    output = converter_output(probe, target, folder, [*flags, *given])
-    if not target.is_file() or not target.stat().st_size:
-        raise ConversionError(f"no file: {_complaint(output)}")
-    return target
-
-
-def converter_output(probe: GraphProbe, target: Path, folder: Path, flags: Sequence[str]) -> str:
-    """Ask the converter for `target`, with no pass and no judge of ours between, and return what it said."""
-    source = folder / "probe.onnx"
-    probe.write(source)
-    arguments = ["-f", "ONNX", "--modelFile", str(source), "--MNNModel", str(target), "--bizCode", "sa3", *flags]
-    return run_worker(["convert", *arguments], folder, timeout=JOB_SECONDS)
-
-
-def _complaint(output: str) -> str:
-    """Return the line in which the converter says why, or its last one."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    telling = [line for line in lines if "not support" in line.lower() or "error" in line.lower()]
-    return re.sub(r"^\[[\d:]+\] \S*: ", "", (telling or lines or ["it printed nothing"])[-1])

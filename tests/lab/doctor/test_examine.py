@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from sa3_convert.errors import ConversionError
 from sa3_convert.lab.doctor import examine as room
 from sa3_convert.lab.doctor.examine import examine, judged
-from sa3_convert.lab.doctor.probe import GraphProbe, Level, Setting, converted
+from sa3_convert.lab.doctor.graphs import converted
+from sa3_convert.lab.doctor.probe import GraphProbe, Level, Setting
 from sa3_convert.lab.doctor.results import Answer
 from sa3_convert.mnn import isolated
 from sa3_convert.mnn.compatibility import Backend

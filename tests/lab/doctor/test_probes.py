@@ -8,6 +8,7 @@ import pytest
 from sa3_convert.components import Component
 from sa3_convert.errors import BackendError, ConversionError
 from sa3_convert.lab.doctor.examine import diagnose, examine
+from sa3_convert.lab.doctor.graphs import proto, rewritten
 from sa3_convert.lab.doctor.probe import GraphProbe, ToolProbe
 from sa3_convert.lab.doctor.probes import PROBES
 from sa3_convert.lab.doctor.records import RECORDS, changes
@@ -75,17 +76,14 @@ def test_the_lint_finds_the_hazard_in_each_probe_that_a_graph_shows() -> None:
     shown = {kind.id for kind in HAZARD_KINDS if kind.found is not None}
     for probe in PROBES:
         if isinstance(probe, GraphProbe) and probe.hazard in shown and not probe.external_data:
-            model = ir.serde.deserialize_model(probe.proto())
+            model = ir.serde.deserialize_model(proto(probe))
             assert probe.hazard in {hazard.id for hazard in find_hazards(model, target_mnn="3.5")}, probe.id
 
 
 def test_the_lint_passes_what_the_components_need() -> None:
     for probe in PROBES:
         if isinstance(probe, GraphProbe) and probe.needed_by:
-            model = ir.serde.deserialize_model(probe.proto())
-            if probe.rewrite is not None:
-                probe.rewrite(model)
-            found = find_hazards(model, target_mnn="3.6")
+            found = find_hazards(rewritten(probe), target_mnn="3.6")
             assert {hazard.id for hazard in found if hazard.severity != "info"} == set(), probe.id
 
 

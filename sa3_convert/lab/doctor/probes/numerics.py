@@ -8,8 +8,6 @@ from numpy.typing import NDArray
 
 from sa3_convert.components import Component
 from sa3_convert.lab.doctor.probe import EVERY_SETTING, EXACT_DB, PRECISIONS, GraphProbe
-from sa3_convert.passes.fp16_safe import make_fp16_safe
-from sa3_convert.passes.quantise_embedding import quantise_embedding
 
 _RANDOM = np.random.default_rng(1)
 _AXES: Final = (16, 32, 33, 64, 128, 256, 512)
@@ -200,7 +198,7 @@ ARITHMETIC: tuple[GraphProbe, ...] = (
         constants={"f": _FREQUENCIES, "tau": np.float32(2 * np.pi)},
         feeds=_TIMES,
         flags=("--fp16",),
-        rewrite=make_fp16_safe,
+        rewrite="fp16-safe",
         needed_by=(Component.DIT, Component.NUMBER_CONDITIONER),
         least_db=60,
     ),
@@ -338,6 +336,7 @@ def _dit_block(width: int = 1024, heads: int = 16) -> GraphProbe:
         flags=("--weightQuantBits", "8", "--weightQuantAsymmetric=1"),
         settings=EVERY_SETTING,
         least_db=_BLOCK_DB,
+        external_data=True,
     )
 
 
@@ -374,7 +373,7 @@ WEIGHTS: tuple[GraphProbe, ...] = (
         constants=_TABLE,
         feeds=_IDS,
         needed_by=(Component.TEXT_ENCODER,),
-        rewrite=lambda model: quantise_embedding(model, "int8"),
+        rewrite="int8-table",
         settings=PRECISIONS,
         least_db=40,
     ),
@@ -385,7 +384,7 @@ WEIGHTS: tuple[GraphProbe, ...] = (
         constants=_TABLE,
         feeds=_IDS,
         needed_by=(Component.TEXT_ENCODER,),
-        rewrite=lambda model: quantise_embedding(model, "int4"),
+        rewrite="int4-table",
         settings=PRECISIONS,
         least_db=15,
     ),

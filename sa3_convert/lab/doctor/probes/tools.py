@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from sa3_convert.lab.doctor.bindings import check_apart
-from sa3_convert.lab.doctor.probe import GraphProbe, ToolProbe, converted, converter_output
+from sa3_convert.lab.doctor.graphs import converted, converter_output
+from sa3_convert.lab.doctor.probe import GraphProbe, ToolProbe
 from sa3_convert.mnn.file.contents import ModelStorage
 from sa3_convert.mnn.file.storage import read_storage
 
@@ -16,7 +17,7 @@ _W = _RANDOM.standard_normal((48, 32)).astype(np.float32)
 
 
 def _graph(text: str, **constants: Any) -> GraphProbe:
-    return GraphProbe(id="", asks="", text=text, constants=constants)
+    return GraphProbe(id="", asks="", text=text, constants=constants, feeds=())
 
 
 _LINEAR = _graph("(float[1, 48] x) => (float[1, 32] y) { y = MatMul(x, w) }", w=_W)
@@ -33,6 +34,7 @@ _GELU = _graph(
     one=np.float32(1),
     h=np.float32(0.5),
 )
+TOOL_GRAPHS: tuple[GraphProbe, ...] = (_LINEAR, _THREE, _TABLE, _SHARED, _GELU)
 
 
 def _holds(graph: GraphProbe, flags: Sequence[str], wrong: Callable[[ModelStorage], str | None]) -> Any:
