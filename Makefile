@@ -48,7 +48,7 @@ drift-update: $(READY) ## make the toy bundles the committed baseline, with REAS
 
 # A process per core, up to four, each with toy bundles of its own. Threads that wait for one another do not spin.
 test: $(READY) ## run the tests
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 bench: $(READY) ## run the slow tests on true-size models
 	$(BIN)/python -m pytest -m slow

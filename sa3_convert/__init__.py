@@ -2,8 +2,10 @@
 
 Importing the package pulls in nothing heavy; torch, onnx, onnxruntime and MNN are imported by the stages that use them.
 It switches off what these libraries would collect and send: ONNX Runtime, for one, writes a device id and a queue of
-events into the user's cache and looks up its server. The switches are read when a library is first imported, and
-processes that are started from here inherit them, so import this package before the libraries.
+events into the user's cache and looks up its server. And it lets torch's OpenMP threads sleep while they wait, because
+threads that spin take the processor from whatever else runs: beside busy processes the same work took eight times as
+long. All this is read when a library is first loaded, and processes that are started from here inherit it, so import
+this package before the libraries.
 """
 
 import os
@@ -13,5 +15,9 @@ os.environ.update(
     HF_HUB_DISABLE_TELEMETRY="1",
     GRADIO_ANALYTICS_ENABLED="False",
 )
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""What says how OpenMP's threads wait; whoever has set one of these decides."""
+if not any(name in os.environ for name in WAITING):
+    os.environ["OMP_WAIT_POLICY"] = "passive"
 
 __version__ = "0.1.0"

@@ -17,7 +17,7 @@ from sa3_convert.arrays import Arrays, Placed
 from sa3_convert.errors import BackendError, ModelFileError
 from sa3_convert.system.checked_files import named
 from sa3_convert.system.log import is_shown, note
-from sa3_convert.system.machine import gpu_state, version_of
+from sa3_convert.system.machine import default_threads, gpu_state, version_of
 from sa3_convert.system.supervisor import working_on
 
 _DTYPES: Mapping[str, type[np.generic]] = {
@@ -65,7 +65,7 @@ class OrtSession:
 
     Args:
         path: the `.onnx` file, its external data beside it.
-        threads: threads of one operator; None is one per physical core.
+        threads: threads of one operator; None is one per usable physical core.
         outputs: names of the outputs that `run` returns; None is all.
         optimise: let ONNX Runtime fuse and rearrange operators (`ORT_ENABLE_ALL`): faster, no longer bit for bit.
             Quantised models need it, because their integer operators are fused only then.
@@ -201,7 +201,7 @@ def _load(path: Path, threads: int | None, optimise: bool, device: str) -> ort.I
     options.enable_mem_pattern = False
     # Idle threads that spin would take the processor from whichever runtime is compared with this one.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = threads or default_threads()
     options.inter_op_num_threads = 1
     try:
         with working_on(named(path)):

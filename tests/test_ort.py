@@ -94,6 +94,16 @@ def test_an_output_that_the_model_lacks_is_refused(model: Path) -> None:
         OrtSession(model, outputs=["y", "z"])
 
 
+def test_no_more_threads_than_this_process_may_use_and_none_that_spin(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sa3_convert.ort.default_threads", lambda: 3)
+    for threads, expected in ((None, 3), (2, 2)):
+        chosen = OrtSession(model, threads=threads)._session.get_session_options()
+        assert (chosen.intra_op_num_threads, chosen.inter_op_num_threads) == (expected, 1)
+        assert chosen.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
 def test_inputs_are_named_in_the_models_order(model: Path) -> None:
     assert OrtSession(model).inputs == ("x", "bias")
 

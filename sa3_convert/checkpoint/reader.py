@@ -1,7 +1,6 @@
 """A checkpoint folder, checked before anything long: files, names, shapes and types when opened, values on demand."""
 
 import hashlib
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -30,6 +29,7 @@ from sa3_convert.checkpoint.variants import PINNED, VARIANTS, Variant, name_of, 
 from sa3_convert.components import Component, components_of
 from sa3_convert.errors import CheckpointError, UsageError
 from sa3_convert.hub.files import COMMIT, CachedSnapshot, HubId, cached_commit
+from sa3_convert.system.machine import usable_processors
 from sa3_convert.system.sealed import fingerprint
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ SOURCE = "source.json"
 """What says where a checkpoint's files are from, if `checkpoint` made them."""
 _LARGEST_TOKENIZER = 128 << 20
 """Bytes; the published one has a quarter of it."""
-_THREADS = min(8, os.cpu_count() or 1)
 
 
 class Source(Picked):
@@ -222,7 +221,7 @@ class Checkpoint:
     def _digest(self, component: Component) -> str:
         places = {to: (part.file, name) for part in self._parts(component) for name, to in part.names().items()}
         names = sorted(places)
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(min(8, usable_processors())) as pool:
             hashes = pool.map(lambda name: places[name][0].sha256(places[name][1]), names)
             whole = hashlib.sha256()
             for name, content in zip(names, hashes, strict=True):

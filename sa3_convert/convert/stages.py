@@ -1,7 +1,6 @@
 """The stages of a conversion, in one table: what each reads, depends on, does, leaves and takes."""
 
 import inspect
-import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -193,7 +192,6 @@ def _judged(
     from sa3_convert.check.inputs import samples_for
     from sa3_convert.ort import OrtSession
 
-    threads = threads or os.cpu_count() or 1
     sessions: tuple[Opens, ...] = (partial(OrtSession, reference), *opens)
     first, target, *halved = (partial(opened, threads=threads) for opened in sessions)
     result = verify_sessions(first, target, component, layout, samples_for(component, layout, quick=True), *halved)

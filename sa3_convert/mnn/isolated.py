@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from sa3_convert import WAITING
 from sa3_convert.errors import ConversionError
 from sa3_convert.mnn.worker import FULL_DISK, Job, JobOutcome, has_room
 from sa3_convert.system.log import note
@@ -30,6 +31,7 @@ _KEPT_VARIABLES = (
     "TMP",
     "SYSTEMROOT",
     "MALLOC_ARENA_MAX",
+    *WAITING,
 )
 """Without the system's root no program starts on Windows."""
 _LAST_LINES = 12

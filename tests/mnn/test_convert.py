@@ -355,12 +355,15 @@ def test_the_worker_sees_nothing_of_the_users_environment(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy")
+    # But how threads wait, which the user may know better.
+    monkeypatch.setenv("GOMP_SPINCOUNT", "77")
     code = f"print(sorted(os.environ), os.getcwd(), file=open({str(tmp_path / 'log')!r}, 'w'))"
     with pytest.raises(ConversionError, match="wrote no file"):
         mnn_from_onnx(source, tmp_path / "out.mnn", FLOAT, converter=worker_that(code))
     seen = (tmp_path / "log").read_text()
     assert "HF_TOKEN" not in seen
     assert "PROXY" not in seen
+    assert "GOMP_SPINCOUNT" in seen
     assert f"{tmp_path}/.out.mnn." in seen
 
 

@@ -1,11 +1,15 @@
 """What the machine is; what it does not tell is not known."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
 
+import sa3_convert
 from sa3_convert.system.machine import available_memory, default_threads, machine, usable_processors
 
 
@@ -82,3 +86,19 @@ def test_what_the_system_does_not_tell_is_not_known(
     monkeypatch.setattr(psutil, "virtual_memory", refuse)
     assert available_memory(tmp_path) is None
     assert machine()["memory_bytes"] is None
+
+
+@pytest.mark.parametrize(
+    ("given", "policy", "spins"),
+    [({}, "PASSIVE", "0"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE", None), ({"GOMP_SPINCOUNT": "77"}, None, "77")],
+)
+def test_threads_of_torch_sleep_while_they_wait_unless_the_user_says_otherwise(
+    given: dict[str, str], policy: str | None, spins: str | None
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in sa3_convert.WAITING}
+    environment |= given | {"OMP_DISPLAY_ENV": "verbose"}
+    command = [sys.executable, "-c", "import sa3_convert.rounding.grid"]
+    # What libgomp says that it read when torch loaded it.
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
+    assert policy is None or f"OMP_WAIT_POLICY = '{policy}'" in said
+    assert spins is None or f"GOMP_SPINCOUNT = '{spins}'" in said

@@ -17,6 +17,7 @@ from onnx import TensorProto
 from sa3_convert.arrays import Arrays
 from sa3_convert.errors import ModelFileError
 from sa3_convert.mnn.file.contents import ModelStorage, OperatorStorage
+from sa3_convert.system.machine import default_threads
 
 _GIVEN = "::given"
 """Suffix of a graph input that stands in for a tensor: the tensor itself may be computed in the same piece."""
@@ -124,7 +125,7 @@ class ReferenceGraph:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 4
         options.enable_cpu_mem_arena = False
-        options.intra_op_num_threads = self._threads or 0
+        options.intra_op_num_threads = self._threads or default_threads()
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._folder))
         return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
