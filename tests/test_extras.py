@@ -20,7 +20,13 @@ from tests.test_house import SOURCE, imports_of, modules, room_of
 
 PROJECT = tomllib.loads((SOURCE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-MODULES = {"pyyaml": "yaml", "nvidia-ml-py": "pynvml", "onnx-graphsurgeon": "onnx_graphsurgeon", "onnx-ir": "onnx_ir"}
+MODULES = {
+    "prometheus-client": "prometheus_client",
+    "pyyaml": "yaml",
+    "nvidia-ml-py": "pynvml",
+    "onnx-graphsurgeon": "onnx_graphsurgeon",
+    "onnx-ir": "onnx_ir",
+}
 """Where a module is not called as what brings it."""
 BROUGHT = {
     "_tools": "mnn",
@@ -28,6 +34,7 @@ BROUGHT = {
     "httpx2": "huggingface_hub",
     "markupsafe": "jinja2",
     "pydantic_core": "pydantic",
+    "starlette": "fastapi",
     "sympy": "torch",
 }
 """Modules that another package of ours always brings."""
@@ -41,6 +48,7 @@ def brought_by(requirements: list[str]) -> set[str]:
 
 CORE = brought_by([p for e in ("hub", "check", "convert", "audio", "gpu") for p in EXTRAS[e]] + PROJECT["dependencies"])
 LAB = brought_by(EXTRAS["lab"])
+SERVE = brought_by(EXTRAS["serve"])
 REQUIRES = [f"{name}; extra == '{extra}'" for extra, names in EXTRAS.items() for name in names]
 """As the metadata of an installed package has them."""
 
@@ -54,11 +62,13 @@ def third_party(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(SOURCE)))
 def test_a_room_imports_what_its_extra_brings(path: Path) -> None:
-    assert set(third_party(path)) <= (CORE | LAB if room_of(path).startswith("lab/") else CORE)
+    room = room_of(path)
+    more = LAB if room.startswith("lab/") else LAB | SERVE if room == "serve" else set()
+    assert set(third_party(path)) <= CORE | more
 
 
 def test_no_package_is_in_two_extras_and_all_has_those_of_users() -> None:
-    assert EXTRAS["all"] == ["sa3-convert[convert,lab,gpu]"]
+    assert EXTRAS["all"] == ["sa3-convert[convert,lab,serve,gpu]"]
     named = [brought_by(names) - {"sa3-convert"} for extra, names in EXTRAS.items() if extra != "all"]
     assert sum(map(len, named)) == len(set().union(*named))
 
@@ -113,6 +123,8 @@ def test_a_report_says_which_extra_brings_what_it_lacks(toy_int8: Bundle, tmp_pa
         ("huggingface_hub", "hub"),
         ("matplotlib.figure", "lab"),
         ("jinja2", "lab"),
+        ("gradio", "serve"),
+        ("prometheus_client", "serve"),
         ("somebody_elses", "all"),
         ("", "all"),
     ],

@@ -58,6 +58,7 @@ ROOMS = (
     ("lab/__init__", "lab/bench", "lab/bisect", "lab/doctor", "lab/planner"),
     ("lab/generations",),
     ("lab/drift", "lab/report", "lab/selftest"),
+    ("serve",),
     ("cli",),
     ("__main__",),
 )

@@ -78,7 +78,7 @@ def test_the_two_commands_stand_first_and_are_targets_of_the_makefile() -> None:
 def test_the_python_example_runs_as_it_stands(
     toy_int8: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (example,) = blocks((ROOT / "docs" / "guide.md").read_text(encoding="utf-8"), "python")
+    example, _ = blocks((ROOT / "docs" / "guide.md").read_text(encoding="utf-8"), "python")
     (tmp_path / "artifacts").mkdir()
     (tmp_path / "artifacts" / "small-music-int8").symlink_to(toy_int8.path)
     monkeypatch.chdir(tmp_path)

@@ -25,6 +25,7 @@ from sa3_convert.cli.options import Command
 from sa3_convert.cli.plan import plan
 from sa3_convert.cli.run import run as generate
 from sa3_convert.cli.selftest import selftest
+from sa3_convert.cli.serve import serve
 from sa3_convert.cli.stages import export, fuse, mnn
 from sa3_convert.cli.verify import verify
 from sa3_convert.errors import BackendError, Sa3Error, UsageError
@@ -40,6 +41,7 @@ _CONVERT, _STAGES, _CHECK, _MEASURE = "Convert and run", "Stage by stage", "Chec
 _COMMANDS: dict[str, tuple[Callable[..., None], str, str]] = {
     "convert": (convert, _CONVERT, "artifacts/small-music --recipe int8 --out artifacts/bundle"),
     "run": (generate, _CONVERT, 'artifacts/bundle --prompt "warm analog pad" --seconds 10 -o pad.wav'),
+    "serve": (serve, _CONVERT, "artifacts/int8 artifacts/fp16 -o pieces"),
     "verify": (verify, _CHECK, "artifacts/bundle --full --report report"),
     "bisect": (bisect, _CHECK, "artifacts/bundle --component dit"),
     "drift": (drift, _CHECK, "artifacts/bundle --baseline drift.json"),

@@ -29,10 +29,10 @@ from sa3_convert.runtime.audio import (
     growing_wav,
 )
 from sa3_convert.runtime.batch import RESULTS, BatchItem, BatchOptions, BatchResult, run_batch
-from sa3_convert.runtime.conditioning import max_seconds
+from sa3_convert.runtime.conditioning import Shared, max_seconds
 from sa3_convert.runtime.engines import KINDS, Backend, Engine, EngineName, Level, TorchEngine
 from sa3_convert.runtime.events import AudioChunk, Report, Started, Stepped
-from sa3_convert.runtime.pipeline import Pipeline, Shared
+from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.placement import engine_for, parse_places, placement
 from sa3_convert.runtime.request import GenerateRequest, ResolvedRequest
 from sa3_convert.system.machine import PeakMemory
@@ -125,21 +125,9 @@ class Target:
 
     def metadata(self, pipeline: Pipeline) -> dict[str, Any]:
         """Return what files tell about the models that made them: those that were opened."""
-        manifest = pipeline.manifest
-        if manifest is None:
+        if pipeline.manifest is None:
             return _of_checkpoint(pipeline.models.engine)
-        loras = [{"name": lora.name, "sha256": lora.sha256, "strength": lora.strength} for lora in manifest.loras]
-        made_from = {"variant": manifest.variant} | ({"loras": loras} if loras else {}) | hub_origin(self.bundle)
-        if self.engine == "torch":
-            return made_from | {
-                "recipe": None,
-                "models": {c.value: digest for c, digest in manifest.checkpoint.digests.items()},
-            }
-        kind = KINDS[self.engine]
-        return made_from | {
-            "recipe": manifest.recipe,
-            "models": {a.component.value: a.sha256 for a in manifest.artifacts if a.component and a.kind == kind},
-        }
+        return pipeline.made_by() | hub_origin(self.bundle)
 
 
 def _of_checkpoint(engine: Engine) -> dict[str, Any]:

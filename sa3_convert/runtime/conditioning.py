@@ -204,6 +204,17 @@ class Conditioning:
         return Conditioning(np.zeros_like(self.cross_attn_cond), self.global_embed)
 
 
+@dataclass(slots=True)
+class Shared:
+    """What generations have in common that differ by their seeds alone."""
+
+    conditions: tuple[Conditioning, Conditioning | None] | None = None
+    audio: list[Floats | None] | None = None
+    """Latents of what they start from, and of what they keep."""
+    warnings: Sequence[str] = ()
+    """What encoding the prompts told."""
+
+
 def conditioning(prompt: Floats, seconds: Floats) -> Conditioning:
     """Join the embeddings of prompt and duration."""
     return Conditioning(np.concatenate((prompt, seconds), axis=1), seconds[:, 0])

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Collection, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,8 +17,8 @@ from sa3_convert.errors import BundleError
 from sa3_convert.runtime import autoencode
 from sa3_convert.runtime import conditioning as conditions
 from sa3_convert.runtime.autoencode import Bottleneck
-from sa3_convert.runtime.conditioning import Conditioning, Lengths, given_audio, inpaint_mask
-from sa3_convert.runtime.engines import Engine, EngineName, KeepLoaded, Models, bundle_engine, checkpoint_parts
+from sa3_convert.runtime.conditioning import Conditioning, Lengths, Shared, given_audio, inpaint_mask
+from sa3_convert.runtime.engines import KINDS, Engine, EngineName, KeepLoaded, Models, bundle_engine, checkpoint_parts
 from sa3_convert.runtime.events import AudioChunk, Event, Generation, Notes, Report, Started, Stepped
 from sa3_convert.runtime.levels import level
 from sa3_convert.runtime.loop import closed
@@ -27,15 +26,6 @@ from sa3_convert.runtime.output_checks import OutputCheck
 from sa3_convert.runtime.prompts import PromptTokenizer, Tokens
 from sa3_convert.runtime.request import GenerateRequest, ResolvedRequest
 from sa3_convert.runtime.sampling import DRAWING, SAMPLERS, Noise, Step, Velocity, guided
-
-
-@dataclass(slots=True)
-class Shared:
-    """What generations have in common that differ by their seeds alone."""
-
-    conditions: tuple[Conditioning, Conditioning | None] | None = None
-    audio: list[Floats | None] | None = None
-    """Latents of what they start from, and of what they keep."""
 
 
 class Pipeline:
@@ -212,7 +202,7 @@ class Pipeline:
         yield Started("text")
         shared = shared or Shared()
         with notes.timed("text"):
-            shared.conditions = shared.conditions or self.condition(settings, notes)
+            words = self._conditioned(settings, shared, notes)
         if (initial is not None or inpainted is not None) and not shared.audio:
             yield Started("encode")
             with notes.timed("encode"):
@@ -221,7 +211,7 @@ class Pipeline:
 
         yield Started("denoise")
         latents: Floats | None = None
-        with closing(self.denoise(settings, sizes, *shared.conditions, (mask, kept), start)) as steps:
+        with closing(self.denoise(settings, sizes, *words, (mask, kept), start)) as steps:
             while (step := notes.timed_next(steps, "denoise")) is not None:
                 latents = step.x
                 yield Stepped(step, settings.steps)
@@ -240,6 +230,19 @@ class Pipeline:
         if (rest := leveller.finish()).size:
             yield AudioChunk(done, rest)
         yield Report(settings, sizes, host(latents), notes.seconds, self.models.engine.settings, tuple(notes.warnings))
+
+    def made_by(self) -> dict[str, Any]:
+        """Return what audio files tell about the models of the bundle that was opened."""
+        assert self.manifest is not None
+        manifest, kind = self.manifest, KINDS.get(self.models.engine.name)
+        loras = [{"name": lora.name, "sha256": lora.sha256, "strength": lora.strength} for lora in manifest.loras]
+        files = {a.component: a.sha256 for a in manifest.artifacts if a.component and a.kind == kind}
+        return {
+            "variant": manifest.variant,
+            **({"loras": loras} if loras else {}),
+            "recipe": manifest.recipe if kind else None,
+            "models": {c.value: d for c, d in (files if kind else manifest.checkpoint.digests).items()},
+        }
 
     def tokens(self, prompt: str) -> Tokens:
         """Return the token ids of a prompt."""
@@ -276,6 +279,15 @@ class Pipeline:
         if not negative:
             return prompted, prompted.without_prompt()
         return prompted, conditions.negative_conditioning(negative[0], prompts["negative prompt"], seconds)
+
+    def _conditioned(
+        self, request: ResolvedRequest, shared: Shared, notes: Notes
+    ) -> tuple[Conditioning, Conditioning | None]:
+        if shared.conditions is None:
+            told = Notes()
+            shared.conditions, shared.warnings = self.condition(request, told), told.warnings
+        notes.warnings += shared.warnings
+        return shared.conditions
 
     def encode(self, *audio: Floats | None) -> list[Floats | None]:
         """Return the latents [1, C, T] of each that `given_audio` returned."""

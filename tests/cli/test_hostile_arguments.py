@@ -47,6 +47,7 @@ WORK = (
     "sa3_convert.lab.doctor.examine.diagnose",
     "sa3_convert.lab.selftest.selftest",
     "sa3_convert.checkpoint.hub.fetch",
+    "sa3_convert.serve.server.serve",
 )
 
 
@@ -80,6 +81,7 @@ SOUND = {
     "table": (["BUNDLE"], {}),
     "drift": (["BUNDLE"], {"--baseline": "BASELINE"}),
     "run": (["BUNDLE"], {"-o": "o.wav", "--prompt": "x", "--seconds": "0.3", "--steps": "1"}),
+    "serve": (["BUNDLE"], {}),
     "bench": (["BUNDLE"], {}),
     "doctor": ([], {}),
     "selftest": ([], {}),

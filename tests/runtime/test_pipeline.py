@@ -12,11 +12,10 @@ from sa3_convert.checkpoint.dimensions import NoShift
 from sa3_convert.components import Component
 from sa3_convert.errors import AudioError, BundleError, OutputRejectedError, UsageError
 from sa3_convert.runtime.audio import write_audio
-from sa3_convert.runtime.conditioning import given_audio
+from sa3_convert.runtime.conditioning import Shared, given_audio
 from sa3_convert.runtime.events import AudioChunk, Report, Started, Stepped
 from sa3_convert.runtime.loop import crossfaded
 from sa3_convert.runtime.noise import TorchGenerator
-from sa3_convert.runtime.pipeline import Shared
 from sa3_convert.runtime.request import GenerateRequest
 from tests.runtime.conftest import Parts
 from tests.runtime.fakes import FakeEngine, decode, pipeline

@@ -1,0 +1,119 @@
+"""`serve`: the page and the HTTP interface."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Option
+
+from sa3_convert.cli import options as o
+from sa3_convert.cli import paths
+from sa3_convert.errors import UsageError
+
+if TYPE_CHECKING:
+    from sa3_convert.runtime.engines import EngineName
+    from sa3_convert.serve.worker import Served
+
+_safety = o.panel("Who may ask")
+
+
+def serve(
+    bundles: o.BundlesArgument,
+    output: Annotated[
+        Path,
+        Option(
+            "-o",
+            "--output",
+            metavar="DIR",
+            help="Where audio, settings and uploads are kept.",
+            callback=paths.makes,
+        ),
+    ] = Path("served"),
+    port: Annotated[int, Option(min=0, max=65535, help="0 is any that is free.")] = 7860,
+    host: Annotated[
+        str, _safety(metavar="ADDRESS", help="Whom to listen to; another than this machine needs --token.")
+    ] = "127.0.0.1",
+    token: Annotated[
+        str | None,
+        _safety(
+            metavar="TOKEN|@FILE", envvar="SA3_CONVERT_TOKEN", help="What whoever asks has to know.", show_envvar=True
+        ),
+    ] = None,
+    queue: Annotated[
+        int, Option(min=1, max=10000, help="Generations that may wait; then it is said when to come back.")
+    ] = 32,
+    keep_mib: Annotated[
+        int | None,
+        Option(min=1, help="Memory beyond which bundles are let go of; three quarters of what is free when not given."),
+    ] = None,
+    engine: Annotated[
+        list[str] | None,
+        o.runtime(
+            metavar="NAME",
+            help="mnn, onnxruntime, onnxruntime-int8 or onnxruntime-fp16; several times to compare them.",
+        ),
+    ] = None,
+    backend: o.BackendOption = "cpu",
+    memory: o.MemoryOption = "normal",
+    precision: o.PrecisionOption = "high",
+    threads: o.ThreadsOption = None,
+    offline: o.OfflineOption = False,
+) -> None:
+    """Open a page and an HTTP interface.
+
+    Nothing is asked of the network, and only this machine is listened to.
+    """
+    token = _read_token(token)
+    if host not in ("127.0.0.1", "localhost", "::1") and not token:
+        raise UsageError(f"--host {host} lets others ask; give --token, or SA3_CONVERT_TOKEN in the environment.")
+    from sa3_convert.cli.console import stderr
+    from sa3_convert.serve.server import serve as run
+
+    how = {"backend": backend, "memory": memory, "precision": precision, "threads": threads}
+    served = _served(bundles, _engines(engine or ["mnn"]), how, offline)
+    run(served, output, host=host, port=port, token=token, queue=queue, keep_mib=keep_mib, say=stderr.print)
+
+
+def _served(
+    bundles: list[Path], engines: list["EngineName"], how: Mapping[str, Any], offline: bool
+) -> dict[str, "Served"]:
+    """Return every bundle under every engine, by the name that clients see."""
+    from sa3_convert.cli.generate import kinds_of, placed
+    from sa3_convert.serve.worker import Served
+
+    served: dict[str, Served] = {}
+    for bundle in bundles:
+        folder = o.brought(bundle, offline, set().union(*(kinds_of(one, False) for one in engines)))
+        for one in engines:
+            options: dict[str, Any] = {name: how[name] for name in ("backend", "threads") if how[name]}
+            if one == "mnn":
+                options |= {name: how[name] for name in ("memory", "precision")}
+                options |= placed(how["backend"], how["precision"], how["memory"], ())
+            name = _name(folder, one if len(engines) > 1 else None, served)
+            served[name] = Served(folder.absolute(), one, options)
+    return served
+
+
+def _engines(names: list[str]) -> list["EngineName"]:
+    from sa3_convert.runtime.engines import KINDS
+
+    known = {str(name): name for name in KINDS}
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(f"There is no engine {unknown[0]!r} to serve with. There are: {', '.join(known)}.")
+    return [known[name] for name in dict.fromkeys(names)]
+
+
+def _read_token(given: str | None) -> str | None:
+    if given is None or not given.startswith("@"):
+        return given
+    from sa3_convert.system.untrusted import read_text
+
+    try:
+        return read_text(Path(given[1:])).strip()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--token {given} cannot be read: {error}.") from None
+
+
+def _name(folder: Path, engine: str | None, taken: Any) -> str:
+    name = folder.resolve().name + (f" ({engine})" if engine else "")
+    return name if name not in taken else next(n for k in range(2, 1000) if (n := f"{name} {k}") not in taken)

@@ -1,0 +1,190 @@
+"""The process that holds the models: it makes one piece at a time, and tells and is told over a connection, in JSON.
+
+It writes the files itself, so that audio crosses no process; what it tells are names, counts and sentences.
+"""
+
+import contextlib
+import json
+import sys
+import traceback
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sa3_convert.arrays import Floats
+from sa3_convert.bundle.reader import Bundle
+from sa3_convert.errors import InputError, Sa3Error
+from sa3_convert.runtime.audio import AudioWriter, PcmStream, audio_writer, growing_wav
+from sa3_convert.runtime.conditioning import Shared
+from sa3_convert.runtime.engines import KINDS, EngineName
+from sa3_convert.runtime.events import AudioChunk, Report, Started, Stepped
+from sa3_convert.runtime.levels import loudness
+from sa3_convert.runtime.pipeline import Pipeline
+from sa3_convert.runtime.request import GenerateRequest, ResolvedRequest
+from sa3_convert.system.files import write_text
+from sa3_convert.system.supervisor import supervise
+
+_ENCODED = 32
+"""Prompts and given audio whose encodings are kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A bundle under an engine."""
+
+    path: Path
+    engine: EngineName
+    options: Mapping[str, Any]
+
+    def bytes(self) -> int:
+        """Return how much its models take on disk; in memory it is at least that."""
+        kind = KINDS[self.engine]
+        return sum(a.bytes for a in Bundle.open(self.path).manifest.artifacts if a.kind == kind)
+
+
+class _CancelledError(Exception):
+    """The piece is not wanted any more."""
+
+
+def work(connection: Connection, served: Mapping[str, Served], keep_bytes: int) -> None:
+    """Work until the connection ends. If a library ends the process that works, this one tells so in its place."""
+    ended = supervise(lambda: _Worker(connection, served, keep_bytes).to_the_end())
+    with contextlib.suppress(OSError):
+        _send(connection, event="gone", sentence=ended.complaint if ended.code == InputError.exit_code else None)
+
+
+def _send(connection: Connection, **message: Any) -> None:
+    connection.send_bytes(json.dumps(message).encode())
+
+
+class _Worker:
+    def __init__(self, connection: Connection, served: Mapping[str, Served], keep_bytes: int) -> None:
+        self._connection, self._served, self._keep_bytes = connection, served, keep_bytes
+        self._open: OrderedDict[str, Pipeline] = OrderedDict()
+        self._encoded: OrderedDict[str, Shared] = OrderedDict()
+
+    def to_the_end(self) -> int:
+        import pyloudnorm  # noqa: F401 - takes a second, which the first piece need not wait for
+
+        with contextlib.suppress(EOFError, ConnectionError):
+            while True:
+                asked = json.loads(self._connection.recv_bytes())
+                if "settings" in asked:
+                    self._make(asked)
+        return 0
+
+    def _make(self, asked: Mapping[str, Any]) -> None:
+        def tell(event: str, **more: Any) -> None:
+            _send(self._connection, job=asked["id"], event=event, **more)
+
+        tell("started")
+        try:
+            tell("done", **self._made(asked, tell))
+        except _CancelledError:
+            tell("cancelled")
+        except Sa3Error as error:
+            tell("failed", sentence=str(error))
+        except MemoryError:
+            tell("failed", sentence="Memory ran out. Ask for less audio, or serve fewer bundles at a time.")
+        except (EOFError, ConnectionError):
+            raise
+        except Exception as error:  # a bug, or what a library raises: it costs this piece, not the others
+            traceback.print_exc(file=sys.stderr)
+            tell("failed", sentence=f"This is a bug in sa3-convert: {type(error).__name__}: {error}")
+        self._free()
+
+    def _made(self, asked: Mapping[str, Any], tell: Any) -> dict[str, Any]:
+        if asked["model"] not in self._open:
+            tell("loading")
+        pipeline, output = self._pipeline(asked["model"]), Path(asked["output"])
+        request = GenerateRequest.from_json(asked["settings"]).resolved(pipeline.layout)
+        rate, chunks = pipeline.layout.sample_rate, list[Floats]()
+        metadata = {"request": request.to_json(output.parent)} | pipeline.made_by()
+        report, steps = None, 0
+        stream = pipeline.stream(request, shared=self._shared(asked["model"], request))
+        with _writer(output, pipeline, request, metadata, tell) as file, closing(stream) as events:
+            for event in events:
+                self._heed(asked["id"])
+                if isinstance(event, Started):
+                    tell("stage", stage=event.stage)
+                elif isinstance(event, Stepped):
+                    tell("step", done=(steps := steps + 1), of=event.steps)
+                elif isinstance(event, AudioChunk):
+                    file.write(event.samples)
+                    chunks.append(event.samples)
+                    tell("audio", samples=event.start + event.samples.shape[1])
+                else:
+                    report = event
+            self._heed(asked["id"])
+        assert isinstance(report, Report)
+        audio = np.concatenate(chunks, axis=1)
+        figures = {
+            "seconds": dict(report.seconds),
+            "engine": dict(report.engine),
+            "duration": audio.shape[1] / rate,
+            "sample_rate": rate,
+            "peak": float(np.abs(audio).max()),
+            "loudness": loudness(audio.astype(np.float64), rate),
+            "warnings": list(report.warnings),
+        }
+        told = {"schema": 1, "output": output.name, **metadata, **figures}
+        write_text(output.with_suffix(".json"), json.dumps(told, indent=2) + "\n")
+        return told
+
+    def _heed(self, job: str) -> None:
+        while self._connection.poll():
+            if json.loads(self._connection.recv_bytes()).get("cancel") == job:
+                raise _CancelledError
+
+    def _pipeline(self, name: str) -> Pipeline:
+        served = self._served[name]
+        if name not in self._open:
+            self._free(served.bytes())
+            how: dict[str, Any] = {"keep_loaded": True, **served.options}
+            self._open[name] = Pipeline.from_bundle(served.path, served.engine, **how)
+        self._open.move_to_end(name)
+        return self._open[name]
+
+    def _free(self, needed: int = 0) -> None:
+        """Let go of bundles, the least recently used first, until there is room; the one in use stays."""
+        import psutil
+
+        process = psutil.Process()
+        while len(self._open) > (needed == 0) and process.memory_info().rss + needed > self._keep_bytes:
+            self._open.popitem(last=False)[1].close()
+
+    def _shared(self, model: str, request: ResolvedRequest) -> Shared:
+        """Return what an earlier piece has encoded of the same prompts and audio, or what will be kept of this one."""
+        guided = request.cfg_scale != 1
+        words = (request.prompt, request.negative_prompt if guided else None, guided)
+        # Files of the folder never change under their names.
+        key = repr((model, words, request.seconds, request.loop, request.duration_padding, request.audio_files(),
+                    request.init_audio is None))  # fmt: skip
+        shared = self._encoded.setdefault(key, Shared())
+        self._encoded.move_to_end(key)
+        if len(self._encoded) > _ENCODED:
+            self._encoded.popitem(last=False)
+        return shared
+
+
+@contextlib.contextmanager
+def _writer(
+    output: Path, pipeline: Pipeline, request: ResolvedRequest, metadata: Mapping[str, Any], tell: Any
+) -> Iterator[AudioWriter | PcmStream]:
+    """Yield what takes the audio: a WAV that grows, or for a loop, which comes as a whole, one that says that it is."""
+    rate = pipeline.layout.sample_rate
+    if request.loop is not None:
+        with audio_writer(output, rate, metadata=metadata, loop=True) as whole:
+            yield whole
+        return
+    samples = request.lengths(pipeline.layout).samples
+    with growing_wav(
+        output, rate, samples, metadata=metadata, report=lambda path: tell("growing", name=path.name)
+    ) as growing:
+        yield growing
