@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_failures
 
+from sa3_convert import ort as runtime
 from sa3_convert.arrays import Placed, constant
 from sa3_convert.errors import BackendError, ModelFileError
-from sa3_convert.ort import OrtSession, cuda_problem
+from sa3_convert.ort import OrtSession, cuda_problem, integer_products_saturate
 
 WEIGHT = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
 
@@ -285,3 +286,45 @@ def test_the_cpu_package_over_the_gpu_package_is_told_with_what_to_do(monkeypatc
     assert "pip uninstall -y onnxruntime onnxruntime-gpu" in problem
     versions["onnxruntime-gpu"] = "absent"
     assert "built for the CPU" in str(cuda_problem())
+
+
+def test_the_product_that_is_tried_is_one_of_bytes() -> None:
+    ports = [("a", TensorProto.UINT8, [2, 8]), ("b", TensorProto.INT8, [8, 16]), ("y", TensorProto.INT32, [2, 16])]
+    *inputs, output = (helper.make_tensor_value_info(*port) for port in ports)
+    graph = helper.make_graph([helper.make_node("MatMulInteger", ["a", "b"], ["y"])], "g", inputs, [output])
+    expected = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 10)], ir_version=8)
+    assert expected.SerializeToString() == runtime._BYTES_PRODUCT
+
+
+@pytest.mark.parametrize(("saturated", "told"), [(0, False), (1000, True)])
+def test_products_that_saturate_are_found_and_exact_ones_asked_for(
+    model: Path, monkeypatch: pytest.MonkeyPatch, saturated: int, told: bool
+) -> None:
+    entries: list[tuple[str, str]] = []
+
+    class Options(ort.SessionOptions):  # type: ignore[misc]
+        def add_session_config_entry(self, key: str, value: str) -> None:
+            entries.append((key, value))
+            super().add_session_config_entry(key, value)
+
+    class Kernels:
+        """What a processor without VNNI gives."""
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def run(self, _: None, given: dict[str, np.ndarray]) -> list[np.ndarray]:
+            return [given["a"].astype(np.int32) @ given["b"] - saturated]
+
+    integer_products_saturate.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.ort, "InferenceSession", Kernels)
+        assert integer_products_saturate() is told
+    monkeypatch.setattr(runtime.ort, "SessionOptions", Options)
+    try:
+        for optimise in (False, True):
+            entries.clear()
+            OrtSession(model, threads=1, optimise=optimise)
+            assert (("session.x64quantprecision", "1") in entries) is (told and optimise)
+    finally:
+        integer_products_saturate.cache_clear()

@@ -13,7 +13,7 @@ from sa3_convert.check.inputs import Sample, samples_for
 from sa3_convert.check.reference_store import ReferenceStore, digest_of
 from sa3_convert.check.results import BundleFidelity, Progress, Verdict, sampled_stage
 from sa3_convert.components import Component
-from sa3_convert.errors import ConversionError, VerificationError
+from sa3_convert.errors import ConversionError, ModelFileError, VerificationError
 from sa3_convert.recipe import Recipe, load_recipe
 from sa3_convert.runtime.engines import KINDS, EngineName, bundle_engine
 
@@ -52,21 +52,20 @@ def models_of(bundle: Bundle, recipe: Recipe, component: Component) -> list[Judg
 
 
 def _onnx_form(bundle: Bundle, component: Component, engine: EngineName) -> Judged:
-    from sa3_convert.passes import half
+    from sa3_convert.passes import half, integers
     from sa3_convert.passes.pipeline import opened_onnx
-    from sa3_convert.rounding import ort_int8
 
     kind = KINDS[engine]
     artifact, file = bundle.artifact(component, kind), bundle.file(component, kind)
     reference, form = (bundle.checked(component, one).path for one in ("onnx", kind))
-    floors, precision = (half.FLOORS_DB, "fp16") if kind == "onnx-fp16" else (ort_int8.FLOORS_DB, "int8")
+    floors, precision = (half.FLOORS_DB, "fp16") if kind == "onnx-fp16" else (integers.FLOORS_DB, "int8")
     try:
-        if kind == "onnx-fp16":
-            with opened_onnx(form) as model:
+        with opened_onnx(form) as model, opened_onnx(reference) as original:
+            if kind == "onnx-fp16":
                 half.check_halves(model)
-        elif not ort_int8.check_integer_form(reference, form):
-            precision = "fp32"
-    except ConversionError as error:
+            elif not integers.check_integers(model, original):
+                precision = "fp32"
+    except (ConversionError, ModelFileError) as error:
         raise VerificationError(f"{file} is not the {precision} form of its reference. {error}") from None
     _check_claims(file, artifact, precision, floors[component], "maker")
     return Judged(component, engine, artifact, floors[component])

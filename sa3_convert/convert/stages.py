@@ -119,13 +119,13 @@ def ort_int8_stage(
 ) -> JudgedModelNotes:
     """Quantise the reference for ONNX Runtime and compare the two; below the floor is an error."""
     from sa3_convert.ort import OrtSession
-    from sa3_convert.rounding.ort_int8 import FLOORS_DB, quantise_for_ort
+    from sa3_convert.passes.integers import FLOORS_DB
+    from sa3_convert.passes.pipeline import onnx_in_integers
 
     target = folder / reference.name
-    precision = "int8" if quantise_for_ort(reference, target) else "fp32"
-    opened = partial(OrtSession, target, optimise=True)
-    figures = _judged(reference, component, FLOORS_DB[component], layout, threads, opened)
-    return JudgedModelNotes(precision=precision, **figures)
+    precision = "int8" if onnx_in_integers(reference, target) else "fp32"
+    opened, floor = partial(OrtSession, target, optimise=True), FLOORS_DB[component]
+    return JudgedModelNotes(precision=precision, **_judged(reference, component, floor, layout, threads, opened))
 
 
 def onnx_fp16_stage(
@@ -341,11 +341,11 @@ STAGES: Final[Mapping[str, Stage]] = {
             work=ort_int8_stage,
             notes=JudgedModelNotes,
             reads=("export",),
-            tools=("onnx", "onnxruntime"),
+            tools=("onnx-ir", "onnxruntime"),
             asked=lambda request: request.with_ort_int8,
             leaves={"onnx-int8": "{}.onnx"},
             folder="onnxruntime-int8",
-            cost=StageCost(20, 1.5, scratch=2),
+            cost=StageCost(20, 1.5),
         ),
         Stage(
             name="onnx-fp16",

@@ -1,6 +1,7 @@
 """What several passes need to read and edit a graph: its constants, and taking out what nothing uses any more."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -64,7 +65,19 @@ class Additions:
 
     def constant(self, name: str, array: NDArray[np.generic] | np.generic) -> ir.Value:
         """Register a new initialiser."""
-        data = ir.tensor(np.asarray(array), name=self.name(name))
+        return self._registered(ir.tensor(np.asarray(array), name=self.name(name)))
+
+    def lazy(
+        self, name: str, compute: Callable[[], NDArray[Any]], dtype: ir.DataType, shape: Sequence[int]
+    ) -> ir.Value:
+        """Register a new initialiser that is computed when it is written."""
+        wanted = self.name(name)
+        tensor = ir.LazyTensor(
+            lambda: ir.Tensor(compute(), name=wanted), dtype=dtype, shape=ir.Shape(shape), name=wanted
+        )
+        return self._registered(tensor)
+
+    def _registered(self, data: ir.TensorProtocol) -> ir.Value:
         shape = ir.Shape(data.shape.numpy())
         value = ir.Value(name=data.name, shape=shape, type=ir.TensorType(data.dtype), const_value=data)
         self.graph.register_initializer(value)

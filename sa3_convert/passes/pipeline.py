@@ -18,6 +18,7 @@ from sa3_convert.passes.fp16_safe import make_fp16_safe
 from sa3_convert.passes.fuse_weight_norm import fuse_weight_norm
 from sa3_convert.passes.half import check_halves, compute_in_half, round_to_half
 from sa3_convert.passes.hazards import refuse_hazards
+from sa3_convert.passes.integers import check_integers, compute_in_integers
 from sa3_convert.passes.quantise_embedding import quantise_embedding
 from sa3_convert.passes.scale_gated_products import scale_gated_products
 from sa3_convert.passes.weights import lift_small_weights, round_weights, take_planned, weights_of
@@ -147,6 +148,24 @@ def onnx_in_half(reference: Path, target: Path) -> None:
         scale_gated_products(model)
         compute_in_half(model)
         save_onnx(model, target, check=check_halves)
+
+
+def onnx_in_integers(reference: Path, target: Path) -> int:
+    """Rewrite the ONNX file `reference` into one that computes with integers; see `integers.compute_in_integers`.
+
+    Returns:
+        The number of products that do; 0 where a component has none to quantise.
+
+    """
+
+    def check(written: ir.Model) -> None:
+        with opened_onnx(reference) as again:
+            check_integers(written, again)
+
+    with opened_onnx(reference) as model:
+        count = compute_in_integers(model)
+        save_onnx(model, target, check=check)
+    return count
 
 
 def save_onnx(model: ir.Model, target: Path, *, check: Callable[[ir.Model], None] = lambda _: None) -> None:

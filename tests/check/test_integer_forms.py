@@ -15,7 +15,7 @@ from sa3_convert.components import Component
 from sa3_convert.errors import BundleError, VerificationError
 from sa3_convert.lab.generations.full import verify_fully
 from sa3_convert.lab.generations.trajectory import GenerationCase
-from sa3_convert.rounding.ort_int8 import FLOORS_DB
+from sa3_convert.passes.integers import FLOORS_DB
 from tests.bundles import Convert
 from tests.check.test_bundle import rewrite
 

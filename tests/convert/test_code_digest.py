@@ -63,12 +63,12 @@ def test_every_stage_is_followed() -> None:
             {"round", "verify", "ort-int8", "onnx-fp16", "split"},
         ),
         ("passes/fp16_safe.py", r"^_LARGEST_CONSTANT.*= ", r"\g<0>1 + ", STORED),
-        ("passes/pipeline.py", r"^_EXTERNAL_FROM_BYTES.*= ", r"\g<0>1 + ", STORED | {"onnx-fp16"}),
+        ("passes/pipeline.py", r"^_EXTERNAL_FROM_BYTES.*= ", r"\g<0>1 + ", STORED | {"ort-int8", "onnx-fp16"}),
         ("check/half.py", r"^def pass_through.*\n", r"\g<0>    print()\n", {"verify", "split"}),
         ("mnn/worker.py", r"^def _refuse.*\n", r"\g<0>    print()\n", {"mnn", "split"}),
         ("networks/layers.py", r"^MASKED.*= ", r"\g<0>1 + ", {"export", "round"}),
         ("checkpoint/lora.py", r"^_NORM_EPS.*= ", r"\g<0>1 + ", {"export", "round"}),
-        ("rounding/ort_int8.py", r"^FLOORS_DB.*\n", r"\g<0>    **{},\n", {"ort-int8"}),
+        ("passes/integers.py", r"^FLOORS_DB.*\n", r"\g<0>    **{},\n", {"ort-int8"}),
         ("check/metrics.py", r"^MAX_DB.*= ", r"\g<0>1 + ", {"verify", "ort-int8", "onnx-fp16", "split"}),
         ("runtime/sessions.py", r"^class SplitSession.*\n", r"\g<0>    odd = 1\n", {"split"}),
         ("convert/stages.py", r"quick=True", "quick=False", {"verify", "ort-int8", "onnx-fp16", "split"}),
@@ -225,7 +225,7 @@ def test_digests_are_kept_until_a_source_file_changes(
     with monkeypatch.context() as patch:
         patch.setattr(Source, "reached", lambda *_: pytest.fail("worked out again"))
         assert KeptDigests(package, kept).of(start) == first
-    edit(package / "rounding/ort_int8.py", r"^FLOORS_DB.*\n", r"\g<0>    **{},\n")
+    edit(package / "passes/integers.py", r"^FLOORS_DB.*\n", r"\g<0>    **{},\n")
     assert KeptDigests(package, kept).of(start) != first
 
 

@@ -8,7 +8,7 @@ import pytest
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError, VerificationError
-from sa3_convert.rounding import ort_int8
+from sa3_convert.passes import integers
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.request import GenerateRequest
 from tests.bundles import Convert
@@ -76,7 +76,7 @@ def test_a_lost_file_is_made_again(converted: Convert, toy: Path, tmp_path: Path
 def test_below_its_floor_nothing_is_made(
     converted: Convert, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ort_int8, "FLOORS_DB", dict.fromkeys(Component, 299))
+    monkeypatch.setattr(integers, "FLOORS_DB", dict.fromkeys(Component, 299))
     options = {"with_ort_int8": True, "components": (Component.ENCODER,), "cache": tmp_path / "cache"}
     with pytest.raises(VerificationError):
         converted(toy, "int8", tmp_path / "out", **options)

@@ -17,8 +17,8 @@ from sa3_convert.components import Component
 from sa3_convert.convert.cache import Notes
 from sa3_convert.convert.code_digest import PACKAGE, Source
 from sa3_convert.convert.stages import STAGES, Stage
+from sa3_convert.passes import integers
 from sa3_convert.recipe import load_recipe
-from sa3_convert.rounding import ort_int8
 from tests.bundles import CONFIGS, Convert
 from tests.convert.test_convert import with_component
 
@@ -80,7 +80,7 @@ def test_every_function_that_a_stage_calls_is_followed(
     for name, stage in STAGES.items():
         monkeypatch.setitem(STAGES, name, watch(stage))
     # How close the models come on this machine is not what is looked at.
-    monkeypatch.setattr(ort_int8, "FLOORS_DB", dict.fromkeys(Component, 1.0))
+    monkeypatch.setattr(integers, "FLOORS_DB", dict.fromkeys(Component, 1.0))
     recipe = with_component(load_recipe(CONFIGS / "int8.yaml"), component, floor_db=1.0)
     converted(
         toy,

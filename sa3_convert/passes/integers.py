@@ -1,0 +1,194 @@
+"""Matrix products that ONNX Runtime computes with 8-bit integers: weights stored, activations as they come.
+
+    y = x · W    →    y ≈ (code(x / t) · code(W / s)) · s · t,    t = max |x| / 127 of a token, s = max |W| / 127 of an
+                                                                   output channel
+
+What is quantised are the products with constant weights: nearly all arithmetic of a Stable Audio 3 model. A scale per
+token keeps one loud token, or one of padding, from taking the levels of all others; products of the same activation
+share its codes. What stays float: products of activations, convolutions (ONNX Runtime's integer ones are slower),
+token tables, and `Gemm`, which the exports use for single vectors only (time and duration after their Fourier features;
+nothing to gain, and their error reaches every latent).
+
+Activations are unsigned around 128, because ONNX Runtime's fast x86 kernels (AMX, VNNI) take unsigned times signed.
+Weights have all eight bits: seven cost 3 to 4 dB and save no time. On x86 without VNNI those kernels would add two
+products in 16 bits and saturate; `ort.OrtSession` finds that out and lets ONNX Runtime take exact ones. Whoever runs
+such a model otherwise has to set `session.x64quantprecision` there.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from itertools import zip_longest
+from typing import Any, Final
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from sa3_convert.components import Component
+from sa3_convert.errors import ConversionError
+from sa3_convert.passes import ir_tools
+
+FLOORS_DB: Final[Mapping[Component, float]] = {
+    Component.TEXT_ENCODER: 22,
+    # Nothing of it is quantised.
+    Component.NUMBER_CONDITIONER: 100,
+    Component.DIT: 20,
+    Component.DECODER: 26,
+    Component.ENCODER: 26,
+}
+"""Least signal-to-noise ratio in dB of a model that `compute_in_integers` made, against its reference."""
+
+_TOP: Final = 127
+_ZERO: Final = 128
+_LEAST: Final = 1e-30
+"""What a token of zeros is divided by."""
+_CONTRIB: Final = "com.microsoft"
+_PRODUCT: Final = "MatMulIntegerToFloat"
+_OPSET: Final = 21
+"""The first in which QuantizeLinear takes a scale per block."""
+_ENDS: Final = ("Min", "Max")
+_PIECE: Final = 1 << 24
+
+
+def compute_in_integers(model: ir.Model) -> int:
+    """Let every product with a constant matrix compute with integers, in place; return how many do.
+
+    Weights are quantised when the model is saved, one at a time.
+    """
+    graph = model.graph
+    new = ir_tools.Additions(graph)
+    products = [(node, *factors) for node in graph for factors in _factors(node)]
+    if not products:
+        return 0
+    model.opset_imports.update({"": max(_OPSET, model.opset_imports.get("", 0)), _CONTRIB: 1})
+    constants = _Constants(new)
+    activations: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+    weights: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+    for node, x, weight, tensor in products:
+        if x not in activations:
+            activations[x] = _quantised(new, x, tensor.shape.numpy()[0], constants)
+        if weight not in weights:
+            weights[weight] = _stored(new, str(weight.name), tensor)
+        (codes, tokens), (stored, scales) = activations[x], weights[weight]
+        result = node.outputs[0]
+        inputs = [codes, stored, constants.one, scales, constants.zero]
+        scaled = ir.val(new.name(f"{result.name}.product"), result.dtype, result.shape)
+        new.nodes.append(ir.node(_PRODUCT, inputs, domain=_CONTRIB, outputs=[scaled], name=scaled.name))
+        # Without a name: it takes that of the result that it replaces.
+        back = ir.node("Mul", [scaled, tokens], outputs=[ir.val(None, result.dtype, result.shape)], name=node.name)
+        new.insert_before(node)
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [back], [result], back.outputs)
+        ir_tools.remove_unused(graph, [weight])
+    return len(products)
+
+
+def _factors(node: ir.Node) -> list[tuple[ir.Value, ir.Value, ir.TensorProtocol]]:
+    """Return a product's activation and constant matrix, as value and as tensor; none of other nodes.
+
+    A matrix with one row makes an outer product, as phases are: there is no sum to compute with integers.
+    """
+    if node.op_type != "MatMul" or node.domain:
+        return []
+    x, weight = node.inputs
+    tensor = ir_tools.constant_tensor(weight)
+    if x is None or weight is None or tensor is None or tensor.dtype is not ir.DataType.FLOAT or len(tensor.shape) != 2:
+        return []
+    return [(x, weight, tensor)] if tensor.shape.numpy()[0] > 1 else []
+
+
+class _Constants:
+    """What all products of a graph share."""
+
+    def __init__(self, new: ir_tools.Additions) -> None:
+        self.last = new.constant("integers.last_axis", np.array([-1], np.int64))
+        self.least = new.constant("integers.least", np.float32(_LEAST))
+        self.step = new.constant("integers.step", np.float32(1 / _TOP))
+        self.one = new.constant("integers.one", np.float32(1))
+        self.zero = new.constant("integers.zero", np.uint8(_ZERO))
+
+
+def _quantised(new: ir_tools.Additions, x: ir.Value, width: int, constants: _Constants) -> tuple[ir.Value, ir.Value]:
+    """Return an activation's codes, and their scale per token, [..., 1].
+
+    Both extremes instead of the magnitudes, and one block per token in QuantizeLinear: no pass over the activation
+    writes floats.
+    """
+    low, high = (new.node(f"Reduce{end}", [x, constants.last], f"{x.name}.{end.lower()}", keepdims=1) for end in _ENDS)
+    largest = new.node("Max", [high, new.node("Neg", [low], f"{x.name}.depth"), constants.least], f"{x.name}.largest")
+    scale = new.node("Mul", [largest, constants.step], f"{x.name}.scale")
+    shape = new.node("Shape", [scale], f"{x.name}.tokens", ir.DataType.INT64)
+    zeros = new.node("Expand", [constants.zero, shape], f"{x.name}.zeros", ir.DataType.UINT8)
+    levels = [x, scale, zeros]
+    byte = ir.DataType.UINT8
+    return new.node("QuantizeLinear", levels, f"{x.name}.codes", byte, x.shape, axis=-1, block_size=width), scale
+
+
+def _stored(new: ir_tools.Additions, name: str, tensor: ir.TensorProtocol) -> tuple[ir.Value, ir.Value]:
+    """Register a weight's codes [in, out] and scales [out], which are computed when they are written."""
+    inner, outer = tensor.shape.numpy()
+
+    @cache
+    def scales() -> NDArray[Any]:
+        largest = np.abs(tensor.numpy()).max(axis=0)
+        # Of a channel of zeros, any will do.
+        return np.where(largest > 0, np.maximum(largest / np.float32(_TOP), np.finfo(np.float32).tiny), np.float32(1))
+
+    def codes() -> NDArray[Any]:
+        rounded: NDArray[np.int8] = np.rint(tensor.numpy() / scales()).astype(np.int8)
+        return rounded
+
+    return (
+        new.lazy(f"{name}.codes", codes, ir.DataType.INT8, (inner, outer)),
+        new.lazy(f"{name}.scales", scales, ir.DataType.FLOAT, (outer,)),
+    )
+
+
+def check_integers(model: ir.Model, reference: ir.Model) -> int:
+    """Hold a saved model to what `compute_in_integers` makes of its reference, bit for bit.
+
+    Args:
+        model: what was written.
+        reference: what it was made of; rewritten in place.
+
+    Returns:
+        The number of integer products.
+
+    Raises:
+        ConversionError: it is something else.
+
+    """
+    count = compute_in_integers(reference)
+    found = sum(node.op_type == _PRODUCT for node in model.graph)
+    if found != count:
+        raise ConversionError(f"It has {found} integer products; its reference has {count} to make them of.")
+    if model.opset_imports != reference.opset_imports or model.functions or _ports(model) != _ports(reference):
+        raise ConversionError("Its inputs, outputs, functions or operator sets are not those of its reference.")
+    for node, wanted in zip_longest(model.graph, reference.graph):
+        if node is None or wanted is None or _description(node) != _description(wanted):
+            raise ConversionError(f"{(node or wanted).name} is not what its reference makes.")
+    constants, expected = model.graph.initializers, reference.graph.initializers
+    for name in sorted(constants.keys() | expected.keys()):
+        if not (name in constants and name in expected and _is_same(constants[name], expected[name])):
+            raise ConversionError(f"{name} does not hold what its reference makes.")
+    return count
+
+
+def _ports(model: ir.Model) -> list[list[str | None]]:
+    return [[value.name for value in values] for values in (model.graph.inputs, model.graph.outputs)]
+
+
+def _description(node: ir.Node) -> tuple[Any, ...]:
+    values = [[None if value is None else value.name for value in side] for side in (node.inputs, node.outputs)]
+    attributes = {name: ir.serde.serialize_attribute(attribute) for name, attribute in node.attributes.items()}
+    return node.domain, node.op_type, node.overload, values, attributes
+
+
+def _is_same(value: ir.Value, wanted: ir.Value) -> bool:
+    first, second = value.const_value, wanted.const_value
+    if first is None or second is None or (first.dtype, first.shape.numpy()) != (second.dtype, second.shape.numpy()):
+        return False
+    if first.dtype is ir.DataType.STRING:
+        return False
+    one, other = (np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8) for tensor in (first, second))
+    pieces = (slice(start, start + _PIECE) for start in range(0, one.size, _PIECE))
+    return all(np.array_equal(one[piece], other[piece]) for piece in pieces)
