@@ -6,6 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,9 +87,13 @@ def tell_unverified(manifest: Manifest | None, path: Path) -> None:
 def show_stage(event: StageEvent) -> None:
     """Print a line when a stage begins, which on a terminal its result replaces, and one when it is done."""
     name = f"{event.component.value:<18}"
-    if event.state == "started":
-        after: tuple[object, ...] = (Control(ControlType.CARRIAGE_RETURN),) if stderr.is_terminal else ()
-        stderr.print(f"{name} {STAGES[event.stage].verb} …", *after, end="" if after else "\n")
+    if event.state in ("started", "working"):
+        left = f", {timedelta(seconds=round(event.seconds))} left" if event.seconds >= 1 else ""
+        doing = f"{name} {' '.join(filter(None, (STAGES[event.stage].verb, event.detail)))}{left} …"
+        if stderr.is_terminal:
+            stderr.print(f"{doing:<64}", Control(ControlType.CARRIAGE_RETURN), end="")
+        else:
+            stderr.print(doing)
         return
     time = "unchanged" if event.state == "reused" else f"{event.seconds:.1f} s"
     stderr.print(f"{name} {event.stage:<9} {time:>10}  {event.detail:<24}")

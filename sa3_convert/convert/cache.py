@@ -11,7 +11,7 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
@@ -21,7 +21,13 @@ from sa3_convert.mnn.compatibility import MnnVersion
 from sa3_convert.system.files import partial_folder, sha256_file, sweep, take_name
 from sa3_convert.system.sealed import fingerprint
 
+if TYPE_CHECKING:
+    from sa3_convert.rounding.compensated import RoundedLinear
+
+PLANNED: Final = "weights.safetensors"
+"""What rounding leaves, of a layer or in all."""
 _ENTRY: Final = "entry.json"
+_UNFINISHED: Final = "unfinished"
 _MAX_ENTRY_BYTES: Final = 16 * 2**20
 """Of `entry.json`, which has some kilobytes."""
 
@@ -142,10 +148,44 @@ class StageCache:
                 _replace(temporary, place)
             return CachedResult(place, files, made)
 
+    def parts(self, key: str, tell: Callable[[int, int], None]) -> "Parts":
+        """Return where a stage with this key keeps what it has finished of its result."""
+        return Parts(StageCache(self._root / _UNFINISHED), key, tell)
+
+    def forget(self, key: str) -> None:
+        """Remove the parts of a stage with this key."""
+        shutil.rmtree(self._root / _UNFINISHED / key, ignore_errors=True)
+
     def sweep(self) -> None:
         """Remove what processes that are gone have left."""
-        for stage in self._root.glob("*/"):
-            sweep(stage)
+        for folder in (*self._root.glob("*/"), *self._root.glob(f"{_UNFINISHED}/*/")):
+            sweep(folder)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a stage has finished of a result that takes long: an interrupted one goes on from there."""
+
+    cache: StageCache
+    key: str
+    """The stage's own: what depends on anything else is never found."""
+    tell: Callable[[int, int], None]
+    """Told how many parts there are, and of how many."""
+
+    def linears(self, layer: str, make: "Callable[[], list[RoundedLinear]]") -> "list[RoundedLinear]":
+        """Return the linears of a layer, as they were kept, whole and undamaged, or made."""
+        from sa3_convert.rounding.compensated import RoundedLinear
+        from sa3_convert.rounding.network import PlannedWeights
+
+        def write(folder: Path) -> RoundNotes:
+            made = make()
+            PlannedWeights.write(folder / PLANNED, made)
+            return RoundNotes(gains_db={linear.name: linear.gain_db for linear in made})
+
+        part = fingerprint(layer=layer)
+        kept = self.cache.find(self.key, part, RoundNotes) or self.cache.make(self.key, part, write)
+        weights = PlannedWeights(kept.file(PLANNED))
+        return [RoundedLinear(name, weights.read(name), gain) for name, gain in kept.notes.gains_db.items()]
 
 
 def _seal(stage: str, key: str, files: dict[str, str], notes: dict[str, Any]) -> str:

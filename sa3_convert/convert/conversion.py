@@ -128,8 +128,9 @@ class StageEvent:
 
     component: Component
     stage: str
-    state: Literal["started", "done", "reused"]
+    state: Literal["started", "working", "done", "reused"]
     seconds: float = 0.0
+    """It took, or, while it works, it will still take; 0 where nobody knows yet."""
     detail: str = ""
 
 
@@ -204,9 +205,25 @@ def _run_stages(request: ConvertRequest, cache: StageCache, step: ComponentPlan,
         elif name in step.todo:
             report(StageEvent(step.component, name, "started"))
             started = time.perf_counter()
+            if request.force:
+                cache.forget(key)
+            step.job.parts = cache.parts(key, _told(report, step.component, name))
             made = cache.make(name, key, partial(_make, STAGES[name], step.job), replace=request.force)
+            cache.forget(key)
             step.job.results[name] = made
             report(StageEvent(step.component, name, "done", time.perf_counter() - started, made.notes.detail))
+
+
+def _told(report: Report, component: Component, stage: str) -> Callable[[int, int], None]:
+    """Return what a stage tells how many of its parts are done: what is left takes as long for each as the last did."""
+    last: list[float] = []
+
+    def tell(done: int, total: int) -> None:
+        last.append(time.perf_counter())
+        left = (last[-1] - last[-2]) * (total - done) if done and len(last) > 1 else 0.0
+        report(StageEvent(component, stage, "working", left, f"{done} of {total}"))
+
+    return tell
 
 
 def _make(stage: Stage, job: ComponentJob, folder: Path) -> Notes:

@@ -11,6 +11,7 @@ from sa3_convert.bundle.manifest import Artifact, ArtifactKind
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.components import TOKEN_TABLE, Component, components_of
 from sa3_convert.convert.cache import CachedResult, StageCache
+from sa3_convert.convert.code_digest import code_digest
 from sa3_convert.convert.existing import (
     existing_bundle,
     is_current,
@@ -19,11 +20,12 @@ from sa3_convert.convert.existing import (
     of_other_weights,
     shared_kinds,
 )
-from sa3_convert.convert.stages import STAGES, STAGES_OF, ComponentJob, Stage, StageKeys, stage_keys
+from sa3_convert.convert.stages import STAGES, STAGES_OF, ComponentJob, Stage, StageKeys
 from sa3_convert.errors import InputError, UsageError
 from sa3_convert.mnn.compatibility import MnnVersion, target_for
 from sa3_convert.recipe import ComponentRecipe, Recipe
-from sa3_convert.system.machine import available_memory
+from sa3_convert.system.machine import available_memory, version_of
+from sa3_convert.system.sealed import fingerprint
 
 if TYPE_CHECKING:
     from sa3_convert.checkpoint.reader import Checkpoint
@@ -172,6 +174,21 @@ def estimate_model_bytes(shapes: dict[str, tuple[int, ...]], recipe: ComponentRe
         else:
             total += count * recipe.float_bytes
     return total
+
+
+def stage_keys(job: ComponentJob) -> StageKeys:
+    """Return the fingerprints of a component's stages: what they read and depend on, our code, and the tools."""
+    keys: dict[str, str] = {}
+    for stage in STAGES.values():
+        if stage.applies(job):
+            keys[stage.name] = fingerprint(
+                stage=stage.name,
+                code=code_digest(stage.work),
+                tools=[version_of(name) for name in stage.tools],
+                reads=[keys[name] for name in stage.reads if name in keys],
+                depends=stage.depends(job),
+            )
+    return keys
 
 
 def plan(request: ConvertRequest) -> ConversionPlan:

@@ -12,19 +12,18 @@ from sa3_convert.bundle.manifest import SPLIT_KINDS, ArtifactKind, Fidelity
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.components import SPECS, Component, contract
 from sa3_convert.convert.cache import (
+    PLANNED,
     CachedResult,
     FidelityNotes,
     JudgedModelNotes,
     MnnNotes,
     ModelNotes,
     Notes,
+    Parts,
     RoundNotes,
 )
-from sa3_convert.convert.code_digest import code_digest
 from sa3_convert.mnn.compatibility import DEFAULT_TARGET, MnnVersion
 from sa3_convert.recipe import ComponentRecipe
-from sa3_convert.system.machine import version_of
-from sa3_convert.system.sealed import fingerprint
 
 if TYPE_CHECKING:
     from sa3_convert.arrays import Session
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
 
 StageKeys = Mapping[str, str]
 """Fingerprints of the stages that a component can go through, in order; each contains those of what it reads."""
-PLANNED: Final = "weights.safetensors"
-"""What the round stage leaves."""
 
 
 def export_stage(checkpoint: "Checkpoint", component: Component, folder: Path) -> ModelNotes:
@@ -50,18 +47,23 @@ def export_stage(checkpoint: "Checkpoint", component: Component, folder: Path) -
 
 
 def round_stage(
-    checkpoint: "Checkpoint", component: Component, recipe: ComponentRecipe, folder: Path, threads: int | None
+    checkpoint: "Checkpoint",
+    component: Component,
+    recipe: ComponentRecipe,
+    folder: Path,
+    threads: int | None,
+    parts: Parts,
 ) -> RoundNotes:
-    """Round the linears whose rounding makes up for what came before."""
+    """Round the linears whose rounding makes up for what came before, keeping each layer that is done."""
     from sa3_convert.rounding.network import PlannedWeights, round_network
 
-    linears = round_network(checkpoint, component, recipe, threads=threads)
-    PlannedWeights.write(folder / PLANNED, {linear.name: linear.weight for linear in linears})
-    helped = sum(linear.compensated for linear in linears)
-    return RoundNotes(
-        gains_db={linear.name: round(linear.gain_db, 2) for linear in linears},
-        detail=f"compensated {helped} of {len(linears)} linears",
+    linears = round_network(checkpoint, component, recipe, threads=threads, kept=parts.linears, tell=parts.tell)
+    PlannedWeights.write(folder / PLANNED, linears)
+    gains, helped = (
+        {linear.name: round(linear.gain_db, 2) for linear in linears},
+        sum(one.compensated for one in linears),
     )
+    return RoundNotes(gains_db=gains, detail=f"compensated {helped} of {len(linears)} linears")
 
 
 def mnn_stage(
@@ -210,6 +212,7 @@ class ComponentJob:
     recipe: ComponentRecipe
     target_mnn: MnnVersion = DEFAULT_TARGET
     threads: int | None = None
+    parts: Parts | None = None
     results: dict[str, CachedResult[Any]] = field(default_factory=dict)
 
     def given(self, folder: Path) -> dict[str, Any]:
@@ -220,7 +223,10 @@ class ComponentJob:
             for what, (stage, name) in files.items()
             if stage in self.results
         }
-        own = {name: getattr(self, name) for name in ("checkpoint", "component", "recipe", "target_mnn", "threads")}
+        own = {
+            name: getattr(self, name)
+            for name in ("checkpoint", "component", "recipe", "target_mnn", "threads", "parts")
+        }
         return {**own, "planned": None, "layout": self.checkpoint.layout, "folder": folder, **left}
 
     def origin(self) -> dict[str, Any]:
@@ -381,18 +387,3 @@ STAGES_OF: Final[Mapping[ArtifactKind, tuple[str, ...]]] = {
     for kind in maker.leaves
 }
 """What makes a component's file, and what judges it, if that is another stage: its manifest has the key of the last."""
-
-
-def stage_keys(job: ComponentJob) -> StageKeys:
-    """Return the fingerprints of a component's stages: what they read and depend on, our code, and the tools."""
-    keys: dict[str, str] = {}
-    for stage in STAGES.values():
-        if stage.applies(job):
-            keys[stage.name] = fingerprint(
-                stage=stage.name,
-                code=code_digest(stage.work),
-                tools=[version_of(name) for name in stage.tools],
-                reads=[keys[name] for name in stage.reads if name in keys],
-                depends=stage.depends(job),
-            )
-    return keys

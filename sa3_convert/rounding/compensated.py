@@ -2,26 +2,29 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from sa3_convert.arrays import Floats
-from sa3_convert.rounding.grid import Grid, least_squares_grid, one_thread, round_least_squares, to_grid
+from sa3_convert.rounding.grid import Grid, in_parallel, least_squares_grid, round_least_squares, to_grid
 
 RIDGE: Final = 1.0
 """r as a share of the mean of diag(H)."""
 DAMPING: Final = 0.1
 """d as a share of the mean of diag(H): directions that calibration hardly excites stay put."""
 _BLOCK: Final = 64
+_PIECE: Final = 256
+"""Columns of a product that are computed at a time: always the same, so that sums do not depend on threads."""
 _TINY: Final = torch.finfo(torch.float32).tiny
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class InputMoments:
     """Second moments of what reaches a linear over the same positions of both networks; any common positive scale."""
 
@@ -33,7 +36,32 @@ class InputMoments:
     @classmethod
     def of(cls, original: Tensor, rounded: Tensor) -> "InputMoments":
         """Sum up inputs [positions, in] float32 of the original and of the rounded network."""
-        return cls((rounded.T @ rounded).double(), (original.T @ rounded).double())
+        width = rounded.shape[1]
+        products = torch.empty(2, width, width)
+
+        def fill(start: int) -> None:
+            stop = min(start + _PIECE, width)
+            columns = rounded[:, start:stop]
+            products[0, :stop, start:stop] = rounded[:, :stop].T @ columns
+            products[1, :, start:stop] = original.T @ columns
+
+        in_parallel(fill, range(0, width, _PIECE))
+        upper, crossed = products.double()
+        return cls(upper.triu() + upper.triu(1).T, crossed)
+
+    @cached_property
+    def solver(self) -> tuple[Tensor, Tensor]:
+        """(C + rI)ᵀ and the Cholesky factor of H + rI, of which V follows."""
+        ridge = _share_of_mean(self.rounded, RIDGE)
+        return (self.crossed + ridge).T, torch.linalg.cholesky(self.rounded + ridge)
+
+    @cached_property
+    def compensation(self) -> tuple[Tensor, Tensor]:
+        """The order in which input channels are rounded, and in it the upper Cholesky factor of (H + dI)⁻¹."""
+        order = torch.argsort(self.rounded.diagonal(), descending=True)
+        damped = (self.rounded + _share_of_mean(self.rounded, DAMPING))[order][:, order]
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        return order, torch.linalg.cholesky(inverse, upper=True).float()
 
 
 def round_error_compensated(weight: Floats, moments: InputMoments, grid: Grid) -> Floats:
@@ -48,7 +76,7 @@ def round_error_compensated(weight: Floats, moments: InputMoments, grid: Grid) -
     aim = _aim(torch.from_numpy(weight.copy()), moments)
     rows = aim.reshape(-1, length)
     lo, step = least_squares_grid(rows, grid)
-    codes = _compensate(aim, _spread(lo, aim, length), _spread(step, aim, length), moments.rounded, grid)
+    codes = _compensate(aim, _spread(lo, aim, length), _spread(step, aim, length), moments, grid)
     codes = codes.reshape(-1, length)
     values = torch.where(_has_both_ends(codes, grid), lo + step * codes, to_grid(rows, lo, step, grid))
     result: Floats = values.reshape(weight.shape).numpy()
@@ -57,9 +85,8 @@ def round_error_compensated(weight: Floats, moments: InputMoments, grid: Grid) -
 
 def _aim(weight: Tensor, moments: InputMoments) -> Tensor:
     """Return V, [out, in] float32."""
-    ridge = _share_of_mean(moments.rounded, RIDGE)
-    wanted = (moments.crossed + ridge).T @ weight.double().T
-    return torch.cholesky_solve(wanted, torch.linalg.cholesky(moments.rounded + ridge)).T.float().contiguous()
+    crossed, factor = moments.solver
+    return torch.cholesky_solve(crossed @ weight.double().T, factor).T.float().contiguous()
 
 
 def _share_of_mean(moments: Tensor, share: float) -> Tensor:
@@ -73,12 +100,9 @@ def _spread(numbers: Tensor, weight: Tensor, length: int) -> Tensor:
     return numbers.reshape(weight.shape[0], -1).repeat_interleave(length, dim=1)
 
 
-def _compensate(weight: Tensor, lo: Tensor, step: Tensor, moments: Tensor, grid: Grid) -> Tensor:
+def _compensate(weight: Tensor, lo: Tensor, step: Tensor, moments: InputMoments, grid: Grid) -> Tensor:
     """Return the codes [out, in]; updates beyond a block of columns are gathered into one product."""
-    order = torch.argsort(moments.diagonal(), descending=True)
-    damped = (moments + _share_of_mean(moments, DAMPING))[order][:, order]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor = torch.linalg.cholesky(inverse, upper=True).float()
+    order, factor = moments.compensation
     # Input channels as rows: each is one piece of memory.
     left, lo, step = (numbers[:, order].T.contiguous() for numbers in (weight, lo, step))
     step = torch.where(step > 0, step, torch.ones_like(step))
@@ -135,87 +159,140 @@ class RoundedLinear:
         return self.gain_db > 0
 
 
+Kept = Callable[[str, Callable[[], list[RoundedLinear]]], list[RoundedLinear]]
+"""Returns a block's linears by its name: what was kept of them before, or what the function makes."""
+
+
 def round_blocks(
-    blocks: Mapping[str, nn.Module], fit: Sequence[Streams], check: Sequence[Streams], grid_of: GridOf
+    blocks: Mapping[str, nn.Module],
+    fit: Sequence[Streams],
+    check: Sequence[Streams],
+    grid_of: GridOf,
+    kept: Kept = lambda _, make: make(),
+    tell: Callable[[int, int], None] = lambda *_: None,
 ) -> Iterator[RoundedLinear]:
     """Round the linears of consecutive blocks in place, on samples to fit on and to check with, which advance too.
 
-    Each block maps (state, *arguments) to the next state; a linear's grid is asked for by its full name.
+    Each block maps (state, *arguments) to the next state; a linear's grid is asked for by its full name. Samples run
+    side by side, each on one thread. Told is how many blocks are done, and of how many.
     """
     samples = [*fit, *check]
-    for name, block in blocks.items():
-        groups = _groups(block, samples[0].original)
-        originals, states = _run(block, [sample.original for sample in samples], [group[0] for group in groups])
-        finished: dict[str, _Finished] = {}
-        for group in groups:
-            moved = reaching(block, group[0], [(state, *rest) for state, rest in (one.rounded for one in samples)])
-            inputs = _Inputs(originals.pop(group[0]), [first.flatten(0, -2) for first, *_ in moved], len(fit))
-            for path in group:
-                linear = block.get_submodule(path)
-                yield from _replaced(linear, f"{name}.{path}", inputs, grid_of)
-                finished[path] = _Finished(linear, len(samples))
-                block.set_submodule(path, finished[path])
-        _, moved_states = _run(block, [sample.rounded for sample in samples], ())
-        for path, done in finished.items():
-            block.set_submodule(path, done.linear)
-        for sample, state, moved_state in zip(samples, states, moved_states, strict=True):
+    for number, (name, block) in enumerate(blocks.items()):
+        tell(number, len(blocks))
+        rounding = _BlockRounding(name, block, samples, len(fit))
+        linears = kept(name, partial(rounding.make, grid_of))
+        for linear in linears:
+            _replace(block.get_submodule(linear.name.removeprefix(f"{name}.")), linear)
+        rounding.advance()
+        yield from linears
+
+
+class _BlockRounding:
+    """One block, and what it does with samples in the original network."""
+
+    def __init__(self, name: str, block: nn.Module, samples: Sequence[Streams], fitted: int) -> None:
+        self._name, self._block, self._samples, self._fitted = name, block, samples, fitted
+        self._groups, self._ends = _groups(block, samples[0].original)
+        firsts = [group[0] for group in self._groups]
+        self._originals, self._states = _run(block, [sample.original for sample in samples], firsts)
+        self._moved: list[Tensor] = []
+
+    def make(self, grid_of: GridOf) -> list[RoundedLinear]:
+        """Round its linears in place, in the order in which they run, those with the same input together."""
+        calls = [sample.rounded for sample in self._samples]
+        made: list[RoundedLinear] = []
+        whole: dict[str, nn.Module] = {}
+        for group in self._groups:
+            reached = [first for first, *_ in reaching(self._block, group[0], [(x, *rest) for x, rest in calls])]
+            inputs = _Inputs(self._originals.pop(group[0]), [x.flatten(0, -2) for x in reached], self._fitted)
+            linears = {f"{self._name}.{path}": self._block.get_submodule(path) for path in group}
+            grids = {name: grid for name in linears if (grid := grid_of(name)) is not None}
+            made += in_parallel(partial(inputs.rounded, linears, grids), grids)
+            for linear in made[len(made) - len(grids) :]:
+                _replace(linears[linear.name], linear)
+            for path, module in zip(group, linears.values(), strict=True):
+                end = self._ends.get(path, path)
+                whole[end] = self._block.get_submodule(end)
+                self._block.set_submodule(end, _Finished(in_parallel(module, reached)))
+        _, self._moved = _run(self._block, calls, ())
+        for path, module in reversed(whole.items()):
+            self._block.set_submodule(path, module)
+        return made
+
+    def advance(self) -> None:
+        """Take the samples to the next block, in the rounded network through what its linears are now."""
+        moved = self._moved or _run(self._block, [sample.rounded for sample in self._samples], ())[1]
+        for sample, state, moved_state in zip(self._samples, self._states, moved, strict=True):
             sample.original, sample.rounded = (state, sample.original[1]), (moved_state, sample.rounded[1])
+
+
+def _replace(linear: nn.Module, rounded: RoundedLinear) -> None:
+    linear.weight = nn.Parameter(torch.from_numpy(rounded.weight), requires_grad=False)
 
 
 class _Inputs:
     """A linear's inputs in both networks, [positions, in] per sample; the first `fitted` samples are fitted on."""
 
     def __init__(self, original: list[Tensor], rounded: list[Tensor], fitted: int) -> None:
-        self.moments = InputMoments.of(torch.cat(original[:fitted]), torch.cat(rounded[:fitted]))
+        self._fit = original[:fitted], rounded[:fitted]
         self._original, self._rounded = torch.cat(original[fitted:]), torch.cat(rounded[fitted:])
 
-    def error(self, weight: Tensor, replacement: Floats) -> float:
+    @cached_property
+    def _moments(self) -> InputMoments:
+        return InputMoments.of(*(torch.cat(inputs) for inputs in self._fit))
+
+    def rounded(self, linears: Mapping[str, nn.Module], grids: Mapping[str, Grid], name: str) -> RoundedLinear:
+        """Return what becomes of one linear: the better of two ways on the samples to check with."""
+        linear = linears[name]
+        assert isinstance(linear, nn.Linear)
+        weight = linear.weight.detach()
+        original: Floats = weight.numpy()
+        compensated = round_error_compensated(original, self._moments, grids[name])
+        plain = round_least_squares(original, grids[name])
+        wanted = self._original @ weight.T
+        with_it, without = (self._error(wanted, replacement) for replacement in (compensated, plain))
+        gain = 10 * math.log10((without + _NOTHING) / (with_it + _NOTHING))
+        return RoundedLinear(name, compensated if gain > 0 else plain, gain)
+
+    def _error(self, wanted: Tensor, replacement: Floats) -> float:
         """Return the energy of the output's error on the samples to check with."""
-        difference = self._original @ weight.T - self._rounded @ torch.from_numpy(replacement).T
+        difference = wanted - self._rounded @ torch.from_numpy(replacement).T
         return float(difference.square().sum(dtype=torch.float64))
 
 
-def _replaced(linear: nn.Module, name: str, inputs: _Inputs, grid_of: GridOf) -> Iterator[RoundedLinear]:
-    """Round one linear in place, if it has a grid."""
-    assert isinstance(linear, nn.Linear)
-    grid = grid_of(name)
-    if grid is None:
-        return
-    weight = linear.weight.detach()
-    original: Floats = weight.numpy()
-    with one_thread():
-        plain = round_least_squares(original, grid)
-        compensated = round_error_compensated(original, inputs.moments, grid)
-    without, with_it = (inputs.error(weight, rounded) for rounded in (plain, compensated))
-    gain = 10 * math.log10((without + _NOTHING) / (with_it + _NOTHING))
-    rounded = RoundedLinear(name, compensated if gain > 0 else plain, gain)
-    linear.weight = nn.Parameter(torch.from_numpy(rounded.weight), requires_grad=False)
-    yield rounded
+class _Call(threading.local):
+    """Which of the calls that are made side by side this thread is in."""
+
+    number = -1
+
+
+_call: Final = _Call()
 
 
 class _Finished(nn.Module):
-    """A linear that stays as it is: what it gives for each sample is computed in the first pass over them and kept.
+    """Stands for a module whose outputs are known, one for each call."""
 
-    Every pass takes the samples in the same order, and calls the linear once for each.
-    """
-
-    def __init__(self, linear: nn.Module, samples: int) -> None:
+    def __init__(self, outputs: Sequence[Tensor]) -> None:
         super().__init__()
-        self.linear = linear
-        self._samples = samples
-        self._calls = 0
-        self._outputs: list[Tensor] = []
+        self._outputs = outputs
 
-    def forward(self, x: Tensor) -> Tensor:
-        index = self._calls % self._samples
-        self._calls += 1
-        if index == len(self._outputs):
-            self._outputs.append(self.linear(x))
-        return self._outputs[index]
+    def forward(self, *_: object) -> Tensor:
+        return self._outputs[_call.number]
 
 
 class _ReachedError(Exception):
     """A network has run as far as it had to."""
+
+
+def _side_by_side(network: nn.Module, calls: Sequence[Sequence[Any]]) -> list[Any]:
+    """Return what a network makes of each call; nothing of those that were to run no further."""
+
+    def run(number: int) -> Any:
+        _call.number = number
+        with contextlib.suppress(_ReachedError):
+            return network(*calls[number])
+
+    return in_parallel(run, range(len(calls)))
 
 
 @contextlib.contextmanager
@@ -231,39 +308,55 @@ def _watched(
             handle.remove()
 
 
-def reaching(network: nn.Module, path: str, calls: Iterable[Sequence[Any]]) -> list[tuple[Any, ...]]:
+def reaching(network: nn.Module, path: str, calls: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
     """Return what reaches a module of a network in each call, which runs no further."""
-    caught: list[tuple[Any, ...]] = []
+    caught: list[tuple[Any, ...]] = [()] * len(calls)
 
     def catch(_: str, __: nn.Module, arguments: tuple[Any, ...]) -> None:
-        caught.append(arguments)
+        caught[_call.number] = arguments
         raise _ReachedError
 
     with _watched(network, [path], catch):
-        for arguments in calls:
-            with contextlib.suppress(_ReachedError):
-                network(*arguments)
+        _side_by_side(network, calls)
     return caught
 
 
-def _groups(block: nn.Module, call: Call) -> list[list[str]]:
-    """Return the paths of a block's linears in the order in which they run, those with the same input together."""
+def _groups(block: nn.Module, call: Call) -> tuple[list[list[str]], dict[str, str]]:
+    """Return the paths of a block's linears in the order in which they run, those with the same input together.
+
+    Also of linears whose output is that of a module around them, by their paths, that of the outermost.
+    """
     seen: dict[int, tuple[Tensor, list[str]]] = {}
+    ends: dict[str, str] = {}
+    made: dict[int, tuple[Tensor, str]] = {}
+    linears = {path for path, module in block.named_modules() if isinstance(module, nn.Linear)}
 
-    def note(path: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        seen.setdefault(id(arguments[0]), (arguments[0], []))[1].append(path)
+    def note(path: str, _: nn.Module, arguments: tuple[Tensor, ...], output: Any) -> None:
+        if path in linears:
+            seen.setdefault(id(arguments[0]), (arguments[0], []))[1].append(path)
+            made[id(output)] = output, path
+        elif id(output) in made:
+            ends[made[id(output)][1]] = path
 
-    linears = [path for path, module in block.named_modules() if isinstance(module, nn.Linear)]
-    with _watched(block, linears, note):
+    # Modules within others end before these.
+    handles = [module.register_forward_hook(partial(note, path)) for path, module in block.named_modules() if path]
+    try:
         block(call[0], *call[1])
-    return [paths for _, paths in seen.values()]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [paths for _, paths in seen.values()], ends
 
 
 def _run(
     block: nn.Module, calls: Sequence[Call], watched: Sequence[str]
 ) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
     """Return what reached the watched linears, [positions, in] per call, and the states behind the block."""
-    caught: dict[str, list[Tensor]] = {path: [] for path in watched}
-    with _watched(block, watched, lambda path, _, arguments: caught[path].append(arguments[0].flatten(0, -2))):
-        states = [block(state, *arguments) for state, arguments in calls]
+    caught = {path: [torch.empty(0)] * len(calls) for path in watched}
+
+    def catch(path: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        caught[path][_call.number] = arguments[0].flatten(0, -2)
+
+    with _watched(block, watched, catch):
+        states: list[Tensor] = _side_by_side(block, [(state, *rest) for state, rest in calls])
     return caught, states

@@ -20,10 +20,10 @@ squares fit of (lo, step) or step to the codes (Lloyd's iteration restricted to 
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ STARTS: Final = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.5, 0.4)
 ITERATIONS: Final = 6
 _WEIGHTS_AT_ONCE: Final = 1 << 17
 _HALF_MANTISSA: Final = 1 << 11
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +118,24 @@ def _by_rows(weight: Floats, grid: Grid, rounded: Callable[[torch.Tensor], torch
     def fill(start: int) -> None:
         result[start : start + step] = rounded(flat[start : start + step])
 
-    # Pieces that stay in a processor's cache, each on one thread: what torch would hand to others is too small.
-    with one_thread() as threads, ThreadPoolExecutor(threads) as pool:
-        list(pool.map(fill, range(0, len(flat), step)))
+    # Pieces that stay in a processor's cache.
+    in_parallel(fill, range(0, len(flat), step))
     values: Floats = result.reshape(weight.shape).numpy()
     return values
+
+
+def in_parallel(work: Callable[[Item], Made], items: Iterable[Item]) -> list[Made]:
+    """Return what is made of each item, one thread for each: what torch would hand to others of it is too small.
+
+    Nothing depends on how many threads there are, and none waits for another that other processes keep from running.
+    """
+
+    def make(item: Item) -> Made:
+        with torch.no_grad():
+            return work(item)
+
+    with one_thread() as threads, ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(make, items))
 
 
 @contextlib.contextmanager

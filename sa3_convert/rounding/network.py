@@ -1,7 +1,7 @@
 """The layers whose weights MNN's converter rounds, rounded ahead of it: error-compensated, on samples of their own."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from sa3_convert.mnn.layer_rules import LIFTED_SUFFIX
 from sa3_convert.networks.build import build_network
 from sa3_convert.passes.quantise_embedding import best_curve, quantise_rows
 from sa3_convert.recipe import ComponentRecipe, WeightScheme
-from sa3_convert.rounding.compensated import RoundedLinear, Streams, reaching, round_blocks
+from sa3_convert.rounding.compensated import Kept, RoundedLinear, Streams, reaching, round_blocks
 from sa3_convert.rounding.grid import grid_for, round_least_squares
 
 _SHARED_TOO_OFTEN: Final = 4
@@ -105,9 +105,9 @@ class PlannedWeights:
     path: Path
 
     @classmethod
-    def write(cls, path: Path, weights: Mapping[str, Floats]) -> "PlannedWeights":
-        """Keep weights by layer name in a safetensors file."""
-        save_file(dict(weights), path)
+    def write(cls, path: Path, linears: Iterable[RoundedLinear]) -> "PlannedWeights":
+        """Keep the weights of linears by their names in a safetensors file."""
+        save_file({linear.name: linear.weight for linear in linears}, path)
         return cls(path)
 
     def names(self) -> frozenset[str]:
@@ -154,8 +154,13 @@ def round_network(
     recipe: ComponentRecipe,
     *,
     threads: int | None = None,
+    kept: Kept = lambda _, make: make(),
+    tell: Callable[[int, int], None] = lambda *_: None,
 ) -> list[RoundedLinear]:
-    """Round the linears of a component's stack as its recipe says; without threads, torch keeps its number."""
+    """Round the linears of a component's stack as its recipe says; without threads, torch keeps its number.
+
+    `kept` may know the layers of an earlier run, and `tell` is told how many are done, and of how many.
+    """
     if threads:
         torch.set_num_threads(threads)
     scheme, stack = recipe.weights, SPECS[component].stack
@@ -176,7 +181,7 @@ def round_network(
         with _stored_embedding(network, recipe):
             moved = [(state, rest) for state, *rest in reaching(network, first, inputs)]
         streams = [Streams(*calls) for calls in zip(originals, moved, strict=True)]
-        return list(round_blocks(blocks, streams[:fit], streams[fit:], partial(grid_for, scheme)))
+        return list(round_blocks(blocks, streams[:fit], streams[fit:], partial(grid_for, scheme), kept, tell))
 
 
 def _width(blocks: Mapping[str, nn.Module]) -> int:

@@ -63,7 +63,20 @@ def test_a_stage_that_has_begun_is_overwritten_by_its_result_on_a_terminal() -> 
         "from sa3_convert.components import Component; from sa3_convert.convert.conversion import StageEvent\n"
         "show_stage(StageEvent(Component.DIT, 'mnn', 'started'))\n"
     )
-    assert re.search(r"converting …\r$", re.sub(r"\x1b\[[0-9;]*m", "", shown))
+    assert re.search(r"converting … *\r$", re.sub(r"\x1b\[[0-9;]*m", "", shown))
+
+
+def test_a_long_stage_says_how_far_it_is_and_what_is_left() -> None:
+    shown = on_a_terminal(
+        "from sa3_convert.cli.console import show_stage\n"
+        "from sa3_convert.components import Component; from sa3_convert.convert.conversion import StageEvent\n"
+        "show_stage(StageEvent(Component.DIT, 'round', 'working', 100.4, '4 of 12'))\n"
+        "show_stage(StageEvent(Component.DIT, 'round', 'working', 0.0, '0 of 12'))\n"
+    )
+    first, second, _ = re.sub(r"\x1b\[[0-9;]*m", "", shown).split("\r")
+    assert first.rstrip() == "dit                rounding 4 of 12, 0:01:40 left …"
+    # What stood there is covered.
+    assert (second.rstrip(), len(second)) == ("dit                rounding 0 of 12 …", len(first))
 
 
 @pytest.mark.parametrize(

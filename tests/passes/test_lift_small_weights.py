@@ -13,6 +13,7 @@ from sa3_convert.mnn.session import MnnSession
 from sa3_convert.passes.pipeline import onnx_for_mnn
 from sa3_convert.passes.weights import LEAST_STEP, lacking, lift_small_weights
 from sa3_convert.recipe import ComponentRecipe, WeightScheme
+from sa3_convert.rounding.compensated import RoundedLinear
 from sa3_convert.rounding.grid import Grid, round_least_squares
 from sa3_convert.rounding.network import PlannedWeights, quantisable_layers
 from tests.passes.graphs import checked, graph, run_ort, signal_to_noise_db
@@ -124,7 +125,7 @@ def test_rows_that_were_planned_ahead_are_stored_as_planned_however_small(tmp_pa
     onnx.save(checked(model), tmp_path / "reference.onnx")
     scheme = WeightScheme(bits=8, symmetric=symmetric, scales="fp16", rounding="error_compensated")
     recipe, grid = ComponentRecipe(weights=scheme, floor_db=1), Grid(8, symmetric, None, half_scales=True)
-    planned = {"y": round_least_squares(rows.reshape(40, 64), grid)}
+    planned = [RoundedLinear("y", round_least_squares(rows.reshape(40, 64), grid), 0.0)]
     onnx_for_mnn(
         tmp_path / "reference.onnx",
         tmp_path / "lifted.onnx",

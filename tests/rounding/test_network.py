@@ -76,7 +76,7 @@ def test_the_text_encoder_comes_closer_than_by_least_squares_on_unseen_prompts(
     checkpoint: Checkpoint, reference: Path, rounded: list[RoundedLinear], tmp_path: Path
 ) -> None:
     samples = [sample_inputs(TEXT_ENCODER, checkpoint.layout, seed=seed, latents=0) for seed in range(16)]
-    planned = PlannedWeights.write(tmp_path / "weights.safetensors", {one.name: one.weight for one in rounded})
+    planned = PlannedWeights.write(tmp_path / "weights.safetensors", rounded)
 
     def outputs(path: Path) -> list[Floats]:
         session = OrtSession(path, threads=1)
@@ -162,7 +162,9 @@ def test_a_recipe_that_needs_planned_weights_fails_without(reference: Path, tmp_
 
 
 def test_weights_planned_for_another_graph_are_refused(reference: Path, tmp_path: Path) -> None:
-    stray = PlannedWeights.write(tmp_path / "weights.safetensors", {"no.such.layer": np.zeros((2, 2), np.float32)})
+    stray = PlannedWeights.write(
+        tmp_path / "weights.safetensors", [RoundedLinear("no.such.layer", np.zeros((2, 2), np.float32), 0.0)]
+    )
     with pytest.raises(ConversionError, match=r"no\.such\.layer.*not for this graph"):
         onnx_for_mnn(reference, tmp_path / "out.onnx", TEXT_ENCODER, recipe(), planned=stray)
 

@@ -17,7 +17,8 @@ from pydantic import TypeAdapter
 from sa3_convert.check.inputs import sample_inputs
 from sa3_convert.components import TOKEN_TABLE, Component
 from sa3_convert.convert.code_digest import code_digest
-from sa3_convert.convert.stages import ComponentJob, stage_keys
+from sa3_convert.convert.plan import stage_keys
+from sa3_convert.convert.stages import ComponentJob
 from sa3_convert.errors import UsageError
 from sa3_convert.lab.planner.allocation import Allocation, Option, allocate, smallest_for_error
 from sa3_convert.lab.planner.sensitivity import (
