@@ -1,6 +1,7 @@
 """What this machine is: processors, memory, GPUs, and the versions of all that takes part."""
 
 import contextlib
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -74,6 +75,31 @@ def _siblings(file: Path, number: int) -> str:
         return file.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError):
         return str(number)
+
+
+_FENV_MXCSR: Final = 7
+"""Which 32-bit word of glibc's and musl's fenv_t on x86-64 is the register with the modes below."""
+_FLUSH_TO_ZERO, _DENORMALS_ARE_ZERO = 1 << 15, 1 << 6
+
+
+@contextlib.contextmanager
+def flushed_subnormals() -> Iterator[None]:
+    """Take numbers below 1.2·10⁻³⁸ for zero in this thread, and for good in threads that it starts within the block.
+
+    An x86 processor spends a hundred cycles and more on each of them. Done on x86-64 Linux alone.
+    """
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        yield
+        return
+    library, before = ctypes.CDLL(None), (ctypes.c_uint32 * 8)()
+    library.fegetenv(before)
+    within = type(before).from_buffer_copy(before)
+    within[_FENV_MXCSR] |= _FLUSH_TO_ZERO | _DENORMALS_ARE_ZERO
+    library.fesetenv(within)
+    try:
+        yield
+    finally:
+        library.fesetenv(before)
 
 
 @dataclass(frozen=True, slots=True)

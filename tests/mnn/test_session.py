@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from sa3_convert.mnn.session import MnnSession
 from sa3_convert.recipe import ComponentRecipe, WeightScheme
 from tests.mnn.converted import Converter
 from tests.mnn.perceptron import WIDTH, decibels, feeds, reference, write_perceptron
+from tests.passes.graphs import graph, mnn_of
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,20 @@ def test_names_and_declared_shapes_are_read_from_the_file(model: Path) -> None:
         "ids": ("int32", (1, 5)),
     }
     assert sorted(session.outputs) == ["y", "z"]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="the modes of x86 on Linux")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_weights_of_masked_keys_are_zero_in_all_threads(tmp_path: Path, threads: int) -> None:
+    # MNN's smallest exponential is 1.6e-38; divided by two keys that are seen it is subnormal.
+    softmax = graph("(float[1, 4096, 64] x) => (float[1, 4096, 64] y) { y = Softmax<axis = -1>(x) }")
+    logits = np.full((1, 4096, 64), -1e4, np.float32)
+    logits[..., :2] = 0
+    weights = MnnSession(mnn_of(softmax, tmp_path), threads=threads).run({"x": logits})["y"]
+    np.testing.assert_array_equal(weights[..., :2], 0.5)
+    np.testing.assert_array_equal(weights[..., 2:], 0)
+    tiny = np.array([1e-20], np.float32)
+    assert (tiny * tiny)[0] > 0, "the caller's own arithmetic changed"
 
 
 def test_results_belong_to_the_caller(model: Path) -> None:
