@@ -16,6 +16,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as failures
 from sa3_convert.arrays import Arrays, Placed
 from sa3_convert.errors import BackendError, ModelFileError
 from sa3_convert.system.checked_files import named
+from sa3_convert.system.gpu_drivers import cuda_device
 from sa3_convert.system.log import is_shown, note
 from sa3_convert.system.machine import default_threads, gpu_state, version_of
 from sa3_convert.system.supervisor import working_on
@@ -45,7 +46,6 @@ _BYTES_PRODUCT = (
     b"\x08\x06\x12\x08\n\x02\x08\x02\n\x02\x08\x10B\x04\n\x00\x10\n"
 )
 """An ONNX model: y = MatMulInteger(a, b), of uint8 [2, 8] and int8 [8, 16]."""
-_HOW_TO_GET_CUDA = "Install it into an environment of its own (pip install 'sa3-convert[cuda]'), or use --device cpu."
 # ONNX Runtime's exceptions have no base of their own below Exception, and bound inputs and outputs fail with Python's.
 _FAILURES = (
     failures.EPFail,
@@ -161,8 +161,13 @@ class OrtSession:
 
 
 def cuda_problem() -> str | None:
-    """Return why ONNX Runtime cannot use CUDA here, or None, and then its libraries are loaded."""
+    """Return why ONNX Runtime cannot use CUDA here and what to do, or None, and then its libraries are loaded."""
     if _CUDA in ort.get_available_providers():
+        try:
+            cuda_device()
+        except BackendError as error:
+            # Asked first: ONNX Runtime says on standard error what it lacks, and goes on.
+            return f"{error} It comes from NVIDIA or with the system, not with pip; everything else is there."
         with contextlib.redirect_stdout(io.StringIO()) as said:
             ort.preload_dlls()
         note("onnxruntime", said.getvalue().splitlines())
@@ -174,7 +179,10 @@ def cuda_problem() -> str | None:
             "Take both away and put one back: pip uninstall -y onnxruntime onnxruntime-gpu, then pip install "
             f"'onnxruntime-gpu[cuda,cudnn]=={gpu}'."
         )
-    return f"ONNX Runtime {ort.__version__} is built for the CPU."
+    return (
+        f"ONNX Runtime {ort.__version__} is built for the CPU. Install the one with CUDA into an environment of its "
+        "own: pip install 'sa3-convert[cuda]'."
+    )
 
 
 @functools.cache
@@ -209,7 +217,7 @@ def _load(path: Path, threads: int | None, optimise: bool, device: str) -> ort.I
     providers: list[Any] = ["CPUExecutionProvider"]
     if device == "cuda":
         if problem := cuda_problem():
-            raise BackendError(f"ONNX Runtime has no CUDA here: {problem} {_HOW_TO_GET_CUDA}")
+            raise BackendError(f"ONNX Runtime has no CUDA here: {problem} Or use --device cpu.")
         providers.insert(0, (_CUDA, _CUDA_OPTIONS))
     options = ort.SessionOptions()
     levels = ort.GraphOptimizationLevel
@@ -242,6 +250,7 @@ def _load(path: Path, threads: int | None, optimise: bool, device: str) -> ort.I
         raise BackendError(
             f"ONNX Runtime {ort.__version__} was built for CUDA {built} and cuDNN 9, and did not start with it for "
             f"{named(path)}: a library of these, or the NVIDIA driver, is missing or of another version (--verbose "
-            f"says which; {gpu_state()}). {_HOW_TO_GET_CUDA}"
+            f"says which; {gpu_state()}). Use a newer driver, an environment made with "
+            "pip install 'sa3-convert[cuda]', or --device cpu."
         )
     return session

@@ -56,7 +56,7 @@ ROOMS = (
     ("publish",),
     ("convert", "api"),
     ("lab/__init__", "lab/bench", "lab/bisect", "lab/doctor", "lab/planner"),
-    ("lab/generations",),
+    ("lab/generations", "lab/golden"),
     ("lab/drift", "lab/report", "lab/selftest"),
     ("serve",),
     ("cli",),

@@ -243,6 +243,7 @@ class FakeCuda:
         monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
         monkeypatch.setattr(ort, "preload_dlls", self.preload)
         monkeypatch.setattr(ort, "InferenceSession", self.open)
+        monkeypatch.setattr("sa3_convert.ort.cuda_device", lambda: None)
 
     def preload(self) -> None:
         self.preloaded += 1
@@ -267,6 +268,20 @@ def test_cuda_is_asked_for_exactly_and_its_libraries_are_loaded_first(
     assert options["use_tf32"] == "0"
     assert options["cudnn_conv_algo_search"] == "HEURISTIC"
     assert "Failed" not in "".join(capfd.readouterr())
+
+
+def test_without_a_driver_it_is_what_is_told_and_onnx_runtime_is_not_asked(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent() -> None:
+        raise BackendError("NVIDIA's driver is not installed here: libcuda.so.1.")
+
+    cuda = FakeCuda(monkeypatch)
+    monkeypatch.setattr("sa3_convert.ort.cuda_device", absent)
+    with pytest.raises(BackendError, match=r"driver is not installed here.*not with pip.*Or use --device cpu"):
+        OrtSession(model, device="cuda")
+    assert not cuda.preloaded
+    assert not cuda.asked
 
 
 def test_a_device_without_memory_is_exit_7_with_numbers(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

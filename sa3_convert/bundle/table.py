@@ -58,6 +58,8 @@ class BenchRow(_Data):
     real_time_factor: float = Field(ge=0, le=1e9)
     """Seconds of audio per second of work."""
     peak_bytes: Count | None
+    device_bytes: Count | None = None
+    """Of GPUs' memory, where NVML told."""
 
 
 class Bench(_Data):

@@ -111,24 +111,33 @@ def card(
     ],
     report: ReportsOption = None,
     bench: BenchesOption = None,
+    selftest: Annotated[
+        list[Path] | None,
+        Option(
+            metavar="FILE.json",
+            help="Say what `selftest --json` found, with random weights in the same shapes; several.",
+            callback=paths.reads,
+        ),
+    ] = None,
     name: NameOption = None,
 ) -> None:
     """Write a model card: what was measured, stored and converted, and nothing else."""
     from sa3_convert.publish.card import card as text_of
     from sa3_convert.publish.card import placed
-    from sa3_convert.publish.measured import read_benches, read_reports
+    from sa3_convert.publish.measured import SelfTest, read_benches, read_reports
     from sa3_convert.system.files import atomic_path, write_text
     from sa3_convert.system.streams import is_stream
 
     reports, benches = read_reports(report or ()), read_benches(bench or ())
     manifests = placed(_opened(bundles))
-    text = text_of(manifests, reports, benches, name=name)
+    selftests = [SelfTest.read(path, manifests) for path in selftest or ()]
+    text = text_of(manifests, reports, benches, selftests, name=name)
     picture = None if is_stream(out) else drawn(manifests, reports)
     if picture is not None:
         beside = out.with_suffix(".png")
         with atomic_path(beside) as file:
             file.write_bytes(picture)
-        text = text_of(manifests, reports, benches, name=name, picture=beside.name)
+        text = text_of(manifests, reports, benches, selftests, name=name, picture=beside.name)
     write_text(out, text)
 
 

@@ -104,12 +104,16 @@ class Contender:
     options: Mapping[str, Any] = field(default_factory=dict)
     manifest: str | None = None
     """SHA-256 of the manifest of the bundle that was checked."""
+    as_reference: bool = False
+    """Of torch: decode as the published reference does, instead of as `run` does."""
 
     def open(self, *, keep_loaded: bool) -> Pipeline:
         """Return a pipeline over a `TimedEngine`."""
         path = Path(self.source)
         pipeline: Pipeline = (
-            _AsReference.from_checkpoint(path, keep_loaded=keep_loaded, **self.options)
+            (_AsReference if self.as_reference else Pipeline).from_checkpoint(
+                path, keep_loaded=keep_loaded, **self.options
+            )
             if self.engine == "torch"
             else Pipeline.from_bundle(path, self.engine, keep_loaded=keep_loaded, **self.options)
         )
@@ -182,7 +186,7 @@ def contenders(
         if engine != "torch":
             bundle_engine(opened, engine, options)
         source, manifest = (checkpoint, None) if engine == "torch" else (bundle, opened.manifest.digest)
-        found.append(Contender(name, str(source), engine, {**options, **common}, manifest))
+        found.append(Contender(name, str(source), engine, {**options, **common}, manifest, engine == "torch"))
     return tuple(found)
 
 

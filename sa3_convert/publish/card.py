@@ -23,8 +23,8 @@ from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
 from sa3_convert.hub.files import is_repository
 from sa3_convert.publish.contract import least_mnn
-from sa3_convert.publish.measured import ReadBench, ReadReport, Report, by_bundle, one_report
-from sa3_convert.publish.tables import Lines, fidelity, models_of, side_by_side, size, speed, storage, table
+from sa3_convert.publish.measured import ReadBench, ReadReport, Report, SelfTest, by_bundle, one_report
+from sa3_convert.publish.tables import Lines, fidelity, models_of, selftest, side_by_side, size, speed, storage, table
 from sa3_convert.system.untrusted import printable
 
 _SYNTHETIC: Final = """\
@@ -89,6 +89,7 @@ def card(
     manifests: Mapping[str, Manifest],
     reports: Sequence[ReadReport] = (),
     benches: Sequence[ReadBench] = (),
+    selftests: Sequence[SelfTest] = (),
     *,
     name: str | None = None,
     picture: str | None = None,
@@ -100,6 +101,7 @@ def card(
         manifests: by folder, "" for the card's own; see `placed`.
         reports: at most one of each bundle.
         benches: of any machines.
+        selftests: of any devices.
         name: the hub id that the files will have.
         picture: name of the file beside the card that shows its `dots`.
         usage: more lines about how a bundle is used, by its folder.
@@ -129,6 +131,8 @@ def card(
         lines += [f"![Size against fidelity, a dot for each component]({quote(picture)})", ""]
     lines += each("Performance", lambda folder, _: [line for read in timed[folder] for line in speed(read.found)])
     lines += each("Fidelity", lambda folder, manifest: fidelity(manifest, told[folder]))
+    told_of_devices = [line for found in selftests for line in selftest(found)]
+    lines += ["## Self-test", "", *told_of_devices] if told_of_devices else []
     lines += each("Quantisation strategy", lambda _, manifest: storage(manifest))
     lines += ["## Architecture", "", *_architecture(manifests)]
     lines += ["## Repository structure", "", *_structure(manifests)]

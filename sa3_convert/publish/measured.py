@@ -1,15 +1,17 @@
-"""What a card is told beside manifests: reports of `verify` and files of `bench`, held to the models they speak of."""
+"""What a card is told beside manifests: by `verify`, `bench` and `selftest`, held to the models they speak of."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Final, Generic, Literal, TypeVar
+from typing import Annotated, Final, Generic, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sa3_convert.bundle.manifest import Label, Manifest, Name, Sha256, Text
-from sa3_convert.bundle.table import Bench, Count
+from sa3_convert.bundle.table import Bench, BenchRow, Count, Machine
 from sa3_convert.check.results import Decibels
+from sa3_convert.checkpoint.published import published_layout
+from sa3_convert.checkpoint.variants import VARIANTS, Size
 from sa3_convert.components import Component
 from sa3_convert.errors import InputError, UsageError
 from sa3_convert.system.untrusted import parse_json, read_text
@@ -143,6 +145,74 @@ class Report(_Data):
     def heard(self) -> EndToEnd | None:
         """What MNN's models made from prompt to audio."""
         return self.end_to_end if self.of_generations else None
+
+
+class _Judged(_Data):
+    engine: Name
+    what: Name
+    db: Decibels | None
+    again_db: Decibels | None
+    passes: bool
+
+
+class _Golden(_Data):
+    engine: Name
+    what: Text
+    of_peak: _Distance | None
+    limit: _Distance
+    passes: bool
+
+
+class _Gpu(_Data):
+    name: Text
+    driver: Text
+    memory_bytes: Count
+
+
+class _Surroundings(Machine):
+    gpus: tuple[_Gpu, ...] = Field(max_length=64)
+    cuda_driver: Text
+
+
+class SelfTest(_Data):
+    """What a card shows of what `selftest --json` wrote."""
+
+    kind: Literal["sa3-convert selftest"]
+    passed: bool
+    device: Literal["cpu", "cuda"]
+    variant: Name
+    size: Size
+    surroundings: _Surroundings
+    absent: dict[Name, Text]
+    golden: tuple[_Golden, ...] = Field(max_length=_MOST)
+    findings: tuple[_Judged, ...] = Field(max_length=_MOST)
+    rows: tuple[BenchRow, ...] = Field(max_length=_MOST)
+
+    @classmethod
+    def read(cls, path: Path, manifests: Mapping[str, Manifest]) -> Self:
+        """Read a file; InputError if it is something else, or of models of other dimensions than all bundles have."""
+        try:
+            text = read_text(path)
+            parse_json(text)
+            found = cls.model_validate_json(text, strict=True)
+        except (OSError, ValueError) as error:
+            first = error.errors()[0] if isinstance(error, ValidationError) else None
+            why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else error
+            raise InputError(f"{path} is no result of `sa3-convert selftest --json`: {why}") from None
+        variant = VARIANTS.get(found.variant)
+        layout = None if variant is None else replace(published_layout(variant, found.size), source_id=None)
+        if all(replace(manifest.layout, source_id=None) != layout for manifest in manifests.values()):
+            raise InputError(
+                f"{path} is of a {found.variant} of {found.size} size, whose dimensions none of the bundles has, so it "
+                "tells nothing of them. `selftest` makes toys, with --full models of small's true size."
+            )
+        return found
+
+    @property
+    def all_pass(self) -> bool:
+        """Whether it says that it passed, and nothing in it contradicts that."""
+        judged: tuple[_Golden | _Judged, ...] = (*self.golden, *self.findings)
+        return self.passed and all(one.passes for one in judged)
 
 
 _Found = TypeVar("_Found", Report, Bench)

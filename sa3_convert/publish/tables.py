@@ -5,11 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sa3_convert.bundle.manifest import RIGHT_IN_HALF_DB, Artifact, Manifest, Name
-from sa3_convert.bundle.table import Bench, BenchRow, Count, markdown_code
+from sa3_convert.bundle.table import Bench, BenchRow, Count, Machine, markdown_code
 from sa3_convert.check.metrics import MAX_DB
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError
-from sa3_convert.publish.measured import Distribution, EndToEnd, Report, ReportedModel
+from sa3_convert.publish.measured import Distribution, EndToEnd, Report, ReportedModel, SelfTest
 
 Lines = list[str]
 
@@ -39,34 +39,79 @@ def side_by_side(header: str, columns: Mapping[str, Mapping[str, str | None]]) -
 
 def speed(bench: Bench) -> Lines:
     """Return the times of generations with the models kept, and what they were measured on."""
-    machine, stages = bench.machine, ("text_encoder", "number_conditioner", "dit", "decoder", "other", "total")
+    lines = _times(bench.rows)
+    engines = {row.engine for row in bench.rows}
+    threads = {str(one.threads) for name, one in bench.engines.items() if name in engines and one.threads is not None}
+    facts = _measured_on(bench.machine, engines) | {
+        "threads": ", ".join(sorted(threads)) or None,
+        "generations of each": str(bench.repeats),
+        "denoising steps": None if bench.steps is None else str(bench.steps),
+    }
+    return [*lines, *side_by_side("measured on", {"": facts})] if lines else []
+
+
+def _times(rows: Sequence[BenchRow]) -> Lines:
+    stages = ("text_encoder", "number_conditioner", "dit", "decoder", "other", "total")
     header = ["audio", "engine", "text encoder", "number conditioner", "DiT", "decoder", "other", "total"]
-    warm = [row for row in bench.rows if row.temperature == "warm"]
 
     def cells(row: BenchRow) -> list[str | None]:
         times = [f"{getattr(row.seconds, stage):.3f} s" for stage in stages]
-        memory = None if row.peak_bytes is None else mib(row.peak_bytes, 0)
-        return [f"{row.duration:g} s", markdown_code(row.engine), *times, f"{row.real_time_factor:.2f}", memory]
+        memory = (None if count is None else mib(count, 0) for count in (row.peak_bytes, row.device_bytes))
+        return [f"{row.duration:g} s", markdown_code(row.engine), *times, f"{row.real_time_factor:.2f}", *memory]
 
-    lines = table([*header, "real-time factor", "peak memory"], map(cells, warm))
-    threads = {row.engine: bench.engines[row.engine].threads for row in warm if row.engine in bench.engines}
+    warm = [row for row in rows if row.temperature == "warm"]
+    lines = table([*header, "real-time factor", "peak memory", "of the GPU"], map(cells, warm))
+    what = "The median of generations with the models loaded. The real-time factor is seconds of audio per second of "
+    what += "work; memory is that of a process that loads one model at a time."
+    return [*lines, what, ""] if lines else []
+
+
+def _measured_on(machine: Machine, engines: Iterable[str]) -> dict[str, str | None]:
     versions = {name: machine.versions.get(name) for name in ("MNN", "onnxruntime", "torch")}
-    engines = {row.engine for row in warm}
     needed = ["MNN", *(name for name in ("onnxruntime", "torch") if any(e.startswith(name) for e in engines))]
-    facts = {
+    return {
         "processor": None if machine.processor is None else markdown_code(machine.processor),
         "instructions": ", ".join(map(markdown_code, machine.instructions)) or None,
         "processors used": None if machine.usable_cores is None else str(machine.usable_cores),
         "memory": None if machine.memory_bytes is None else mib(machine.memory_bytes, 0),
         "system": None if machine.system is None else markdown_code(machine.system),
         "versions": ", ".join(f"{n} {markdown_code(versions[n] or '')}" for n in needed if versions[n]) or None,
-        "threads": ", ".join(sorted({str(count) for count in threads.values() if count is not None})) or None,
-        "generations of each": str(bench.repeats),
-        "denoising steps": None if bench.steps is None else str(bench.steps),
     }
-    what = "The median of generations with the models loaded. The real-time factor is seconds of audio per second of "
-    what += "work; memory is that of a process that loads one model at a time."
-    return [*lines, what, "", *side_by_side("measured on", {"": facts})] if lines else []
+
+
+def selftest(found: SelfTest) -> Lines:
+    """Return what engines did on a device, and first that it was with other weights than a card's models have."""
+    verdict = "passed" if found.all_pass else "**failed**"
+    shape = "the true shapes" if found.size == "full" else "a toy's shapes"
+    intro = (
+        f"`sa3-convert selftest` on `{found.device}` {verdict}. It tells about engines and devices: its models have "
+    )
+    intro += f"random weights in {shape} of {markdown_code(found.variant)}, and none of them is a model of this card."
+    judged: dict[str, dict[str, str]] = {}
+    for one in found.findings:
+        known = [db for db in (one.db, one.again_db) if db is not None]
+        judged.setdefault(one.engine, {})[one.what] = f"{_db(min(known)) if known else 'failed'}"
+    parts = tuple(dict.fromkeys(one.what for one in found.findings))
+    golden: dict[str, dict[str, str]] = {}
+    for case in found.golden:
+        golden.setdefault(case.what, {})[case.engine] = "failed" if case.of_peak is None else f"{case.of_peak:.1e}"
+    engines = tuple(dict.fromkeys(case.engine for case in found.golden))
+    cuda = found.device == "cuda"
+    facts = _measured_on(found.surroundings, {row.engine for row in found.rows}) | {
+        "GPU": markdown_code(found.surroundings.cuda_driver) if cuda else None,
+        "driver": ", ".join(markdown_code(gpu.driver) for gpu in found.surroundings.gpus) or None if cuda else None,
+        "not there": ", ".join(map(markdown_code, found.absent)) or None,
+    }
+    fidelity_rows = [[markdown_code(name), *(cells.get(part) for part in parts)] for name, cells in judged.items()]
+    golden_rows = [[markdown_code(what), *(cells.get(name) for name in engines)] for what, cells in golden.items()]
+    lines = [intro, "", *_times(found.rows)]
+    if judged:
+        lines += ["Signal-to-noise ratio against float32 on the CPU, the worse of two runs:", ""]
+        lines += table(["engine", *map(markdown_code, parts)], fidelity_rows)
+    if golden:
+        lines += ["Largest difference from what the reference implementation gave for a toy, in parts of its peak:", ""]
+        lines += table(["case", *map(markdown_code, engines)], golden_rows)
+    return [*lines, *side_by_side("measured on", {"": facts})]
 
 
 def fidelity(manifest: Manifest, report: Report | None) -> Lines:

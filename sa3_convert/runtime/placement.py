@@ -52,10 +52,7 @@ def engine_for(backend: Backend, kinds: Collection[str], *, checkpoint: bool) ->
     problems += [problem or "", torch_problem() or ("" if checkpoint else "torch runs with --checkpoint DIR alone.")]
     if not problems[-1]:
         return "torch", f"neither MNN nor ONNX Runtime has CUDA ({problem})"
-    raise BackendError(
-        f"No engine runs on CUDA here. {' '.join(filter(None, problems))} Install ONNX Runtime with CUDA into an "
-        "environment of its own (pip install 'sa3-convert[cuda]'), or use --device cpu."
-    )
+    raise BackendError(f"No engine runs on CUDA here. {' '.join(filter(None, problems))} Or use --device cpu.")
 
 
 def onnxruntime_problem() -> str | None:

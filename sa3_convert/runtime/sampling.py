@@ -188,12 +188,15 @@ def guided(
 
     """
     low, high = cfg_interval
+    mask: Any = None
 
     def velocity(x: Any, t: np.float32) -> Any:
+        nonlocal mask
         alone = conditioned(x, t)
         if not low <= t <= high:
             return alone
-        mask = placed_like(padding_mask[:, np.newaxis, :], x)
+        if mask is None:
+            mask = placed_like(padding_mask[:, np.newaxis, :], x)
         denoised = x - t * alone
         difference = denoised - (x - t * unconditioned(x, t))
         if cfg_norm_threshold > 0:

@@ -124,7 +124,7 @@ def test_engines_take_turns_and_every_row_has_its_repeats(
 
 
 def test_the_reference_decodes_in_its_own_chunks(toy: Path) -> None:
-    found = Contender("torch", str(toy), "torch", {"threads": 1})
+    found = Contender("torch", str(toy), "torch", {"threads": 1}, as_reference=True)
     with found.open(keep_loaded=True) as runner:
         latents = np.random.default_rng(0).standard_normal((1, 32, 230)).astype(np.float32)
         (audio,) = runner.decode(latents, 1000)

@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 
 import sa3_convert.cli.app as cli
+from sa3_convert.bundle.manifest import MANIFEST
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.components import Component
-from sa3_convert.errors import BackendError, VerificationError
+from sa3_convert.errors import BackendError, UsageError, VerificationError
 from sa3_convert.lab import selftest as room
 from sa3_convert.lab.doctor.results import Answer, Diagnosis, ProbeResult, setting_name
 from sa3_convert.lab.selftest import LATENTS, Finding, Made, SelfTest, selftest
 from sa3_convert.mnn.compatibility import has_backend
 from sa3_convert.runtime.engines import TorchEngine
 from tests.bundles import Convert
+from tests.publish.test_card import untraced
 
 ENGINES = ("mnn", "mnn-int8", "onnxruntime-fp16", "torch", "torch-fp16")
 """Beside the one that they are held to."""
@@ -32,7 +34,7 @@ def toys(converted: Convert, toy: Path, toy_int8: Bundle, tmp_path_factory: pyte
 @pytest.fixture
 def made(toys: Made, monkeypatch: pytest.MonkeyPatch) -> Made:
     """Let the tests' own toys be what it makes; the shortest generations; no probe."""
-    monkeypatch.setattr(room, "_made", lambda folder, full, say: (toys, {}))
+    monkeypatch.setattr(room, "_made", lambda folder, size, absent, say: toys)
     monkeypatch.setattr(room, "_diagnosed", lambda device, say: None)
     monkeypatch.setattr(room, "_DURATIONS", {False: (1.0,)})
     monkeypatch.setattr(room, "_REQUEST", replace(room._REQUEST, seconds=1.0, steps=2))
@@ -47,16 +49,19 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-@pytest.mark.usefixtures("made")
 def test_all_engines_of_the_toys_pass_on_the_cpu_and_are_measured(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = tmp_path / "selftest.json"
     assert cli.run(["selftest", "--json", str(report)]) == 0
     told, data = capsys.readouterr().out, json.loads(report.read_text())
-    assert "Self-test on cpu passed: mnn, mnn-int8, onnxruntime-fp16, torch, torch-fp16" in told
+    assert "Self-test on cpu passed: mnn, mnn-int8, onnxruntime-fp16, torch, torch-fp16, onnxruntime" in told
     assert "1 s of audio" in told
     assert max(map(len, told.split("dB against")[1].split("Self-test")[0].splitlines())) <= 80
+    golden = {(f["engine"], f["what"]): f["of_peak"] for f in data["golden"]}
+    cases = (*(c.value for c in Component), "generation", "its audio", "guided")
+    assert golden.keys() == {(engine, case) for engine in ("mnn", "onnxruntime", "torch") for case in cases}
+    assert max(golden.values()) < 1e-4
     judged = {(f["engine"], f["what"]): f for f in data["findings"]}
     assert judged.keys() == {(engine, what) for engine in ENGINES for what in (*(c.value for c in Component), LATENTS)}
     assert judged["torch", "decoder"]["db"] > 100
@@ -64,6 +69,10 @@ def test_all_engines_of_the_toys_pass_on_the_cpu_and_are_measured(
     measured = {(row["engine"], row["temperature"]): row for row in data["rows"]}
     assert {name for name, _ in measured} == {*ENGINES, "onnxruntime"}
     assert all(row["seconds"]["total"] > 0 and row["peak_bytes"] > 1 << 20 for row in measured.values())
+    bundle, card = Path(made.bundles["int8"]), tmp_path / "README.md"
+    assert cli.run(["bundle", "card", str(bundle), "--selftest", str(report), "-o", str(card)]) == 0
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    assert untraced(card.read_text(), manifest, data) == []
 
 
 @pytest.mark.usefixtures("made")
@@ -77,9 +86,22 @@ def test_a_device_on_which_no_engine_runs_is_exit_7_with_the_reason_of_each(
     report = tmp_path / "selftest.json"
     assert cli.run(["selftest", "--device", "cuda", "--json", str(report)]) == 7
     said = capsys.readouterr().err
-    for reason in ("MNN_CUDA=ON", "has no CUDA here", "finds no CUDA device"):
+    assert said.startswith("Toys on cuda: about two minutes")
+    for reason in ("MNN_CUDA=ON", "is built for the CPU", "finds no CUDA device"):
         assert reason in said
     assert not report.exists()
+
+
+def test_a_wrong_device_is_told_before_anything_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(room, "_without_models", lambda device: dict.fromkeys(room._CANDIDATES, "no driver"))
+    with pytest.raises(BackendError, match=r"No engine runs on cuda\. no driver$"):
+        selftest("cuda", tmp_path, full=True, say=lambda _: pytest.fail("something was made"))
+
+
+def test_full_models_ask_for_their_room_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(room, "_FULL_BYTES", 1 << 60)
+    with pytest.raises(UsageError, match="true size needs"):
+        selftest("cpu", tmp_path, full=True, say=lambda _: pytest.fail("something was made"))
 
 
 def tampering(monkeypatch: pytest.MonkeyPatch, component: Component, change: Callable[[Any], Any]) -> None:
@@ -106,11 +128,38 @@ def test_an_engine_that_is_wrong_in_one_component_fails_it_and_nothing_else(
 ) -> None:
     tampering(monkeypatch, Component.DECODER, lambda array: array * 1.01)
     found = selftest("cpu", tmp_path, say=lambda _: None)
+    assert [(one.engine, one.what) for one in found.golden if not one.passes] == [
+        ("torch", "decoder"),
+        ("torch", "its audio"),
+    ]
     bad = [finding for finding in found.findings if not finding.passes]
     assert [(finding.engine, finding.what) for finding in bad] == [("torch", "decoder"), ("torch-fp16", "decoder")]
     assert bad[0].db == pytest.approx(40, abs=0.1)
-    with pytest.raises(VerificationError, match=r"FAILED in 2 of .*torch, decoder: 40\.0 dB, less than 60"):
+    with pytest.raises(VerificationError, match=r"FAILED in 4 of .*1\.0e-02 of the peak.*torch, decoder: 40\.0 dB"):
         found.check()
+
+
+@pytest.mark.usefixtures("made", "timed")
+def test_an_engine_that_is_wrong_the_second_time_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    turns = iter(range(1 << 20))
+    tampering(monkeypatch, Component.ENCODER, lambda array: array * (1.0 if next(turns) % 2 == 0 else 1.01))
+    found = selftest("cpu", tmp_path, say=lambda _: None)
+    (bad,) = (one for one in found.findings if not one.passes and one.engine == "torch")
+    assert bad.db is not None
+    assert bad.db > 100
+    assert bad.again_db == pytest.approx(40, abs=0.1)
+
+
+@pytest.mark.usefixtures("made", "timed")
+def test_golden_cases_of_other_weights_say_nothing_and_fail(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, toys: Made, golden_small: Any
+) -> None:
+    monkeypatch.setattr(
+        room, "_made", lambda folder, size, absent, say: replace(toys, checkpoint=golden_small.checkpoint)
+    )
+    found = selftest("cpu", tmp_path, say=lambda _: None)
+    assert found.golden == ()
+    assert any("other numbers of the toy's seed" in failure for failure in found.failures())
 
 
 @pytest.mark.usefixtures("made")
@@ -122,6 +171,7 @@ def test_an_engine_that_fails_is_told_and_not_timed_and_the_others_are(
 
     tampering(monkeypatch, Component.DIT, silent)
     found = selftest("cpu", tmp_path, say=lambda _: None)
+    assert [one.what for one in found.golden if one.of_peak is None] == ["the rest"]
     assert {(f.engine, f.what) for f in found.findings if f.db is None} == {
         (engine, what) for engine in ("torch", "torch-fp16") for what in ("dit", LATENTS)
     }
@@ -136,7 +186,8 @@ def test_what_cannot_be_converted_leaves_torch_alone(
         raise BackendError("MNN's Python package cannot be imported.")
 
     monkeypatch.setattr(room, "convert", absent)
-    made, absent_engines = room._made(tmp_path, False, lambda _: None)
+    absent_engines: dict[str, str] = {}
+    made = room._made(tmp_path / "models", "toy", absent_engines, lambda _: None)
     assert made.reference().engine == "torch"
     assert absent_engines.keys() == {"mnn", "mnn-int8", "onnxruntime", "onnxruntime-fp16"}
     assert "cannot be imported" in absent_engines["mnn"]
@@ -144,7 +195,7 @@ def test_what_cannot_be_converted_leaves_torch_alone(
 
 def result(**changed: Any) -> SelfTest:
     fine = Finding("mnn", "dit", 60, 100.0)
-    return replace(SelfTest("cuda", False, {}, {"torch": "no"}, (fine,), (), None, 1.0), **changed)
+    return replace(SelfTest("cuda", False, {}, {"torch": "no"}, (fine,), (), (), None, 1.0), **changed)
 
 
 def test_a_probe_of_what_models_need_counts_at_the_usual_setting() -> None:

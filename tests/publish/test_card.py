@@ -22,7 +22,7 @@ from sa3_convert.components import Component
 from sa3_convert.errors import InputError, UsageError
 from sa3_convert.publish.card import card, dots, placed
 from sa3_convert.publish.export import Card, export_bundles
-from sa3_convert.publish.measured import ReadBench, ReadReport, read_benches, read_reports
+from sa3_convert.publish.measured import ReadBench, ReadReport, SelfTest, read_benches, read_reports
 from tests.bundle.test_manifest import lora_entry, make_bundle, with_loras
 from tests.lab.report.samples import component, made, report
 
@@ -44,7 +44,7 @@ def values_in(data: Any) -> Iterator[Any]:
 
 def spelled(value: float) -> set[str]:
     """Return every form in which a card may show a number."""
-    forms = {f"{value:g}", *(f"{value:z.{digits}f}" for digits in (1, 2, 3, 4, 5)), f"{value:+z.2f}"}
+    forms = {f"{value:g}", f"{value:.1e}", *(f"{value:z.{digits}f}" for digits in (1, 2, 3, 4, 5)), f"{value:+z.2f}"}
     forms |= {f"{value / 2**20:.0f}", f"{value / 2**20:.1f}"}
     return forms | ({str(value)} if isinstance(value, int) else set())
 
@@ -179,6 +179,91 @@ def test_findings_stand_beside_the_bundle_that_they_are_of(tmp_path: Path) -> No
     assert [dot.bundle for dot in dots(placed(bundles), reports)] == ["fp16"]
 
 
+SELFTEST: dict[str, Any] = {
+    "schema": 1,
+    "kind": "sa3-convert selftest",
+    "passed": True,
+    "device": "cuda",
+    "variant": "small-music",
+    "size": "toy",
+    "surroundings": {
+        "processor": "a processor",
+        "versions": {"MNN": "3.6.1", "onnxruntime": "1.31.1", "torch": "2.13.0"},
+        "gpus": [{"name": "a GPU", "driver": "600.1", "memory_bytes": 1 << 36}],
+        "cuda_driver": "a GPU (compute capability 9.0)",
+    },
+    "absent": {"mnn": "MNN is built without CUDA."},
+    "golden": [{"engine": "torch", "what": "its audio", "of_peak": 7.2e-7, "limit": 1e-3, "passes": True}],
+    "findings": [
+        {"engine": "torch-fp16", "what": "dit", "floor_db": 50, "db": 60.04, "again_db": 59.91, "passes": True},
+        {"engine": "torch-fp16", "what": "latents", "floor_db": 20, "db": None, "again_db": None, "passes": True},
+    ],
+    "rows": [
+        {
+            "engine": "torch-fp16",
+            "duration": 30.0,
+            "temperature": "warm",
+            "seconds": dict.fromkeys(("text_encoder", "number_conditioner", "dit", "decoder", "other", "total"), 0.125),
+            "real_time_factor": 240.0,
+            "peak_bytes": None,
+            "device_bytes": 1234 << 20,
+        }
+    ],
+}
+
+
+def selftest_of(folder: Path, **changes: Any) -> Path:
+    path = folder / "selftest.json"
+    path.write_text(json.dumps(SELFTEST | changes))
+    return path
+
+
+def test_a_selftest_has_a_section_that_says_whose_models_it_is_of(toy_int8: Bundle, tmp_path: Path) -> None:
+    file, out = selftest_of(tmp_path), tmp_path / "README.md"
+    commanded("bundle", "card", toy_int8.path, "--selftest", file, "-o", out)
+    text = out.read_text()
+    assert untraced(text, *(json.loads(path.read_text()) for path in (toy_int8.path / MANIFEST, file))) == []
+    section = text.split("## Self-test\n")[1].split("\n## ")[0]
+    assert "on `cuda` passed" in section
+    assert "none of them is a model of this card" in section
+    for figure in (
+        "| 240.00 | 1234 MiB |",
+        "| `torch-fp16` | 59.9 dB | failed |",
+        "| `its audio` | 7.2e-07 |",
+        "`600.1`",
+    ):
+        assert figure in section
+    assert "MNN is built without" not in section
+    selftest_of(tmp_path, golden=[SELFTEST["golden"][0] | {"passes": False}])
+    commanded("bundle", "card", toy_int8.path, "--selftest", file, "-o", out)
+    assert "on `cuda` **failed**" in out.read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"size": "full"}, "small-music of full size, whose dimensions none of the bundles has"),
+        ({"variant": "medium"}, "medium of toy size, whose dimensions none"),
+        ({"variant": "x"}, "dimensions none of the bundles has"),
+        ({"kind": "other"}, "no result of `sa3-convert selftest"),
+        ({"passed": "yes"}, "passed: "),
+        ({"device": "| x"}, "device: "),
+        ({"rows": [SELFTEST["rows"][0] | {"real_time_factor": "240"}]}, "real_time_factor: "),
+        ({"findings": [SELFTEST["findings"][0] | {"db": float("nan")}]}, "no result of"),
+        ({"absent": {"| x": ""}}, "no result of"),
+    ],
+)
+def test_what_is_no_selftest_of_such_models_is_refused(
+    changes: dict[str, Any], reason: str, toy_int8: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = selftest_of(tmp_path, **changes), tmp_path / "README.md"
+    assert (
+        cli.run(["bundle", "card", str(toy_int8.path), "--selftest", str(file), "-o", str(out)]) == InputError.exit_code
+    )
+    assert reason in " ".join(capsys.readouterr().err.split())
+    assert not out.exists()
+
+
 def test_findings_on_other_models_are_refused(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "b")
     other = make_bundle(tmp_path / "other", salt="x")
@@ -218,10 +303,13 @@ def test_words_from_files_are_neither_markdown_nor_html_nor_yaml(tmp_path: Path)
     given = {key: generations[key] for key in ("generations", "end_to_end")}
     about = made(recipe="int8", variant=bundle.manifest.label).model_dump(mode="json")
     machine = {"processor": HOSTILE, "system": HOSTILE, "versions": {"MNN": HOSTILE}}
+    words = machine | {"gpus": [], "cuda_driver": HOSTILE}
+    file = selftest_of(tmp_path, surroundings=words, golden=[SELFTEST["golden"][0] | {"what": HOSTILE}])
     text = card(
         placed([bundle]),
         report_of(bundle, tmp_path, made=about, **given),
         bench_of(bundle, tmp_path, machine=machine),
+        [SelfTest.read(file, {"": bundle.manifest})],
     )
     _, front, body = text.split("---\n", 2)
     assert yaml.safe_load(front).keys() == {
@@ -234,7 +322,7 @@ def test_words_from_files_are_neither_markdown_nor_html_nor_yaml(tmp_path: Path)
         "https://ai.google.dev/gemma/terms",
     ]
     assert "<em>" not in page
-    assert page.count("&lt;img src=x&gt; | https://evil.example [a](b) ``` *c* $d$ &amp;lt; ---</code>") == 8
+    assert page.count("&lt;img src=x&gt; | https://evil.example [a](b) ``` *c* $d$ &amp;lt; ---</code>") == 13
 
 
 def test_the_front_matter_names_the_model_and_the_licence(tmp_path: Path) -> None:

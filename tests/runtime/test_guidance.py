@@ -39,6 +39,18 @@ def blend(seed: int, cfg_scale: float, apg_scale: float, mask: Floats, t: float 
     return x - time * velocity(x, time), x - time * conditioned
 
 
+def test_the_padding_mask_is_put_beside_the_latents_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    placed: list[Any] = []
+    monkeypatch.setattr("sa3_convert.runtime.sampling.placed_like", lambda array, x: placed.append(x) or array)
+    x, conditioned, unconditioned = velocities(0)
+    velocity = guided(
+        lambda x, t: conditioned, lambda x, t: unconditioned, cfg_scale=4.0, apg_scale=1.0, padding_mask=HALF
+    )
+    for t in (1.0, 0.5):
+        velocity(x, np.float32(t))
+    assert len(placed) == 1
+
+
 ALL = np.ones((1, 6), np.float32)
 HALF = np.array([[1, 1, 1, 0, 0, 0]], np.float32)
 
