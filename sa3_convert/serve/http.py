@@ -151,6 +151,9 @@ def interface(jobs: Jobs) -> FastAPI:
     _add_audio(app, jobs)
     _add_figures(app, jobs)
     _publish(app)
+    from sa3_convert.serve.page import add_page
+
+    add_page(app, jobs)
     return app
 
 
