@@ -49,6 +49,7 @@ def brought_by(requirements: list[str]) -> set[str]:
 CORE = brought_by([p for e in ("hub", "check", "convert", "audio", "gpu") for p in EXTRAS[e]] + PROJECT["dependencies"])
 LAB = brought_by(EXTRAS["lab"])
 SERVE = brought_by(EXTRAS["serve"])
+CLUSTER = brought_by(EXTRAS["cluster"])
 REQUIRES = [f"{name}; extra == '{extra}'" for extra, names in EXTRAS.items() for name in names]
 """As the metadata of an installed package has them."""
 
@@ -63,12 +64,12 @@ def third_party(path: Path) -> Iterator[str]:
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(SOURCE)))
 def test_a_room_imports_what_its_extra_brings(path: Path) -> None:
     room = room_of(path)
-    more = LAB if room.startswith("lab/") else LAB | SERVE if room == "serve" else set()
+    more = {"serve": LAB | SERVE, "lab/sweep": LAB | CLUSTER}.get(room, LAB if room.startswith("lab/") else set())
     assert set(third_party(path)) <= CORE | more
 
 
 def test_no_package_is_in_two_extras_and_all_has_those_of_users() -> None:
-    assert EXTRAS["all"] == ["sa3-convert[convert,lab,serve,gpu]"]
+    assert EXTRAS["all"] == ["sa3-convert[convert,lab,serve,cluster,gpu]"]
     named = [brought_by(names) - {"sa3-convert"} for extra, names in EXTRAS.items() if extra != "all"]
     assert sum(map(len, named)) == len(set().union(*named))
 

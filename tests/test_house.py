@@ -58,7 +58,7 @@ ROOMS = (
     ("lab/__init__", "lab/bench", "lab/bisect", "lab/doctor", "lab/planner"),
     ("lab/generations", "lab/golden"),
     ("lab/drift", "lab/report", "lab/selftest"),
-    ("serve",),
+    ("lab/sweep", "serve"),
     ("cli",),
     ("__main__",),
 )

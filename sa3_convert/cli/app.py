@@ -27,6 +27,7 @@ from sa3_convert.cli.run import run as generate
 from sa3_convert.cli.selftest import selftest
 from sa3_convert.cli.serve import serve
 from sa3_convert.cli.stages import export, fuse, mnn
+from sa3_convert.cli.sweep import sweep
 from sa3_convert.cli.verify import verify
 from sa3_convert.errors import BackendError, Sa3Error, UsageError
 from sa3_convert.system.log import show
@@ -51,6 +52,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], str, str]] = {
     "bench": (bench, _MEASURE, "artifacts/bundle --engine mnn --seconds 10,30 --json bench.json"),
     "table": (table, _MEASURE, "artifacts/bundle artifacts/other --bench bench.json"),
     "plan": (plan, _MEASURE, "artifacts/small-music --component dit --target-mib 200 --out dit-200.yaml"),
+    "sweep": (sweep, _MEASURE, "artifacts/small-music --component dit --sizes 200:440:30 --out sweep"),
     "export": (export, _STAGES, "artifacts/small-music --component dit --out dit.onnx"),
     "fuse": (fuse, _STAGES, "dit.onnx --component dit --out dit-fused.onnx"),
     "mnn": (mnn, _STAGES, "dit-fused.onnx --component dit --out dit.mnn"),
@@ -142,7 +144,7 @@ _OUT_OF_MEMORY = re.compile(r"(?i)(can't|cannot|failed to|unable to) allocate|ba
 """How native libraries say it: torch and ONNX Runtime have no exception type for it."""
 
 
-_NEED_TORCH = ("convert", "export", "plan", "drift")
+_NEED_TORCH = ("convert", "export", "plan", "sweep", "drift")
 """Commands for which the first package that is missing is not the last."""
 
 

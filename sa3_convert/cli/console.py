@@ -5,7 +5,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,9 @@ from sa3_convert.system.untrusted import printable
 if TYPE_CHECKING:
     from sa3_convert.checkpoint.lora import Lora
     from sa3_convert.lab.planner.planner import BitPlan
+    from sa3_convert.lab.sweep.points import Point
+    from sa3_convert.lab.sweep.result import Sweep
+    from sa3_convert.lab.sweep.tasks import Task
     from sa3_convert.runtime.engines import Engine
 
 _PIPED_WIDTH = 140
@@ -285,6 +288,42 @@ def planned_rows(plan: "BitPlan") -> list[dict[str, Any]]:
         }
         for (bits, block), patterns in sorted(groups.items(), reverse=True)
     ]
+
+
+def sweep_table(sweep: "Sweep") -> Table:
+    """Return the points of a sweep, and which of them are worth keeping."""
+    table = grid(f"{sweep.checkpoint}, {sweep.variant}", ("point",), ("MiB", "worst dB", "predicted"), ("recipe",))
+    for point in sweep.points:
+        known = point.bytes is not None and point.fidelity is not None
+        table.add_row(
+            point.name,
+            f"{point.bytes / 2**20:.2f}" if point.bytes is not None else "missing",
+            f"{point.fidelity.signal_to_noise_db:.1f}" if point.fidelity is not None else "",
+            "" if point.predicted_db is None else f"{point.predicted_db:.1f}",
+            (point.recipe or "beaten by another") if known else "",
+        )
+    return table
+
+
+def sweep_plan_table(points: "Sequence[Point]", tasks: "Mapping[str, Sequence[Task]]", cache: Path) -> Table:
+    """Return what each point of a sweep takes that the cache does not have; what points share counts once."""
+    table = grid("Plan (nothing was done)", ("point",), ("model MiB", "memory GiB", "about"), ("to do",))
+    seen: set[str] = set()
+    everything: list[Estimate] = []
+    for point in points:
+        own = [
+            task
+            for task in tasks.get(point.name, ())
+            if not (point.planned or task.stage == "export") or not (task.name in seen or task.is_done())
+        ]
+        seen.update(task.name for task in own)
+        everything += (task.takes for task in own)
+        size = "" if point.predicted_bytes is None else f"{point.predicted_bytes / 2**20:.2f}"
+        what = point.problem or " → ".join(task.stage for task in own) or "up to date"
+        table.add_row(point.name, size, *_taken(total(task.takes for task in own)), what)
+    table.add_section()
+    table.add_row("total", "", *_taken(total(everything)), f"kept in {cache}")
+    return table
 
 
 Tick = Callable[[str, float, float | None], None]

@@ -63,7 +63,7 @@ def test_the_command_line_is_there_without_what_only_commands_need() -> None:
         (["convert", "CHECKPOINT", "--out", "OUT"], "convert"),
         (["export", "CHECKPOINT", "--component", "dit", "--out", "OUT.onnx"], "convert"),
         (["fuse", "X.onnx", "--component", "dit", "--out", "OUT.onnx"], "check"),
-        (["doctor"], "check"),
+        (["sweep", "CHECKPOINT", "--recipe", "int8", "--out", "OUT"], "convert"),
     ],
 )
 def test_what_a_command_needs_is_named_where_only_running_was_installed(

@@ -75,6 +75,7 @@ SOUND = {
     "fuse": (["some.onnx"], {"--component": "number_conditioner", "--out": "f.onnx"}),
     "mnn": (["some.onnx"], {"--component": "number_conditioner", "--out": "m.mnn"}),
     "plan": (["CHECKPOINT"], {"--component": "dit", "--out": "p.yaml", "--target-mib": "1", "--dry-run": None}),
+    "sweep": (["CHECKPOINT"], {"--recipe": "int8", "--out": "sweep", "--dry-run": None}),
     "verify": (["BUNDLE"], {}),
     "bisect": (["BUNDLE"], {"--component": "number_conditioner"}),
     "inspect": (["BUNDLE/dit.mnn"], {}),

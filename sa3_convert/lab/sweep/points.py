@@ -1,0 +1,112 @@
+"""The points of a sweep: what a component is converted by."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from sa3_convert.components import Component
+from sa3_convert.errors import UsageError
+from sa3_convert.recipe import ComponentRecipe, Recipe
+
+if TYPE_CHECKING:
+    from sa3_convert.checkpoint.reader import Checkpoint
+    from sa3_convert.lab.planner.sensitivity import Sensitivity
+
+ANY_FIDELITY: Final = 0.001
+"""The floor, in dB, of what is measured in order to know how bad it is; below it there is no signal left."""
+MOST_POINTS: Final = 1000
+_RANGE: Final = re.compile(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)")
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One component by one recipe."""
+
+    name: str
+    component: Component
+    recipe: ComponentRecipe
+    predicted_db: float | None = None
+    """Mean over inputs, of what was planned."""
+    predicted_bytes: int | None = None
+    problem: str = ""
+    """Why it cannot be had."""
+
+    @property
+    def planned(self) -> bool:
+        """Whether its recipe is known; else it stands for what a plan will take."""
+        return self.predicted_bytes is None or self.predicted_db is not None
+
+
+def parse_sizes(text: str) -> list[float]:
+    """Return the sizes in MiB of FROM:TO:STEP, both ends among them, or of single ones with commas between.
+
+    Raises:
+        UsageError: it is neither, or has no point, or too many.
+
+    """
+    if found := _RANGE.fullmatch(text):
+        first, last, step = map(float, found.groups())
+        count = int((last - first) / step + 1e-9) + 1 if step else 0
+        sizes = [first + number * step for number in range(min(count, MOST_POINTS + 1))]
+    else:
+        try:
+            sizes = [float(part) for part in text.split(",")]
+        except ValueError:
+            sizes = []
+    if not sizes or len(sizes) > MOST_POINTS or not all(0 < size < 1e6 for size in sizes):
+        raise UsageError(
+            f"--sizes takes FROM:TO:STEP, as 200:450:25, or 200,300: sizes in MiB, at most {MOST_POINTS}; not {text!r}."
+        )
+    return sizes
+
+
+def of_sizes(
+    checkpoint: "Checkpoint", component: Component, base: Recipe, sensitivity: "Sensitivity", sizes: Iterable[float]
+) -> list[Point]:
+    """Return the best plan for each size in MiB; one that no plan fits into says so."""
+    from sa3_convert.lab.planner.planner import Target, plan_component
+
+    points = []
+    for size in sizes:
+        name = f"{component.value}-{size:g}"
+        own = base.for_component(component)
+        try:
+            made = plan_component(checkpoint, component, own, sensitivity, Target(size=round(size * 2**20)))
+        except UsageError as error:
+            points.append(Point(name, component, own, problem=str(error)))
+        else:
+            points.append(Point(name, component, _measured(made.recipe), made.predicted_db, made.size))
+    return points
+
+
+def of_recipes(recipes: Sequence[Recipe], components: Sequence[Component]) -> list[Point]:
+    """Return every component by every recipe."""
+    return [
+        Point(f"{component.value}-{recipe.name}", component, _measured(recipe.for_component(component)))
+        for component in components
+        for recipe in recipes
+    ]
+
+
+def _measured(recipe: ComponentRecipe) -> ComponentRecipe:
+    return recipe.model_copy(update={"floor_db": ANY_FIDELITY})
+
+
+def unplanned(component: Component, base: Recipe, sizes: Iterable[float]) -> list[Point]:
+    """Return sizes that nothing was measured for: what each takes is that of the recipe that plans begin with."""
+    own = _measured(base.for_component(component))
+    return [Point(f"{component.value}-{size:g}", component, own, predicted_bytes=round(size * 2**20)) for size in sizes]
+
+
+Tick = Callable[[str, int, int], None]
+
+
+def sensitivity_of(
+    checkpoint: "Checkpoint", component: Component, cache: Path, tick: Tick, threads: int | None
+) -> "Sensitivity":
+    """Measure once what every plan of a component is made from; an interrupted measurement goes on."""
+    from sa3_convert.lab.planner.planner import measure
+
+    return measure(checkpoint, component, "fp16", cache, tick, threads)

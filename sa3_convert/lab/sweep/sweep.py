@@ -1,0 +1,57 @@
+"""A sweep from its points to what is kept of it: measured, judged, written down whole."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from sa3_convert.lab.planner.planner import layers_to_measure
+from sa3_convert.lab.sweep.page import page
+from sa3_convert.lab.sweep.points import Point
+from sa3_convert.lab.sweep.result import Measured, Sweep, sweep_of
+from sa3_convert.lab.sweep.scheduling import Report
+from sa3_convert.lab.sweep.tasks import Ran, Source, Task, tasks_for
+from sa3_convert.recipe import Recipe
+from sa3_convert.system.files import write_text
+
+MARGIN_DB = 2.0
+"""A floor is so much below what was measured: another processor adds in another order."""
+
+Runner = Callable[[Sequence[Task], Report], Mapping[str, Ran]]
+
+
+def run_sweep(
+    source: Source,
+    points: Sequence[Point],
+    cache: Path,
+    runner: Runner,
+    threads: int | None = None,
+    report: Report = lambda task, ran, done, of: None,
+) -> Sweep:
+    """Convert and measure every point that can be had."""
+    checkpoint = source.open()
+    tasks = tasks_for([point for point in points if not point.problem], source, cache, threads)
+    ran = runner(list({task.name: task for own in tasks.values() for task in own}.values()), report)
+    layers = {point.component: list(layers_to_measure(checkpoint, point.component)) for point in points}
+    return sweep_of(checkpoint.folder.name, checkpoint.variant_name, points, layers, tasks, ran)
+
+
+def write(sweep: Sweep, points: Sequence[Point], base: Recipe, out: Path) -> None:
+    """Write what a sweep found into a folder: the recipes on the frontier, and the page."""
+    by_name = {point.name: point for point in points}
+    for found in sweep.points:
+        if found.recipe is not None:
+            write_text(out / found.recipe, recipe_of(found, by_name[found.name], base).to_yaml())
+    write_text(out / "index.html", page(sweep))
+
+
+def recipe_of(found: Measured, point: Point, base: Recipe) -> Recipe:
+    """Return a point as a recipe with its own floor; other components are as in `base`."""
+    assert found.fidelity is not None
+    floor = max(0.1, round(found.fidelity.signal_to_noise_db - MARGIN_DB, 1))
+    own = point.recipe.model_copy(update={"floor_db": floor})
+    worst = found.fidelity.signal_to_noise_db
+    changed = {
+        "name": point.name.replace("_", "-"),
+        "description": f"Of a sweep: {point.component.value} in {(found.bytes or 0) / 2**20:.1f} MiB, {worst:.1f} dB.",
+        "components": dict(base.components) | {point.component: own},
+    }
+    return base.model_copy(update=changed)

@@ -1,0 +1,168 @@
+"""What a sweep consists of: stages of conversions, each named by the hash that the stage cache uses.
+
+A task carries what it needs to be run anywhere: on another processor or with another MNN it finds nothing in the cache
+that it may use, makes what it reads itself, and says where it ran.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from sa3_convert.bundle.manifest import Fidelity
+from sa3_convert.components import Component
+from sa3_convert.convert.cache import FidelityNotes, StageCache
+from sa3_convert.convert.plan import Estimate, estimate, stage_keys
+from sa3_convert.convert.stages import STAGES, ComponentJob, StageKeys
+from sa3_convert.errors import Sa3Error
+from sa3_convert.lab.sweep.points import Point
+from sa3_convert.mnn.compatibility import mnn_version, target_for
+from sa3_convert.recipe import ComponentRecipe
+from sa3_convert.system.machine import machine
+
+if TYPE_CHECKING:
+    from sa3_convert.checkpoint.reader import Checkpoint
+
+JUDGED: Final = "verify"
+"""The stage whose result is a point."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """How the checkpoint is opened where a task runs."""
+
+    folder: Path
+    loras: tuple[str, ...] = ()
+
+    def open(self) -> "Checkpoint":
+        """Open it."""
+        return _opened(self.folder, self.loras)
+
+
+@cache
+def _opened(folder: Path, loras: tuple[str, ...]) -> "Checkpoint":
+    from sa3_convert.checkpoint.lora_file import LoraRequest
+    from sa3_convert.checkpoint.reader import Checkpoint
+
+    return Checkpoint.open(folder).with_loras([LoraRequest.parse(text) for text in loras])
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One stage of one component by one recipe."""
+
+    name: str
+    stage: str
+    source: Source
+    component: Component
+    recipe: ComponentRecipe
+    cache: Path
+    """A folder that every worker sees; where it is not the same one, work is done again."""
+    threads: int | None
+    needs: tuple[str, ...]
+    """Names of tasks whose results this reads."""
+    takes: Estimate
+
+    def job(self) -> ComponentJob:
+        """Open the component."""
+        return ComponentJob(
+            self.source.open(), self.component, self.recipe, target_for(self.recipe, None), self.threads
+        )
+
+    def is_done(self) -> bool:
+        """Whether the cache has its result."""
+        job = self.job()
+        return (
+            StageCache(self.cache).find(self.stage, stage_keys(job)[self.stage], STAGES[self.stage].notes) is not None
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What came of a task."""
+
+    seconds: float
+    """That it took; next to none where the cache had the result."""
+    processor: str
+    mnn: str
+    bytes: int = 0
+    """Of the model, where the task judges one."""
+    fidelity: Fidelity | None = None
+    problem: str = ""
+    """Why there is no result."""
+    exit_code: int = 0
+    """The kind of problem."""
+
+
+def tasks_for(
+    points: Sequence[Point], source: Source, cache_folder: Path, threads: int | None
+) -> dict[str, list[Task]]:
+    """Return the tasks of each point by its name, in an order in which they can run; the last one judges it."""
+    return {point.name: _tasks(point, source, cache_folder, threads) for point in points}
+
+
+def _tasks(point: Point, source: Source, cache_folder: Path, threads: int | None) -> list[Task]:
+    checkpoint = source.open()
+    job = ComponentJob(checkpoint, point.component, point.recipe, target_for(point.recipe, None), threads)
+    keys = stage_keys(job)
+    names = {stage: f"{stage}-{point.component.value}-{key}" for stage, key in keys.items()}
+    shapes = (entry.shape for entry in checkpoint.stored(point.component).values())
+    reference_bytes = 4 * sum(math.prod(shape) for shape in shapes)
+    return [
+        Task(
+            name=names[stage],
+            stage=stage,
+            source=source,
+            component=point.component,
+            recipe=point.recipe,
+            cache=cache_folder,
+            threads=threads,
+            needs=tuple(names[read] for read in STAGES[stage].reads if read in names),
+            takes=estimate((stage,), reference_bytes, point.recipe),
+        )
+        for stage in _upstream(keys)
+    ]
+
+
+def _upstream(keys: StageKeys, stage: str = JUDGED) -> list[str]:
+    """Return a stage and all that it reads, in the order of their work."""
+    needed = {stage}
+    for name in reversed(tuple(keys)):
+        if name in needed:
+            needed.update(STAGES[name].reads)
+    return [name for name in keys if name in needed]
+
+
+def run_task(task: Task, *before: Ran) -> Ran:
+    """Run a task where this is called; what the user can mend is in its result, after problems of what it needs."""
+    started = time.perf_counter()
+    place = str(machine()["processor"]), mnn_version()
+    for earlier in before:
+        if earlier.problem:
+            return Ran(0.0, *place, problem=earlier.problem, exit_code=earlier.exit_code)
+    try:
+        size, fidelity = _made(task)
+    except Sa3Error as error:
+        return Ran(time.perf_counter() - started, *place, problem=str(error), exit_code=error.exit_code)
+    return Ran(time.perf_counter() - started, *place, size, fidelity)
+
+
+def _made(task: Task) -> tuple[int, Fidelity | None]:
+    """Find or make a task's result and all that it reads; returns bytes and fidelity where it judges a model."""
+    job, stages = task.job(), StageCache(task.cache)
+    keys = stage_keys(job)
+    for name in _upstream(keys, task.stage):
+        stage, key = STAGES[name], keys[name]
+        if (found := stages.find(name, key, stage.notes)) is None:
+            job.parts = stages.parts(key, lambda done, of: None)
+            found = stages.make(name, key, partial(stage.make, job))
+            stages.forget(key)
+        job.results[name] = found
+    notes = job.results[task.stage].notes
+    if not isinstance(notes, FidelityNotes):
+        return 0, None
+    folder = job.results["mnn"].folder
+    return sum((folder / file).stat().st_size for file in job.results["mnn"].files), notes.fidelity

@@ -1,0 +1,97 @@
+"""Sizes as people write them, and which points are worth keeping."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sa3_convert.bundle.manifest import Fidelity
+from sa3_convert.components import Component
+from sa3_convert.errors import UsageError
+from sa3_convert.lab.sweep.page import page
+from sa3_convert.lab.sweep.points import parse_sizes
+from sa3_convert.lab.sweep.result import Measured, Sweep, frontier
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("200:450:25", [200, 225, 250, 275, 300, 325, 350, 375, 400, 425, 450]),
+        ("0.6:1.2:0.2", [0.6, 0.8, 1.0, 1.2]),
+        ("200:449:25", [200, 225, 250, 275, 300, 325, 350, 375, 400, 425]),
+        ("300:300:1", [300]),
+        ("200,300.5", [200, 300.5]),
+        ("240", [240]),
+    ],
+)
+def test_sizes(text: str, sizes: list[float]) -> None:
+    assert parse_sizes(text) == pytest.approx(sizes)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "a", "0", "-5", "200:100:25", "200:450:0", "1:2:1e-9", "0.001:900:0.001", "nan", "inf", "1e9", "1:2", ","],
+)
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="FROM:TO:STEP"):
+        parse_sizes(text)
+
+
+@given(st.text(alphabet="0123456789.:,eE-+ infa", max_size=20))
+def test_whatever_is_written_is_sizes_or_refused(text: str) -> None:
+    try:
+        sizes = parse_sizes(text)
+    except UsageError:
+        return
+    assert 0 < len(sizes) <= 1000
+    assert all(0 < size < 1e6 for size in sizes)
+
+
+def point(name: str, size: int | None, ratio: float = 0.0, component: Component = Component.DIT) -> Measured:
+    if size is None:
+        return Measured(name=name, component=component, problem="no memory", exit_code=3)
+    fidelity = Fidelity(signal_to_noise_db=ratio, cosine=1.0, max_abs_error=0.0)
+    return Measured(name=name, component=component, bytes=size, fidelity=fidelity, bits={"a": 8, "b": 4})
+
+
+def test_the_frontier_is_what_no_other_point_of_the_component_beats() -> None:
+    points = [
+        point("small", 10, 20),
+        point("worse", 11, 19),
+        point("equal", 12, 20),
+        point("large", 20, 30),
+        point("same-size", 20, 29),
+        point("missing", None),
+        point("other", 5, 40, Component.DECODER),
+    ]
+    assert frontier(points) == {"small", "large", "other"}
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), max_size=12))
+def test_every_point_off_the_frontier_is_beaten_by_one_on_it(given_points: list[tuple[int, int]]) -> None:
+    points = {str(number): point(str(number), *values) for number, values in enumerate(given_points)}
+    best = frontier(list(points.values()))
+
+    def beats(one: Measured, other: Measured) -> bool:
+        assert one.fidelity is not None
+        assert other.fidelity is not None
+        assert one.bytes is not None
+        assert other.bytes is not None
+        return one.bytes <= other.bytes and one.fidelity.signal_to_noise_db >= other.fidelity.signal_to_noise_db
+
+    for name in points.keys() - best:
+        assert any(beats(points[kept], points[name]) for kept in best)
+    for one, other in itertools.permutations(best, 2):
+        assert not beats(points[one], points[other])
+
+
+def test_the_page_says_what_is_missing_and_what_is_mixed_and_escapes_what_comes_from_outside() -> None:
+    points = (point("a", 3 << 20, 31.5), point("<b>", None), point("c", 5 << 20, 40))
+    text = page(Sweep(checkpoint="<script>", variant="small-music", points=points, mixed=True))
+    assert "1 of 3 points are missing" in text
+    assert "several kinds of processor" in text
+    assert "missing: no memory" in text
+    assert "31.5" in text
+    assert "<script>" not in text
+    assert "<b>" not in text

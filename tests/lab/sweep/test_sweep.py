@@ -1,0 +1,158 @@
+"""Whole sweeps of a toy: measured as a conversion measures, kept, gone on with, and told on the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sa3_convert.checkpoint.synthetic import synthesize
+from sa3_convert.cli import app as cli
+from sa3_convert.components import Component
+from sa3_convert.convert.cache import StageCache
+from sa3_convert.lab.sweep import tasks as room
+from sa3_convert.lab.sweep.points import Point, of_recipes
+from sa3_convert.lab.sweep.result import Sweep
+from sa3_convert.lab.sweep.scheduling import in_this_process
+from sa3_convert.lab.sweep.sweep import recipe_of, run_sweep
+from sa3_convert.lab.sweep.tasks import Ran, Source, Task, run_task, tasks_for
+from sa3_convert.recipe import load_recipe, recipe_file
+
+CONDITIONER = Component.NUMBER_CONDITIONER
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep") / "toy"
+    synthesize(folder, "small-music", "toy", 0, "gaussian")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def points() -> list[Point]:
+    return of_recipes([load_recipe(recipe_file(Path(name))) for name in ("int8", "fp16")], [CONDITIONER])
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def swept(toy: Path, points: list[Point], cache: Path) -> Sweep:
+    return run_sweep(Source(toy), points, cache, in_this_process)
+
+
+def test_points_are_what_a_conversion_measures(swept: Sweep) -> None:
+    int8, fp16 = swept.points
+    assert int8.fidelity is not None
+    assert fp16.fidelity is not None
+    assert 35 < int8.fidelity.signal_to_noise_db < 60 < fp16.fidelity.signal_to_noise_db
+    assert int8.bytes is not None
+    assert fp16.bytes is not None
+    assert int8.bytes < fp16.bytes
+    assert set(int8.bits.values()) == {8}
+    assert set(fp16.bits.values()) == {16}
+    assert not swept.mixed
+    assert all(point.on_frontier for point in swept.points)
+
+
+def test_a_second_sweep_finds_all_of_it_in_the_cache(
+    toy: Path, points: list[Point], cache: Path, swept: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("nothing is left to be made")
+
+    monkeypatch.setattr(StageCache, "make", refuse)
+    again = run_sweep(Source(toy), points, cache, in_this_process)
+    assert [p.fidelity for p in again.points] == [p.fidelity for p in swept.points]
+
+
+def test_stages_that_points_share_run_once(toy: Path, points: list[Point], cache: Path) -> None:
+    tasks = tasks_for(points, Source(toy), cache, None)
+    names = [[task.stage for task in own] for own in tasks.values()]
+    assert names == [["export", "mnn", "verify"]] * 2
+    assert len({own[0].name for own in tasks.values()}) == 1
+    assert len({own[1].name for own in tasks.values()}) == 2
+
+
+def test_a_worker_with_another_mnn_makes_its_own_and_says_so(
+    toy: Path, points: list[Point], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def elsewhere(task: Task, *before: Ran) -> Ran:
+        if task.stage == "verify" and task.recipe == points[1].recipe:
+            monkeypatch.setattr(room, "mnn_version", lambda: "9.9.9")
+            other = {name: f"other-{name}" for name in ("export", "mnn", "verify")}
+            monkeypatch.setattr(room, "stage_keys", lambda job: other)
+        return run_task(task, *before)
+
+    def run_here(tasks: list[Task], report: object) -> dict[str, Ran]:
+        return in_this_process(tasks, lambda *_: None, elsewhere)
+
+    found = run_sweep(Source(toy), points, tmp_path, run_here)  # type: ignore[arg-type]
+    assert [point.mnn for point in found.points][1] == "9.9.9"
+    assert found.mixed
+    assert not found.missing
+    assert {path.name for path in (tmp_path / "verify").iterdir()} > {"other-verify"}
+
+
+def test_what_fails_is_missing_with_its_reason_and_the_rest_is_there(
+    toy: Path, points: list[Point], tmp_path: Path
+) -> None:
+    broken = Point("broken", CONDITIONER, points[0].recipe.model_copy(update={"floor_db": 200.0}))
+    none = Point("none", CONDITIONER, points[0].recipe, problem="No plan is so small.")
+    found = run_sweep(Source(toy), [broken, none, points[1]], tmp_path, in_this_process)
+    assert [point.name for point in found.missing] == ["broken", "none"]
+    assert [point.exit_code for point in found.missing] == [5, 2]
+    assert "200" in found.missing[0].problem
+    assert found.points[2].fidelity is not None
+
+
+def test_a_recipe_of_the_frontier_has_a_floor_that_it_reaches(swept: Sweep, points: list[Point]) -> None:
+    base = load_recipe(recipe_file(Path("int8")))
+    made = recipe_of(swept.points[1], points[1], base)
+    own = made.for_component(CONDITIONER)
+    assert swept.points[1].fidelity is not None
+    assert own.floor_db == pytest.approx(swept.points[1].fidelity.signal_to_noise_db - 2, abs=0.06)
+    assert made.for_component(Component.DIT) == base.for_component(Component.DIT)
+
+
+def test_the_command_plans_converts_and_tells(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sweep", str(toy), "--component", "number_conditioner", "--sizes", "0.0001,0.02,0.03", "--out"]
+    assert cli.run([*words, str(tmp_path / "out"), "--json", str(tmp_path / "f.json")]) == 2
+    said = capsys.readouterr().err
+    assert "number_conditioner-0.0001 is missing: No plan for number_conditioner is smaller than" in said
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert found == json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert found.pop("schema") == 1
+    assert Sweep.model_validate(found).variant == "small-music"
+    kept = [point["recipe"] for point in found["points"] if point["recipe"]]
+    assert kept
+    for name in kept:
+        assert load_recipe(tmp_path / "out" / name).for_component(CONDITIONER).floor_db > 1
+    assert cli.run([*words, str(tmp_path / "out"), "--dry-run"]) == 0
+    assert "nothing was done" in capsys.readouterr().out
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "index.html").write_text("mine")
+    assert cli.run(["sweep", str(toy), "--recipe", "int8", "--out", str(tmp_path)]) == 2
+    assert "holds something else" in capsys.readouterr().err
+    assert (tmp_path / "index.html").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "Give --sizes"),
+        (["--sizes", "1:2:1"], "Name it: --component dit"),
+        (["--sizes", "1:2:1", "--component", "dit", "--component", "decoder"], "Name it"),
+        (["--recipe", "int8", "--workers", "2", "--scheduler", "tcp://x:1"], "Give one of them"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(
+    toy: Path, tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["sweep", str(toy), "--out", str(tmp_path / "o"), *words]) == 2
+    assert said in capsys.readouterr().err
