@@ -36,7 +36,10 @@ def samples(content: bytes) -> np.ndarray:
 
 def made_by_pipeline(bundle: Bundle, **settings: object) -> np.ndarray:
     with Pipeline.from_bundle(bundle.path, threads=1) as pipeline:
-        audio = pipeline.generate(GenerateRequest(**settings)).audio  # type: ignore[arg-type]
+        return as_pcm16(pipeline.generate(GenerateRequest(**settings)).audio)  # type: ignore[arg-type]
+
+
+def as_pcm16(audio: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(audio.T.astype(np.float64) * 32768), -32768, 32767).astype(np.int16)
 
 
