@@ -306,23 +306,16 @@ def sweep_table(sweep: "Sweep") -> Table:
 
 
 def sweep_plan_table(points: "Sequence[Point]", tasks: "Mapping[str, Sequence[Task]]", cache: Path) -> Table:
-    """Return what each point of a sweep takes that the cache does not have; what points share counts once."""
+    """Return what each point of a sweep takes."""
     table = grid("Plan (nothing was done)", ("point",), ("model MiB", "memory GiB", "about"), ("to do",))
-    seen: set[str] = set()
-    everything: list[Estimate] = []
     for point in points:
-        own = [
-            task
-            for task in tasks.get(point.name, ())
-            if not (point.planned or task.stage == "export") or not (task.name in seen or task.is_done())
-        ]
-        seen.update(task.name for task in own)
-        everything += (task.takes for task in own)
+        own = tasks[point.name]
         size = "" if point.predicted_bytes is None else f"{point.predicted_bytes / 2**20:.2f}"
         what = point.problem or " → ".join(task.stage for task in own) or "up to date"
         table.add_row(point.name, size, *_taken(total(task.takes for task in own)), what)
     table.add_section()
-    table.add_row("total", "", *_taken(total(everything)), f"kept in {cache}")
+    everything = total(task.takes for own in tasks.values() for task in own)
+    table.add_row("total", "", *_taken(everything), f"kept in {cache}")
     return table
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sa3_convert.checkpoint.reader import Checkpoint
     from sa3_convert.lab.sweep.points import Point
     from sa3_convert.lab.sweep.sweep import Runner
+    from sa3_convert.lab.sweep.tasks import Task
 
 FIGURES = "sweep.json"
 OutOption = Annotated[Path, Option(metavar="DIR", help="Gets sweep.json, a page, and recipes.", callback=paths.makes)]
@@ -57,15 +58,16 @@ def sweep(
         raise UsageError(f"{out} holds something else than a sweep. Name a folder that is empty or not there.")
     from sa3_convert.cli.console import progress, stdout, sweep_plan_table, sweep_table
     from sa3_convert.lab.sweep.sweep import run_sweep, write
-    from sa3_convert.lab.sweep.tasks import Source, tasks_for
+    from sa3_convert.lab.sweep.tasks import Source, tasks_for, to_do
 
     opened = o.open_checkpoint(checkpoint, lora)
     folder = (cache or out.absolute().parent / ".sa3-convert-cache").absolute()
     points = _points(opened, component, sizes, recipe, folder, threads, measure=not dry_run)
     source = Source(opened.folder.absolute(), tuple(lora or ()))
     if dry_run:
-        tasks = tasks_for([point for point in points if not point.problem], source, folder, threads)
+        tasks = to_do(points, tasks_for([point for point in points if not point.problem], source, folder, threads))
         stdout.print(sweep_plan_table(points, tasks, folder))
+        _tell_time([task for own in tasks.values() for task in own], workers or 1)
         return
     runner = _runner(workers, scheduler)
     with progress(f"{len(points)} points") as tick:
@@ -84,6 +86,16 @@ def sweep(
         echo(f"{point.name} is missing: {point.problem}", err=True)
     if found.missing:
         raise Exit(max(point.exit_code for point in found.missing))
+
+
+def _tell_time(tasks: "Sequence[Task]", workers: int) -> None:
+    from sa3_convert.lab.sweep.scheduling import simulated
+
+    found = simulated(tasks, workers)
+    echo(
+        f"On {workers} worker{'s'[: workers > 1]} about {found.seconds / 60:.1f} min, {found.efficiency:.0%} of their time "
+        f"at work; tasks that follow one another take {found.longest_chain / 60:.1f} min on any number of them."
+    )
 
 
 def _points(

@@ -1,9 +1,12 @@
 """Where the tasks of a sweep run: in this process, or on Dask's workers."""
 
 import contextlib
+import heapq
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from sa3_convert.errors import BackendError, ConversionError, InputError, Sa3Error
@@ -37,6 +40,37 @@ def in_this_process(tasks: Sequence[Task], report: Report, run: Run = run_task) 
         done[task.name] = run(task, *(done[name] for name in task.needs))
         report(task, done[task.name], len(done), len(tasks))
     return done
+
+
+@dataclass(frozen=True, slots=True)
+class Simulated:
+    """What tasks would take on a number of workers."""
+
+    seconds: float
+    efficiency: float
+    """Share of the workers' time in which they work."""
+    longest_chain: float
+    """Seconds of the tasks that follow from one another, which no number of workers shortens."""
+
+
+def simulated(tasks: Sequence[Task], workers: int) -> Simulated:
+    """Return what tasks take, as stages were measured, if each goes to the first worker that is free."""
+    left, free = list(tasks), [0.0] * workers
+    # What is not among them has its result.
+    ended = dict.fromkeys((name for task in tasks for name in task.needs), 0.0)
+    chain = dict(ended)
+    ended.update(dict.fromkeys((task.name for task in tasks), math.inf))
+    while left:
+        idle = heapq.heappop(free)
+        # The first whose needs are there, or that whose needs will be there first.
+        ready = [(max([idle, *(ended[name] for name in task.needs)]), task) for task in left]
+        begun, task = min(ready, key=lambda one: one[0])
+        left.remove(task)
+        ended[task.name] = begun + task.takes.seconds
+        chain[task.name] = task.takes.seconds + max((chain[name] for name in task.needs), default=0.0)
+        heapq.heappush(free, ended[task.name])
+    seconds, work = max(free), sum(task.takes.seconds for task in tasks)
+    return Simulated(seconds, work / (workers * seconds) if seconds else 1.0, max(chain.values(), default=0.0))
 
 
 def on_dask(connect: Connect, tasks: Sequence[Task], report: Report, run: Run = run_task) -> dict[str, Ran]:

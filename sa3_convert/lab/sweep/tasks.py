@@ -6,7 +6,7 @@ that it may use, makes what it reads itself, and says where it ran.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -102,6 +102,21 @@ def tasks_for(
 ) -> dict[str, list[Task]]:
     """Return the tasks of each point by its name, in an order in which they can run; the last one judges it."""
     return {point.name: _tasks(point, source, cache_folder, threads) for point in points}
+
+
+def to_do(points: Sequence[Point], tasks: Mapping[str, Sequence[Task]]) -> dict[str, list[Task]]:
+    """Return what the cache does not have of each point; what points share is the first one's."""
+    seen: set[str] = set()
+    found: dict[str, list[Task]] = {}
+    for point in points:
+        # What stands for a plan shares no more than its reference with others.
+        found[point.name] = [
+            task
+            for task in tasks.get(point.name, ())
+            if not (task.name in seen or task.is_done()) or not (point.planned or task.stage == "export")
+        ]
+        seen.update(task.name for task in found[point.name])
+    return found
 
 
 def _tasks(point: Point, source: Source, cache_folder: Path, threads: int | None) -> list[Task]:

@@ -13,7 +13,7 @@ from sa3_convert.components import Component
 from sa3_convert.convert.plan import Estimate
 from sa3_convert.errors import BackendError, InputError
 from sa3_convert.lab.sweep import scheduling
-from sa3_convert.lab.sweep.scheduling import in_this_process, local_workers, on_dask
+from sa3_convert.lab.sweep.scheduling import in_this_process, local_workers, on_dask, simulated
 from sa3_convert.lab.sweep.tasks import Ran, Source, Task
 from sa3_convert.recipe import ComponentRecipe
 from tests.lab.sweep.played import quick
@@ -44,6 +44,23 @@ def test_a_task_gets_what_it_needs_and_each_is_told(tmp_path: Path) -> None:
     found = in_this_process(tasks, lambda one, ran, done, of: told.append((one.name, done, of)), quick)
     assert found["c"].bytes == 2
     assert told == [("a", 1, 3), ("b", 2, 3), ("c", 3, 3)]
+
+
+@pytest.mark.parametrize(("workers", "seconds", "efficiency"), [(1, 9, 1.0), (2, 5, 0.9), (4, 3, 0.75), (100, 3, 0.03)])
+def test_a_simulation_keeps_workers_busy_and_needs_in_order(
+    tmp_path: Path, workers: int, seconds: float, efficiency: float
+) -> None:
+    first = task("a", tmp_path)
+    chains = [[task(f"b{n}", tmp_path, "a"), task(f"c{n}", tmp_path, "a", f"b{n}")] for n in range(4)]
+    found = simulated([first, *(one for chain in chains for one in chain)], workers)
+    assert found.seconds == seconds
+    assert found.efficiency == pytest.approx(efficiency)
+    assert found.longest_chain == 3
+
+
+def test_what_the_cache_has_is_not_waited_for(tmp_path: Path) -> None:
+    assert simulated([task("b", tmp_path, "a")], 4).seconds == 1
+    assert simulated([], 4).seconds == 0
 
 
 def test_local_workers_give_what_this_process_gives(tmp_path: Path) -> None:
