@@ -93,7 +93,7 @@ def _tell_time(tasks: "Sequence[Task]", workers: int) -> None:
 
     found = simulated(tasks, workers)
     echo(
-        f"On {workers} worker{'s'[: workers > 1]} about {found.seconds / 60:.1f} min, {found.efficiency:.0%} of their time "
+        f"On {workers} worker{'s'[: workers > 1]} about {found.seconds / 60:.1f} min, {found.efficiency:.0%} of it "
         f"at work; tasks that follow one another take {found.longest_chain / 60:.1f} min on any number of them."
     )
 
