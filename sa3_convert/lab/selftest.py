@@ -4,6 +4,7 @@ A checkpoint with seeded weights is made and converted first. What is right is O
 torch there where nothing could be converted; and of a toy what the reference implementation gave (`lab.golden`).
 """
 
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -57,7 +58,7 @@ _GOLDEN: Final = ("mnn", "onnxruntime", "torch")
 """Those that compute in float32, which golden cases are for."""
 _DURATIONS: Final = {False: (2.0, 5.0), True: (10.0, 30.0, 60.0, 120.0)}
 VARIANT: Final = "small-music"
-_FULL_BYTES: Final = 21 << 30
+_BYTES: Final = {False: 200 << 20, True: 21 << 30}
 """Of disk: checkpoint, references, models of three kinds, and what passes (`convert --dry-run` tells its parts)."""
 _REQUEST: Final = GenerateRequest("warm analog synth pad", seconds=2.0, seed=0)
 
@@ -183,15 +184,13 @@ _USUAL: Final = "precision high, memory normal"
 
 def told_ahead(device: Device, *, full: bool) -> str:
     """Return what a test will take, in a sentence."""
+    room = f"{_BYTES[full] / 2**30:.1f} GiB of {tempfile.gettempdir()} (TMPDIR names another folder)"
     if not full:
-        return f"Toys on {device}: about two minutes on two quiet cores, 200 MB of disk."
+        return f"Toys on {device}: about two minutes on two quiet cores, {room}."
     cores = default_threads()
     # Conversions, then generations of 220 seconds of audio, of each engine a cold one, warm ones, and one for memory.
     minutes = 12 + (130 / cores if device == "cpu" else 0)
-    return (
-        f"Models of true size on {device}: {_FULL_BYTES >> 30} GiB of disk for the time being, 5 GiB of memory, and "
-        f"about {minutes:.0f} minutes with {cores} cores."
-    )
+    return f"True size on {device}: about {minutes:.0f} minutes with {cores} cores, 5 GiB of memory, {room}."
 
 
 def selftest(device: Device, folder: Path, *, full: bool = False, say: Say) -> SelfTest:
@@ -211,8 +210,7 @@ def selftest(device: Device, folder: Path, *, full: bool = False, say: Say) -> S
     start = time.perf_counter()
     absent = _without_models(device)
     _require_one(device, absent)
-    if full:
-        require_space(folder, _FULL_BYTES, "Models of true size")
+    require_space(folder, _BYTES[full], "The test")
     made = _made(folder / "models", "full" if full else "toy", absent, say)
     toys = _made(folder / "toys", "toy", absent, say) if full else made
     present: dict[str, Contender] = {}

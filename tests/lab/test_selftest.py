@@ -98,10 +98,11 @@ def test_a_wrong_device_is_told_before_anything_is_made(monkeypatch: pytest.Monk
         selftest("cuda", tmp_path, full=True, say=lambda _: pytest.fail("something was made"))
 
 
-def test_full_models_ask_for_their_room_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(room, "_FULL_BYTES", 1 << 60)
-    with pytest.raises(UsageError, match="true size needs"):
-        selftest("cpu", tmp_path, full=True, say=lambda _: pytest.fail("something was made"))
+@pytest.mark.parametrize("full", [False, True])
+def test_room_is_asked_for_first(full: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(room, "_BYTES", {full: 1 << 60})
+    with pytest.raises(UsageError, match="The test needs"):
+        selftest("cpu", tmp_path, full=full, say=lambda _: pytest.fail("something was made"))
 
 
 def tampering(monkeypatch: pytest.MonkeyPatch, component: Component, change: Callable[[Any], Any]) -> None:
