@@ -172,6 +172,11 @@ class Recipe(_Strict):
                 )
         return self
 
+    @property
+    def quantises(self) -> bool:
+        """Whether it stores weights as integers: who asks for that takes integers for speed, too."""
+        return any(component.weights is not None for component in self.components.values())
+
     def for_component(self, component: Component) -> ComponentRecipe:
         """Return a component's part; a recipe that does not mention it is refused."""
         try:

@@ -93,6 +93,15 @@ class Bundle:
         """The components for which the bundle has a model, in pipeline order."""
         return tuple(c for c in Component if any(a.component is c and a.kind == "mnn" for a in self.manifest.artifacts))
 
+    @property
+    def model_kinds(self) -> set[ArtifactKind]:
+        """The kinds of models that it has of every component; what was kept outside and is gone does not count."""
+        found: dict[ArtifactKind, set[Component | None]] = {}
+        for artifact in self.manifest.artifacts:
+            if artifact.kept_at is None or self.place(artifact, artifact).is_file():
+                found.setdefault(artifact.kind, set()).add(artifact.component)
+        return {kind for kind, components in found.items() if components >= set(self.components)}
+
     def artifact(self, component: Component | None, kind: ArtifactKind = "mnn") -> Artifact:
         """Return an artifact; BundleError if the bundle does not have it."""
         for artifact in self.manifest.artifacts:
@@ -104,13 +113,13 @@ class Bundle:
     def file(self, component: Component | None, kind: ArtifactKind = "mnn") -> Path:
         """Return the name of an artifact's file, for people; `checked` gives the file that the manifest describes."""
         artifact = self.artifact(component, kind)
-        return self._named(artifact, artifact)
+        return self.place(artifact, artifact)
 
     def all_files(self) -> Iterator[Path]:
         """Yield the names of the manifest and of every file that it lists."""
         yield self.path / MANIFEST
         for artifact in self.manifest.artifacts:
-            yield from (self._named(artifact, entry) for entry in artifact.files)
+            yield from (self.place(artifact, entry) for entry in artifact.files)
 
     def checked(self, component: Component | None, kind: ArtifactKind = "mnn", *, contents: bool = True) -> CheckedFile:
         """Return an artifact's file, its companion with it; see `check`."""
@@ -169,7 +178,7 @@ class Bundle:
         if (known := self._checked.get(entry.path)) is not None:
             known.require_unchanged()
             return known
-        name, file = self._named(artifact, entry), self._reached(artifact, entry)
+        name, file = self.place(artifact, entry), self._reached(artifact, entry)
         try:
             state = FileState.at(file)
             if state.size == entry.bytes and contents:
@@ -191,7 +200,8 @@ class Bundle:
             self._checked[entry.path] = found
         return found
 
-    def _named(self, artifact: Artifact, entry: FileEntry) -> Path:
+    def place(self, artifact: Artifact, entry: FileEntry) -> Path:
+        """Return where one of an artifact's files is, in the bundle or outside."""
         if artifact.kept_at is None:
             return self.root / entry.path
         return self.root / artifact.kept_at / Path(entry.path).name

@@ -3,12 +3,13 @@
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sa3_convert.bundle.manifest import Artifact, Label, Name, Sha256, Text
 from sa3_convert.bundle.reader import Bundle
+from sa3_convert.checkpoint.json_file import faults
 from sa3_convert.components import Component
 from sa3_convert.errors import InputError, UsageError
 from sa3_convert.system.untrusted import parse_json, read_text
@@ -80,17 +81,73 @@ class Bench(_Data):
     @classmethod
     def read(cls, path: Path) -> "Bench":
         """Read a file that `bench --json` wrote; InputError if it is something else."""
-        try:
-            text = read_text(path)
-            parse_json(text)
-            return cls.model_validate_json(text)
-        except (OSError, ValueError) as error:
-            first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-            raise InputError(f"{path} is no result of `sa3-convert bench --json`: {first}") from None
+        return _read(cls, path, "no result of `sa3-convert bench --json`")
 
     def columns(self) -> dict[tuple[str, float], BenchRow]:
         """Return the warm rows by engine and duration."""
         return {(row.engine, row.duration): row for row in self.rows if row.temperature == "warm"}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class PeerRow(_Strict):
+    """Another program's seconds for one duration: of the whole, of stages, or both."""
+
+    duration: float = Field(gt=0, le=1e9)
+    """Seconds of audio."""
+    total: float | None = Field(None, gt=0, le=1e9)
+    """The sum of the stages where it is not told."""
+    load: Seconds | None = None
+    text_encoder: Seconds | None = None
+    dit_step: Seconds | None = None
+    """One run of the DiT."""
+    dit: Seconds | None = None
+    decoder: Seconds | None = None
+    other: Seconds | None = None
+    peak_bytes: Count | None = None
+
+    @model_validator(mode="after")
+    def _has_a_time(self) -> Self:
+        if not self.seconds:
+            raise ValueError(f"{self.duration:g} s of audio have neither a total nor stages")
+        return self
+
+    @property
+    def seconds(self) -> float:
+        """The whole generation."""
+        stages = (self.load, self.text_encoder, self.dit, self.decoder, self.other)
+        return self.total or sum(stage or 0.0 for stage in stages)
+
+
+class Peer(_Strict):
+    """What another program was measured to take, to be shown beside ours: `bench --peer`."""
+
+    name: Name
+    machine: Text
+    """What it ran on, in words."""
+    rows: tuple[PeerRow, ...] = Field(min_length=1, max_length=100)
+
+    @classmethod
+    def read(cls, path: Path) -> "Peer":
+        """Read a file of times; InputError if it is something else, with the key that is wrong."""
+        return _read(cls, path, "no file of a peer's times (name, machine and rows; see the guide)")
+
+
+_Model = TypeVar("_Model", Bench, Peer)
+
+
+def _read(kind: type[_Model], path: Path, otherwise: str) -> _Model:
+    try:
+        text = read_text(path)
+        # Twice: what pydantic would take in silence (two keys of one name) is refused first.
+        parse_json(text)
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        raise InputError(f"{path} is {otherwise}: {faults(error)}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is {otherwise}: {error}") from None
 
 
 def markdown_table(bundles: Sequence[Bundle], benches: Sequence[Bench] = ()) -> str:

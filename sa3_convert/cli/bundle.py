@@ -24,6 +24,7 @@ BenchesOption = Annotated[
     list[Path] | None,
     Option("--bench", metavar="FILE.json", help="Say what `bench --json` measured; several.", callback=paths.reads),
 ]
+OrtInt8Option = Annotated[bool, Option("--with-ort-int8", help="Also the models of the engine onnxruntime-int8.")]
 NameOption = Annotated[str | None, Option(metavar="OWNER/NAME", help="Hub id that the files will have.")]
 
 
@@ -39,6 +40,7 @@ def export(
     report: ReportsOption = None,
     bench: BenchesOption = None,
     name: NameOption = None,
+    with_ort_int8: OrtInt8Option = False,
     force: Annotated[bool, Option("--force", help="Replace an earlier export, unless it is up to date.")] = False,
 ) -> None:
     """Write bundles as existing clients read them, with manifests, hashes, licences and a model card."""
@@ -48,7 +50,8 @@ def export(
 
     told = Card(read_reports(report or ()), read_benches(bench or ()), name, drawn)
     opened = _opened(bundles)
-    made = export_bundles(opened, to, layout, force=force, golden=golden_of, card=told)
+    how = {"force": force, "ort_int8": with_ort_int8}
+    made = export_bundles(opened, to, layout, golden=golden_of, card=told, **how)
     for line in made.left_out:
         echo(line, err=True)
     for path, (_, entry) in sorted(made.files.items()):
@@ -71,6 +74,7 @@ def publish(
     ] = None,
     report: ReportsOption = None,
     bench: BenchesOption = None,
+    with_ort_int8: OrtInt8Option = False,
 ) -> None:
     """Publish bundles on the hub: the tree of `bundle export` in one commit, which is then held to what was meant."""
     from sa3_convert.cli.console import stderr
@@ -85,7 +89,7 @@ def publish(
     opened = _opened(bundles)
     hub.require_publishable(opened, allow or ())
     told = Card(read_reports(report or ()), read_benches(bench or ()), to, drawn)
-    planned = planned_export(opened, "hub", golden_of, told)
+    planned = planned_export(opened, "hub", golden_of, told, ort_int8=with_ort_int8)
     sizes = {path: entry.bytes for path, (_, entry) in planned.files.items()}
     sizes |= {path: len(text) for path, text in planned.texts.items()}
     for line in planned.left_out:

@@ -9,6 +9,7 @@ from sa3_convert.cli import options as o
 from sa3_convert.cli import paths
 from sa3_convert.cli.echo import echo, echo_next
 from sa3_convert.components import TEXT_TO_AUDIO
+from sa3_convert.errors import VerificationError
 
 if TYPE_CHECKING:
     from sa3_convert.convert.plan import ConvertRequest
@@ -18,7 +19,14 @@ _more, _how = o.panel("More in the bundle"), o.panel("How to work")
 OutOption = Annotated[Path, Option(metavar="DIR", help="The bundle's folder.", callback=paths.makes)]
 CacheOption = Annotated[Path | None, _how(metavar="DIR", help="Where stages are kept; beside --out.")]
 ReferenceOption = Annotated[bool, _more("--with-reference", help="The reference ONNX, to verify it elsewhere.")]
-OrtInt8Option = Annotated[bool, _more("--with-ort-int8", help="Models for `run --engine onnxruntime-int8`.")]
+OrtInt8Option = Annotated[
+    bool | None,
+    _more(
+        "--with-ort-int8/--no-ort-int8",
+        help="Models for `run --engine onnxruntime-int8`. When not given they are made where that engine is the "
+        "fastest, of recipes that quantise.",
+    ),
+]
 OnnxOption = Annotated[
     Literal["fp16"] | None, _more(help="ONNX models of this precision, for ONNX Runtime on NVIDIA GPUs.")
 ]
@@ -35,7 +43,7 @@ def convert(
     lora: o.LoraOption = None,
     cache: CacheOption = None,
     with_reference: ReferenceOption = False,
-    with_ort_int8: OrtInt8Option = False,
+    with_ort_int8: OrtInt8Option = None,
     with_onnx: OnnxOption = None,
     target_mnn: o.TargetOption = None,
     with_split_dit: SplitDitOption = False,
@@ -53,6 +61,7 @@ def convert(
     from sa3_convert.convert.plan import ConvertRequest, plan
     from sa3_convert.lab.doctor.results import check_conversion
     from sa3_convert.system.log import is_shown
+    from sa3_convert.system.machine import integer_products
 
     resolved = o.open_recipe(recipe)
     opened = o.open_checkpoint(checkpoint, lora)
@@ -64,7 +73,7 @@ def convert(
         components=tuple(component or ()),
         force=force,
         with_reference=with_reference,
-        with_ort_int8=with_ort_int8,
+        with_ort_int8=resolved.quantises and integer_products() is not None if with_ort_int8 is None else with_ort_int8,
         with_onnx=with_onnx,
         target_mnn=target_mnn,
         with_split_dit=with_split_dit,
@@ -88,7 +97,11 @@ def _make(request: "ConvertRequest", json_file: Path | None) -> None:
     from sa3_convert.cli import console
     from sa3_convert.convert.conversion import convert as make_bundle
 
-    outcome = make_bundle(request, console.show_stage, console.show_dropped)
+    try:
+        outcome = make_bundle(request, console.show_stage, console.show_dropped)
+    except VerificationError as error:
+        without = " Models for onnxruntime-int8 are left out with --no-ort-int8." if request.with_ort_int8 else ""
+        raise VerificationError(f"{error}{without}") from None
     made = {"variant": outcome.bundle.manifest.label, "recipe": request.recipe.name, "up_to_date": outcome.up_to_date}
     o.write_figures(json_file, made | {"models": console.bundle_rows(outcome.bundle)})
     console.stdout.print(console.bundle_table(outcome.bundle))

@@ -75,12 +75,20 @@ def placed(
     return {"places": {place.component: place.backend for place in places}, "never_low": never}
 
 
-def chosen_engine(bundle: Path, backend: Backend, *, checkpoint: bool) -> EngineName:
-    """Return the engine that runs a bundle on a device; which, and why, is said on stderr."""
-    kinds = {artifact.kind for artifact in Bundle.open(bundle).manifest.artifacts}
-    name, why = engine_for(backend, kinds, checkpoint=checkpoint)
+def chosen_engine(bundle: Path, backend: Backend, options: Sequence[str] = (), **how: Any) -> tuple[EngineName, str]:
+    """Return the engine that runs a bundle on a device, and why; see `engine_for`.
+
+    It is told: of a device that may not be there at once, of the processor with what it has made.
+    """
+    name, why = engine_for(Bundle.open(bundle), backend, options, **how)
+    if backend != "cpu":
+        tell_engine(name, backend, why)
+    return name, why
+
+
+def tell_engine(name: EngineName, backend: Backend, why: str) -> None:
+    """Say on stderr which engine was chosen, and why."""
     stderr.print(f"Engine {name} on {backend}: {why}.")
-    return name
 
 
 @contextlib.contextmanager
@@ -115,6 +123,8 @@ class Target:
     json_file: Path | None
     force: bool = False
     """Replace files that stand there."""
+    chosen: str | None = None
+    """Why this engine, where nobody named one."""
 
     def outputs(self, count: int) -> list[Path]:
         """Return the files of so many variations."""
@@ -122,6 +132,11 @@ class Target:
             return [self.output]
         stem, ending = self.output.stem, self.output.suffix
         return [self.output.with_name(f"{stem}-{n:0{len(str(count))}}{ending}") for n in range(1, count + 1)]
+
+    def tell_chosen(self) -> None:
+        """Say why this engine has run, if that was not said before."""
+        if self.chosen is not None and self.options["backend"] == "cpu":
+            tell_engine(self.engine, "cpu", self.chosen)
 
     def metadata(self, pipeline: Pipeline) -> dict[str, Any]:
         """Return what files tell about the models that made them: those that were opened."""
@@ -135,8 +150,9 @@ def _of_checkpoint(engine: Engine) -> dict[str, Any]:
     checkpoint = engine.checkpoint
     loras = [{"name": o.file.path.name, "sha256": o.file.sha256, "strength": o.strength} for o in checkpoint.loras]
     models = {component.value: checkpoint.digest(component) for component in components_of(checkpoint.layout)}
+    settings = {name: value for name, value in engine.settings.items() if name != "threads"}
     variant = {"variant": checkpoint.variant_name} | ({"loras": loras} if loras else {})
-    return variant | {"recipe": None, "models": models}
+    return variant | {"recipe": None, "models": models, "engine": settings}
 
 
 def kinds_of(engine: EngineName, split: bool) -> set[str]:
@@ -191,6 +207,8 @@ def generate(
         for piece in pieces:
             try:
                 entries.append(_made(target, pipeline, piece, stream, shared))
+                if piece is pieces[0]:
+                    target.tell_chosen()
             except OutputRejectedError as error:
                 rejected.append(f"{piece.output}: {error}")
     figures = {"device_peak_bytes": device.bytes}
@@ -236,7 +254,8 @@ def _made(target: Target, pipeline: Pipeline, piece: _Piece, stream: bool, share
     told = {"output": str(piece.output), **piece.metadata}
     if target.json_file is not None:
         told["request"] = piece.request.to_json(_folder_of(target.json_file))
-    return told | {"engine": dict(report.engine), "seconds": dict(report.seconds)}
+    how = dict(report.engine) | ({"chosen": target.chosen} if target.chosen else {})
+    return told | {"engine": how, "seconds": dict(report.seconds)}
 
 
 def _tell_duration(given: GenerateRequest, resolved: ResolvedRequest, pipeline: Pipeline) -> None:
@@ -274,6 +293,8 @@ def generate_batch(
         options = BatchOptions(target.output, *how, target.metadata(pipeline), reads, target.force)
         with progress("generating") as tick:
             for done, result in enumerate(run_batch(pipeline, items, options), 1):
+                if done == 1:
+                    target.tell_chosen()
                 tick("generating", done, len(items))
                 for warning in result.warnings:
                     stderr.print(f"Note on line {result.line}: {warning}")

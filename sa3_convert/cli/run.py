@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from typer import Context, Option
 
 from sa3_convert.cli import options as o
 from sa3_convert.cli import paths
-from sa3_convert.cli.settings import OPTIONS, given, in_words_of, variations_of, wanted
+from sa3_convert.cli.settings import OPTIONS, Wanted, given, in_words_of, variations_of, wanted
 from sa3_convert.errors import UsageError
 from sa3_convert.system.streams import STANDARD_OUTPUT, is_stream
 
@@ -128,8 +128,9 @@ KeepLoadedOption = Annotated[
 EngineOption = Annotated[
     Literal["auto", "mnn", "onnxruntime", "onnxruntime-int8", "onnxruntime-fp16", "torch"],
     o.runtime(
-        help="What runs the models. auto is mnn, and with --device cuda the first that has CUDA here; onnxruntime-int8 "
-        "needs `convert --with-ort-int8`, onnxruntime-fp16 `--with-onnx fp16`, torch a checkpoint."
+        help="What runs the models. auto is the fastest that the bundle, this machine and the other options have, and "
+        "is told; onnxruntime-int8 needs `convert --with-ort-int8`, onnxruntime-fp16 `--with-onnx fp16`, torch a "
+        "checkpoint."
     ),
 ]
 CheckpointOption = Annotated[
@@ -164,6 +165,12 @@ FromOption = Annotated[
         callback=paths.reads,
     ),
 ]
+
+
+_USUAL: Mapping[str, Any] = {"memory": "normal", "precision": "high", "split_dit": False, "place": None}
+"""Options that not every engine has, and what they are when nobody sets them."""
+_ENGINES_NAMES = {"split_dit": "split", "place": "places"}
+"""What engines call them, where that is something else."""
 
 
 def run(
@@ -215,65 +222,86 @@ def run(
     threads: o.ThreadsOption = None,
 ) -> None:
     """Generate audio: from text, from audio, or anew within audio."""
-    how = context.params
-    _check_mode(how)
+    _check_mode(context.params)
     from sa3_convert.cli.generate import Target
 
-    output = output or STANDARD_OUTPUT
-    checks = tuple(allow or ())
-    if engine == "auto":
-        how = how | _chosen(bundle, how)
-    options = _engine_options(how)
-    target = Target(bundle, how["engine"], options, output, sample_format, dither, checks, json_file, force)
-    (_generate_batch if batch else _generate_one)(context, target, given(how))
+    kept = (output or STANDARD_OUTPUT, sample_format, dither, tuple(allow or ()), json_file, force)
+    # Which engine it is, and with what, is found out when all else is known to be right.
+    target = Target(bundle, "mnn", {}, *kept)
+    if batch:
+        _generate_batch(context, target)
+    else:
+        _generate_one(context, target, wanted(given(context.params), from_file))
 
 
-def _generate_batch(context: Context, target: "Target", settings: Mapping[str, Any]) -> None:
+def _generate_batch(context: Context, target: "Target") -> None:
     from sa3_convert.cli.generate import generate_batch
     from sa3_convert.runtime.batch import read_batch
 
-    items = read_batch(context.params["batch"], settings, OPTIONS)
+    items = read_batch(context.params["batch"], given(context.params), OPTIONS)
     generate_batch(
-        _brought(target, context.params),
+        _brought(target, context, {}),
         items,
         keep_loaded=context.params["keep_loaded"],
         reads=paths.reads_as(context, ()),
     )
 
 
-def _generate_one(context: Context, target: "Target", settings: Mapping[str, Any]) -> None:
+def _generate_one(context: Context, target: "Target", asked: Wanted) -> None:
     from sa3_convert.cli.generate import generate
     from sa3_convert.runtime.request import GenerateRequest
 
     count, from_file = context.params["variations"] or 1, context.params["from_file"]
     for output in target.outputs(count):
         paths.writes_as(context, "--output", output)
-    asked = wanted(settings, from_file)
     with in_words_of(asked.called):
         request = GenerateRequest.from_json(asked.settings)
         paths.reads_as(context, ((f"--from {from_file}:", path) for path in request.audio_files()))
         how = {name: context.params[name] for name in ("stream", "play")}
-        generate(_brought(target, context.params), variations_of(request, count), origin=asked.origin, **how)
+        brought = _brought(target, context, asked.origin)
+        generate(brought, variations_of(request, count), origin=asked.origin, **how)
 
 
-def _brought(target: "Target", how: Mapping[str, Any]) -> "Target":
-    """Return the target with the folder of its bundle; of the hub only what is asked for rightly is downloaded."""
+def _brought(target: "Target", context: Context, origin: Mapping[str, Any]) -> "Target":
+    """Return the target with its engine, and the folder of its bundle: of the hub what that engine opens comes."""
     from sa3_convert.cli.generate import kinds_of
 
-    kinds = kinds_of(target.engine, how["split_dit"])
-    return replace(target, bundle=o.brought(target.bundle, how["offline"], kinds))
+    how = context.params
+    how = how | (_chosen(context, target.bundle, origin) if how["engine"] == "auto" else {})
+    options = _engine_options(how)
+    folder = o.brought(target.bundle, how["offline"], kinds_of(how["engine"], options.get("split", False)))
+    return replace(target, bundle=folder, engine=how["engine"], options=options, chosen=how.get("chosen"))
 
 
-def _chosen(bundle: Path, how: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the engine for a device, and the checkpoint if it is torch; what only MNN has asks for MNN."""
-    if how["backend"] != "cuda" or how["memory"] != "normal" or how["split_dit"] or how["place"]:
-        return {"engine": "mnn"}
+def _chosen(context: Context, bundle: Path, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the engine for a device and the other options, with what goes with it; it is told.
+
+    What is made again from the settings in a file gets the engine that made that, and its settings, where they are.
+    """
     from sa3_convert.cli.generate import chosen_engine
 
+    how = context.params
+    made = origin.get("engine", {})
+    made = made if made.get("backend") == how["backend"] else {}
+    again = {"memory": made.get("memory"), "precision": made.get("precision"), "split_dit": made.get("dit") == "split"}
+    again = {
+        name: value
+        for name, value in again.items()
+        if (value is True or value in get_args(o.Level)) and not _is_given(context, name)
+    }
+    asked = {name: (how | again)[name] for name in _USUAL}
+    own = [_ENGINES_NAMES.get(name, name) for name, value in asked.items() if value not in (_USUAL[name], [], ())]
     # Its manifest says what there is; models are downloaded when it is known which.
     folder = o.brought(bundle, how["offline"], {"tokenizer"})
-    engine = chosen_engine(folder, how["backend"], checkpoint=how["checkpoint"] is not None)
-    return {"engine": engine, "checkpoint": how["checkpoint"] if engine == "torch" else None}
+    checkpoint = how["checkpoint"] is not None
+    engine, why = chosen_engine(folder, how["backend"], own, checkpoint=checkpoint, before=made.get("engine"))
+    chosen = again | {"engine": engine, "chosen": why}
+    return chosen if engine == "torch" or how["backend"] == "cpu" else chosen | {"checkpoint": None}
+
+
+def _is_given(context: Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 def _engine_options(how: Mapping[str, Any]) -> dict[str, Any]:

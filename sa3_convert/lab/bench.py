@@ -24,10 +24,13 @@ from sa3_convert.bundle.reader import Bundle
 from sa3_convert.checkpoint.dimensions import AutoencoderLayout
 from sa3_convert.components import Component
 from sa3_convert.errors import BackendError, BundleError, UsageError
+from sa3_convert.lab.doctor.results import saved
+from sa3_convert.mnn.compatibility import require_backend
 from sa3_convert.runtime.conditioning import lengths
-from sa3_convert.runtime.engines import KINDS, Engine, EngineName, bundle_engine
+from sa3_convert.runtime.engines import KINDS, Backend, Engine, EngineName, bundle_engine
 from sa3_convert.runtime.output_checks import CHECKS
 from sa3_convert.runtime.pipeline import Pipeline
+from sa3_convert.runtime.placement import placement
 from sa3_convert.runtime.request import GenerateRequest
 from sa3_convert.runtime.sampling import Noise
 from sa3_convert.system import machine
@@ -155,9 +158,16 @@ def decoded_with_overlap(
 
 
 def contenders(
-    bundle: Path, names: tuple[str, ...], *, checkpoint: Path | None = None, threads: int | None = None
+    bundle: Path,
+    names: tuple[str, ...],
+    *,
+    checkpoint: Path | None = None,
+    threads: int | None = None,
+    backend: Backend = "cpu",
 ) -> tuple[Contender, ...]:
     """Return what was asked for; without names everything that the bundle can run, and torch if there is a checkpoint.
+
+    On another device than the CPU MNN's components are where `run` places them.
 
     Raises:
         UsageError: no such engine, one is named twice, or torch without a checkpoint or the other way round.
@@ -179,10 +189,16 @@ def contenders(
         raise UsageError("An engine is named twice; --repeats says how often each is measured.")
     if ("torch" in names) != (checkpoint is not None):
         raise UsageError("The torch engine runs a checkpoint: give --engine torch and --checkpoint DIR together.")
-    common = {} if threads is None else {"threads": threads}
+    common: dict[str, Any] = {} if threads is None else {"threads": threads}
+    common |= {} if backend == "cpu" else {"backend": backend}
     found = []
     for name in names:
         engine, options = _ENGINES[name]
+        if engine == "mnn" and backend != "cpu":
+            require_backend(backend)
+            how = {"memory": options.get("memory", "normal"), "split": options.get("split", False)}
+            places = placement(backend, saved(backend), **how)
+            options = {**options, "places": {place.component.value: place.backend for place in places}}
         if engine != "torch":
             bundle_engine(opened, engine, options)
         source, manifest = (checkpoint, None) if engine == "torch" else (bundle, opened.manifest.digest)

@@ -8,20 +8,30 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Final, Literal
 
-from sa3_convert.bundle.manifest import MANIFEST, RECIPE, Artifact, FileEntry, LoraEntry, Manifest
+from sa3_convert.bundle.manifest import (
+    COMPANIONS,
+    MANIFEST,
+    RECIPE,
+    Artifact,
+    ArtifactKind,
+    FileEntry,
+    LoraEntry,
+    Manifest,
+)
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.checkpoint.variants import published_names
-from sa3_convert.components import TEXT_TO_AUDIO, Component
+from sa3_convert.components import Component
 from sa3_convert.errors import BundleError, UsageError
 from sa3_convert.publish.card import card as card_text
 from sa3_convert.publish.contract import CONTRACT, contract_of
 from sa3_convert.publish.measured import ReadBench, ReadReport, by_bundle
 from sa3_convert.publish.names import (
     SHARED,
+    check_client_runs,
     client_flags,
     client_variant,
     family_folder,
@@ -36,7 +46,9 @@ Layout = Literal["hub", "flat"]
 
 SUMS: Final = "SHA256SUMS"
 _README, _PICTURE = "README.md", "README.png"
-_KINDS: Final = ("mnn", "tokenizer", "bottleneck_params", "recipe")
+_KINDS: Final[tuple[ArtifactKind, ...]] = ("mnn", "tokenizer", "bottleneck_params", "recipe")
+ORT_INT8: Final[ArtifactKind] = "onnx-int8"
+"""What is written only when asked for: it is more than the rest together, and no client but ours opens it."""
 _NOTICE: Final = """\
 Converted and quantised from Stable Audio 3 by sa3-convert; the weights were changed by that.
 
@@ -73,10 +85,11 @@ class _Placed:
 
 def _moved(artifact: Artifact, path: str) -> Artifact:
     """Return a file at another place, and what belongs to it beside it."""
-    companion = artifact.companion and artifact.companion.model_copy(update={"path": f"{path}.weight"})
+    suffix = COMPANIONS.get(artifact.kind)
+    companion = artifact.companion and artifact.companion.model_copy(update={"path": f"{path}{suffix}"})
     beside = str(PurePosixPath(path).with_suffix(".table"))
     table = artifact.table and artifact.table.model_copy(update={"path": beside})
-    return artifact.model_copy(update={"path": path, "companion": companion, "table": table})
+    return artifact.model_copy(update={"path": path, "companion": companion, "table": table, "kept_at": None})
 
 
 @dataclass(frozen=True)
@@ -126,6 +139,7 @@ def export_bundles(
     layout: Layout,
     *,
     force: bool = False,
+    ort_int8: bool = False,
     golden: Golden = lambda _: {},
     card: Card = Card(),
 ) -> Export:
@@ -136,6 +150,7 @@ def export_bundles(
         target: a folder that does not exist or is empty.
         layout: "hub", the published tree, or "flat", a folder per bundle with the names that its client opens.
         force: an earlier export may stand there; it is replaced unless it is what would be written.
+        ort_int8: also write the models of the engine `onnxruntime-int8`.
         golden: gives results of a bundle that clients can test themselves with; see `contract.golden_of`.
         card: what the README says beside what the manifests do.
 
@@ -147,7 +162,7 @@ def export_bundles(
     """
     if not force or not _is_export(target):
         check_new_folder(target)
-    export = planned_export(bundles, layout, golden, card)
+    export = planned_export(bundles, layout, golden, card, ort_int8=ort_int8)
     if force and _stands(export, target):
         return Export(export.files, export.texts, export.left_out, up_to_date=True)
     with atomic_folder(target, replace=force) as temporary:
@@ -163,12 +178,24 @@ def export_bundles(
     return export
 
 
-def planned_export(bundles: Sequence[Bundle], layout: Layout, golden: Golden, card: Card) -> Export:
+def planned_export(
+    bundles: Sequence[Bundle], layout: Layout, golden: Golden, card: Card, *, ort_int8: bool = False
+) -> Export:
     """Return what `export_bundles` would write; the bundles' files were held to their manifests."""
     for bundle in bundles:
-        bundle.check()
+        bundle.check(kinds=("mnn", ORT_INT8) if ort_int8 else ("mnn",))
     placed = _in_tree(bundles) if layout == "hub" else [*_for_client(bundles)]
+    placed = [_with_integer_forms(one) for one in placed] if ort_int8 else placed
     return _planned(placed, golden, _describe(placed, card))
+
+
+def _with_integer_forms(one: _Placed) -> _Placed:
+    """Return a place with the models for ONNX Runtime in it, beside the manifest: their files name one another."""
+    if ORT_INT8 not in one.bundle.model_kinds:
+        raise BundleError(f"{one.bundle.path} has no models for onnxruntime-int8. Convert again with --with-ort-int8.")
+    within = "" if one.root == one.folder else f"{one.folder}/"
+    forms = [artifact for artifact in one.bundle.manifest.artifacts if artifact.kind == ORT_INT8]
+    return replace(one, paths=(*one.paths, *((form, f"{within}{ORT_INT8}/{Path(form.path).name}") for form in forms)))
 
 
 def _planned(placed: Sequence[_Placed], golden: Golden, describe: Callable[[Sequence[_Placed]], _Texts]) -> Export:
@@ -176,7 +203,7 @@ def _planned(placed: Sequence[_Placed], golden: Golden, describe: Callable[[Sequ
     for one in placed:
         for artifact, path in one.paths:
             for entry, moved in zip(artifact.files, _moved(artifact, path).files, strict=True):
-                name, source = _joined(one.root, moved.path), one.bundle.root / entry.path
+                name, source = _joined(one.root, moved.path), one.bundle.place(artifact, entry)
                 other, taken = export.files.setdefault(name, (source, entry))
                 if taken.sha256 != entry.sha256:
                     raise BundleError(f"{name} would come from both {other} and {source}, with different contents.")
@@ -217,8 +244,9 @@ def _joined(root: str, path: str) -> str:
 
 def _left_out(placed: Sequence[_Placed]) -> Iterator[str]:
     for one in placed:
+        written = {artifact.kind for artifact, _ in one.paths}
         artifacts = one.bundle.manifest.artifacts
-        others = sorted({a.kind for a in artifacts if a.kind not in _KINDS and a.kept_at is None})
+        others = sorted({a.kind for a in artifacts if a.kind not in written and a.kept_at is None})
         if others:
             yield f"{one.bundle.path}: not published are its files of kind {', '.join(others)}."
 
@@ -342,7 +370,7 @@ def _for_client(bundles: Sequence[Bundle]) -> Iterator[_Placed]:
     for folder, bundle in zip(folders, bundles, strict=True):
         if folders.count(folder) > 1:
             raise UsageError(f"Two of the bundles would be {folder}. Export them into separate folders.")
-        _check_client_runs(bundle)
+        check_client_runs(bundle)
         flags = client_flags({c: bundle.artifact(c).precision or "fp32" for c in bundle.components})
         paths = []
         for artifact in bundle.manifest.artifacts:
@@ -351,23 +379,6 @@ def _for_client(bundles: Sequence[Bundle]) -> Iterator[_Placed]:
             elif artifact.kind in _KINDS:
                 paths.append((artifact, Path(artifact.path).name))
         yield _Placed(bundle, folder, folder, tuple(paths), flags)
-
-
-def _check_client_runs(bundle: Bundle) -> None:
-    """Refuse what the client would not start with, or sample as what it is not."""
-    manifest = bundle.manifest
-    if manifest.layout.dit is None or manifest.layout.objective != "rf_denoiser":
-        raise BundleError(
-            f"{bundle.path} is {manifest.variant}; the client samples post-trained models alone, in eight ping-pong "
-            "steps. Use --layout hub, or convert the checkpoint without -base in its name."
-        )
-    missing = [component.value for component in TEXT_TO_AUDIO if component not in bundle.components]
-    missing += [] if any(a.kind == "tokenizer" for a in manifest.artifacts) else ["tokenizer"]
-    if missing:
-        raise BundleError(
-            f"{bundle.path} has no {', '.join(missing)}, without which the client does not start. Convert the whole "
-            "checkpoint (without --component), or use --layout hub."
-        )
 
 
 def _client_lines(one: _Placed) -> Iterator[str]:

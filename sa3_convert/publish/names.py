@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Final
 
 from sa3_convert.bundle.manifest import LoraEntry, Manifest
+from sa3_convert.bundle.reader import Bundle
 from sa3_convert.checkpoint.variants import published_names
-from sa3_convert.components import Component
+from sa3_convert.components import TEXT_TO_AUDIO, Component
+from sa3_convert.errors import BundleError
 from sa3_convert.system.sealed import fingerprint
 
 SHARED = (Component.TEXT_ENCODER, Component.DECODER, Component.ENCODER)
@@ -114,3 +116,20 @@ def client_variant(variant: str) -> str:
     """Return what the client's `--variant` has to be."""
     folder = published_names(variant).folder
     return f"sm-{folder}" if variant.startswith("small-") else folder
+
+
+def check_client_runs(bundle: Bundle) -> None:
+    """Refuse what the client would not start with, or sample as what it is not."""
+    manifest = bundle.manifest
+    if manifest.layout.dit is None or manifest.layout.objective != "rf_denoiser":
+        raise BundleError(
+            f"{bundle.path} is {manifest.variant}; the client samples post-trained models alone, in eight ping-pong "
+            "steps. Use --layout hub, or convert the checkpoint without -base in its name."
+        )
+    missing = [component.value for component in TEXT_TO_AUDIO if component not in bundle.components]
+    missing += [] if any(a.kind == "tokenizer" for a in manifest.artifacts) else ["tokenizer"]
+    if missing:
+        raise BundleError(
+            f"{bundle.path} has no {', '.join(missing)}, without which the client does not start. Convert the whole "
+            "checkpoint (without --component), or use --layout hub."
+        )

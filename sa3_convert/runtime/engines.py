@@ -287,7 +287,7 @@ _MADE_BY: Mapping[EngineName, str] = {
     "onnxruntime-int8": "--with-ort-int8",
     "onnxruntime-fp16": "--with-onnx fp16",
 }
-_OPTIONS: Mapping[EngineName, tuple[str, ...]] = {
+ENGINE_OPTIONS: Mapping[EngineName, tuple[str, ...]] = {
     "mnn": ("threads", "memory", "precision", "never_low", "backend", "places", "split"),
     "onnxruntime": ("threads", "backend"),
     "onnxruntime-int8": ("threads", "backend"),
@@ -316,8 +316,8 @@ def bundle_engine(bundle: Bundle, name: EngineName, options: Mapping[str, Any], 
     """
     if name not in get_args(EngineName):
         raise UsageError(f"There is no engine {name!r}. There are: {', '.join(get_args(EngineName))}.")
-    if unknown := sorted(set(options) - set(_OPTIONS[name])):
-        raise UsageError(f"Engine {name} has no option {unknown[0]!r}. It has: {', '.join(_OPTIONS[name])}.")
+    if unknown := sorted(set(options) - set(ENGINE_OPTIONS[name])):
+        raise UsageError(f"Engine {name} has no option {unknown[0]!r}. It has: {', '.join(ENGINE_OPTIONS[name])}.")
     if name == "torch":
         return _torch_engine(bundle, options, check=check)
     kind = KINDS[name]

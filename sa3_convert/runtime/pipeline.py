@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Collection, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -64,7 +64,7 @@ class Pipeline:
     def from_bundle(
         cls,
         path: Path,
-        engine: EngineName = "mnn",
+        engine: EngineName | Literal["auto"] = "auto",
         *,
         check: bool = True,
         keep_loaded: KeepLoaded = False,
@@ -77,7 +77,7 @@ class Pipeline:
             path: the bundle's folder.
             engine: "mnn", "onnxruntime" (which needs the reference ONNX files of the bundle), "onnxruntime-int8" or
                 "onnxruntime-fp16" (which need those of `convert --with-ort-int8` and `--with-onnx fp16`), or "torch"
-                (which needs the checkpoint).
+                (which needs the checkpoint). "auto" is the fastest that bundle, machine and options have.
             check: compare the bundle's models with its manifest first (reads them all once).
             keep_loaded: see the class.
             window: see the class.
@@ -98,12 +98,16 @@ class Pipeline:
                 f"{path} holds an autoencoder alone ({bundle.manifest.variant}); it cannot generate. "
                 "Give a bundle of a whole checkpoint."
             )
+        if engine == "auto":
+            from sa3_convert.runtime.placement import engine_for
+
+            engine, _ = engine_for(bundle, options.get("backend", "cpu"), options, checkpoint="checkpoint" in options)
         runner = bundle_engine(bundle, engine, options, check=check)
         return cls.of(bundle, runner, keep_loaded=keep_loaded, window=window)
 
     @classmethod
     def from_pretrained(
-        cls, bundle: str | Path, engine: EngineName = "mnn", *, offline: bool = False, **how: Any
+        cls, bundle: str | Path, engine: EngineName | Literal["auto"] = "auto", *, offline: bool = False, **how: Any
     ) -> Self:
         """Open a bundle by its folder or by its id on the hub, `ORG/NAME[/FOLDER][@REVISION]`.
 
@@ -242,6 +246,7 @@ class Pipeline:
             **({"loras": loras} if loras else {}),
             "recipe": manifest.recipe if kind else None,
             "models": {c.value: d for c, d in (files if kind else manifest.checkpoint.digests).items()},
+            "engine": {name: value for name, value in self.models.engine.settings.items() if name != "threads"},
         }
 
     def tokens(self, prompt: str) -> Tokens:

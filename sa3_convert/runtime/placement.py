@@ -3,14 +3,18 @@
 Data, not a fall-back: it is decided before anything runs, from one saved diagnosis, and told.
 """
 
+import importlib.util
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
+from sa3_convert.bundle.reader import Bundle
 from sa3_convert.components import Component
 from sa3_convert.errors import BackendError, UsageError
 from sa3_convert.lab.doctor.results import BAD, CONVERSION_SETTING, Diagnosis, described, setting_name
 from sa3_convert.mnn.compatibility import require_backend
-from sa3_convert.runtime.engines import KINDS, Backend, EngineName, Level
+from sa3_convert.runtime.engines import ENGINE_OPTIONS, KINDS, Backend, EngineName, Level
+from sa3_convert.system.machine import integer_products
 
 _LOW_PRECISION_PROBE = "softmax-low-precision"
 
@@ -25,27 +29,62 @@ class Place:
     precision: Level
 
 
-def engine_for(backend: Backend, kinds: Collection[str], *, checkpoint: bool) -> tuple[EngineName, str]:
-    """Return the engine that runs on a device, and why this one; asked in the order of what is best proven.
+def engine_for(
+    bundle: Bundle,
+    backend: Backend = "cpu",
+    options: Collection[str] = (),
+    *,
+    checkpoint: bool = False,
+    before: str | None = None,
+) -> tuple[EngineName, str]:
+    """Return the engine that runs a bundle fastest on a device, and why this one.
 
     Args:
+        bundle: an open one.
         backend: the device.
-        kinds: of the bundle's files; ONNX Runtime takes halves before float32.
+        options: names of the settings that the engine has to have.
         checkpoint: whether there is one for torch.
+        before: what made the audio that is to be made again: that engine is taken where it is.
 
     Raises:
-        BackendError: none runs there; it says why of each.
+        BackendError: none runs on the device; it says why of each.
 
     """
-    if backend != "cuda":
-        return "mnn", f"it is for {backend}"
+    kinds, settings = bundle.model_kinds, " and ".join(sorted(options))
+    engines: tuple[EngineName, ...] = get_args(EngineName)
+    able = [name for name in engines if set(options) <= set(ENGINE_OPTIONS[name])]
+    there = [name for name in able if (KINDS[name] in kinds if name in KINDS else checkpoint)]
+    if again := [name for name in there if name == before]:
+        return again[0], "it made what is made again"
+    if not able:
+        raise UsageError(f"No engine has all of these settings: {settings}.")
+    if len(able) == 1:
+        return able[0], f"only it has the setting {settings}"
+    if backend not in ("cpu", "cuda"):
+        return "mnn", "no other runs there"
+    if backend == "cuda":
+        return _for_cuda(kinds, able, checkpoint=checkpoint)
+    instruction = integer_products()
+    if instruction is None:
+        return "mnn", "no instruction is known that makes onnxruntime-int8 faster on this processor"
+    if KINDS["onnxruntime-int8"] not in kinds:
+        return "mnn", "the models of onnxruntime-int8, which is faster here, are not there; convert --with-ort-int8"
+    if "onnxruntime-int8" not in able:
+        return "mnn", f"onnxruntime-int8, which is faster here, has no setting {settings}"
+    if importlib.util.find_spec("onnxruntime") is None:
+        return "mnn", "onnxruntime, which is faster here, is not installed"
+    return "onnxruntime-int8", f"this processor multiplies 8-bit integers ({instruction})"
+
+
+def _for_cuda(kinds: Collection[str], able: Collection[str], *, checkpoint: bool) -> tuple[EngineName, str]:
+    """Return the engine that has CUDA here, asked in the order of what is best proven."""
     try:
         require_backend("cuda")
         return "mnn", "this MNN has CUDA"
     except BackendError as error:
         problems = [str(error)]
     forms: tuple[EngineName, ...] = ("onnxruntime-fp16", "onnxruntime")
-    form = next((name for name in forms if KINDS[name] in kinds), None)
+    form = next((name for name in forms if KINDS[name] in kinds and name in able), None)
     problem = onnxruntime_problem() if form else "The bundle has no ONNX; `convert --with-onnx fp16` makes some."
     if form and problem is None:
         return form, "this MNN has no CUDA, this ONNX Runtime has"

@@ -237,6 +237,16 @@ def machine() -> dict[str, Any]:
     }
 
 
+_INTEGER_PRODUCTS = ("amx_int8", "avx512_vnni", "avx_vnni", "i8mm", "asimddp")
+"""Instructions that multiply and add 8-bit integers four times as fast as floats, or faster."""
+
+
+def integer_products(description: Path = Path("/proc/cpuinfo")) -> str | None:
+    """Return the instruction by which this processor multiplies 8-bit integers fast; None where there is none known."""
+    flags = _processor(description)[1]
+    return next((name for name in _INTEGER_PRODUCTS if name in flags), None)
+
+
 def _processor(file: Path) -> tuple[str | None, frozenset[str]]:
     """Return model name and instruction sets from the kernel's description."""
     try:

@@ -36,6 +36,16 @@ def test_memory_is_measured_only_if_wanted(toy_int8: Bundle, tmp_path: Path) -> 
     assert {row["peak_bytes"] for row in json.loads(file.read_text())["rows"]} == {None}
 
 
+def test_the_engine_that_run_takes_is_measured_when_none_is_named(
+    toy_int8: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "bench.json"
+    assert cli.run(["bench", str(toy_int8.path), *QUICK, "--no-memory", "--json", str(file)]) == 0
+    data = json.loads(file.read_text())
+    assert data["engines"] == {"mnn": {"engine": "mnn", "threads": 1}}
+    assert f"Engine mnn on cpu: {data['chosen']}." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

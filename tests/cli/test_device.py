@@ -119,4 +119,4 @@ def test_what_only_mnn_has_asks_for_mnn(
 ) -> None:
     monkeypatch.setattr("sa3_convert.runtime.placement.onnxruntime_problem", lambda: None)
     assert run(toy_fp32, tmp_path, ["--device", "cuda", "--memory", "low"]) == 7
-    assert "Engine" not in capsys.readouterr().err
+    assert "Engine mnn on cuda: only it has the setting memory." in capsys.readouterr().err

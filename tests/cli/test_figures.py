@@ -13,10 +13,11 @@ import onnx
 import pytest
 
 import sa3_convert.cli.app as cli
+from sa3_convert.bundle.table import Peer
 from sa3_convert.cli import console
 from sa3_convert.cli.bench import bench_table
 from sa3_convert.cli.options import listed, write_figures
-from sa3_convert.errors import UsageError
+from sa3_convert.errors import InputError, UsageError
 from sa3_convert.lab.bench import Figures, Row
 from tests.passes.graphs import checked, graph
 
@@ -150,6 +151,33 @@ def test_measurements_fit_80_columns_and_have_their_digits() -> None:
     assert row.split() == [
         "onnxruntime-int8", "cold", "12.35", "1.235", "571.0", "4567.8", "345.7", "1.501", "4928.6", "0.02", "12345",
     ]  # fmt: skip
+
+
+def test_a_peers_times_stand_beside_ours_and_what_it_did_not_tell_is_empty(tmp_path: Path) -> None:
+    file = tmp_path / "peer.json"
+    row = {"duration": 10, "text_encoder": 0.5, "dit": 20, "decoder": 4.5, "peak_bytes": 528 << 20}
+    file.write_text(json.dumps({"name": "other", "machine": "two cores", "rows": [row]}))
+    peer = Peer.read(file)
+    *_, told = printed(bench_table([], "10 s of audio", [(peer.name, peer.rows[0])]))
+    assert told.split() == ["other", "peer", "0.500", "20.00", "4.500", "25.00", "0.40", "528"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rows": []},
+        {"rows": [{"duration": 10}]},
+        {"rows": [{"duration": 10, "total": -1}]},
+        {"rows": [{"duration": 10, "totle": 1}]},
+        {"name": "a name with a \x1b"},
+        {"more": 1},
+    ],
+)
+def test_what_no_peer_can_have_measured_is_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    file = tmp_path / "peer.json"
+    file.write_text(json.dumps({"name": "other", "machine": "m", "rows": [{"duration": 10, "total": 1}]} | wrong))
+    with pytest.raises(InputError, match=r"peer.json is no file of a peer's times"):
+        Peer.read(file)
 
 
 def test_work_is_told_in_lines_now_and_then_where_there_is_no_terminal(

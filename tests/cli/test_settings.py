@@ -25,7 +25,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., GenerateRequest]:
     def run(*arguments: str) -> GenerateRequest:
         found: list[GenerateRequest] = []
         monkeypatch.setattr(generate, "generate", lambda _, requests, **__: found.extend(requests))
-        assert cli.run(["run", "bundle", *arguments, "-o", "x.wav"]) == 0
+        assert cli.run(["run", "bundle", "--engine", "mnn", *arguments, "-o", "x.wav"]) == 0
         return found[0]
 
     return run

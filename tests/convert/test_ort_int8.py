@@ -1,18 +1,26 @@
 """`convert --with-ort-int8`: an integer form for ONNX Runtime beside the bundle's models."""
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sa3_convert.bundle.reader import Bundle
+from sa3_convert.cli import app
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError, VerificationError
 from sa3_convert.passes import integers
+from sa3_convert.publish.export import Layout, export_bundles
+from sa3_convert.runtime.engines import EngineName
 from sa3_convert.runtime.pipeline import Pipeline
+from sa3_convert.runtime.placement import engine_for
 from sa3_convert.runtime.request import GenerateRequest
 from tests.bundles import Convert
 
+ENGINE: EngineName = "onnxruntime-int8"
 REQUEST = GenerateRequest("pad", seconds=1.0, steps=2)
 
 
@@ -44,6 +52,100 @@ def test_the_engine_generates_something_near_the_reference_and_not_equal(bundle:
 def test_a_bundle_without_it_says_how_to_get_it(toy_int8: Bundle) -> None:
     with pytest.raises(BundleError, match="--with-ort-int8"):
         Pipeline.from_bundle(toy_int8.path, "onnxruntime-int8")
+
+
+def _run(bundle: Bundle, output: Path, *options: str) -> dict[str, Any]:
+    """Run a bundle from the command line; return what `--json` tells."""
+    told = output.with_suffix(".json")
+    arguments = ["run", str(bundle.path), "-o", str(output), "--json", str(told), *options]
+    assert app.run(arguments) == 0
+    found: dict[str, Any] = json.loads(told.read_text())
+    return found
+
+
+def test_run_takes_the_fastest_engine_tells_it_and_makes_the_same_again(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = ("--prompt", "pad", "--seconds", "1", "--steps", "1")
+    monkeypatch.setattr("sa3_convert.runtime.placement.integer_products", lambda: "avx512_vnni")
+    first = _run(bundle, tmp_path / "first.wav", *wanted)
+    said = capsys.readouterr()
+    assert (first["engine"]["engine"], "avx512_vnni" in first["engine"]["chosen"]) == ("onnxruntime-int8", True)
+    assert f"Engine onnxruntime-int8 on cpu: {first['engine']['chosen']}." in said.err
+    assert "Engine" not in said.out
+    # On a processor that would take MNN, from the audio and from JSON.
+    monkeypatch.setattr("sa3_convert.runtime.placement.integer_products", lambda: None)
+    for source in ("first.wav", "first.json"):
+        again = _run(bundle, tmp_path / "again.wav", "--from", str(tmp_path / source), "--force")
+        assert again["engine"]["engine"] == "onnxruntime-int8"
+        assert (tmp_path / "again.wav").read_bytes() == (tmp_path / "first.wav").read_bytes()
+    assert _run(bundle, tmp_path / "other.wav", *wanted)["engine"]["engine"] == "mnn"
+
+
+def test_what_was_made_with_other_settings_is_made_again_with_these(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sa3_convert.runtime.placement.integer_products", lambda: "avx512_vnni")
+    low = ("--prompt", "pad", "--seconds", "1", "--steps", "1", "--memory", "low")
+    assert _run(bundle, tmp_path / "low.wav", *low)["engine"]["memory"] == "low"
+    replay = ("--from", str(tmp_path / "low.wav"))
+    assert _run(bundle, tmp_path / "again.wav", *replay)["engine"]["memory"] == "low"
+    assert (tmp_path / "again.wav").read_bytes() == (tmp_path / "low.wav").read_bytes()
+    assert _run(bundle, tmp_path / "normal.wav", *replay, "--memory", "normal")["engine"]["memory"] == "normal"
+
+
+def test_models_that_are_gone_from_where_they_were_kept_are_not_chosen(
+    converted: Convert, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sa3_convert.runtime.placement.integer_products", lambda: "avx512_vnni")
+    options = {"with_ort_int8": True, "components": (Component.NUMBER_CONDITIONER,), "cache": tmp_path / "cache"}
+    made = converted(toy, "int8", tmp_path / "out", **options)[0].bundle
+    assert engine_for(made)[0] == "onnxruntime-int8"
+    shutil.rmtree(tmp_path / "cache")
+    assert engine_for(made)[0] == "mnn"
+
+
+@pytest.mark.parametrize(
+    ("instruction", "options", "made"),
+    [
+        ("avx512_vnni", ("--recipe", "int8"), True),
+        (None, ("--recipe", "int8"), False),
+        (None, ("--recipe", "int8", "--with-ort-int8"), True),
+        ("avx512_vnni", ("--recipe", "int8", "--no-ort-int8"), False),
+        ("avx512_vnni", ("--recipe", "fp16"), False),
+    ],
+)
+def test_convert_makes_it_where_it_will_be_used(
+    toy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    instruction: str | None,
+    options: tuple[str, ...],
+    made: bool,
+) -> None:
+    monkeypatch.setattr("sa3_convert.system.machine.integer_products", lambda: instruction)
+    plan = tmp_path / "plan.json"
+    assert (
+        app.run(["convert", str(toy), "--out", str(tmp_path / "out"), "--dry-run", "--json", str(plan), *options]) == 0
+    )
+    assert ("ort-int8" in plan.read_text()) is made
+
+
+@pytest.mark.parametrize("layout", ["hub", "flat"])
+def test_an_export_has_it_only_when_asked_for(bundle: Bundle, tmp_path: Path, layout: Layout) -> None:
+    export_bundles([bundle], tmp_path / "plain", layout)
+    assert not [*(tmp_path / "plain").rglob("*.onnx*")]
+    export_bundles([bundle], tmp_path / "whole", layout, ort_int8=True)
+    audio = [
+        Pipeline.from_bundle(path, ENGINE, threads=2).generate(REQUEST).audio
+        for path in (bundle.path, tmp_path / "whole")
+    ]
+    np.testing.assert_array_equal(*audio)
+
+
+def test_a_bundle_without_it_is_not_exported_with_it(toy_int8: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="--with-ort-int8"):
+        export_bundles([toy_int8], tmp_path / "out", "hub", ort_int8=True)
 
 
 def test_it_is_made_once_and_only_when_asked_for(converted: Convert, toy: Path, tmp_path: Path) -> None:

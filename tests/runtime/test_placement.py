@@ -1,6 +1,8 @@
 """Which component runs where, and why."""
 
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -163,6 +165,56 @@ def test_a_component_is_placed_once() -> None:
         parse_places(["dit=cpu", "dit=cuda"])
 
 
+def with_kinds(*kinds: str) -> Any:
+    """Return all that is asked of a bundle: which kinds of models it has."""
+    return SimpleNamespace(model_kinds=set(kinds))
+
+
+ALL = ("mnn", "onnx", "onnx-int8")
+ON_CPU = [
+    # The processor's instruction; kinds of files; settings; what made it before; what is chosen, and why.
+    ("avx512_vnni", ALL, (), None, "onnxruntime-int8", "avx512_vnni"),
+    (None, ALL, (), None, "mnn", "no instruction"),
+    ("avx512_vnni", ("mnn", "onnx"), (), None, "mnn", "--with-ort-int8"),
+    ("avx512_vnni", ALL, ("memory",), None, "mnn", "memory"),
+    ("avx512_vnni", ALL, ("split", "precision"), None, "mnn", "precision and split"),
+    ("avx512_vnni", ALL, ("precision",), None, "mnn", "has no setting precision"),
+    ("avx512_vnni", ALL, ("checkpoint",), None, "torch", "checkpoint"),
+    ("avx512_vnni", ALL, (), "mnn", "mnn", "made again"),
+    (None, ALL, (), "onnxruntime-int8", "onnxruntime-int8", "made again"),
+    (None, ("mnn",), (), "onnxruntime-int8", "mnn", "no instruction"),
+    ("avx512_vnni", ALL, (), "abacus", "onnxruntime-int8", "avx512_vnni"),
+]
+
+
+@pytest.mark.parametrize(("instruction", "kinds", "settings", "before", "chosen", "why"), ON_CPU)
+def test_the_engine_of_a_processor_follows_from_facts(
+    instruction: str | None,
+    kinds: tuple[str, ...],
+    settings: tuple[str, ...],
+    before: str | None,
+    chosen: str,
+    why: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "integer_products", lambda: instruction)
+    name, reason = engine_for(with_kinds(*kinds), "cpu", settings, before=before)
+    assert name == chosen
+    assert why in reason
+
+
+def test_what_is_not_installed_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "integer_products", lambda: "i8mm")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    name, reason = engine_for(with_kinds(*ALL))
+    assert (name, "not installed" in reason) == ("mnn", True)
+
+
+def test_settings_of_two_engines_have_none() -> None:
+    with pytest.raises(UsageError, match="memory and padding"):
+        engine_for(with_kinds(*ALL), "cpu", ("memory", "padding"))
+
+
 CHOICES = [
     # MNN, ONNX Runtime, torch: what each lacks; kinds of files; a checkpoint; what is chosen.
     (None, None, None, ("mnn", "onnx-fp16"), True, "mnn"),
@@ -193,12 +245,12 @@ def test_the_engine_of_a_device_is_the_first_that_is_there(
     monkeypatch.setattr(module, "require_backend", require)
     monkeypatch.setattr(module, "onnxruntime_problem", lambda: ort)
     monkeypatch.setattr(module, "torch_problem", lambda: torch)
-    assert engine_for("cpu", kinds, checkpoint=checkpoint)[0] == "mnn"
+    bundle = with_kinds(*kinds)
     if chosen is not None:
-        assert engine_for("cuda", kinds, checkpoint=checkpoint)[0] == chosen
+        assert engine_for(bundle, "cuda", checkpoint=checkpoint)[0] == chosen
         return
     with pytest.raises(BackendError) as caught:
-        engine_for("cuda", kinds, checkpoint=checkpoint)
+        engine_for(bundle, "cuda", checkpoint=checkpoint)
     assert all(problem in str(caught.value) for problem in ("x", "y", torch or "--checkpoint"))
 
 

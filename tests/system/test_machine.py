@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 import sa3_convert
-from sa3_convert.system.machine import available_memory, default_threads, machine, usable_processors
+from sa3_convert.system.machine import available_memory, default_threads, integer_products, machine, usable_processors
 
 
 @pytest.fixture
@@ -55,6 +55,25 @@ def test_a_system_without_affinities_gives_all_its_processors(tmp_path: Path, mo
     monkeypatch.delattr(psutil.Process, "cpu_affinity")
     monkeypatch.setattr("os.cpu_count", lambda: 6)
     assert default_threads(tmp_path) == usable_processors() == 6
+
+
+@pytest.mark.parametrize(
+    ("described", "instruction"),
+    [
+        ("model name\t: Xeon\nflags\t\t: fpu avx2 avx512f avx512_vnni amx_int8", "amx_int8"),
+        ("flags\t\t: fpu avx2 avx_vnni", "avx_vnni"),
+        ("flags\t\t: fpu avx2 avx512f", None),
+        ("Features\t: fp asimd asimdhp asimddp", "asimddp"),
+        ("Features\t: fp asimd", None),
+        (None, None),
+    ],
+)
+def test_fast_products_of_integers_are_known_by_their_instruction(
+    tmp_path: Path, described: str | None, instruction: str | None
+) -> None:
+    if described is not None:
+        (tmp_path / "cpuinfo").write_text(described + "\n")
+    assert integer_products(tmp_path / "cpuinfo") == instruction
 
 
 @pytest.fixture

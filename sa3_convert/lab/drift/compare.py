@@ -66,6 +66,8 @@ def speed_may_grow_by(ratio: float, ratios: Sequence[float]) -> float:
     return min(max(_SPEED_SHARE * ratio, _SIGMAS * deviation), _SPEED_MOST * ratio)
 
 
+BY_ENGINE = "sampled inputs, "
+"""Figures of models for another engine than MNN; its name follows."""
 Status = Literal["held", "better", "moved", "gone", "new", "not judged"]
 
 FAILING: frozenset[Status] = frozenset({"moved", "gone", "new"})
@@ -159,6 +161,9 @@ def compare_figures(baseline: BundleBaseline, figures: Sequence[Figure], origin:
 
 def _status(before: Figure | None, now: Figure | None, same_machine: bool) -> Status:
     if any(f and f.kind == "speed" for f in (before, now)) and not (before and now and same_machine):
+        return "not judged"
+    # Whether a conversion makes models for another engine depends on its machine.
+    if any(f and f.name.startswith(BY_ENGINE) for f in (before, now)) and not (before and now):
         return "not judged"
     if before is None:
         return "new"

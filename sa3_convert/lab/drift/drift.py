@@ -33,6 +33,7 @@ from sa3_convert.lab.drift.baseline import (
     write_baseline,
 )
 from sa3_convert.lab.drift.compare import (
+    BY_ENGINE,
     Drift,
     Statistic,
     compare_figures,
@@ -103,7 +104,7 @@ def _sampled(verdict: Verdict) -> Iterator[Figure]:
     by_case = {case: figures.signal_to_noise_db for case, figures in verdict.by_case.items()}
     ratios = counted(by_case.values())
     # Only MNN's models can be bisected.
-    name, case = f"sampled inputs, {verdict.engine}", None
+    name, case = f"{BY_ENGINE}{verdict.engine}", None
     if verdict.engine == "mnn":
         name, case = "sampled inputs", list(by_case)[ratios.index(min(ratios))]
     statistics: tuple[Statistic, ...] = ("mean", "worst")

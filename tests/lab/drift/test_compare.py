@@ -59,6 +59,13 @@ def test_speed_is_not_judged_on_another_processor_nor_when_it_was_left_out() -> 
     assert only(None, SPEED).passed
 
 
+def test_models_for_another_engine_are_judged_where_both_have_them() -> None:
+    name = "sampled inputs, onnxruntime-int8: worst"
+    assert only(ratio(name=name), None).rows[0].status == "not judged"
+    assert only(None, ratio(name=name)).passed
+    assert only(ratio(30.0, name=name), ratio(20.0, name=name)).rows[0].status == "moved"
+
+
 def test_the_furthest_value_that_passes_is_stated() -> None:
     assert only(ratio(38.0), ratio(1.0)).rows[0].allowed == pytest.approx(37.9)
     assert only(SIZE, SIZE).rows[0].allowed == 105
