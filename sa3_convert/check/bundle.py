@@ -63,7 +63,7 @@ def _onnx_form(bundle: Bundle, component: Component, engine: EngineName) -> Judg
         with opened_onnx(form) as model, opened_onnx(reference) as original:
             if kind == "onnx-fp16":
                 half.check_halves(model)
-            elif not integers.check_integers(model, original):
+            elif not integers.check_integers(model, original, component):
                 precision = "fp32"
     except (ConversionError, ModelFileError) as error:
         raise VerificationError(f"{file} is not the {precision} form of its reference. {error}") from None

@@ -125,7 +125,7 @@ def ort_int8_stage(
     from sa3_convert.passes.pipeline import onnx_in_integers
 
     target = folder / reference.name
-    precision = "int8" if onnx_in_integers(reference, target) else "fp32"
+    precision = "int8" if onnx_in_integers(reference, target, component) else "fp32"
     opened, floor = partial(OrtSession, target, optimise=True), FLOORS_DB[component]
     return JudgedModelNotes(precision=precision, **_judged(reference, component, floor, layout, threads, opened))
 

@@ -150,7 +150,7 @@ def onnx_in_half(reference: Path, target: Path) -> None:
         save_onnx(model, target, check=check_halves)
 
 
-def onnx_in_integers(reference: Path, target: Path) -> int:
+def onnx_in_integers(reference: Path, target: Path, component: Component) -> int:
     """Rewrite the ONNX file `reference` into one that computes with integers; see `integers.compute_in_integers`.
 
     Returns:
@@ -160,10 +160,10 @@ def onnx_in_integers(reference: Path, target: Path) -> int:
 
     def check(written: ir.Model) -> None:
         with opened_onnx(reference) as again:
-            check_integers(written, again)
+            check_integers(written, again, component)
 
     with opened_onnx(reference) as model:
-        count = compute_in_integers(model)
+        count = compute_in_integers(model, component)
         save_onnx(model, target, check=check)
     return count
 

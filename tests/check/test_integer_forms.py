@@ -105,7 +105,7 @@ def test_a_reference_that_is_no_model_is_refused(copied: Path) -> None:
     ("changes", "message"),
     [
         ({"precision": "fp32"}, "manifest calls it fp32, its maker makes int8"),
-        ({"floor_db": 3.0}, "manifest's floor is 3 dB, its maker's 20 dB"),
+        ({"floor_db": 3.0}, "manifest's floor is 3 dB, its maker's 26 dB"),
     ],
 )
 def test_a_manifest_that_says_otherwise_is_refused(copied: Path, changes: dict[str, Any], message: str) -> None:
