@@ -227,7 +227,7 @@ def _label(job: Job) -> str:
 def command_of(jobs: Jobs, job: Job) -> str:
     """Return the command line that makes the same piece."""
     served, words = jobs.served[job.model], list[str]()
-    plain = {"engine": "mnn", "backend": "cpu", "memory": "normal", "precision": "high", **usual(jobs, job.model)}
+    plain = {"backend": "cpu", "memory": "normal", "precision": "high", **usual(jobs, job.model)}
     asked = {"engine": served.engine, **served.options, **job.settings}
     for name, value in asked.items():
         if value is None or (name in plain and plain[name] == value) or name in ("places", "never_low", "threads"):

@@ -71,7 +71,7 @@ def test_variations_come_with_all_that_belongs_to_them(page: Page, served: Servi
     assert [re.search(r"seed (\d+)", text)[1] for text in history(page)] == ["6", "5"]  # type: ignore[index]
     assert all(text.startswith("<b>warm</b>") for text in history(page))
     assert "LUFS" in page.get_by_label("Figures").input_value()
-    expect(page.locator(".cm-content")).to_contain_text("sa3-convert run")
+    expect(page.locator(".cm-content")).to_contain_text("--engine mnn")
     page.locator("input[type=radio]").nth(1).check()
     expect(page.get_by_label("Figures")).to_have_value(re.compile("seed 5"))
     with page.expect_download() as download:
