@@ -113,6 +113,8 @@ def _passes(
                 "Use that, or rounding: least_squares."
             )
         passes.append(("round_weights", lambda model: round_weights(model, scheme, finished)))
+    # Last, since all others know linears as products.
+    passes.append(("keep_channels_packed", spellings.keep_channels_packed))
     return passes
 
 

@@ -1,11 +1,13 @@
-"""Operators spelled for older versions of MNN: SiLU as Sigmoid and Mul, shapes taken whole."""
+"""Operators spelled as MNN takes them: for older versions SiLU and shapes, for speed linears behind one another."""
 
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import onnx_ir as ir
 
 from sa3_convert.mnn.compatibility import MnnVersion
+from sa3_convert.mnn.layer_rules import LINEAR_SUFFIX
 from sa3_convert.passes import ir_tools
 
 SILU_NEEDED_BEFORE: Final[MnnVersion] = "3.1"
@@ -76,3 +78,136 @@ def use_whole_shapes(model: ir.Model) -> int:
         part.replace_all_uses_with(cut, replace_graph_outputs=True)
         graph.remove(node, safe=True)
     return len(found)
+
+
+_ELEMENTWISE: Final = frozenset({"Mul", "Sigmoid", "Sin"})
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """x·W of [B, N, channels], and + bias if there is one."""
+
+    product: ir.Node
+    bias: ir.Value | None
+    output: ir.Value
+
+
+def keep_channels_packed(model: ir.Model) -> int:
+    """Spell linears with nothing but elementwise operators between them as convolutions, in place; return how many.
+
+        y = f(x·W₁)·W₂   →   yᵀ = conv(f(conv(xᵀ, W₁)), W₂)
+
+    MNN computes both in the same way, on channels packed by eights; but what a linear gives it unpacks, and packs again
+    for the next, while what a convolution gives stays packed. Nothing is done where a value in between is used
+    elsewhere, or where an elementwise operator takes anything but such values and single numbers.
+    """
+    new = ir_tools.Additions(model.graph)
+    count = 0
+    for node in list(model.graph):
+        last = _linear(node.outputs[0])
+        firsts, between = ([], []) if last is None else _before(last)
+        if last is None or not firsts:
+            continue
+        for value in between:
+            _swap(value, new.name(f"{value.name}.packed"))
+        for first in firsts:
+            x = _transposed(new, first.product.inputs[0], f"{first.output.name}.input")
+            first.output.replace_all_uses_with(_convolved(new, first, x))
+            new.insert_before(first.product)
+        name = last.output.name
+        packed = _convolved(new, last, last.product.inputs[0])
+        plain = _transposed(new, packed, f"{name}.plain")
+        plain.shape, plain.type = last.output.shape, last.output.type
+        new.insert_before(last.product)
+        last.output.replace_all_uses_with(plain, replace_graph_outputs=True)
+        ir_tools.remove_unused(model.graph, [linear.output for linear in (*firsts, last)])
+        plain.name = name
+        count += 1 + len(firsts)
+    return count
+
+
+def _linear(value: ir.Value | None) -> _Linear | None:
+    """Return the linear over the last of three axes that gives a value."""
+    bias = None
+    product = ir_tools.produced(value, "MatMul")
+    for summand, constant in ir_tools.either_order(ir_tools.produced(value, "Add")):
+        tensor = ir_tools.constant_tensor(constant)
+        if tensor is not None and len(tensor.shape) == 1 and summand is not None and len(summand.uses()) == 1:
+            product, bias = ir_tools.produced(summand, "MatMul"), constant
+    weight = None if product is None else product.inputs[1]
+    tensor = ir_tools.constant_tensor(weight)
+    if value is None or product is None or weight is None or tensor is None or weight.producer() is not None:
+        return None
+    if value.shape is None or len(value.shape) != 3 or len(tensor.shape) != 2 or len(weight.uses()) != 1:
+        return None
+    if bias is not None and ir_tools.array(bias).shape != (tensor.shape[1],):
+        return None
+    if bias is None and any(_linear(user.outputs[0]) for user, _ in value.uses() if user.op_type == "Add"):
+        return None
+    return _Linear(product, bias, value)
+
+
+def _before(last: _Linear) -> tuple[list[_Linear], list[ir.Value]]:
+    """Return the linears that a linear's input is made of by elementwise operators, and what these give; or nothing."""
+    firsts: list[_Linear] = []
+    between: list[ir.Value] = []
+    users, waiting = {last.product}, [last.product.inputs[0]]
+    while waiting:
+        value = waiting.pop()
+        if value in between or any(value is first.output for first in firsts):
+            continue
+        node = None if value is None else value.producer()
+        first = _linear(value)
+        if first is not None:
+            firsts.append(first)
+        elif node is not None and not node.domain and node.op_type in _ELEMENTWISE:
+            users.add(node)
+            between += node.outputs
+            waiting += [used for used in node.inputs if ir_tools.scalar(used) is None]
+        elif (split := ir_tools.produced(value, "Split")) and ir_tools.attribute_int(split, "axis", 0) in (-1, 2):
+            users.add(split)
+            between += split.outputs
+            waiting.append(split.inputs[0])
+        else:
+            return [], []
+    inner = [*between, *(first.output for first in firsts)]
+    is_closed = all(user in users for value in inner for user, _ in value.uses())
+    is_known = all(value.shape is not None and len(value.shape) == 3 for value in inner)
+    return (firsts, between) if is_closed and is_known and not any(v.is_graph_output() for v in inner) else ([], [])
+
+
+def _swap(value: ir.Value, name: str) -> None:
+    """Give a value between linears its channels first, and a name that says so."""
+    assert value.shape is not None
+    batch, length, channels = value.shape
+    value.shape, value.name = ir.Shape([batch, channels, length]), name
+    if (split := ir_tools.produced(value, "Split")) is not None:
+        split.attributes["axis"] = ir.AttrInt64("axis", 1)
+
+
+def _transposed(new: ir_tools.Additions, value: ir.Value | None, name: str) -> ir.Value:
+    node = ir.node("Transpose", [value], {"perm": [0, 2, 1]}, name=new.name(name))
+    node.outputs[0].name = node.name
+    new.nodes.append(node)
+    return node.outputs[0]
+
+
+def _convolved(new: ir_tools.Additions, linear: _Linear, x: ir.Value | None) -> ir.Value:
+    """Return the output of a convolution that does what a linear does, under the name that MNN gave that."""
+    weight, name = linear.product.inputs[1], f"{linear.output.name}{LINEAR_SUFFIX}"
+    tensor = ir_tools.constant_tensor(weight)
+    assert weight is not None
+    assert tensor is not None
+
+    def evaluate() -> ir.TensorProtocol:
+        kernel = np.array(tensor.numpy().T, order="C")[..., np.newaxis]
+        if isinstance(tensor, ir.ExternalTensor):
+            tensor.release()  # what was mapped would stay resident
+        return ir.Tensor(kernel, name=value.name)
+
+    shape = ir.Shape([*tensor.shape.numpy()[::-1], 1])
+    value = ir.Value(name=new.name(f"{weight.name}.kernel"), shape=shape, type=ir.TensorType(tensor.dtype))
+    value.const_value = ir.LazyTensor(evaluate, dtype=tensor.dtype, shape=shape, name=value.name)
+    new.graph.register_initializer(value)
+    inputs = [x, value, *([] if linear.bias is None else [linear.bias])]
+    return new.node("Conv", inputs, name)

@@ -62,7 +62,13 @@ def reference(tmp_path: Path) -> Path:
 )
 def test_the_recipe_chooses_the_passes(keys: dict[str, Any], counts: dict[str, int]) -> None:
     done = apply_passes(encoder(), Component.TEXT_ENCODER, recipe(**keys)).counts()
-    always = ("round_to_half", "scale_gated_products", "use_whole_shapes", "subtract_row_maximum")
+    always = (
+        "keep_channels_packed",
+        "round_to_half",
+        "scale_gated_products",
+        "use_whole_shapes",
+        "subtract_row_maximum",
+    )
     assert {name: count for name, count in done.items() if name not in always} == counts
     assert ("round_to_half" in done) == (keys.get("floats") == "fp16")
 
