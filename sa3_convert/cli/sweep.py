@@ -28,6 +28,10 @@ WorkersOption = Annotated[int | None, Option(min=1, max=256, help="Run on so man
 SchedulerOption = Annotated[
     str | None, Option(metavar="ADDRESS", help="Run on the workers of this Dask scheduler, tcp://HOST:8786.")
 ]
+StoreOption = Annotated[
+    str,
+    Option(metavar="ADDRESS", help="Keep results here, too: s3://BUCKET/FOLDER, or what fsspec has."),
+]
 
 
 def sweep(
@@ -40,6 +44,7 @@ def sweep(
     workers: WorkersOption = None,
     scheduler: SchedulerOption = None,
     cache: Annotated[Path | None, Option(metavar="DIR", help="Where stages are kept; beside --out.")] = None,
+    store: StoreOption = "",
     dry_run: Annotated[bool, Option("--dry-run", help="Say what each point takes, and stop.")] = False,
     json_file: o.JsonOption = None,
     threads: o.ThreadsOption = None,
@@ -57,23 +62,24 @@ def sweep(
     if out.is_dir() and any(out.iterdir()) and not (out / FIGURES).is_file():
         raise UsageError(f"{out} holds something else than a sweep. Name a folder that is empty or not there.")
     from sa3_convert.cli.console import progress, stdout, sweep_plan_table, sweep_table
+    from sa3_convert.lab.sweep.store import Store
     from sa3_convert.lab.sweep.sweep import run_sweep, write
-    from sa3_convert.lab.sweep.tasks import Source, tasks_for, to_do
+    from sa3_convert.lab.sweep.tasks import Common, tasks_for, to_do
 
+    if store:
+        Store(store)
     opened = o.open_checkpoint(checkpoint, lora)
     folder = (cache or out.absolute().parent / ".sa3-convert-cache").absolute()
     points = _points(opened, component, sizes, recipe, folder, threads, measure=not dry_run)
-    source = Source(opened.folder.absolute(), tuple(lora or ()))
+    common = Common(opened.folder.absolute(), folder, tuple(lora or ()), store, threads)
     if dry_run:
-        tasks = to_do(points, tasks_for([point for point in points if not point.problem], source, folder, threads))
+        tasks = to_do(points, tasks_for([point for point in points if not point.problem], common))
         stdout.print(sweep_plan_table(points, tasks, folder))
         _tell_time([task for own in tasks.values() for task in own], workers or 1)
         return
     runner = _runner(workers, scheduler)
     with progress(f"{len(points)} points") as tick:
-        found = run_sweep(
-            source, points, folder, runner, threads, lambda task, _, done, of: tick(f"{len(points)} points", done, of)
-        )
+        found = run_sweep(common, points, runner, lambda _, __, done, of: tick(f"{len(points)} points", done, of))
     out.mkdir(parents=True, exist_ok=True)
     write(found, points, o.open_recipe(o.DEFAULT_RECIPE), out)
     for file in (out / FIGURES, json_file):

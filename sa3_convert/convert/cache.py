@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 PLANNED: Final = "weights.safetensors"
 """What rounding leaves, of a layer or in all."""
-_ENTRY: Final = "entry.json"
+ENTRY: Final = "entry.json"
 _UNFINISHED: Final = "unfinished"
-_MAX_ENTRY_BYTES: Final = 16 * 2**20
+MAX_ENTRY_BYTES: Final = 16 * 2**20
 """Of `entry.json`, which has some kilobytes."""
 
 
@@ -110,18 +110,18 @@ class StageCache:
     """A folder of stage results."""
 
     def __init__(self, root: Path) -> None:
-        self._root = root
+        self.root = root
 
     def find(self, stage: str, key: str, notes: type[N]) -> CachedResult[N] | None:
         """Return the whole, undamaged result of a stage with its kind of notes, or None; nothing outside it is read."""
-        folder = self._root / stage / key
+        folder = self.root / stage / key
         try:
             listed = {file.name: file for file in folder.iterdir()}
-            entry_file = listed.pop(_ENTRY)
+            entry_file = listed.pop(ENTRY)
             if folder.is_symlink() or not all(_is_regular(file) for file in (entry_file, *listed.values())):
                 return None
             with entry_file.open("rb") as stream:
-                entry = _Entry.model_validate_json(stream.read(_MAX_ENTRY_BYTES))
+                entry = _Entry.model_validate_json(stream.read(MAX_ENTRY_BYTES))
             if entry.sha256 != _seal(stage, key, entry.files, entry.notes) or entry.files.keys() != listed.keys():
                 return None
             found = notes.model_validate(entry.notes)
@@ -132,13 +132,13 @@ class StageCache:
 
     def make(self, stage: str, key: str, make: Callable[[Path], N], *, replace: bool = False) -> CachedResult[N]:
         """Make a stage's result in an empty folder and keep it; with `replace`, in the place of a whole one too."""
-        place = self._root / stage / key
+        place = self.root / stage / key
         with partial_folder(place) as temporary:
             made = make(temporary)
             files = {file.name: sha256_file(file) for file in sorted(temporary.iterdir())}
             notes = made.model_dump(mode="json")
             entry = {"files": files, "notes": notes, "sha256": _seal(stage, key, files, notes)}
-            (temporary / _ENTRY).write_text(json.dumps(entry, indent=1, allow_nan=False), encoding="utf-8")
+            (temporary / ENTRY).write_text(json.dumps(entry, indent=1, allow_nan=False), encoding="utf-8")
             try:
                 take_name(temporary, place)
             except OSError:
@@ -150,15 +150,15 @@ class StageCache:
 
     def parts(self, key: str, tell: Callable[[int, int], None]) -> "Parts":
         """Return where a stage with this key keeps what it has finished of its result."""
-        return Parts(StageCache(self._root / _UNFINISHED), key, tell)
+        return Parts(StageCache(self.root / _UNFINISHED), key, tell)
 
     def forget(self, key: str) -> None:
         """Remove the parts of a stage with this key."""
-        shutil.rmtree(self._root / _UNFINISHED / key, ignore_errors=True)
+        shutil.rmtree(self.root / _UNFINISHED / key, ignore_errors=True)
 
     def sweep(self) -> None:
         """Remove what processes that are gone have left."""
-        for folder in (*self._root.glob("*/"), *self._root.glob(f"{_UNFINISHED}/*/")):
+        for folder in (*self.root.glob("*/"), *self.root.glob(f"{_UNFINISHED}/*/")):
             sweep(folder)
 
 

@@ -8,7 +8,7 @@ from sa3_convert.lab.sweep.page import page
 from sa3_convert.lab.sweep.points import Point
 from sa3_convert.lab.sweep.result import Measured, Sweep, sweep_of
 from sa3_convert.lab.sweep.scheduling import Report
-from sa3_convert.lab.sweep.tasks import Ran, Source, Task, tasks_for
+from sa3_convert.lab.sweep.tasks import Common, Ran, Task, tasks_for
 from sa3_convert.recipe import Recipe
 from sa3_convert.system.files import write_text
 
@@ -19,16 +19,14 @@ Runner = Callable[[Sequence[Task], Report], Mapping[str, Ran]]
 
 
 def run_sweep(
-    source: Source,
+    common: Common,
     points: Sequence[Point],
-    cache: Path,
     runner: Runner,
-    threads: int | None = None,
     report: Report = lambda task, ran, done, of: None,
 ) -> Sweep:
     """Convert and measure every point that can be had."""
-    checkpoint = source.open()
-    tasks = tasks_for([point for point in points if not point.problem], source, cache, threads)
+    checkpoint = common.open()
+    tasks = tasks_for([point for point in points if not point.problem], common)
     ran = runner(list({task.name: task for own in tasks.values() for task in own}.values()), report)
     layers = {point.component: list(layers_to_measure(checkpoint, point.component)) for point in points}
     return sweep_of(checkpoint.folder.name, checkpoint.variant_name, points, layers, tasks, ran)

@@ -19,6 +19,7 @@ from sa3_convert.convert.plan import Estimate, estimate, stage_keys
 from sa3_convert.convert.stages import STAGES, ComponentJob, StageKeys
 from sa3_convert.errors import Sa3Error
 from sa3_convert.lab.sweep.points import Point
+from sa3_convert.lab.sweep.store import Store
 from sa3_convert.mnn.compatibility import mnn_version, target_for
 from sa3_convert.recipe import ComponentRecipe
 from sa3_convert.system.machine import machine
@@ -31,14 +32,20 @@ JUDGED: Final = "verify"
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """How the checkpoint is opened where a task runs."""
+class Common:
+    """What the tasks of a sweep share, wherever they run."""
 
     folder: Path
+    """The checkpoint, which every worker sees here."""
+    cache: Path
+    """A folder that every worker sees, or one of each worker's own, beside a store."""
     loras: tuple[str, ...] = ()
+    store: str = ""
+    """The address of what keeps results for all workers; none where they share the cache."""
+    threads: int | None = None
 
     def open(self) -> "Checkpoint":
-        """Open it."""
+        """Open the checkpoint."""
         return _opened(self.folder, self.loras)
 
 
@@ -56,28 +63,22 @@ class Task:
 
     name: str
     stage: str
-    source: Source
+    common: Common
     component: Component
     recipe: ComponentRecipe
-    cache: Path
-    """A folder that every worker sees; where it is not the same one, work is done again."""
-    threads: int | None
     needs: tuple[str, ...]
     """Names of tasks whose results this reads."""
     takes: Estimate
 
     def job(self) -> ComponentJob:
         """Open the component."""
-        return ComponentJob(
-            self.source.open(), self.component, self.recipe, target_for(self.recipe, None), self.threads
-        )
+        target = target_for(self.recipe, None)
+        return ComponentJob(self.common.open(), self.component, self.recipe, target, self.common.threads)
 
     def is_done(self) -> bool:
         """Whether the cache has its result."""
-        job = self.job()
-        return (
-            StageCache(self.cache).find(self.stage, stage_keys(job)[self.stage], STAGES[self.stage].notes) is not None
-        )
+        key = stage_keys(self.job())[self.stage]
+        return StageCache(self.common.cache).find(self.stage, key, STAGES[self.stage].notes) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +98,9 @@ class Ran:
     """The kind of problem."""
 
 
-def tasks_for(
-    points: Sequence[Point], source: Source, cache_folder: Path, threads: int | None
-) -> dict[str, list[Task]]:
+def tasks_for(points: Sequence[Point], common: Common) -> dict[str, list[Task]]:
     """Return the tasks of each point by its name, in an order in which they can run; the last one judges it."""
-    return {point.name: _tasks(point, source, cache_folder, threads) for point in points}
+    return {point.name: _tasks(point, common) for point in points}
 
 
 def to_do(points: Sequence[Point], tasks: Mapping[str, Sequence[Task]]) -> dict[str, list[Task]]:
@@ -119,9 +118,9 @@ def to_do(points: Sequence[Point], tasks: Mapping[str, Sequence[Task]]) -> dict[
     return found
 
 
-def _tasks(point: Point, source: Source, cache_folder: Path, threads: int | None) -> list[Task]:
-    checkpoint = source.open()
-    job = ComponentJob(checkpoint, point.component, point.recipe, target_for(point.recipe, None), threads)
+def _tasks(point: Point, common: Common) -> list[Task]:
+    checkpoint = common.open()
+    job = ComponentJob(checkpoint, point.component, point.recipe, target_for(point.recipe, None), common.threads)
     keys = stage_keys(job)
     names = {stage: f"{stage}-{point.component.value}-{key}" for stage, key in keys.items()}
     shapes = (entry.shape for entry in checkpoint.stored(point.component).values())
@@ -130,11 +129,9 @@ def _tasks(point: Point, source: Source, cache_folder: Path, threads: int | None
         Task(
             name=names[stage],
             stage=stage,
-            source=source,
+            common=common,
             component=point.component,
             recipe=point.recipe,
-            cache=cache_folder,
-            threads=threads,
             needs=tuple(names[read] for read in STAGES[stage].reads if read in names),
             takes=estimate((stage,), reference_bytes, point.recipe),
         )
@@ -167,14 +164,21 @@ def run_task(task: Task, *before: Ran) -> Ran:
 
 def _made(task: Task) -> tuple[int, Fidelity | None]:
     """Find or make a task's result and all that it reads; returns bytes and fidelity where it judges a model."""
-    job, stages = task.job(), StageCache(task.cache)
+    job, stages = task.job(), StageCache(task.common.cache)
+    store = Store(task.common.store) if task.common.store else None
     keys = stage_keys(job)
     for name in _upstream(keys, task.stage):
         stage, key = STAGES[name], keys[name]
-        if (found := stages.find(name, key, stage.notes)) is None:
+        found = stages.find(name, key, stage.notes)
+        if found is None and store is not None:
+            store.bring(name, key, stages)
+            found = stages.find(name, key, stage.notes)
+        if found is None:
             job.parts = stages.parts(key, lambda done, of: None)
             found = stages.make(name, key, partial(stage.make, job))
             stages.forget(key)
+        if store is not None:
+            store.take(name, key, stages)
         job.results[name] = found
     notes = job.results[task.stage].notes
     if not isinstance(notes, FidelityNotes):

@@ -9,7 +9,7 @@ from sa3_convert.lab.sweep.tasks import Ran, Task
 
 def quick(task: Task, *before: Ran) -> Ran:
     """Leave a mark of each run beside the cache; do as the task's name says."""
-    with (task.cache / task.name).open("a") as file:
+    with (task.common.cache / task.name).open("a") as file:
         file.write("ran\n")
     if any(one.problem for one in before):
         return Ran(0.0, "a", "3.6.1", problem=next(one.problem for one in before if one.problem), exit_code=4)
@@ -23,4 +23,4 @@ def quick(task: Task, *before: Ran) -> Ran:
 
 
 def _marks(task: Task) -> list[str]:
-    return Path(task.cache / task.name).read_text().splitlines()
+    return Path(task.common.cache / task.name).read_text().splitlines()

@@ -14,7 +14,7 @@ from sa3_convert.convert.plan import Estimate
 from sa3_convert.errors import BackendError, InputError
 from sa3_convert.lab.sweep import scheduling
 from sa3_convert.lab.sweep.scheduling import in_this_process, local_workers, on_dask, simulated
-from sa3_convert.lab.sweep.tasks import Ran, Source, Task
+from sa3_convert.lab.sweep.tasks import Common, Ran, Task
 from sa3_convert.recipe import ComponentRecipe
 from tests.lab.sweep.played import quick
 
@@ -23,7 +23,7 @@ distributed = pytest.importorskip("distributed")
 
 def task(name: str, folder: Path, *needs: str, memory: int = 1) -> Task:
     recipe = ComponentRecipe(floor_db=1)
-    return Task(name, "mnn", Source(folder), Component.DIT, recipe, folder, 1, needs, Estimate(1.0, memory))
+    return Task(name, "mnn", Common(folder, folder), Component.DIT, recipe, needs, Estimate(1.0, memory))
 
 
 def silent(*_: object) -> None:

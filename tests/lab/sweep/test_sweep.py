@@ -5,31 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from sa3_convert.checkpoint.synthetic import synthesize
 from sa3_convert.cli import app as cli
 from sa3_convert.components import Component
 from sa3_convert.convert.cache import StageCache
 from sa3_convert.lab.sweep import tasks as room
-from sa3_convert.lab.sweep.points import Point, of_recipes
+from sa3_convert.lab.sweep.points import Point
 from sa3_convert.lab.sweep.result import Sweep
 from sa3_convert.lab.sweep.scheduling import in_this_process
 from sa3_convert.lab.sweep.sweep import recipe_of, run_sweep
-from sa3_convert.lab.sweep.tasks import Ran, Source, Task, run_task, tasks_for
+from sa3_convert.lab.sweep.tasks import Common, Ran, Task, run_task, tasks_for
 from sa3_convert.recipe import load_recipe, recipe_file
 
 CONDITIONER = Component.NUMBER_CONDITIONER
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sweep") / "toy"
-    synthesize(folder, "small-music", "toy", 0, "gaussian")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def points() -> list[Point]:
-    return of_recipes([load_recipe(recipe_file(Path(name))) for name in ("int8", "fp16")], [CONDITIONER])
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +26,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def swept(toy: Path, points: list[Point], cache: Path) -> Sweep:
-    return run_sweep(Source(toy), points, cache, in_this_process)
+    return run_sweep(Common(toy, cache), points, in_this_process)
 
 
 def test_points_are_what_a_conversion_measures(swept: Sweep) -> None:
@@ -63,12 +50,12 @@ def test_a_second_sweep_finds_all_of_it_in_the_cache(
         raise AssertionError("nothing is left to be made")
 
     monkeypatch.setattr(StageCache, "make", refuse)
-    again = run_sweep(Source(toy), points, cache, in_this_process)
+    again = run_sweep(Common(toy, cache), points, in_this_process)
     assert [p.fidelity for p in again.points] == [p.fidelity for p in swept.points]
 
 
 def test_stages_that_points_share_run_once(toy: Path, points: list[Point], cache: Path) -> None:
-    tasks = tasks_for(points, Source(toy), cache, None)
+    tasks = tasks_for(points, Common(toy, cache))
     names = [[task.stage for task in own] for own in tasks.values()]
     assert names == [["export", "mnn", "verify"]] * 2
     assert len({own[0].name for own in tasks.values()}) == 1
@@ -88,7 +75,7 @@ def test_a_worker_with_another_mnn_makes_its_own_and_says_so(
     def run_here(tasks: list[Task], report: object) -> dict[str, Ran]:
         return in_this_process(tasks, lambda *_: None, elsewhere)
 
-    found = run_sweep(Source(toy), points, tmp_path, run_here)  # type: ignore[arg-type]
+    found = run_sweep(Common(toy, tmp_path), points, run_here)  # type: ignore[arg-type]
     assert [point.mnn for point in found.points][1] == "9.9.9"
     assert found.mixed
     assert not found.missing
@@ -100,7 +87,7 @@ def test_what_fails_is_missing_with_its_reason_and_the_rest_is_there(
 ) -> None:
     broken = Point("broken", CONDITIONER, points[0].recipe.model_copy(update={"floor_db": 200.0}))
     none = Point("none", CONDITIONER, points[0].recipe, problem="No plan is so small.")
-    found = run_sweep(Source(toy), [broken, none, points[1]], tmp_path, in_this_process)
+    found = run_sweep(Common(toy, tmp_path), [broken, none, points[1]], in_this_process)
     assert [point.name for point in found.missing] == ["broken", "none"]
     assert [point.exit_code for point in found.missing] == [5, 2]
     assert "200" in found.missing[0].problem

@@ -1,0 +1,84 @@
+"""Results of stages on an object store, or on anything else that fsspec reaches, for workers without a common folder.
+
+A store keeps what the stage cache keeps, under the same names. An object store has no renaming: the entry, which lists
+the files with their hashes, is written last, so a result is whole or not there. What is brought is held to its hashes
+by the cache that it comes into, and counts as absent where it differs.
+"""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any, Final
+
+from sa3_convert.convert.cache import ENTRY, MAX_ENTRY_BYTES, StageCache
+from sa3_convert.errors import InputError, UsageError
+from sa3_convert.system.files import partial_folder, take_name
+from sa3_convert.system.untrusted import parse_json
+
+_LARGEST: Final = 64 << 30
+"""Bytes of a file that is brought."""
+
+
+class Store:
+    """Results by stage and key at an address.
+
+    Args:
+        address: as fsspec has them: `s3://bucket/folder`, `gs://…`, `file:///…`.
+
+    Raises:
+        UsageError: fsspec, or what it needs for this kind of address, does not know it.
+
+    """
+
+    def __init__(self, address: str) -> None:
+        from fsspec.core import url_to_fs
+
+        try:
+            self._files, self._root = url_to_fs(address)
+        except (ValueError, ImportError) as error:
+            raise UsageError(f"--store {address}: {error}") from None
+
+    def bring(self, stage: str, key: str, cache: StageCache) -> None:
+        """Bring a result into a cache, if the store has it whole."""
+        place = cache.root / stage / key
+        with contextlib.suppress(OSError, ValueError), partial_folder(place) as folder:
+            (folder / ENTRY).write_bytes(self._read(stage, key))
+            listed = parse_json((folder / ENTRY).read_text("utf-8"))
+            for name in _names(listed):
+                where = self._where(stage, key, name)
+                if self._files.size(where) > _LARGEST:
+                    return
+                self._files.get_file(where, str(folder / name))
+            take_name(folder, place)
+
+    def take(self, stage: str, key: str, cache: StageCache) -> None:
+        """Keep a result that a cache has, unless it is there.
+
+        Raises:
+            InputError: the store does not take it.
+
+        """
+        place = cache.root / stage / key
+        try:
+            if self._files.exists(self._where(stage, key, ENTRY)):
+                return
+            self._files.makedirs(f"{self._root}/{stage}/{key}", exist_ok=True)
+            for file in sorted(place.iterdir(), key=lambda file: file.name == ENTRY):
+                self._files.put_file(str(file), self._where(stage, key, file.name))
+        except OSError as error:
+            raise InputError(f"The store does not take the result of {stage}: {error}") from None
+
+    def _read(self, stage: str, key: str) -> bytes:
+        with self._files.open(self._where(stage, key, ENTRY), "rb") as stream:
+            return bytes(stream.read(MAX_ENTRY_BYTES))
+
+    def _where(self, stage: str, key: str, name: str) -> str:
+        return f"{self._root}/{stage}/{key}/{name}"
+
+
+def _names(entry: Any) -> list[str]:
+    """Return the names of a result's files; none leads out of its folder."""
+    names = list(entry["files"]) if isinstance(entry, dict) and isinstance(entry.get("files"), dict) else [""]
+    if any(name in ("", ".", "..", ENTRY) or name != Path(name).name or "\\" in name for name in names):
+        raise ValueError(f"{json.dumps(names)[:200]} are no names of files in one folder")
+    return names

@@ -1,0 +1,122 @@
+"""Results in a store: whole or not there, held to their hashes, and never a file outside their folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sa3_convert.convert.cache import ENTRY, Notes, StageCache
+from sa3_convert.errors import UsageError
+from sa3_convert.lab.sweep.points import Point
+from sa3_convert.lab.sweep.scheduling import in_this_process
+from sa3_convert.lab.sweep.store import Store
+from sa3_convert.lab.sweep.sweep import run_sweep
+from sa3_convert.lab.sweep.tasks import Common
+
+fsspec = pytest.importorskip("fsspec")
+
+
+@pytest.fixture(params=["memory://{}/kept", "file://{}/kept"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return Store(request.param.format(tmp_path))
+
+
+def made(folder: Path) -> Notes:
+    (folder / "dit.mnn").write_bytes(b"model" * 1000)
+    (folder / "dit.mnn.data").write_bytes(b"weights" * 1000)
+    return Notes(detail="x")
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> StageCache:
+    cache = StageCache(tmp_path / "ours")
+    cache.make("mnn", "abc", made)
+    return cache
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> StageCache:
+    return StageCache(tmp_path / "theirs")
+
+
+def test_what_one_worker_made_another_finds(store: Store, ours: StageCache, theirs: StageCache) -> None:
+    store.bring("mnn", "abc", theirs)
+    assert theirs.find("mnn", "abc", Notes) is None
+    store.take("mnn", "abc", ours)
+    store.take("mnn", "abc", ours)
+    store.bring("mnn", "abc", theirs)
+    found = theirs.find("mnn", "abc", Notes)
+    assert found is not None
+    assert found.file("dit.mnn").read_bytes() == b"model" * 1000
+
+
+@pytest.mark.parametrize("damaged", ["dit.mnn", "dit.mnn.data", ENTRY])
+@pytest.mark.parametrize("content", [None, b"", b"other"])
+def test_what_is_not_whole_is_not_there(
+    tmp_path: Path, ours: StageCache, theirs: StageCache, damaged: str, content: bytes | None
+) -> None:
+    store = Store(f"file://{tmp_path}/kept")
+    store.take("mnn", "abc", ours)
+    file = tmp_path / "kept" / "mnn" / "abc" / damaged
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    store.bring("mnn", "abc", theirs)
+    assert theirs.find("mnn", "abc", Notes) is None
+    # What was brought in vain is in nobody's way.
+    assert theirs.make("mnn", "abc", made).files.keys() == {"dit.mnn", "dit.mnn.data"}
+    assert theirs.find("mnn", "abc", Notes) is not None
+
+
+@pytest.mark.parametrize("name", ["../../out", "/tmp/out", "a/b", "..", "", "a\\b", ENTRY])
+def test_no_name_leads_out_of_a_result(tmp_path: Path, ours: StageCache, theirs: StageCache, name: str) -> None:
+    store = Store(f"file://{tmp_path}/kept")
+    store.take("mnn", "abc", ours)
+    file = tmp_path / "kept" / "mnn" / "abc" / ENTRY
+    entry = json.loads(file.read_text())
+    entry["files"][name] = "0" * 64
+    file.write_text(json.dumps(entry))
+    (tmp_path / "kept" / "out").write_text("x")
+    before = {path for path in tmp_path.rglob("*") if "theirs" not in path.parts}
+    store.bring("mnn", "abc", theirs)
+    assert theirs.find("mnn", "abc", Notes) is None
+    assert {path for path in tmp_path.rglob("*") if "theirs" not in path.parts} == before
+
+
+@pytest.mark.slow
+def test_an_object_store(ours: StageCache, theirs: StageCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Needs `pip install moto[server] s3fs`, which nothing else does."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
+    s3fs = pytest.importorskip("s3fs")
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        for name, value in {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        s3fs.S3FileSystem().mkdir("bucket")
+        store = Store("s3://bucket/folder")
+        test_what_one_worker_made_another_finds(store, ours, theirs)
+        with s3fs.S3FileSystem().open("s3://bucket/folder/mnn/abc/dit.mnn", "wb") as stream:
+            stream.write(b"other")
+        fresh = StageCache(theirs.root.with_name("fresh"))
+        store.bring("mnn", "abc", fresh)
+        assert fresh.find("mnn", "abc", Notes) is None
+    finally:
+        server.stop()
+
+
+def test_an_address_that_nothing_knows_is_refused() -> None:
+    with pytest.raises(UsageError, match="--store nothing://here"):
+        Store("nothing://here")
+
+
+def test_workers_without_a_common_folder_share_what_they_make(toy: Path, points: list[Point], tmp_path: Path) -> None:
+    address = f"file://{tmp_path}/kept"
+    first = run_sweep(Common(toy, tmp_path / "a", store=address), points, in_this_process)
+    entries = {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "kept").glob("*/*/entry.json")}
+    second = run_sweep(Common(toy, tmp_path / "b", store=address), points, in_this_process)
+    assert [p.fidelity for p in first.points] == [p.fidelity for p in second.points]
+    assert {p.parent.name: p.stat().st_mtime_ns for p in (tmp_path / "kept").glob("*/*/entry.json")} == entries
+    # What is brought has the times of its making elsewhere in it, but nothing was made: it took no time.
+    assert sum(point.seconds for point in second.points) < sum(point.seconds for point in first.points)
