@@ -36,9 +36,12 @@ _REMEMBERED = 1000
 _GRACE = 1.0
 """Seconds in which a worker may let go of a cancelled job by itself."""
 _MAX_MESSAGE = 1 << 22
+_DEATHS = 3
+"""Workers that may end before one of them takes a job."""
 AUDIO = ("init_audio", "inpaint_audio")
 _ID = re.compile(r"[0-9a-f]{32}")
 _DIED = "The process that ran the models ended, most likely because memory ran out. Another one has taken its place."
+_STILLBORN = "Several processes in a row ended before they took it; there may be no memory to start one."
 
 
 class BusyError(Sa3Error):
@@ -192,8 +195,7 @@ class Jobs:
         model = next(iter(self.served)) if model is None else model
         if not isinstance(model, str) or model not in self.served:
             raise UsageError(f"There is no model {model!r}. There are: {', '.join(self.served)}.")
-        located = {k: str(self.audio(v)) if k in AUDIO and v is not None else v for k, v in settings.items()}
-        request = GenerateRequest.from_json(located)
+        request = GenerateRequest.from_json(self._located(settings))
         if settings.get("seed") == RANDOM:
             settings = {**settings, "seed": request.seed}
         if not request.audio_files():  # else its file is opened, and that is for the worker
@@ -219,6 +221,9 @@ class Jobs:
                 if path.is_file():
                     return path
         raise UsageError("Given audio is named by the id of an upload, or of a generation that is done; this is none.")
+
+    def _located(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: str(self.audio(v)) if k in AUDIO and v is not None else v for k, v in settings.items()}
 
     async def upload(self, pieces: AsyncIterator[bytes]) -> str:
         """Keep what a client sends, undecoded, and return the id that it has from its content."""
@@ -276,9 +281,13 @@ class Jobs:
 
     async def _make(self, job: Job) -> None:
         job.state = "running"
-        located = {k: str(self.audio(v)) if k in AUDIO and v is not None else v for k, v in job.settings.items()}
+        try:
+            located = self._located(job.settings)
+        except UsageError as error:  # what was given when it was asked for is gone
+            self._ended(job, "failed", str(error))
+            return
         asked = {"id": job.id, "model": job.model, "settings": located, "output": str(job.path)}
-        heard = False
+        heard, deaths = False, 0
         while not job.over:
             if self._worker is None:
                 self._worker = _Process(self.served, self._keep_bytes)
@@ -289,10 +298,11 @@ class Jobs:
                 self._worker.end()
                 self._worker = None
                 self.counts["restarts"] += 1
+                deaths += 1
                 sweep(self.folder)
-                # What died before it took this job has died of something else.
-                if heard or self._closing or job.cancelling:
-                    why = None if job.cancelling else message.get("sentence") or _DIED
+                # What died before it took this job has died of something else, unless they all do.
+                if heard or deaths == _DEATHS or self._closing or job.cancelling:
+                    why = None if job.cancelling else message.get("sentence") or (_DIED if heard else _STILLBORN)
                     self._ended(job, "cancelled" if job.cancelling else "failed", why)
             elif message.get("job") == job.id:
                 heard = True

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.request import GenerateRequest
 from sa3_convert.serve import jobs as jobs_module
 from sa3_convert.serve.http import _grown, schema
-from sa3_convert.serve.jobs import Job
+from sa3_convert.serve.jobs import Job, _Process
 from tests.serve.conftest import Client, Serving, serving
 from tests.test_readme import ROOT, blocks
 
@@ -205,6 +206,37 @@ def test_given_audio_that_cannot_be_used_fails_its_job_in_a_sentence(served: Ser
         assert told["state"] == "failed"
         assert said in told["sentence"]
         assert str(served.folder) not in told["sentence"]
+
+
+def test_given_audio_that_is_gone_when_its_turn_comes_fails_its_job_and_no_other(served: Serving) -> None:
+    name = served.client.post("/v1/audio", content=wav(0.7)).json()["id"]
+    first, job = served.start(**LONG), served.start(init_audio=name)
+    (served.folder / "uploads" / name).unlink()
+    served.client.delete(f"/v1/jobs/{first}")
+    told = served.ended(job)
+    assert told["state"] == "failed"
+    assert "Given audio is named by the id" in told["sentence"]
+    assert served.ended(served.start())["state"] == "done"
+
+
+def test_workers_that_all_end_at_once_fail_their_job(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    class Stillborn(_Process):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            started.append(self)
+            self.process.kill()
+
+    monkeypatch.setattr(jobs_module, "_Process", Stillborn)
+    served.worker().kill()
+    told = served.ended(served.start())
+    assert told["state"] == "failed"
+    assert "Several processes in a row ended before they took it" in told["sentence"]
+    # The first of the dead was the one of before.
+    assert len(started) == 2
+    monkeypatch.undo()
+    assert served.ended(served.start())["state"] == "done"
 
 
 def test_uploads_are_bounded_and_leave_nothing(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
