@@ -23,7 +23,9 @@ OutOption = Annotated[Path, Option(metavar="DIR", help="Gets sweep.json, a page,
 SizesOption = Annotated[
     str | None, Option(metavar="FROM:TO:STEP", help="Plan one component for these sizes in MiB; or 200,300.")
 ]
-RecipesOption = Annotated[list[Path] | None, Option("--recipe", help="Try this recipe (repeatable).")]
+RecipesOption = Annotated[
+    list[Path] | None, Option("--recipe", help="Try this recipe (repeatable).", callback=paths.reads)
+]
 WorkersOption = Annotated[int | None, Option(min=1, max=256, help="Run on so many processes of this machine.")]
 SchedulerOption = Annotated[
     str | None, Option(metavar="ADDRESS", help="Run on the workers of this Dask scheduler, tcp://HOST:8786.")
@@ -71,7 +73,14 @@ def sweep(
     opened = o.open_checkpoint(checkpoint, lora)
     folder = (cache or out.absolute().parent / ".sa3-convert-cache").absolute()
     points = _points(opened, component, sizes, recipe, folder, threads, measure=not dry_run)
-    common = Common(opened.folder.absolute(), folder, tuple(lora or ()), store, threads)
+    names = [point.name for point in points]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise UsageError(
+            f"{twice[0]} would be there twice: by two sizes, or two recipes of one name. Give one of them."
+        )
+    common = Common(
+        opened.folder.absolute(), folder, tuple(str(Path(text).absolute()) for text in lora or ()), store, threads
+    )
     if dry_run:
         tasks = to_do(points, tasks_for([point for point in points if not point.problem], common))
         stdout.print(sweep_plan_table(points, tasks, folder))

@@ -166,7 +166,7 @@ def test_every_path_of_every_command_says_whether_it_is_read_or_written() -> Non
         # A file or a folder, by another option.
         "run output",
         # Where files have names of their own, by content.
-        *(f"{command} cache" for command in ("convert", "plan")),
+        *(f"{command} cache" for command in ("convert", "plan", "sweep")),
         *(f"{command} references" for command in ("verify", "bisect", "drift")),
         # New folders of commands that read none.
         "synthesize folder",

@@ -139,7 +139,7 @@ def test_rows_that_were_planned_ahead_are_stored_as_planned_however_small(tmp_pa
     for size in range(len(SMALL)):
         row = slice(8 * size, 8 * size + 8)
         stored = signal_to_noise_db(wanted[..., row], found[..., row])
-        assert stored == pytest.approx(signal_to_noise_db(wanted[..., row], X @ planned["y"][row].T), abs=0.3)
+        assert stored == pytest.approx(signal_to_noise_db(wanted[..., row], X @ planned[0].weight[row].T), abs=0.3)
         assert stored > 43
 
 

@@ -135,6 +135,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(
         ([], "Give --sizes"),
         (["--sizes", "1:2:1"], "Name it: --component dit"),
         (["--sizes", "1:2:1", "--component", "dit", "--component", "decoder"], "Name it"),
+        (["--recipe", "int8", "--recipe", "int8"], "text_encoder-int8 would be there twice"),
         (["--recipe", "int8", "--workers", "2", "--scheduler", "tcp://x:1"], "Give one of them"),
     ],
 )
