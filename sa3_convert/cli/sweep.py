@@ -73,11 +73,6 @@ def sweep(
     opened = o.open_checkpoint(checkpoint, lora)
     folder = (cache or out.absolute().parent / ".sa3-convert-cache").absolute()
     points = _points(opened, component, sizes, recipe, folder, threads, measure=not dry_run)
-    names = [point.name for point in points]
-    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        raise UsageError(
-            f"{twice[0]} would be there twice: by two sizes, or two recipes of one name. Give one of them."
-        )
     common = Common(
         opened.folder.absolute(), folder, tuple(str(Path(text).absolute()) for text in lora or ()), store, threads
     )
@@ -126,7 +121,7 @@ def _points(
     """Return what is to be tried; sizes are planned, unless nothing may be measured for it."""
     from sa3_convert.cli.console import progress
     from sa3_convert.components import components_of
-    from sa3_convert.lab.sweep.points import of_recipes, of_sizes, parse_sizes, sensitivity_of, unplanned
+    from sa3_convert.lab.sweep.points import of_own_names, of_recipes, of_sizes, parse_sizes, sensitivity_of, unplanned
 
     available = components_of(checkpoint.layout)
     if absent := [one for one in component or () if one not in available]:
@@ -135,13 +130,13 @@ def _points(
     if sizes is not None and component:
         mib, base, one = parse_sizes(sizes), o.open_recipe(o.DEFAULT_RECIPE), component[0]
         if not measure:
-            return found + unplanned(one, base, mib)
+            return of_own_names(found + unplanned(one, base, mib))
         with progress(f"{one.value}: preparing") as tick:
             known = sensitivity_of(
                 checkpoint, one, cache, lambda what, done, of: tick(f"{one.value}: {what}", done, of), threads
             )
         found += of_sizes(checkpoint, one, base, known, mib)
-    return found
+    return of_own_names(found)
 
 
 def _runner(workers: int | None, scheduler: str | None) -> "Runner":

@@ -100,6 +100,16 @@ def unplanned(component: Component, base: Recipe, sizes: Iterable[float]) -> lis
     return [Point(f"{component.value}-{size:g}", component, own, predicted_bytes=round(size * 2**20)) for size in sizes]
 
 
+def of_own_names(points: list[Point]) -> list[Point]:
+    """Return points none of which is called as another is; else UsageError."""
+    names = [point.name for point in points]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise UsageError(
+            f"{twice[0]} would be there twice: of two sizes, or two recipes of one name. Give one of them."
+        )
+    return points
+
+
 Tick = Callable[[str, int, int], None]
 
 
