@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sa3_convert.bundle.manifest import (
     COMPANIONS,
@@ -21,14 +21,14 @@ from sa3_convert.bundle.manifest import (
 )
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.components import Component
-from sa3_convert.convert.cache import Notes, StageCache
+from sa3_convert.convert.cache import CachedResult, StageCache
 from sa3_convert.convert.existing import SHARED, manifest_of, shared_text
 from sa3_convert.convert.plan import ComponentPlan, ConversionPlan, ConvertRequest, plan
-from sa3_convert.convert.stages import STAGES, STAGES_OF, ComponentJob, Stage
+from sa3_convert.convert.stages import STAGES, STAGES_OF, ComponentJob
 from sa3_convert.errors import ConversionError, UsageError
 from sa3_convert.system.checked_files import inside
 from sa3_convert.system.files import alone_in, atomic_path, copy_file, sweep, write_text
-from sa3_convert.system.log import kept, note
+from sa3_convert.system.log import note
 
 if TYPE_CHECKING:
     from sa3_convert.checkpoint.reader import Checkpoint
@@ -205,13 +205,31 @@ def _run_stages(request: ConvertRequest, cache: StageCache, step: ComponentPlan,
         elif name in step.todo:
             report(StageEvent(step.component, name, "started"))
             started = time.perf_counter()
-            if request.force:
-                cache.forget(key)
-            step.job.parts = cache.parts(key, _told(report, step.component, name))
-            made = cache.make(name, key, partial(_make, STAGES[name], step.job), replace=request.force)
-            cache.forget(key)
-            step.job.results[name] = made
+            made = make_stage(step.job, name, key, cache, _told(report, step.component, name), again=request.force)
             report(StageEvent(step.component, name, "done", time.perf_counter() - started, made.notes.detail))
+
+
+def make_stage(
+    job: ComponentJob, stage: str, key: str, cache: StageCache, tell: Callable[[int, int], None], *, again: bool = False
+) -> CachedResult[Any]:
+    """Make a stage's result, which the cache and the job get, from the parts that an interrupted run has left.
+
+    Args:
+        job: the component; what the stage reads is among its results.
+        stage: its name.
+        key: its fingerprint.
+        cache: keeps result and parts.
+        tell: told how many parts are done, and of how many.
+        again: use no parts, and take the place of what is kept.
+
+    """
+    if again:
+        cache.forget(key)
+    job.parts = cache.parts(key, tell)
+    made = cache.make(stage, key, partial(STAGES[stage].make, job), replace=again)
+    cache.forget(key)
+    job.results[stage] = made
+    return made
 
 
 def _told(report: Report, component: Component, stage: str) -> Callable[[int, int], None]:
@@ -224,10 +242,3 @@ def _told(report: Report, component: Component, stage: str) -> Callable[[int, in
         report(StageEvent(component, stage, "working", left, f"{done} of {total}"))
 
     return tell
-
-
-def _make(stage: Stage, job: ComponentJob, folder: Path) -> Notes:
-    """Run a stage; its notes also tell what was logged meanwhile."""
-    with kept() as lines:
-        notes = stage.make(job, folder)
-    return notes.model_copy(update={"log": tuple(lines)})

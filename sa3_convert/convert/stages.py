@@ -24,6 +24,7 @@ from sa3_convert.convert.cache import (
 )
 from sa3_convert.mnn.compatibility import DEFAULT_TARGET, MnnVersion
 from sa3_convert.recipe import ComponentRecipe
+from sa3_convert.system.log import kept
 
 if TYPE_CHECKING:
     from sa3_convert.arrays import Session
@@ -290,9 +291,11 @@ class Stage:
     cost: StageCost
 
     def make(self, job: ComponentJob, folder: Path) -> Notes:
-        """Do it, and leave its files in an empty folder."""
+        """Do it, and leave its files in an empty folder; its notes also tell what was logged meanwhile."""
         given = job.given(folder)
-        return self.work(**{name: given[name] for name in inspect.signature(self.work).parameters})
+        with kept() as lines:
+            notes = self.work(**{name: given[name] for name in inspect.signature(self.work).parameters})
+        return notes.model_copy(update={"log": tuple(lines)})
 
 
 STAGES: Final[Mapping[str, Stage]] = {

@@ -8,13 +8,14 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from sa3_convert.bundle.manifest import Fidelity
 from sa3_convert.components import Component
 from sa3_convert.convert.cache import FidelityNotes, StageCache
+from sa3_convert.convert.conversion import make_stage
 from sa3_convert.convert.plan import Estimate, estimate, stage_keys
 from sa3_convert.convert.stages import STAGES, ComponentJob, StageKeys
 from sa3_convert.errors import Sa3Error
@@ -174,9 +175,7 @@ def _made(task: Task) -> tuple[int, Fidelity | None]:
             store.bring(name, key, stages)
             found = stages.find(name, key, stage.notes)
         if found is None:
-            job.parts = stages.parts(key, lambda done, of: None)
-            found = stages.make(name, key, partial(stage.make, job))
-            stages.forget(key)
+            found = make_stage(job, name, key, stages, lambda done, of: None)
         if store is not None:
             store.take(name, key, stages)
         job.results[name] = found
