@@ -1,10 +1,11 @@
 """Operators spelled as MNN takes them: for older versions SiLU and shapes, for speed linears behind one another."""
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from sa3_convert.mnn.compatibility import MnnVersion
 from sa3_convert.mnn.layer_rules import LINEAR_SUFFIX
@@ -199,15 +200,12 @@ def _convolved(new: ir_tools.Additions, linear: _Linear, x: ir.Value | None) -> 
     assert weight is not None
     assert tensor is not None
 
-    def evaluate() -> ir.TensorProtocol:
+    def transposed() -> NDArray[Any]:
         kernel = np.array(tensor.numpy().T, order="C")[..., np.newaxis]
         if isinstance(tensor, ir.ExternalTensor):
             tensor.release()  # what was mapped would stay resident
-        return ir.Tensor(kernel, name=value.name)
+        return kernel
 
-    shape = ir.Shape([*tensor.shape.numpy()[::-1], 1])
-    value = ir.Value(name=new.name(f"{weight.name}.kernel"), shape=shape, type=ir.TensorType(tensor.dtype))
-    value.const_value = ir.LazyTensor(evaluate, dtype=tensor.dtype, shape=shape, name=value.name)
-    new.graph.register_initializer(value)
+    value = new.lazy(f"{weight.name}.kernel", transposed, tensor.dtype, [*tensor.shape.numpy()[::-1], 1])
     inputs = [x, value, *([] if linear.bias is None else [linear.bias])]
     return new.node("Conv", inputs, name)
