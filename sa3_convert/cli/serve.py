@@ -9,6 +9,7 @@ from typer import Option
 from sa3_convert.cli import options as o
 from sa3_convert.cli import paths
 from sa3_convert.errors import UsageError
+from sa3_convert.serve import LOCAL
 
 if TYPE_CHECKING:
     from sa3_convert.runtime.engines import EngineName
@@ -64,7 +65,7 @@ def serve(
     Nothing is asked of the network, and only this machine is listened to.
     """
     token = _read_token(token)
-    if host not in ("127.0.0.1", "localhost", "::1") and not token:
+    if host not in LOCAL and not token:
         raise UsageError(f"--host {host} lets others ask; give --token, or SA3_CONVERT_TOKEN in the environment.")
     from sa3_convert.cli.console import stderr
     from sa3_convert.serve.server import serve as run

@@ -25,10 +25,10 @@ from sa3_convert.runtime.audio import audio_writer
 from sa3_convert.runtime.conditioning import max_seconds
 from sa3_convert.runtime.request import GenerateRequest
 from sa3_convert.runtime.wav import chunks
+from sa3_convert.serve import LOCAL
 from sa3_convert.serve.jobs import AUDIO, BusyError, Job, Jobs
 from sa3_convert.system.untrusted import SMALL, parse_json
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
 _BLOCK = 1 << 16
 _COOKIE = "sa3_token"
 _HEADERS = {

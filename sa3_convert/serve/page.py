@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
 from fastapi import FastAPI
 from gradio import processing_utils
 
@@ -252,7 +251,7 @@ def _spectrogram(path: Path) -> Path:
     import soundfile
     from matplotlib.figure import Figure
 
-    from sa3_convert.lab.report.figures import levels
+    from sa3_convert.lab.report.figures import draw_levels, levels
 
     made = path.with_suffix(".png")
     if not made.exists():
@@ -262,14 +261,8 @@ def _spectrogram(path: Path) -> Path:
         figure = Figure(figsize=(6, 1.6), layout="tight")
         axes = figure.add_subplot()
         top = float(shown.max())
-        extent = (0, len(samples) / rate, 0, len(shown))
-        axes.imshow(shown, "magma", origin="lower", aspect="auto", vmin=top - 80, vmax=top, extent=extent)
-        low, high = np.log(40), np.log(rate / 2)
-        axes.set_yticks(
-            [(np.log(hz) - low) / (high - low) * len(shown) for hz in (100, 1000, 10000)], ["100", "1k", "10k"]
-        )
-        axes.tick_params(length=0, labelcolor="#888888", labelsize=8)
-        axes.spines[:].set_visible(False)
+        draw_levels(axes, shown, "magma", (top - 80, top), len(samples) / rate, rate)
+        axes.tick_params(labelcolor="#888888", labelsize=8)
         with atomic_path(made) as temporary:
             figure.savefig(temporary, format="png", dpi=150, transparent=True)
     return made

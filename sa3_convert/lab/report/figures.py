@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import squarify
 from matplotlib.axes import Axes
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -203,17 +204,14 @@ def spectrogram_figure(sides: Sides, sample_rate: int, name: str, label: str) ->
     sounds = [("reference", floored["reference"] - peak), ("this bundle", floored["target"] - peak)]
     differences = [("change: this bundle", changes[0]), ("change: nudged", changes[1])]
     rows = [("magma", -_RANGE_DB, 0.0, "level in dB", sounds), ("berlin", -scale, scale, "change in dB", differences)]
-    extent = (0, sides["reference"].shape[1] / sample_rate, 0, _BANDS)
+    seconds = sides["reference"].shape[1] / sample_rate
     figure = new_figure(300)
     with styled():
         grid = figure.subplots(2, 2, sharex=True, sharey=True)
         for line, (colours, low, high, unit, panels) in zip(grid, rows, strict=True):
             for axes, (title, values) in zip(line, panels, strict=True):
-                image = axes.imshow(values, colours, vmin=low, vmax=high, extent=extent, **_PIXELS)
+                image = draw_levels(axes, values, colours, (low, high), seconds, sample_rate)
                 axes.set_title(title)
-                axes.set_yticks([_row_of(hertz, sample_rate) for hertz in (100, 1000, 10000)], ["100", "1k", "10k"])
-                axes.tick_params(length=0)
-                axes.spines[:].set_visible(False)
             line[0].set_ylabel("Hz")
             bar = figure.colorbar(image, ax=line, aspect=12, pad=0.02, label=unit)
             bar.outline.set_visible(False)
@@ -221,6 +219,18 @@ def spectrogram_figure(sides: Sides, sample_rate: int, name: str, label: str) ->
         for axes in grid[-1]:
             axes.set_xlabel("seconds")
     return svg_of(figure, name, label)
+
+
+def draw_levels(
+    axes: Axes, values: NDArray[np.float64], colours: str, shown: tuple[float, float], seconds: float, sample_rate: int
+) -> AxesImage:
+    """Draw what `levels` gives, or a difference of two, between two values in dB, with its frequencies at the side."""
+    extent = (0, seconds, 0, _BANDS)
+    image = axes.imshow(values, colours, vmin=shown[0], vmax=shown[1], extent=extent, **_PIXELS)
+    axes.set_yticks([_row_of(hertz, sample_rate) for hertz in (100, 1000, 10000)], ["100", "1k", "10k"])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return image
 
 
 def _row_of(hertz: float, sample_rate: int) -> float:
