@@ -57,7 +57,6 @@ def convert(
     What is up to date is not redone.
     """
     from sa3_convert.cli import console
-    from sa3_convert.convert.cache import cache_beside
     from sa3_convert.convert.plan import ConvertRequest, plan
     from sa3_convert.lab.doctor.results import check_conversion
     from sa3_convert.system.log import is_shown
@@ -69,7 +68,7 @@ def convert(
         checkpoint=opened,
         recipe=resolved,
         out=out,
-        cache=cache or cache_beside(out),
+        cache=o.cache_of(cache, out),
         components=tuple(component or ()),
         force=force,
         with_reference=with_reference,

@@ -134,6 +134,13 @@ def open_recipe(recipe: Path) -> "Recipe":
     return load_recipe(recipe_file(recipe))
 
 
+def cache_of(cache: Path | None, out: Path) -> Path:
+    """Return where stages are kept: where the user said, or beside what is made."""
+    from sa3_convert.convert.cache import cache_beside
+
+    return cache or cache_beside(out)
+
+
 def open_checkpoint(checkpoint: str, loras: list[str] | None) -> "Checkpoint":
     """Open what the user named, with its LoRAs; what these change is told on stderr."""
     from sa3_convert.checkpoint.lora_file import LoraRequest

@@ -59,7 +59,7 @@ def plan(
     require_apart([("--out", out)], [("--recipe", recipe_file(recipe))])
     base = o.open_recipe(recipe)
     opened = o.open_checkpoint(checkpoint, lora)
-    folder = cache or out.absolute().parent / ".sa3-convert-cache"
+    folder = o.cache_of(cache, out)
     if dry_run:
         layers, passes = layers_to_measure(opened, component), passes_to_run(component)
         o.write_figures(json_file, {"component": component, "layers": list(layers), "passes": passes})

@@ -71,7 +71,7 @@ def sweep(
     if store:
         Store(store)
     opened = o.open_checkpoint(checkpoint, lora)
-    folder = (cache or out.absolute().parent / ".sa3-convert-cache").absolute()
+    folder = o.cache_of(cache, out).absolute()
     points = _points(opened, component, sizes, recipe, folder, threads, measure=not dry_run)
     common = Common(
         opened.folder.absolute(), folder, tuple(str(Path(text).absolute()) for text in lora or ()), store, threads
@@ -120,20 +120,20 @@ def _points(
 ) -> "list[Point]":
     """Return what is to be tried; sizes are planned, unless nothing may be measured for it."""
     from sa3_convert.cli.console import progress
-    from sa3_convert.components import components_of
-    from sa3_convert.lab.sweep.points import of_own_names, of_recipes, of_sizes, parse_sizes, sensitivity_of, unplanned
+    from sa3_convert.convert.plan import chosen_components
+    from sa3_convert.lab.sweep.points import of_own_names, of_recipes, of_sizes, parse_sizes, unplanned
 
-    available = components_of(checkpoint.layout)
-    if absent := [one for one in component or () if one not in available]:
-        raise UsageError(f"This checkpoint has no component {absent[0].value!r}; it has {', '.join(available)}.")
-    found = of_recipes([o.open_recipe(recipe) for recipe in recipes or ()], component or available)
+    chosen = chosen_components(checkpoint.layout, component or ())
+    found = of_recipes([o.open_recipe(recipe) for recipe in recipes or ()], chosen)
     if sizes is not None and component:
         mib, base, one = parse_sizes(sizes), o.open_recipe(o.DEFAULT_RECIPE), component[0]
         if not measure:
             return of_own_names(found + unplanned(one, base, mib))
+        from sa3_convert.lab.planner.planner import measure as measure_layers
+
         with progress(f"{one.value}: preparing") as tick:
-            known = sensitivity_of(
-                checkpoint, one, cache, lambda what, done, of: tick(f"{one.value}: {what}", done, of), threads
+            known = measure_layers(
+                checkpoint, one, "fp16", cache, lambda what, done, of: tick(f"{one.value}: {what}", done, of), threads
             )
         found += of_sizes(checkpoint, one, base, known, mib)
     return of_own_names(found)

@@ -28,6 +28,7 @@ from sa3_convert.system.machine import available_memory, version_of
 from sa3_convert.system.sealed import fingerprint
 
 if TYPE_CHECKING:
+    from sa3_convert.checkpoint.dimensions import CheckpointLayout
     from sa3_convert.checkpoint.reader import Checkpoint
 
 _GIB: Final = 2**30
@@ -78,12 +79,17 @@ class ConvertRequest:
 
     def selected(self) -> tuple[Component, ...]:
         """Return the components to convert, in pipeline order; one that the checkpoint lacks is refused."""
-        available = components_of(self.checkpoint.layout)
-        for component in self.components:
-            if component not in available:
-                have = ", ".join(c.value for c in available)
-                raise UsageError(f"This checkpoint has no component {component.value!r}; it has {have}.")
-        return tuple(c for c in available if not self.components or c in self.components)
+        return chosen_components(self.checkpoint.layout, self.components)
+
+
+def chosen_components(layout: "CheckpointLayout", asked: Sequence[Component]) -> tuple[Component, ...]:
+    """Return the components that are asked for, all if none is named, in pipeline order; refused is one that lacks."""
+    available = components_of(layout)
+    for component in asked:
+        if component not in available:
+            have = ", ".join(c.value for c in available)
+            raise UsageError(f"This checkpoint has no component {component.value!r}; it has {have}.")
+    return tuple(c for c in available if not asked or c in asked)
 
 
 @dataclass(frozen=True, slots=True)

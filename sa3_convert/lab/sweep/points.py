@@ -1,9 +1,8 @@
 """The points of a sweep: what a component is converted by."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from sa3_convert.components import Component
@@ -108,15 +107,3 @@ def of_own_names(points: list[Point]) -> list[Point]:
             f"{twice[0]} would be there twice: of two sizes, or two recipes of one name. Give one of them."
         )
     return points
-
-
-Tick = Callable[[str, int, int], None]
-
-
-def sensitivity_of(
-    checkpoint: "Checkpoint", component: Component, cache: Path, tick: Tick, threads: int | None
-) -> "Sensitivity":
-    """Measure once what every plan of a component is made from; an interrupted measurement goes on."""
-    from sa3_convert.lab.planner.planner import measure
-
-    return measure(checkpoint, component, "fp16", cache, tick, threads)
