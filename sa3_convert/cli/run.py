@@ -167,7 +167,7 @@ FromOption = Annotated[
 ]
 
 
-_USUAL: Mapping[str, Any] = {"memory": "normal", "precision": "high", "split_dit": False, "place": None}
+USUAL: Mapping[str, Any] = {"memory": "normal", "precision": "high", "split_dit": False, "place": None}
 """Options that not every engine has, and what they are when nobody sets them."""
 _ENGINES_NAMES = {"split_dit": "split", "place": "places"}
 """What engines call them, where that is something else."""
@@ -268,7 +268,7 @@ def _brought(target: "Target", context: Context, origin: Mapping[str, Any]) -> "
 
     how = context.params
     how = how | (_chosen(context, target.bundle, origin) if how["engine"] == "auto" else {})
-    options = _engine_options(how)
+    options = engine_options(how)
     folder = o.brought(target.bundle, how["offline"], kinds_of(how["engine"], options.get("split", False)))
     return replace(target, bundle=folder, engine=how["engine"], options=options, chosen=how.get("chosen"))
 
@@ -289,14 +289,19 @@ def _chosen(context: Context, bundle: Path, origin: Mapping[str, Any]) -> dict[s
         for name, value in again.items()
         if (value is True or value in get_args(o.Level)) and not _is_given(context, name)
     }
-    asked = {name: (how | again)[name] for name in _USUAL}
-    own = [_ENGINES_NAMES.get(name, name) for name, value in asked.items() if value not in (_USUAL[name], [], ())]
     # Its manifest says what there is; models are downloaded when it is known which.
     folder = o.brought(bundle, how["offline"], {"tokenizer"})
     checkpoint = how["checkpoint"] is not None
-    engine, why = chosen_engine(folder, how["backend"], own, checkpoint=checkpoint, before=made.get("engine"))
+    engine, why = chosen_engine(
+        folder, how["backend"], own_settings(how | again), checkpoint=checkpoint, before=made.get("engine")
+    )
     chosen = again | {"engine": engine, "chosen": why}
     return chosen if engine == "torch" or how["backend"] == "cpu" else chosen | {"checkpoint": None}
+
+
+def own_settings(how: Mapping[str, Any]) -> list[str]:
+    """Return, by engines' names, what was set that not every engine has."""
+    return [_ENGINES_NAMES.get(n, n) for n in USUAL if n in how and how[n] not in (USUAL[n], [], ())]
 
 
 def _is_given(context: Context, name: str) -> bool:
@@ -304,7 +309,7 @@ def _is_given(context: Context, name: str) -> bool:
     return source is not None and source.name != "DEFAULT"
 
 
-def _engine_options(how: Mapping[str, Any]) -> dict[str, Any]:
+def engine_options(how: Mapping[str, Any]) -> dict[str, Any]:
     """Return what an engine is opened with; places are told."""
     engine, backend, place = how["engine"], how["backend"], how["place"] or ()
     _check_torch(how)

@@ -8,6 +8,7 @@ from typer import Option
 
 from sa3_convert.cli import options as o
 from sa3_convert.cli import paths
+from sa3_convert.cli.run import USUAL, engine_options, own_settings
 from sa3_convert.errors import UsageError
 from sa3_convert.serve import LOCAL
 
@@ -51,7 +52,7 @@ def serve(
         list[str] | None,
         o.runtime(
             metavar="NAME",
-            help="mnn, onnxruntime, onnxruntime-int8 or onnxruntime-fp16; several times to compare them.",
+            help="auto (as `run`), mnn, onnxruntime, onnxruntime-int8 or onnxruntime-fp16; several to compare them.",
         ),
     ] = None,
     backend: o.BackendOption = "cpu",
@@ -71,37 +72,57 @@ def serve(
     from sa3_convert.serve.server import serve as run
 
     how = {"backend": backend, "memory": memory, "precision": precision, "threads": threads}
-    served = _served(bundles, _engines(engine or ["mnn"]), how, offline)
+    served = _served(bundles, _engines(engine or ["auto"]), how, offline)
     run(served, output, host=host, port=port, token=token, queue=queue, keep_mib=keep_mib, say=stderr.print)
 
 
-def _served(
-    bundles: list[Path], engines: list["EngineName"], how: Mapping[str, Any], offline: bool
-) -> dict[str, "Served"]:
+def _served(bundles: list[Path], engines: list[str], how: Mapping[str, Any], offline: bool) -> dict[str, "Served"]:
     """Return every bundle under every engine, by the name that clients see."""
-    from sa3_convert.cli.generate import kinds_of, placed
+    from sa3_convert.cli.console import open_told
+    from sa3_convert.cli.generate import kinds_of
     from sa3_convert.serve.worker import Served
 
     served: dict[str, Served] = {}
     for bundle in bundles:
-        folder = o.brought(bundle, offline, set().union(*(kinds_of(one, False) for one in engines)))
-        for one in engines:
-            options: dict[str, Any] = {name: how[name] for name in ("backend", "threads") if how[name]}
-            if one == "mnn":
-                options |= {name: how[name] for name in ("memory", "precision")}
-                options |= placed(how["backend"], how["precision"], how["memory"], ())
+        chosen = _chosen(bundle, how, offline) if "auto" in engines else None
+        names: list[EngineName] = [chosen[0] if chosen and one == "auto" else one for one in engines]  # type: ignore[misc]
+        names = list(dict.fromkeys(names))
+        folder = o.brought(bundle, offline, set().union(*(kinds_of(one, False) for one in names)))
+        open_told(folder)
+        for one in names:
             name = _name(folder, one if len(engines) > 1 else None, served)
-            served[name] = Served(folder.absolute(), one, options)
+            why = chosen[1] if chosen and one == chosen[0] else None
+            served[name] = Served(folder.absolute(), one, _options(one, names, how), why)
     return served
 
 
-def _engines(names: list[str]) -> list["EngineName"]:
+def _chosen(bundle: Path, how: Mapping[str, Any], offline: bool) -> tuple["EngineName", str]:
+    """Return the engine that `run` would take, and why; it is told."""
+    from sa3_convert.cli.generate import chosen_engine, tell_engine
+
+    # Its manifest says what there is; models are downloaded when it is known which.
+    name, why = chosen_engine(o.brought(bundle, offline, {"tokenizer"}), how["backend"], own_settings(how))
+    if how["backend"] == "cpu":
+        tell_engine(name, "cpu", why)
+    return name, why
+
+
+def _options(engine: "EngineName", engines: list["EngineName"], how: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an engine is opened with: beside others, without what only they have."""
+    from sa3_convert.runtime.engines import ENGINE_OPTIONS
+
+    theirs = {name for one in engines for name in ENGINE_OPTIONS[one]} - {*ENGINE_OPTIONS[engine]}
+    own = {name: value for name, value in how.items() if name not in theirs}
+    return engine_options({**USUAL, "lora": None, "checkpoint": None, **own, "engine": engine})
+
+
+def _engines(names: list[str]) -> list[str]:
     from sa3_convert.runtime.engines import KINDS
 
-    known = {str(name): name for name in KINDS}
+    known = ["auto", *KINDS]
     if unknown := [name for name in names if name not in known]:
         raise UsageError(f"There is no engine {unknown[0]!r} to serve with. There are: {', '.join(known)}.")
-    return [known[name] for name in dict.fromkeys(names)]
+    return list(dict.fromkeys(names))
 
 
 def _read_token(given: str | None) -> str | None:

@@ -82,7 +82,10 @@ def form_of(jobs: Jobs) -> Form:
         fields["regions"] = gr.Textbox(label="Regions in seconds", placeholder="2.5:4, 8:9")
     with gr.Row():
         generate, cancel = gr.Button("Generate", variant="primary"), gr.Button("Cancel", variant="stop")
-    status = gr.Textbox(label="Status", interactive=False, lines=2)
+    engines = (
+        f"{name} on {one.engine}" + (f": {one.chosen}" if one.chosen else "") for name, one in jobs.served.items()
+    )
+    status = gr.Textbox("\n".join(engines), label="Status", interactive=False, lines=2)
     return Form(fields, dice, generate, cancel, status)
 
 

@@ -274,6 +274,7 @@ def _add_figures(app: FastAPI, jobs: Jobs) -> None:
                 "variant": manifest.variant,
                 "recipe": manifest.recipe,
                 "engine": jobs.served[name].engine,
+                "chosen": jobs.served[name].chosen,
                 "sample_rate": layout.sample_rate,
                 "max_seconds": max_seconds(layout),
             }

@@ -86,7 +86,8 @@ class _Result:
         notes = "\n".join(told["warnings"])
         figures = (
             f"{told['duration']:.2f} s, peak {told['peak']:.3f}, {told['loudness']:.1f} LUFS, "
-            f"made in {sum(told['seconds'].values()):.1f} s by {job.model}, seed {told['request']['seed']}\n{notes}"
+            f"made in {sum(told['seconds'].values()):.1f} s by {job.model} on "
+            f"{told['engine']['engine']}, seed {told['request']['seed']}\n{notes}"
         )
         paths = [wav, str(flac_of(job.path)), str(job.path.with_suffix(".json"))]
         return {
@@ -226,7 +227,7 @@ def _label(job: Job) -> str:
 def command_of(jobs: Jobs, job: Job) -> str:
     """Return the command line that makes the same piece."""
     served, words = jobs.served[job.model], list[str]()
-    plain = {"backend": "cpu", "memory": "normal", "precision": "high", **usual(jobs, job.model)}
+    plain = {"backend": "cpu", "memory": "normal", "precision": "high", "split": False, **usual(jobs, job.model)}
     asked = {"engine": served.engine, **served.options, **job.settings}
     for name, value in asked.items():
         if value is None or (name in plain and plain[name] == value) or name in ("places", "never_low", "threads"):

@@ -41,6 +41,8 @@ class Served:
     path: Path
     engine: EngineName
     options: Mapping[str, Any]
+    chosen: str | None = None
+    """Why this engine, where nobody named one."""
 
     def bytes(self) -> int:
         """Return how much its models take on disk; in memory it is at least that."""
