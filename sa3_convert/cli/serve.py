@@ -46,7 +46,10 @@ def serve(
     ] = 32,
     keep_mib: Annotated[
         int | None,
-        Option(min=1, help="Memory beyond which bundles are let go of; three quarters of what is free when not given."),
+        Option(
+            min=1,
+            help="Memory beyond which bundles not in use are freed; three quarters of what is free by default.",
+        ),
     ] = None,
     engine: Annotated[
         list[str] | None,

@@ -61,9 +61,11 @@ class Serving(Client):
 
 
 @contextmanager
-def serving(bundle: Bundle, folder: Path, token: str | None = None, queue: int = 8) -> Iterator[Serving]:
+def serving(
+    bundle: Bundle, folder: Path, token: str | None = None, queue: int = 8, keep_bytes: int = 1 << 40
+) -> Iterator[Serving]:
     served = {name: Served(bundle.path, "mnn", {"threads": 1}) for name in ("one", "two")}
-    jobs = Jobs(served, folder, queue=queue, keep_bytes=1 << 40)
+    jobs = Jobs(served, folder, queue=queue, keep_bytes=keep_bytes)
     with _listening("127.0.0.1", 0) as listening:
         run = server(jobs, "127.0.0.1", token, lambda _: None)
         thread = threading.Thread(target=run.run, args=([listening],))
