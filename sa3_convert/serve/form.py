@@ -1,5 +1,6 @@
 """The page's form: what is asked for, as settings, and in words what becomes of it."""
 
+import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -79,7 +80,10 @@ def form_of(jobs: Jobs) -> Form:
         fields["init_noise_level"] = gr.Slider(0.01, 1, 0.9, label="Strength: how much of it is replaced")
     with gr.Accordion("Regenerate regions of audio", open=False):
         fields["inpaint_audio"] = _given("Audio to keep but for the regions")
-        fields["regions"] = gr.Textbox(label="Regions in seconds", placeholder="2.5:4, 8:9")
+        mark = gr.Button("Mark this place", size="sm")
+        how = "Click the waveform where a region begins, and mark; the same where it ends. Or write them."
+        fields["regions"] = gr.Textbox(label="Regions in seconds", placeholder="2.5:4, 8:9", info=how)
+        mark.click(_marked, [fields["inpaint_audio"], fields["regions"]], fields["regions"], show_progress="hidden")
     with gr.Row():
         generate, cancel = gr.Button("Generate", variant="primary"), gr.Button("Cancel", variant="stop")
     engines = (
@@ -117,6 +121,18 @@ async def _pieces(path: Path) -> AsyncIterator[bytes]:
     with path.open("rb") as stream:
         while piece := stream.read(1 << 20):
             yield piece
+
+
+def _marked(audio: gr.Audio, text: str) -> str:
+    """Return regions with one that begins where the player stands, or with the last one ending there."""
+    # Gradio hands over the component itself, since that is the type, with where its player stands in seconds.
+    if audio.value is None:
+        return text
+    place = round(float(audio.playback_position), 2)
+    if begun := re.fullmatch(r"(.*?)(\d+(?:\.\d+)?):\s*", text):
+        start, end = sorted((float(begun[2]), place))
+        return f"{begun[1]}{start:g}:{end:g}"
+    return ", ".join(filter(None, (text.strip().rstrip(","), f"{place:g}:")))
 
 
 def _regions(text: str) -> list[list[float]]:

@@ -63,6 +63,18 @@ def generate(page: Page, pieces: int = 1) -> None:
     expect(page.get_by_label("Status")).to_have_value("done")
 
 
+def mark(page: Page, places: list[float]) -> None:
+    """Click a waveform at parts of its width, and mark each."""
+    waveform, regions = page.locator(".waveform-container").first, page.get_by_label("Regions in seconds")
+    for number, place in enumerate(places, 1):
+        box = waveform.bounding_box()
+        assert box is not None
+        waveform.click(position={"x": box["width"] * place, "y": box["height"] / 2})
+        press(page, "Mark this place")
+        begun = r"[\d.]+:" if number % 2 else ""
+        expect(regions).to_have_value(re.compile(rf"^([\d.]+:[\d.]+(, )?){{{number // 2}}}{begun}$"))
+
+
 def test_variations_come_with_all_that_belongs_to_them(page: Page, served: Serving) -> None:
     page.get_by_label("Prompt", exact=True).fill("<b>warm</b> <img src=x onerror=alert(1)>")
     page.get_by_label("Seed", exact=True).fill("5")
@@ -104,11 +116,11 @@ def test_audio_is_started_from_and_two_regions_of_it_are_made_anew(page: Page, s
     page.get_by_role("button", name="Clear").first.click()
     page.get_by_role("button", name="Regenerate regions of audio").click()
     press(page, "Regenerate regions of it")
-    page.get_by_label("Regions in seconds").fill("0.2:0.5, 1:1.2")
     expect(page.locator(".waveform-container")).to_have_count(2)
+    mark(page, [0.2, 0.4, 0.8, 0.6])
     generate(page)
     second = next(reversed(served.jobs.known.values()))
-    assert second.settings["inpaint"] == [[0.2, 0.5], [1, 1.2]]
+    assert second.settings["inpaint"] == [pytest.approx([0.3, 0.6], abs=0.02), pytest.approx([0.9, 1.2], abs=0.02)]
     assert "init_audio" not in second.settings
     assert served.jobs.audio(second.settings["inpaint_audio"]).read_bytes() == first.path.read_bytes()
 
