@@ -20,6 +20,10 @@ from sa3_convert.mnn.onnx_input import OnnxInput, Ports, read_onnx_input
 from sa3_convert.recipe import ComponentRecipe
 from sa3_convert.system.files import atomic_pair
 
+EXTERNAL_FROM = 256 << 20
+"""Bytes of float weights from which they stand beside a model, in `.weight`: MNN reads those one layer at a time, while
+it keeps a model's own file beside what it makes of it. That halves the memory of a model with quantised weights, and its
+outputs stay the same bit for bit."""
 _UUID_LENGTH = 36
 _COMMON_FLAGS = (
     "--bizCode",
@@ -74,8 +78,7 @@ def mnn_from_onnx(
     """Convert one ONNX file and audit the result; the same input, recipe and version of MNN give the same bytes.
 
     With integer weights and `floats: fp16` it takes two passes, because `--fp16` cancels the quantisation when both are
-    asked for at once. Above 2000 MB of float weights MNN keeps them in `<mnn_path>.weight`; the two files belong
-    together.
+    asked for at once. From `EXTERNAL_FROM` on, weights are kept in `<mnn_path>.weight`; the two files belong together.
 
     Args:
         onnx_path: the graph, its weights as float32 external data or inside. Embedding quantisation and rounding are
@@ -98,11 +101,13 @@ def mnn_from_onnx(
     source = read_onnx_input(onnx_path.resolve())
     with _made(mnn_path.absolute(), source.bytes) as made:
         folder = made.parent
-        output = _first_pass(source, made, recipe, converter, folder)
+        last = ("--saveExternalData",) if source.bytes >= EXTERNAL_FROM else ()
         if recipe.weights is not None and recipe.floats == "fp16":
             quantised = folder / f"quantised-{made.name}"
-            made.rename(quantised)
-            output = _fp16_pass(quantised, made, converter, folder)
+            _first_pass(source, quantised, recipe, converter, folder)
+            output = _fp16_pass(quantised, made, converter, folder, last)
+        else:
+            output = _first_pass(source, made, recipe, converter, folder, last)
         _accept(made, source.ports, output, converter, folder)
         try:
             storage = read_storage(made)
@@ -115,8 +120,15 @@ def mnn_from_onnx(
     return storage
 
 
-def _first_pass(source: OnnxInput, made: Path, recipe: ComponentRecipe, converter: Converter, folder: Path) -> str:
-    flags = ["-f", "ONNX", "--modelFile", str(source.path), "--MNNModel", str(made)]
+def _first_pass(
+    source: OnnxInput,
+    made: Path,
+    recipe: ComponentRecipe,
+    converter: Converter,
+    folder: Path,
+    storing: Sequence[str] = (),
+) -> str:
+    flags = ["-f", "ONNX", "--modelFile", str(source.path), "--MNNModel", str(made), *storing]
     scheme = recipe.weights
     if scheme is None:
         output = converter.run([*flags, *(["--fp16"] if recipe.floats == "fp16" else [])], folder)
@@ -136,13 +148,13 @@ def _first_pass(source: OnnxInput, made: Path, recipe: ComponentRecipe, converte
     return output
 
 
-def _fp16_pass(source: Path, made: Path, converter: Converter, folder: Path) -> str:
-    if weight_path(source).exists() or weight_path(made).exists():
+def _fp16_pass(source: Path, made: Path, converter: Converter, folder: Path, storing: Sequence[str] = ()) -> str:
+    if weight_path(source).exists():
         raise ConversionError(
             "More than 2000 MB of float weights: MNN keeps them in a separate file, and its second pass, which "
             "`floats: fp16` beside quantised weights needs, leaves an unusable one. Use `floats: fp32`."
         )
-    output = converter.run(["-f", "MNN", "--modelFile", str(source), "--MNNModel", str(made), "--fp16"], folder)
+    output = converter.run(["-f", "MNN", "--modelFile", str(source), "--MNNModel", str(made), "--fp16", *storing], folder)
     _check_written(made, output)
     return output
 

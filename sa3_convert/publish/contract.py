@@ -57,6 +57,7 @@ def contract_of(manifest: Manifest, golden: bool = False) -> dict[str, Any]:
         component.value: {
             "file": artifact.path,
             "sha256": artifact.sha256,
+            "weights": artifact.companion and {"file": artifact.companion.path, "sha256": artifact.companion.sha256},
             "stored_as": artifact.precision,
             "lowest_precision": artifact.lowest_precision,
             "half_db": artifact.half_db,

@@ -87,12 +87,13 @@ def round_least_squares(weight: Floats, grid: Grid) -> Floats:
 def least_squares_grid(rows: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (lo, step), [groups, 1] each, of least squared error per row of [groups, length]; lo is 0 if symmetric.
 
-    With 8 bits the extremes already are within 0.1 dB of it for anything but far outliers, and fewer starts are tried.
+    With 8 bits the search starts from the extremes only: all others together gain at most 0.14 dB, and mostly nothing.
     """
+    ends = torch.cat(rows.aminmax(dim=1, keepdim=True), dim=1)
     first_lo, first_step = (_storable(number, grid) for number in _extreme_grid(rows, grid))
     best_lo, best_step = first_lo, first_step
     _, best_error = _codes_and_error(rows, first_lo, first_step, grid)
-    for start in STARTS if grid.bits < 8 else STARTS[:2]:
+    for start in STARTS if grid.bits < 8 else STARTS[:1]:
         if grid.symmetric:
             lo, step = first_lo, first_step * start
         else:
@@ -102,7 +103,7 @@ def least_squares_grid(rows: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, to
         for _ in range(ITERATIONS):
             lo, step = (_storable(number, grid) for number in _fit(rows, codes, lo, step, grid))
             codes, error = _codes_and_error(rows, lo, step, grid)
-            better = (error < best_error) & _reproducible(codes, grid)
+            better = (error < best_error) & _reproducible(_codes(ends, lo, step, grid), grid)
             best_error = torch.where(better, error, best_error)
             best_lo = torch.where(better, lo, best_lo)
             best_step = torch.where(better, step, best_step)
@@ -202,9 +203,12 @@ def _fit(
     return torch.where(usable, mean_row - fitted * mean_code, lo), fitted
 
 
-def _reproducible(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Tell which rows keep the ends of their grid, so that the converter finds the same one."""
-    lowest, highest = codes.aminmax(dim=1, keepdim=True)
+def _reproducible(ends: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Tell which rows keep the ends of their grid, so that the converter finds the same one.
+
+    Codes rise with the weights: those of a row's least and greatest, [groups, 2], are its lowest and highest.
+    """
+    lowest, highest = ends.split(1, dim=1)
     if grid.symmetric:
         return torch.maximum(-lowest, highest) == grid.top
     return (lowest == grid.bottom) & (highest == grid.top)

@@ -1,8 +1,7 @@
-"""A model above 2000 MB is two files, `.mnn` and `.mnn.weight`: everywhere one artifact.
+"""A large model is two files, `.mnn` and `.mnn.weight`: everywhere one artifact."""
 
-The converter splits small models too when told so, which stands in for the size here.
-"""
-
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -27,7 +26,7 @@ PART = Component.DECODER
 def split(converted: Convert, toy: Path, toy_int8: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The toy's decoder in two files."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(converter, "_COMMON_FLAGS", (*converter._COMMON_FLAGS, "--saveExternalData=1"))
+        patch.setattr(converter, "EXTERNAL_FROM", 0)
         folder = tmp_path_factory.mktemp("split")
         cache = folder / "cache"
         cache.mkdir()
@@ -108,6 +107,11 @@ def test_both_files_are_published_side_by_side(split: Bundle, tmp_path: Path) ->
     export_bundles([split], tmp_path / "out", "hub")
     Bundle.open(tmp_path / "out").check()
     (model,) = (tmp_path / "out").rglob("*.mnn")
+    (contract,) = (tmp_path / "out").rglob("contract.json")
+    told = json.loads(contract.read_text(encoding="utf-8"))
+    weights = told["components"][PART.value]["weights"]
+    assert (contract.parent / told["base"] / weights["file"]).resolve() == weight_path(model)
+    assert weights["sha256"] == hashlib.sha256(weight_path(model).read_bytes()).hexdigest()
     assert weight_path(model).read_bytes() == weight_path(split.file(PART)).read_bytes()
     with MnnSession(model, threads=1) as session:
         assert session.run(sample_inputs(PART, split.layout, seed=0, latents=8).feeds)["audio"].any()

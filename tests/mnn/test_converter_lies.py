@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sa3_convert.errors import ConversionError
+from sa3_convert.mnn import converter
 from sa3_convert.mnn.converter import DEFAULT_CONVERTER, _fp16_pass, mnn_from_onnx
 from sa3_convert.mnn.file.storage import read_storage
 from sa3_convert.mnn.isolated import run_worker
@@ -166,6 +167,21 @@ def test_a_lost_output_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="output 'y' is gone"):
         mnn_from_onnx(source, tmp_path / "out.mnn", FLOAT)
     assert not (tmp_path / "out.mnn").exists()
+
+
+def test_the_second_pass_puts_weights_beside_and_changes_no_output(
+    source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = ComponentRecipe(weights=WeightScheme(bits=8), floats="fp16", floor_db=1)
+    mnn_from_onnx(source, folder / "one.mnn", recipe)
+    monkeypatch.setattr(converter, "EXTERNAL_FROM", 0)
+    storage = mnn_from_onnx(source, folder / "two.mnn", recipe)
+    assert storage.weight_file_bytes == (folder / "two.mnn.weight").stat().st_size > 0
+    assert not (folder / "one.mnn.weight").exists()
+    one, two = (MnnSession(folder / name) for name in ("one.mnn", "two.mnn"))
+    given = feeds(7)
+    for name, output in one.run(given).items():
+        np.testing.assert_array_equal(two.run(given)[name], output, strict=True)
 
 
 def test_the_second_pass_refuses_a_model_with_its_weights_beside_it(source: Path, folder: Path) -> None:

@@ -102,8 +102,11 @@ def test_the_dit_gets_the_linears_of_its_blocks_alone(checkpoint: Checkpoint) ->
     assert names == linear_weights
 
 
-def test_the_same_checkpoint_gives_the_same_weights(checkpoint: Checkpoint, rounded: list[RoundedLinear]) -> None:
-    again = round_network(checkpoint, TEXT_ENCODER, recipe())
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_same_checkpoint_gives_the_same_weights_on_any_number_of_threads(
+    checkpoint: Checkpoint, rounded: list[RoundedLinear], threads: int
+) -> None:
+    again = round_network(checkpoint, TEXT_ENCODER, recipe(), threads=threads)
     for one, other in zip(rounded, again, strict=True):
         np.testing.assert_array_equal(one.weight, other.weight, strict=True)
 
