@@ -4,10 +4,10 @@ Importing the package pulls in nothing heavy; torch, onnx, onnxruntime and MNN a
 It switches off what these libraries would collect and send: ONNX Runtime, for one, writes a device id and a queue of
 events into the user's cache and looks up its server. And it lets torch's OpenMP threads sleep while they wait, because
 threads that spin take the processor from whatever else runs: beside busy processes the same work took eight times as
-long. It also asks MKL, which computes torch's products, for sums that do not depend on the number of threads or on where
-an array lies: on AMD's processors the same rounding else gave other weights on one thread than on two. All this is read
-when a library is first loaded, and processes that are started from here inherit it, so import this package before the
-libraries.
+long. It also asks MKL, which computes torch's products, for sums that depend neither on the number of threads nor on
+where an array lies: on AMD's processors the same rounding else gave other weights on two threads than on one. All this
+is read when a library is first loaded, and processes that are started from here inherit it, so import this package
+before the libraries.
 """
 
 import os

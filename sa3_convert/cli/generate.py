@@ -29,7 +29,7 @@ from sa3_convert.runtime.audio import (
     growing_wav,
 )
 from sa3_convert.runtime.batch import RESULTS, BatchItem, BatchOptions, BatchResult, run_batch
-from sa3_convert.runtime.conditioning import Shared, max_seconds
+from sa3_convert.runtime.conditioning import max_seconds
 from sa3_convert.runtime.engines import KINDS, Backend, Engine, EngineName, Level, TorchEngine
 from sa3_convert.runtime.events import AudioChunk, Report, Started, Stepped
 from sa3_convert.runtime.pipeline import Pipeline
@@ -203,10 +203,9 @@ def generate(
         for piece in pieces:
             if not target.force:
                 check_replaceable(piece.output, piece.metadata)
-        shared = Shared()
         for piece in pieces:
             try:
-                entries.append(_made(target, pipeline, piece, stream, shared))
+                entries.append(_made(target, pipeline, piece, stream))
                 if piece is pieces[0]:
                     target.tell_chosen()
             except OutputRejectedError as error:
@@ -234,10 +233,10 @@ class _Piece:
     metadata: Mapping[str, Any]
 
 
-def _made(target: Target, pipeline: Pipeline, piece: _Piece, stream: bool, shared: Shared) -> dict[str, Any]:
+def _made(target: Target, pipeline: Pipeline, piece: _Piece, stream: bool) -> dict[str, Any]:
     """Generate a piece, say what was made, and return what `--json` tells of it."""
     with _writer(target, pipeline, piece, stream) as writer:
-        report, peak = _played(pipeline, piece.request, writer, target.allow, shared)
+        report, peak = _played(pipeline, piece.request, writer, target.allow)
     for warning in report.warnings:
         stderr.print(f"Note: {warning}")
     total = sum(report.seconds.values())
@@ -334,13 +333,13 @@ def _writer(target: Target, pipeline: Pipeline, piece: _Piece, stream: bool) -> 
 
 
 def _played(
-    pipeline: Pipeline, request: GenerateRequest, writer: _Writer, allow: tuple[str, ...], shared: Shared
+    pipeline: Pipeline, request: GenerateRequest, writer: _Writer, allow: tuple[str, ...]
 ) -> tuple[Report, float]:
     """Run a generation with progress; return its report and the peak of its audio."""
     report: Report | None = None
     peak = 0.0
     stage, done = "starting", 0
-    events_of = pipeline.stream(request, allow=allow, shared=shared)
+    events_of = pipeline.stream(request, allow=allow)
     with progress(stage) as tick, contextlib.closing(events_of) as events:
         for event in events:
             if isinstance(event, Started):

@@ -336,6 +336,7 @@ def measured(pipeline: Pipeline, request: GenerateRequest) -> Figures:
     clock = pipeline.models.engine
     assert isinstance(clock, TimedEngine)
     clock.reset()
+    pipeline.forget()
     start = time.perf_counter()
     for _ in pipeline.stream(request, allow=CHECKS):
         pass

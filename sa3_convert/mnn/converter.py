@@ -22,7 +22,7 @@ from sa3_convert.system.files import atomic_pair
 
 EXTERNAL_FROM = 256 << 20
 """Bytes of float weights from which they stand beside a model, in `.weight`: MNN reads those one layer at a time, while
-it keeps a model's own file beside what it makes of it. That halves the memory of a model with quantised weights, and its
+it keeps a model's own file beside what it makes of it. That halves the memory of a model with quantised weights; its
 outputs stay the same bit for bit."""
 _UUID_LENGTH = 36
 _COMMON_FLAGS = (
@@ -154,7 +154,9 @@ def _fp16_pass(source: Path, made: Path, converter: Converter, folder: Path, sto
             "More than 2000 MB of float weights: MNN keeps them in a separate file, and its second pass, which "
             "`floats: fp16` beside quantised weights needs, leaves an unusable one. Use `floats: fp32`."
         )
-    output = converter.run(["-f", "MNN", "--modelFile", str(source), "--MNNModel", str(made), "--fp16", *storing], folder)
+    output = converter.run(
+        ["-f", "MNN", "--modelFile", str(source), "--MNNModel", str(made), "--fp16", *storing], folder
+    )
     _check_written(made, output)
     return output
 

@@ -208,7 +208,8 @@ def _reproducible(ends: torch.Tensor, grid: Grid) -> torch.Tensor:
 
     Codes rise with the weights: those of a row's least and greatest, [groups, 2], are its lowest and highest.
     """
-    lowest, highest = ends.split(1, dim=1)
+    lowest, highest = ends[:, :1], ends[:, 1:]
     if grid.symmetric:
         return torch.maximum(-lowest, highest) == grid.top
-    return (lowest == grid.bottom) & (highest == grid.top)
+    kept: torch.Tensor = (lowest == grid.bottom) & (highest == grid.top)
+    return kept

@@ -1,11 +1,15 @@
 """What the DiT is told about the wanted sound: prompt tokens, duration, masks, and what is kept of given audio."""
 
+import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sa3_convert.arrays import Floats
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
@@ -22,6 +26,7 @@ Region = tuple[float, float]
 DEFAULT_SECONDS = 10.0
 PADDING_SECONDS = 6.0
 """What is generated beyond the wanted duration, as in training."""
+_KEPT_ENCODINGS = 32
 # The reference aligns to this many samples of the autoencoder's front even where it works with sliding windows.
 _DEFAULT_CHUNK = 32
 
@@ -204,15 +209,34 @@ class Conditioning:
         return Conditioning(np.zeros_like(self.cross_attn_cond), self.global_embed)
 
 
-@dataclass(slots=True)
-class Shared:
-    """What generations have in common that differ by their seeds alone."""
+class Encodings:
+    """What was encoded lately, by its content: variations, guidance and batches encode the same prompts and audio."""
 
-    conditions: tuple[Conditioning, Conditioning | None] | None = None
-    audio: list[Floats | None] | None = None
-    """Latents of what they start from, and of what they keep."""
-    warnings: Sequence[str] = ()
-    """What encoding the prompts told."""
+    def __init__(self) -> None:
+        self._kept: OrderedDict[bytes, Floats] = OrderedDict()
+
+    def of(
+        self, inputs: Sequence[Sequence[NDArray[Any]]], encode: Callable[[list[int]], Iterable[Floats]]
+    ) -> list[Floats]:
+        """Return the encoding of each input, which is some arrays; `encode` gets the numbers of those not known yet."""
+        keys = [self._key(arrays) for arrays in inputs]
+        missing = {key: number for number, key in enumerate(keys) if key not in self._kept}
+        if missing:
+            self._kept.update(zip(missing, encode([*missing.values()]), strict=True))
+        found = [self._kept[key] for key in keys]
+        for key in keys:
+            self._kept.move_to_end(key)
+        while len(self._kept) > _KEPT_ENCODINGS:
+            self._kept.popitem(last=False)
+        return found
+
+    @staticmethod
+    def _key(arrays: Sequence[NDArray[Any]]) -> bytes:
+        digest = hashlib.sha256()
+        for array in arrays:
+            digest.update(f"{array.dtype} {array.shape} ".encode())
+            digest.update(array.tobytes())
+        return digest.digest()
 
 
 def conditioning(prompt: Floats, seconds: Floats) -> Conditioning:

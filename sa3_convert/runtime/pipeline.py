@@ -17,7 +17,7 @@ from sa3_convert.errors import BundleError
 from sa3_convert.runtime import autoencode
 from sa3_convert.runtime import conditioning as conditions
 from sa3_convert.runtime.autoencode import Bottleneck
-from sa3_convert.runtime.conditioning import Conditioning, Lengths, Shared, given_audio, inpaint_mask
+from sa3_convert.runtime.conditioning import Conditioning, Encodings, Lengths, given_audio, inpaint_mask
 from sa3_convert.runtime.engines import KINDS, Engine, EngineName, KeepLoaded, Models, bundle_engine, checkpoint_parts
 from sa3_convert.runtime.events import AudioChunk, Event, Generation, Notes, Report, Started, Stepped
 from sa3_convert.runtime.levels import level
@@ -59,6 +59,7 @@ class Pipeline:
         self._bottleneck = bottleneck
         self._tokenizer = tokenizer
         self._window = window
+        self._encodings = Encodings()
 
     @classmethod
     def from_bundle(
@@ -174,17 +175,15 @@ class Pipeline:
         assert report is not None
         return Generation(np.concatenate(chunks, axis=1), self.layout.sample_rate, report)
 
-    def stream(
-        self, request: GenerateRequest, *, allow: Collection[str] = (), shared: Shared | None = None
-    ) -> Generator[Event, None, None]:
+    def stream(self, request: GenerateRequest, *, allow: Collection[str] = ()) -> Generator[Event, None, None]:
         """Generate, and yield what happens as it happens: stages, denoising steps, audio, and a report at the end.
 
         Audio chunks come as they are decoded, a loop as a whole. Closing the iterator stops the work and frees models.
+        Prompts and audio that were encoded lately are not encoded again.
 
         Args:
             request: what to generate.
             allow: names of output checks to waive; see `output_checks.CHECKS`.
-            shared: of generations that differ by their seeds alone; the first encodes prompts and audio for all.
 
         Raises:
             UsageError: the request does not suit the model.
@@ -204,14 +203,13 @@ class Pipeline:
         mask = inpaint_mask(self.layout, sizes, settings.inpaint)
 
         yield Started("text")
-        shared = shared or Shared()
         with notes.timed("text"):
-            words = self._conditioned(settings, shared, notes)
-        if (initial is not None or inpainted is not None) and not shared.audio:
+            words = self.condition(settings, notes)
+        start = kept = None
+        if initial is not None or inpainted is not None:
             yield Started("encode")
             with notes.timed("encode"):
-                shared.audio = self.encode(initial, inpainted)
-        start, kept = shared.audio or (None, None)
+                start, kept = self.encode(initial, inpainted)
 
         yield Started("denoise")
         latents: Floats | None = None
@@ -255,9 +253,13 @@ class Pipeline:
 
     def prompt_embeddings(self, *prompts: Tokens) -> list[Floats]:
         """Return [1, tokens, D] for each prompt; at padded positions it is the learned padding."""
-        with self.models.use(Component.TEXT_ENCODER) as text_encoder:
-            feeds = ({"input_ids": tokens.ids, "attention_mask": tokens.mask} for tokens in prompts)
-            return [text_encoder.run(feed)["last_hidden_state"] for feed in feeds]
+
+        def encode(missing: list[int]) -> list[Floats]:
+            with self.models.use(Component.TEXT_ENCODER) as text_encoder:
+                feeds = ({"input_ids": prompts[i].ids, "attention_mask": prompts[i].mask} for i in missing)
+                return [text_encoder.run(feed)["last_hidden_state"] for feed in feeds]
+
+        return self._encodings.of([(tokens.ids, tokens.mask) for tokens in prompts], encode)
 
     def seconds_embedding(self, seconds: float) -> Floats:
         """Return [1, 1, D] for a duration."""
@@ -285,23 +287,22 @@ class Pipeline:
             return prompted, prompted.without_prompt()
         return prompted, conditions.negative_conditioning(negative[0], prompts["negative prompt"], seconds)
 
-    def _conditioned(
-        self, request: ResolvedRequest, shared: Shared, notes: Notes
-    ) -> tuple[Conditioning, Conditioning | None]:
-        if shared.conditions is None:
-            told = Notes()
-            shared.conditions, shared.warnings = self.condition(request, told), told.warnings
-        notes.warnings += shared.warnings
-        return shared.conditions
-
     def encode(self, *audio: Floats | None) -> list[Floats | None]:
         """Return the latents [1, C, T] of each that `given_audio` returned."""
         auto, window = self.layout.autoencoder, self._window
-        with self.models.use(Component.ENCODER) as encoder:
-            return [
-                None if one is None else self._bottleneck.encode(autoencode.encoded(encoder, one, auto, window=window))
-                for one in audio
-            ]
+        given = [one for one in audio if one is not None]
+
+        def encode(missing: list[int]) -> list[Floats]:
+            with self.models.use(Component.ENCODER) as encoder:
+                found = (autoencode.encoded(encoder, given[i], auto, window=window) for i in missing)
+                return [self._bottleneck.encode(latents) for latents in found]
+
+        latents = iter(self._encodings.of([(one,) for one in given], encode))
+        return [None if one is None else next(latents) for one in audio]
+
+    def forget(self) -> None:
+        """Forget what was encoded, so that the next generation encodes again."""
+        self._encodings = Encodings()
 
     @contextlib.contextmanager
     def velocity(

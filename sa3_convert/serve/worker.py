@@ -21,7 +21,6 @@ from sa3_convert.arrays import Floats
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.errors import InputError, Sa3Error
 from sa3_convert.runtime.audio import AudioWriter, PcmStream, audio_writer, growing_wav
-from sa3_convert.runtime.conditioning import Shared
 from sa3_convert.runtime.engines import KINDS, EngineName
 from sa3_convert.runtime.events import AudioChunk, Report, Started, Stepped
 from sa3_convert.runtime.levels import loudness
@@ -29,9 +28,6 @@ from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.request import GenerateRequest, ResolvedRequest
 from sa3_convert.system.files import write_text
 from sa3_convert.system.supervisor import supervise
-
-_ENCODED = 32
-"""Prompts and given audio whose encodings are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +65,6 @@ class _Worker:
     def __init__(self, connection: Connection, served: Mapping[str, Served], keep_bytes: int) -> None:
         self._connection, self._served, self._keep_bytes = connection, served, keep_bytes
         self._open: OrderedDict[str, Pipeline] = OrderedDict()
-        self._encoded: OrderedDict[str, Shared] = OrderedDict()
 
     def to_the_end(self) -> int:
         import pyloudnorm  # noqa: F401 - takes a second, which the first piece need not wait for
@@ -109,7 +104,7 @@ class _Worker:
         rate, chunks = pipeline.layout.sample_rate, list[Floats]()
         metadata = {"request": request.to_json(output.parent)} | pipeline.made_by()
         report, steps = None, 0
-        stream = pipeline.stream(request, shared=self._shared(asked["model"], request))
+        stream = pipeline.stream(request)
         with _writer(output, pipeline, request, metadata, tell) as file, closing(stream) as events:
             for event in events:
                 self._heed(asked["id"])
@@ -160,19 +155,6 @@ class _Worker:
         process = psutil.Process()
         while len(self._open) > (needed == 0) and process.memory_info().rss + needed > self._keep_bytes:
             self._open.popitem(last=False)[1].close()
-
-    def _shared(self, model: str, request: ResolvedRequest) -> Shared:
-        """Return what an earlier piece has encoded of the same prompts and audio, or what will be kept of this one."""
-        guided = request.cfg_scale != 1
-        words = (request.prompt, request.negative_prompt if guided else None, guided)
-        # Files of the folder never change under their names.
-        key = repr((model, words, request.seconds, request.loop, request.duration_padding, request.audio_files(),
-                    request.init_audio is None))  # fmt: skip
-        shared = self._encoded.setdefault(key, Shared())
-        self._encoded.move_to_end(key)
-        if len(self._encoded) > _ENCODED:
-            self._encoded.popitem(last=False)
-        return shared
 
 
 @contextlib.contextmanager

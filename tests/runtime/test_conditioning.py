@@ -1,8 +1,10 @@
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sa3_convert.runtime.conditioning import (
+    Encodings,
     conditioning,
     local_conditioning,
     negative_conditioning,
@@ -64,3 +66,34 @@ def test_local_conditioning_is_the_mask_and_what_it_keeps() -> None:
     latents = np.arange(6, dtype=np.float32).reshape(1, 2, 3) + 1
     local = local_conditioning(2, 3, mask, latents)
     np.testing.assert_array_equal(local[0], [[1, 0, 1], [1, 0, 3], [4, 0, 6]])
+
+
+def test_an_encoding_is_made_once_for_each_content_and_the_oldest_goes_first() -> None:
+    kept, made = Encodings(), list[int]()
+
+    def of(*values: int, dtype: type = np.int32) -> list[int]:
+        arrays = [(np.array([[value]], dtype),) for value in values]
+
+        def encode(missing: list[int]) -> list[NDArray[np.float32]]:
+            made.extend(values[number] for number in missing)
+            return [np.full((1, 1), values[number], np.float32) for number in missing]
+
+        return [int(found[0, 0]) for found in kept.of(arrays, encode)]
+
+    assert of(1, 2, 1) == [1, 2, 1]
+    assert sorted(made) == [1, 2]
+    assert of(2, 3) == [2, 3]
+    assert of(1, dtype=np.int64) == [1]
+    assert sorted(made) == [1, 1, 2, 3]
+    assert of(*range(100, 130)) == [*range(100, 130)]
+    made.clear()
+    assert of(3, 1, 2) == [3, 1, 2]
+    assert made == [1, 2]
+
+
+def test_what_is_joined_is_not_mixed_up_with_what_is_apart() -> None:
+    kept = Encodings()
+    one, two = np.arange(4, dtype=np.float32), np.arange(2, dtype=np.float32)
+    inputs = [(one.reshape(2, 2),), (one,), (two, two), (two, two + 2)]
+    found = kept.of(inputs, lambda missing: [np.float32([number]) for number in missing])
+    assert [int(value[0]) for value in found] == [0, 1, 2, 3]

@@ -12,7 +12,7 @@ from sa3_convert.checkpoint.dimensions import NoShift
 from sa3_convert.components import Component
 from sa3_convert.errors import AudioError, BundleError, OutputRejectedError, UsageError
 from sa3_convert.runtime.audio import write_audio
-from sa3_convert.runtime.conditioning import Shared, given_audio
+from sa3_convert.runtime.conditioning import given_audio
 from sa3_convert.runtime.events import AudioChunk, Report, Started, Stepped
 from sa3_convert.runtime.loop import crossfaded
 from sa3_convert.runtime.noise import TorchGenerator
@@ -348,11 +348,11 @@ def test_the_same_request_gives_the_same_audio_and_another_seed_another(small: P
 def test_variations_encode_prompts_and_audio_once_and_are_what_they_are_alone(small: Parts) -> None:
     audio = np.random.default_rng(0).standard_normal((2, 44100)).astype(np.float32) * np.float32(0.1)
     requests = [GenerateRequest("pad", seconds=1, steps=1, seed=seed, init_audio=audio) for seed in (3, 4)]
-    engine, shared = FakeEngine(), Shared()
+    engine = FakeEngine()
     made = pipeline(small, engine)
     for request in requests:
         alone = pipeline(small, FakeEngine()).generate(request).audio
-        chunks = [e.samples for e in made.stream(request, shared=shared) if isinstance(e, AudioChunk)]
+        chunks = [e.samples for e in made.stream(request) if isinstance(e, AudioChunk)]
         np.testing.assert_array_equal(np.concatenate(chunks, axis=1), alone)
     assert [len(engine.feeds(c)) for c in (Component.TEXT_ENCODER, Component.DIT)] == [1, 2]
     assert engine.order.count(Component.ENCODER) == 1
