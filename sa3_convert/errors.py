@@ -4,9 +4,12 @@ Everything that a user can cause or mend is a `Sa3Error` whose message says what
 Only `sa3_convert.cli.main` prints it and turns it into the exit code. Any other exception is a bug (exit 70).
 """
 
+import errno
+import re
 from collections.abc import Mapping
 from string import Formatter
 from types import MappingProxyType
+from typing import Final
 
 
 class Sa3Error(Exception):
@@ -105,3 +108,19 @@ class OutputRejectedError(Sa3Error):
     """Generated audio failed its checks: non-finite, silent, constant, or of the wrong length."""
 
     exit_code = 8
+
+
+_OUT_OF_MEMORY: Final = re.compile(r"(?i)(can't|cannot|failed to|unable to) allocate|bad.?alloc")
+"""How native libraries say it: torch and ONNX Runtime have no exception type for it."""
+
+
+def told_by_system(error: Exception) -> Sa3Error | None:
+    """Return what an error of the system is to a user: no memory, no room, a refusal; None if it is none of these."""
+    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
+        return ConversionError(
+            "Out of memory. Convert fewer components at a time (--component), or on a larger machine."
+        )
+    if isinstance(error, OSError):
+        what = "The disk is full" if error.errno == errno.ENOSPC else "The system refused"
+        return InputError(f"{what}: {error}. Nothing half-written was left behind.")
+    return None

@@ -1,7 +1,6 @@
 """`run`: the one place that prints errors and decides the exit code of a command that lives to its end."""
 
 import contextlib
-import errno
 import io
 import os
 import re
@@ -29,7 +28,7 @@ from sa3_convert.cli.serve import serve
 from sa3_convert.cli.stages import export, fuse, mnn
 from sa3_convert.cli.sweep import sweep
 from sa3_convert.cli.verify import verify
-from sa3_convert.errors import BackendError, Sa3Error, UsageError
+from sa3_convert.errors import BackendError, Sa3Error, UsageError, told_by_system
 from sa3_convert.system.log import show
 from sa3_convert.system.streams import anything_unheard, release_standard_output
 from sa3_convert.system.supervisor import received
@@ -140,10 +139,6 @@ def _run(arguments: list[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
-_OUT_OF_MEMORY = re.compile(r"(?i)(can't|cannot|failed to|unable to) allocate|bad.?alloc")
-"""How native libraries say it: torch and ONNX Runtime have no exception type for it."""
-
-
 _NEED_TORCH = ("convert", "export", "plan", "sweep", "drift")
 """Commands for which the first package that is missing is not the last."""
 
@@ -159,20 +154,16 @@ def _failed(error: Exception, arguments: Sequence[str]) -> int:
         error.show(file=shown) if hasattr(error, "show") else shown.write(f"sa3-convert: {error.format_message()}")
         echo(shown.getvalue().rstrip(), err=True)
         return int(error.exit_code)
-    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
-        _complain("Out of memory. Convert fewer components at a time (--component), or on a larger machine.", error)
-        return 4
+    if isinstance(error, BrokenPipeError):
+        return BROKEN_PIPE
+    if known := told_by_system(error):
+        _complain(str(known), error)
+        return known.exit_code
     if isinstance(error, UnicodeEncodeError) and any("\ud800" <= letter <= "\udfff" for letter in error.object):
         # Neither JSON nor the libraries that load models take such names.
         name = error.object.encode(errors="backslashreplace").decode()
         _complain(f"{name} is not UTF-8. Rename the file or folder, or give the text as UTF-8.", error)
         return 2 if error.object in arguments else 3
-    if isinstance(error, BrokenPipeError):
-        return BROKEN_PIPE
-    if isinstance(error, OSError):
-        what = "The disk is full" if error.errno == errno.ENOSPC else "The system refused"
-        _complain(f"{what}: {error}. Nothing half-written was left behind.", error)
-        return 3
     if isinstance(error, ImportError) and (error.name or "").split(".")[0] != sa3_convert.__name__:
         # Running a bundle needs less than everything else does, and may be all that was installed.
         command = next((word for word in arguments if not word.startswith("-")), "")

@@ -1,6 +1,8 @@
 """`sweep`: many recipes of one checkpoint, and which are worth keeping."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,18 +15,25 @@ from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
 
 if TYPE_CHECKING:
-    from sa3_convert.checkpoint.reader import Checkpoint
+    from sa3_convert.lab.planner.sensitivity import Sensitivity
     from sa3_convert.lab.sweep.points import Point
+    from sa3_convert.lab.sweep.result import Sweep
     from sa3_convert.lab.sweep.sweep import Runner
-    from sa3_convert.lab.sweep.tasks import Task
+    from sa3_convert.lab.sweep.tasks import Common, Task
+    from sa3_convert.recipe import Recipe
 
 FIGURES = "sweep.json"
+BUDGET_RECIPE = Path("small")
+"""Of which a budget's recipe has all that is not decided layer by layer."""
 OutOption = Annotated[Path, Option(metavar="DIR", help="Gets sweep.json, a page, and recipes.", callback=paths.makes)]
 SizesOption = Annotated[
     str | None, Option(metavar="FROM:TO:STEP", help="Plan one component for these sizes in MiB; or 200,300.")
 ]
 RecipesOption = Annotated[
     list[Path] | None, Option("--recipe", help="Try this recipe (repeatable).", callback=paths.reads)
+]
+BudgetOption = Annotated[
+    float | None, Option(min=0.01, max=1e6, help="Share so many MiB among all components by what hurts the end result.")
 ]
 WorkersOption = Annotated[int | None, Option(min=1, max=256, help="Run on so many processes of this machine.")]
 SchedulerOption = Annotated[
@@ -42,6 +51,7 @@ def sweep(
     component: o.ComponentOption = None,
     sizes: SizesOption = None,
     recipe: RecipesOption = None,
+    budget_mib: BudgetOption = None,
     lora: o.LoraOption = None,
     workers: WorkersOption = None,
     scheduler: SchedulerOption = None,
@@ -55,40 +65,62 @@ def sweep(
 
     Each is converted and measured. What is done stays done: the same command again does only what is missing.
     """
-    if sizes is None and not recipe:
-        raise UsageError("Give --sizes FROM:TO:STEP with one --component, or --recipe.")
+    if sizes is None and not recipe and budget_mib is None:
+        raise UsageError("Give --sizes FROM:TO:STEP with one --component, --recipe, or --budget-mib.")
     if sizes is not None and len(component or ()) != 1:
         raise UsageError("--sizes are of one component. Name it: --component dit.")
-    if workers and scheduler:
-        raise UsageError("--workers starts workers here, --scheduler takes those of a scheduler. Give one of them.")
-    if out.is_dir() and any(out.iterdir()) and not (out / FIGURES).is_file():
-        raise UsageError(f"{out} holds something else than a sweep. Name a folder that is empty or not there.")
+    _refuse(out, workers, scheduler)
     from sa3_convert.cli.console import progress, stdout, sweep_plan_table, sweep_table
+    from sa3_convert.convert.plan import chosen_components
+    from sa3_convert.lab.sweep.points import of_own_names, of_recipes
     from sa3_convert.lab.sweep.store import Store
-    from sa3_convert.lab.sweep.sweep import run_sweep, write
+    from sa3_convert.lab.sweep.sweep import run_sweep, whole_recipe, write
     from sa3_convert.lab.sweep.tasks import Common, tasks_for, to_do
+    from sa3_convert.system.files import write_text
 
     if store:
         Store(store)
     opened = o.open_checkpoint(checkpoint, lora)
     folder = o.cache_of(cache, out).absolute()
-    points = _points(opened, component, sizes, recipe, folder, threads, measure=not dry_run)
-    common = Common(
-        opened.folder.absolute(), folder, tuple(str(Path(text).absolute()) for text in lora or ()), store, threads
-    )
+    loras = tuple(str(Path(text).absolute()) for text in lora or ())
+    common = Common(opened.folder.absolute(), folder, loras, store, threads)
+    chosen = chosen_components(opened.layout, component or ())
+    label = f"within-{budget_mib:g}" if budget_mib is not None else ""
+    points = of_recipes([o.open_recipe(one) for one in recipe or ()], chosen)
+    points += _planned(common, chosen, sizes, budget_mib, label, measure=not dry_run)
+    of_own_names(points)
     if dry_run:
         tasks = to_do(points, tasks_for([point for point in points if not point.problem], common))
         stdout.print(sweep_plan_table(points, tasks, folder))
         _tell_time([task for own in tasks.values() for task in own], workers or 1)
         return
-    runner = _runner(workers, scheduler)
-    with progress(f"{len(points)} points") as tick:
-        found = run_sweep(common, points, runner, lambda _, __, done, of: tick(f"{len(points)} points", done, of))
-    out.mkdir(parents=True, exist_ok=True)
-    write(found, points, o.open_recipe(o.DEFAULT_RECIPE), out)
-    for file in (out / FIGURES, json_file):
-        o.write_figures(file, found.model_dump(mode="json"))
+    with _alone_in(out):
+        with progress(f"{len(points)} points") as tick:
+            told = partial(tick, f"{len(points)} points")
+            found = run_sweep(common, points, _runner(workers, scheduler), lambda _, __, *done: told(*done))
+        write(found, points, o.open_recipe(o.DEFAULT_RECIPE), out)
+        if whole := whole_recipe(found, points, o.open_recipe(BUDGET_RECIPE), label):
+            write_text(out / f"{label}.yaml", whole.to_yaml())
+        for file in (out / FIGURES, json_file):
+            o.write_figures(file, found.model_dump(mode="json", by_alias=True))
     stdout.print(sweep_table(found))
+    _tell_end(found, out)
+
+
+@contextlib.contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    from sa3_convert.system.files import alone_in
+
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with alone_in(out):
+            yield
+    except BlockingIOError:
+        raise UsageError(f"Another sweep into {out} is under way. Wait for it, or name another folder.") from None
+
+
+def _tell_end(found: "Sweep", out: Path) -> None:
+    """Say what is missing, and end with what is worst of it."""
     if found.mixed:
         echo("Points come from several kinds of processor or versions of MNN, which differ a little: see the page.")
     echo(f"Page: {out / 'index.html'}")
@@ -96,6 +128,13 @@ def sweep(
         echo(f"{point.name} is missing: {point.problem}", err=True)
     if found.missing:
         raise Exit(max(point.exit_code for point in found.missing))
+
+
+def _refuse(out: Path, workers: int | None, scheduler: str | None) -> None:
+    if workers and scheduler:
+        raise UsageError("--workers starts workers here, --scheduler takes those of a scheduler. Give one of them.")
+    if out.is_dir() and any(out.iterdir()) and not (out / FIGURES).is_file():
+        raise UsageError(f"{out} holds something else than a sweep. Name a folder that is empty or not there.")
 
 
 def _tell_time(tasks: "Sequence[Task]", workers: int) -> None:
@@ -108,40 +147,61 @@ def _tell_time(tasks: "Sequence[Task]", workers: int) -> None:
     )
 
 
-def _points(
-    checkpoint: "Checkpoint",
-    component: Sequence[Component] | None,
+def _planned(
+    common: "Common",
+    chosen: Sequence[Component],
     sizes: str | None,
-    recipes: Sequence[Path] | None,
-    cache: Path,
-    threads: int | None,
+    budget_mib: float | None,
+    label: str,
     *,
     measure: bool,
 ) -> "list[Point]":
-    """Return what is to be tried; sizes are planned, unless nothing may be measured for it."""
+    """Return what is planned for sizes and for a budget, unless nothing may be measured for it."""
+    from sa3_convert.lab.sweep.points import of_sizes, parse_sizes, shares_of, unplanned
+
+    mib = parse_sizes(sizes) if sizes is not None else []
+    base = o.open_recipe(o.DEFAULT_RECIPE)
+    if not measure:
+        wanted = {f"{size:g}": size for size in mib}
+        shares = shares_of(common.open(), chosen, base) if budget_mib is not None else {}
+        share = {one: {label: (budget_mib or 0) * part} for one, part in shares.items()}
+        return [point for one in chosen for point in unplanned(one, base, wanted | share.get(one, {}))]
+    if not mib and budget_mib is None:
+        return []
+    known = {one: _sensitivity(common, one) for one in chosen}
+    found = [point for one in chosen for point in of_sizes(common.open(), one, base, known[one], mib)]
+    if budget_mib is not None:
+        found += _within(common, o.open_recipe(BUDGET_RECIPE), known, budget_mib, label)
+    return found
+
+
+def _sensitivity(common: "Common", component: Component) -> "Sensitivity":
     from sa3_convert.cli.console import progress
-    from sa3_convert.convert.plan import chosen_components
-    from sa3_convert.lab.sweep.points import of_own_names, of_recipes, of_sizes, parse_sizes, unplanned
+    from sa3_convert.lab.planner.planner import measure
 
-    chosen = chosen_components(checkpoint.layout, component or ())
-    found = of_recipes([o.open_recipe(recipe) for recipe in recipes or ()], chosen)
-    if sizes is not None and component:
-        mib, base, one = parse_sizes(sizes), o.open_recipe(o.DEFAULT_RECIPE), component[0]
-        if not measure:
-            return of_own_names(found + unplanned(one, base, mib))
-        from sa3_convert.lab.planner.planner import measure as measure_layers
+    name = component.value
+    with progress(f"{name}: preparing") as tick:
+        told = lambda what, done, of: tick(f"{name}: {what}", done, of)  # noqa: E731
+        return measure(common.open(), component, "fp16", common.cache, told, common.threads)
 
-        with progress(f"{one.value}: preparing") as tick:
-            known = measure_layers(
-                checkpoint, one, "fp16", cache, lambda what, done, of: tick(f"{one.value}: {what}", done, of), threads
-            )
-        found += of_sizes(checkpoint, one, base, known, mib)
-    return of_own_names(found)
+
+def _within(
+    common: "Common", base: "Recipe", known: "Mapping[Component, Sensitivity]", budget_mib: float, label: str
+) -> "list[Point]":
+    from sa3_convert.cli.console import progress
+    from sa3_convert.lab.sweep.budget import within
+    from sa3_convert.lab.sweep.harm import harms
+    from sa3_convert.lab.sweep.points import of_plans
+
+    with progress("listening") as tick:
+        heard = harms(
+            common.open(), common.loras, known, common.cache, lambda *done: tick("listening", *done), common.threads
+        )
+    bases = {component: base.for_component(component) for component in known}
+    return of_plans(within(common.open(), bases, known, heard, round(budget_mib * 2**20)), label)
 
 
 def _runner(workers: int | None, scheduler: str | None) -> "Runner":
-    from functools import partial
-
     from sa3_convert.lab.sweep import scheduling as s
 
     if workers is None and scheduler is None:

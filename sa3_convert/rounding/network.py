@@ -178,7 +178,7 @@ def round_network(
         first = next(iter(blocks))
         originals = [(state, rest) for state, *rest in reaching(network, first, inputs)]
         _round_front(network, stack, scheme)
-        with _stored_embedding(network, recipe):
+        with stored_embedding(network, recipe):
             moved = [(state, rest) for state, *rest in reaching(network, first, inputs)]
         streams = [Streams(*calls) for calls in zip(originals, moved, strict=True)]
         return list(round_blocks(blocks, streams[:fit], streams[fit:], partial(grid_for, scheme), kept, tell))
@@ -211,7 +211,7 @@ def _round_front(network: nn.Module, stack: str, scheme: WeightScheme) -> None:
 
 
 @contextlib.contextmanager
-def _stored_embedding(network: nn.Module, recipe: ComponentRecipe) -> Iterator[None]:
+def stored_embedding(network: nn.Module, recipe: ComponentRecipe) -> Iterator[None]:
     """Let token tables give rows as they will be stored."""
     half = recipe.floats == "fp16"
 

@@ -23,6 +23,8 @@ from sa3_convert.system.checked_files import CheckedFile, named
 from sa3_convert.system.machine import default_threads
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from sa3_convert.checkpoint.reader import Checkpoint
     from sa3_convert.mnn.session import MnnSession
 
@@ -213,7 +215,6 @@ class TorchEngine:
         try:
             import torch
 
-            from sa3_convert.networks.build import build_network
             from sa3_convert.networks.fast import accelerate
             from sa3_convert.networks.session import TorchSession
         except ImportError as error:
@@ -227,11 +228,17 @@ class TorchEngine:
                 "PyTorch's CUDA index) on a machine with an NVIDIA GPU and driver, or use --device cpu."
             )
         torch.set_num_threads(self.threads or default_threads())
-        layout = self.checkpoint.layout
-        ports = contract(component, layout)
-        network = build_network(component, layout, self.checkpoint.state(component), padding=self.padding)
+        ports = contract(component, self.checkpoint.layout)
+        network = self.network(component)
         accelerate(network, half=self.precision == "normal" and component is not Component.TEXT_ENCODER)
         return TorchSession(network, [port.name for port in ports.inputs], ports.outputs[0].name, self.backend)
+
+    def network(self, component: Component) -> "nn.Module":
+        """Build a network with the checkpoint's weights in it."""
+        from sa3_convert.networks.build import build_network
+
+        checkpoint = self.checkpoint
+        return build_network(component, checkpoint.layout, checkpoint.state(component), padding=self.padding)
 
 
 def _file(files: Mapping[Component, CheckedFile], component: Component, kind: str) -> CheckedFile:

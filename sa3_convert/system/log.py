@@ -1,5 +1,6 @@
 """One log for what others say while they work: Python's warnings, and what native libraries print past Python."""
 
+import atexit
 import contextlib
 import logging
 import mmap
@@ -130,6 +131,7 @@ class _Redirection:
                 import tempfile
 
                 self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - lives as long as the process
+                atexit.register(self._file.close)
             if self._users == 0:
                 self._saved = os.dup(self._descriptor)
                 self._file.seek(0)

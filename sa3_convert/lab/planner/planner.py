@@ -32,7 +32,7 @@ from sa3_convert.lab.planner.sensitivity import (
 from sa3_convert.networks.build import build_network
 from sa3_convert.recipe import ComponentRecipe, LayerRule, Rounding, ScaleType, WeightScheme
 from sa3_convert.rounding.grid import one_thread
-from sa3_convert.rounding.network import CALIBRATION_SEED
+from sa3_convert.rounding.network import CALIBRATION_SEED, stored_embedding
 from sa3_convert.system.sealed import fingerprint, read_sealed, write_sealed
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ _CASES: Final = {
 }
 
 
+_TABLE_CASES: Final = 4
 _PRICES: Final = TypeAdapter(dict[str, LayerSensitivity])
 
 
@@ -140,12 +141,9 @@ def plan_component(
     by: By = "layer",
 ) -> BitPlan:
     """Return the best plan for a size, or the smallest for a fidelity."""
-    fixed = _bytes_beside(checkpoint, component, base)
+    fixed = bytes_beside(checkpoint, component, base)
     groups = layers_by_pattern(sensitivity.layers, by)
-    options = {
-        pattern: combined([sensitivity.layers[layer].options(base.floats) for layer in layers])
-        for pattern, layers in groups.items()
-    }
+    options = options_by_pattern(groups, sensitivity, base)
     smallest = fixed + sum(min(option.size for option in choices) for choices in options.values())
     if target.size is not None and target.size < smallest:
         raise UsageError(
@@ -165,7 +163,7 @@ def plan_component(
     return BitPlan(recipe, allocation, groups, fixed)
 
 
-def _bytes_beside(checkpoint: "Checkpoint", component: Component, base: ComponentRecipe) -> int:
+def bytes_beside(checkpoint: "Checkpoint", component: Component, base: ComponentRecipe) -> int:
     """Return the bytes of all that is not a layer's weight; MNN gives a bias of zeros to each layer without one."""
     shapes = {name: entry.shape for name, entry in checkpoint.stored(component).items()}
     layers = layers_to_measure(checkpoint, component)
@@ -180,6 +178,22 @@ def _bytes_beside(checkpoint: "Checkpoint", component: Component, base: Componen
     return kept + biases + base.table_bytes(table[0], table[1])
 
 
+def table_error(checkpoint: "Checkpoint", base: ComponentRecipe) -> float:
+    """Return the energy of the error, as a share of the output's, that a recipe's token table causes by itself."""
+    component = Component.TEXT_ENCODER
+    network = build_network(component, checkpoint.layout, checkpoint.state(component))
+    shares = []
+    for seed, _ in _CASES[component][:_TABLE_CASES]:
+        sample = sample_inputs(component, checkpoint.layout, seed=CALIBRATION_SEED + seed, latents=0)
+        feeds = [torch.from_numpy(np.ascontiguousarray(array)) for array in sample.feeds.values()]
+        with torch.no_grad():
+            expected = sample.regions[0].of(network(*feeds).numpy())
+            with stored_embedding(network, base):
+                actual = sample.regions[0].of(network(*feeds).numpy())
+        shares.append(float(np.square(actual - expected).sum() / np.square(expected).sum()))
+    return sum(shares) / len(shares)
+
+
 def _decibels(error: float) -> float:
     """Return the signal-to-noise ratio of an error that is a share of the signal's energy; finite for none."""
     return -10 * float(np.log10(max(error, 1e-30)))
@@ -192,6 +206,16 @@ def layers_by_pattern(layers: Mapping[str, object], by: By) -> dict[str, list[st
         pattern = re.escape(layer)
         groups[re.sub(r"(?<=\.)\d+(?=\\\.)", r"\\d+", pattern) if by == "role" else pattern].append(layer)
     return dict(groups)
+
+
+def options_by_pattern(
+    groups: Mapping[str, Sequence[str]], sensitivity: Sensitivity, base: ComponentRecipe
+) -> dict[str, list[Option]]:
+    """Return what `allocation.allocate` chooses from: for each pattern the options that all of its layers have."""
+    return {
+        pattern: combined([sensitivity.layers[layer].options(base.floats) for layer in layers])
+        for pattern, layers in groups.items()
+    }
 
 
 def combined(choices: Sequence[Sequence[Option]]) -> list[Option]:
@@ -212,8 +236,11 @@ def scheme_of(
     layers: Mapping[str, Sequence[str]],
     scales: ScaleType,
     rounding: Rounding,
-) -> WeightScheme:
-    """Return the allocation as a recipe's scheme: the commonest option, and one rule for each other one."""
+) -> WeightScheme | None:
+    """Return the allocation as a recipe's scheme: the commonest option, and one rule for each other one.
+
+    None where every layer stays in floating point.
+    """
     patterns: dict[tuple[int | None, int | None], list[str]] = defaultdict(list)
     for pattern, option in allocation.chosen.items():
         patterns[option.bits, option.block_size].append(pattern)
@@ -221,7 +248,7 @@ def scheme_of(
         {key: sum(len(layers[pattern]) for pattern in same) for key, same in patterns.items() if key[0] is not None}
     )
     if not counts:
-        raise UsageError("Every layer would stay in floating point; use a recipe without `weights`.")
+        return None
     common = counts.most_common(1)[0][0]
     rules = tuple(
         LayerRule(match=f"^({'|'.join(sorted(same))})$", bits=bits, block_size=block)

@@ -1,16 +1,18 @@
 """The points of a sweep: what a component is converted by."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from sa3_convert.components import Component
+from sa3_convert.convert.plan import estimate_model_bytes
 from sa3_convert.errors import UsageError
 from sa3_convert.recipe import ComponentRecipe, Recipe
 
 if TYPE_CHECKING:
     from sa3_convert.checkpoint.reader import Checkpoint
+    from sa3_convert.lab.planner.planner import BitPlan
     from sa3_convert.lab.planner.sensitivity import Sensitivity
 
 ANY_FIDELITY: Final = 0.001
@@ -80,6 +82,14 @@ def of_sizes(
     return points
 
 
+def of_plans(plans: "Mapping[Component, BitPlan]", label: str) -> list[Point]:
+    """Return one point of each component's plan."""
+    return [
+        Point(f"{component.value}-{label}", component, _measured(made.recipe), made.predicted_db, made.size)
+        for component, made in plans.items()
+    ]
+
+
 def of_recipes(recipes: Sequence[Recipe], components: Sequence[Component]) -> list[Point]:
     """Return every component by every recipe."""
     return [
@@ -93,10 +103,24 @@ def _measured(recipe: ComponentRecipe) -> ComponentRecipe:
     return recipe.model_copy(update={"floor_db": ANY_FIDELITY})
 
 
-def unplanned(component: Component, base: Recipe, sizes: Iterable[float]) -> list[Point]:
-    """Return sizes that nothing was measured for: what each takes is that of the recipe that plans begin with."""
+def unplanned(component: Component, base: Recipe, sizes: Mapping[str, float]) -> list[Point]:
+    """Return sizes in MiB that nothing was measured for: each takes what the recipe takes that plans begin with."""
     own = _measured(base.for_component(component))
-    return [Point(f"{component.value}-{size:g}", component, own, predicted_bytes=round(size * 2**20)) for size in sizes]
+    return [
+        Point(f"{component.value}-{label}", component, own, predicted_bytes=round(size * 2**20))
+        for label, size in sizes.items()
+    ]
+
+
+def shares_of(checkpoint: "Checkpoint", components: Sequence[Component], recipe: Recipe) -> dict[Component, float]:
+    """Return the share of each component in the bytes of all of them by a recipe."""
+    sizes = {
+        component: estimate_model_bytes(
+            {name: entry.shape for name, entry in checkpoint.stored(component).items()}, recipe.for_component(component)
+        )
+        for component in components
+    }
+    return {component: size / sum(sizes.values()) for component, size in sizes.items()}
 
 
 def of_own_names(points: list[Point]) -> list[Point]:

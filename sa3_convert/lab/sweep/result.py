@@ -1,20 +1,23 @@
-"""What a sweep found: the points, which of them are worth keeping, and what is missing."""
+"""What a sweep found: the points, which of them are worth keeping, and what is missing.
+
+`docs/sweep.schema.json` is the JSON schema of `Sweep`, which is what `sweep.json` holds.
+"""
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from sa3_convert.bundle.manifest import Fidelity
+from sa3_convert.check.results import Data
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
 from sa3_convert.lab.sweep.points import Point
 from sa3_convert.lab.sweep.tasks import Ran, Task
 
 
-class Measured(BaseModel):
+class Measured(Data):
     """One component by one recipe."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
     component: Component
@@ -41,12 +44,12 @@ class Measured(BaseModel):
     """The kind of problem, as commands end with it."""
 
 
-class Sweep(BaseModel):
+class Sweep(Data):
     """All points, in the order in which they were asked for."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
+    schema_version: Literal[1] = Field(1, alias="schema")
     checkpoint: str
+    """The name of its folder."""
     variant: str
     points: tuple[Measured, ...]
     mixed: bool

@@ -41,6 +41,22 @@ def write(sweep: Sweep, points: Sequence[Point], base: Recipe, out: Path) -> Non
     write_text(out / "index.html", page(sweep))
 
 
+def whole_recipe(sweep: Sweep, points: Sequence[Point], base: Recipe, label: str) -> Recipe | None:
+    """Return one recipe of all points that have a label; None if there are none, or one of them is missing."""
+    by_name = {point.name: point for point in points}
+    own = [found for found in sweep.points if found.name == f"{found.component.value}-{label}"]
+    if not own or any(found.problem for found in own):
+        return None
+    parts = {f.component: recipe_of(f, by_name[f.name], base).for_component(f.component) for f in own}
+    size = sum(found.bytes or 0 for found in own) / 2**20
+    changed = {
+        "name": label,
+        "description": f"Of a sweep: {size:.1f} MiB, shared by what hurts the end result.",
+        "components": dict(base.components) | parts,
+    }
+    return base.model_copy(update=changed)
+
+
 def recipe_of(found: Measured, point: Point, base: Recipe) -> Recipe:
     """Return a point as a recipe with its own floor; other components are as in `base`."""
     assert found.fidelity is not None

@@ -18,7 +18,7 @@ from sa3_convert.convert.cache import FidelityNotes, StageCache
 from sa3_convert.convert.conversion import make_stage
 from sa3_convert.convert.plan import Estimate, estimate, stage_keys
 from sa3_convert.convert.stages import STAGES, ComponentJob, StageKeys
-from sa3_convert.errors import Sa3Error
+from sa3_convert.errors import Sa3Error, told_by_system
 from sa3_convert.lab.sweep.points import Point
 from sa3_convert.lab.sweep.store import Store
 from sa3_convert.mnn.compatibility import mnn_version, target_for
@@ -158,8 +158,11 @@ def run_task(task: Task, *before: Ran) -> Ran:
             return Ran(0.0, *place, problem=earlier.problem, exit_code=earlier.exit_code)
     try:
         size, fidelity = _made(task)
-    except Sa3Error as error:
-        return Ran(time.perf_counter() - started, *place, problem=str(error), exit_code=error.exit_code)
+    except Exception as error:
+        known = error if isinstance(error, Sa3Error) else told_by_system(error)
+        if known is None:
+            raise
+        return Ran(time.perf_counter() - started, *place, problem=str(known), exit_code=known.exit_code)
     return Ran(time.perf_counter() - started, *place, size, fidelity)
 
 

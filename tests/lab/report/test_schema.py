@@ -11,12 +11,14 @@ from sa3_convert.check.metrics import MAX_DB
 from sa3_convert.check.results import Spread
 from sa3_convert.lab.generations.full import Verification
 from sa3_convert.lab.report.schema import Report
+from sa3_convert.lab.sweep.result import Sweep
 from tests.lab.report import samples
 
 DOCS = Path(__file__).parents[3] / "docs"
 SCHEMAS = {
     "report": Report.model_json_schema(mode="serialization"),
     "verify": TypeAdapter(Verification).json_schema(mode="serialization"),
+    "sweep": Sweep.model_json_schema(mode="serialization"),
 }
 
 

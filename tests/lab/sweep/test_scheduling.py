@@ -1,41 +1,15 @@
-"""Tasks in this process and on Dask: the same results, and what becomes of workers and schedulers that die."""
+"""Tasks in this process and on Dask: the same results, and what becomes of workers that die."""
 
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
-from sa3_convert.components import Component
-from sa3_convert.convert.plan import Estimate
 from sa3_convert.errors import BackendError, InputError
 from sa3_convert.lab.sweep import scheduling
 from sa3_convert.lab.sweep.scheduling import in_this_process, local_workers, on_dask, simulated
-from sa3_convert.lab.sweep.tasks import Common, Ran, Task
-from sa3_convert.recipe import ComponentRecipe
-from tests.lab.sweep.played import quick
+from tests.lab.sweep.played import quick, quiet, runs, silent, task
 
 distributed = pytest.importorskip("distributed")
-
-
-def task(name: str, folder: Path, *needs: str, memory: int = 1) -> Task:
-    recipe = ComponentRecipe(floor_db=1)
-    return Task(name, "mnn", Common(folder, folder), Component.DIT, recipe, needs, Estimate(1.0, memory))
-
-
-def silent(*_: object) -> None:
-    """Tell nobody."""
-
-
-def quiet(task: Task, ran: Ran, done: int, of: int) -> None:
-    """Report to nobody."""
-
-
-def runs(folder: Path, name: str) -> int:
-    return len((folder / name).read_text().splitlines())
 
 
 def test_a_task_gets_what_it_needs_and_each_is_told(tmp_path: Path) -> None:
@@ -87,47 +61,3 @@ def test_a_scheduler_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(scheduling, "_WAIT", 1)
     with pytest.raises(BackendError, match="No scheduler answers at tcp"):
         on_dask(scheduling.scheduler("tcp://127.0.0.1:1", silent), [task("a", tmp_path)], quiet, quick)
-
-
-@contextmanager
-def cluster(port: int, *worker: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a scheduler and a worker as an administrator does; yields the scheduler."""
-    address = f"tcp://127.0.0.1:{port}"
-    programs = {
-        "dask_scheduler": ["--host", address],
-        "dask_worker": [address, "--nthreads", "1", *worker],
-    }
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", f"distributed.cli.{program}", "--no-dashboard", *words],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        for program, words in programs.items()
-    ]
-    try:
-        yield started[0]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-
-
-@pytest.mark.slow
-def test_a_scheduler_that_was_started_again_is_asked_for_what_is_missing(tmp_path: Path) -> None:
-    port = 39787
-    tasks = [task("a", tmp_path), *(task(f"slow{n}", tmp_path, "a") for n in range(40))]
-    with ExitStack() as restarts:
-        scheduler = restarts.enter_context(cluster(port, "--resources", "memory=4"))
-
-        def report(one: Task, ran: Ran, done: int, of: int) -> None:
-            if done == 10 and scheduler.poll() is None:
-                scheduler.kill()
-                scheduler.wait()
-                restarts.enter_context(cluster(port))
-                time.sleep(1)
-
-        found = on_dask(scheduling.scheduler(f"tcp://127.0.0.1:{port}", silent), tasks, report, quick)
-    assert found == in_this_process(tasks, quiet, quick)
-    again = sum(runs(tmp_path, one.name) > 2 for one in tasks)
-    assert again < 20

@@ -1,6 +1,8 @@
 """Whole sweeps of a toy: measured as a conversion measures, kept, gone on with, and told on the command line."""
 
+import errno
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from sa3_convert.cli import app as cli
 from sa3_convert.components import Component
 from sa3_convert.convert.cache import StageCache
+from sa3_convert.convert.stages import ComponentJob
 from sa3_convert.lab.sweep import tasks as room
 from sa3_convert.lab.sweep.points import Point
 from sa3_convert.lab.sweep.result import Sweep
@@ -15,6 +18,7 @@ from sa3_convert.lab.sweep.scheduling import in_this_process
 from sa3_convert.lab.sweep.sweep import recipe_of, run_sweep
 from sa3_convert.lab.sweep.tasks import Common, Ran, Task, run_task, tasks_for
 from sa3_convert.recipe import load_recipe, recipe_file
+from sa3_convert.system.files import alone_in
 
 CONDITIONER = Component.NUMBER_CONDITIONER
 
@@ -94,6 +98,48 @@ def test_what_fails_is_missing_with_its_reason_and_the_rest_is_there(
     assert found.points[2].fidelity is not None
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/x"), 3, "The disk is full.*'/x'"),
+        (MemoryError(), 4, "Out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"), 4, "Out of memory"),
+    ],
+)
+def test_what_the_system_has_no_room_for_is_missing_and_the_rest_is_there(
+    toy: Path,
+    points: list[Point],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    code: int,
+    said: str,
+) -> None:
+    made = room.make_stage
+
+    def fails(job: ComponentJob, name: str, *rest: object) -> object:
+        if name == "mnn" and job.recipe == points[0].recipe:
+            raise error
+        return made(job, name, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(room, "make_stage", fails)
+    found = run_sweep(Common(toy, tmp_path), points, in_this_process)
+    assert [point.name for point in found.missing] == [points[0].name]
+    assert found.missing[0].exit_code == code
+    assert re.search(said, found.missing[0].problem)
+    assert found.points[1].fidelity is not None
+    monkeypatch.undo()
+    assert not run_sweep(Common(toy, tmp_path), points, in_this_process).missing
+
+
+def test_a_bug_in_a_task_is_no_missing_point(
+    toy: Path, points: list[Point], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "make_stage", None)
+    with pytest.raises(TypeError):
+        run_sweep(Common(toy, tmp_path), points, in_this_process)
+
+
 def test_a_recipe_of_the_frontier_has_a_floor_that_it_reaches(swept: Sweep, points: list[Point]) -> None:
     base = load_recipe(recipe_file(Path("int8")))
     made = recipe_of(swept.points[1], points[1], base)
@@ -110,7 +156,7 @@ def test_the_command_plans_converts_and_tells(toy: Path, tmp_path: Path, capsys:
     assert "number_conditioner-0.0001 is missing: No plan for number_conditioner is smaller than" in said
     found = json.loads((tmp_path / "f.json").read_text())
     assert found == json.loads((tmp_path / "out" / "sweep.json").read_text())
-    assert found.pop("schema") == 1
+    assert found["schema"] == 1
     assert Sweep.model_validate(found).variant == "small-music"
     kept = [point["recipe"] for point in found["points"] if point["recipe"]]
     assert kept
@@ -127,6 +173,17 @@ def test_a_folder_with_something_else_in_it_is_left_alone(
     assert cli.run(["sweep", str(toy), "--recipe", "int8", "--out", str(tmp_path)]) == 2
     assert "holds something else" in capsys.readouterr().err
     assert (tmp_path / "index.html").read_text() == "mine"
+
+
+def test_a_folder_that_another_sweep_works_into_is_left_to_it(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    with alone_in(tmp_path / "out"):
+        words = ["--component", "number_conditioner", "--recipe", "int8", "--out", str(tmp_path / "out")]
+        assert cli.run(["sweep", str(toy), *words]) == 2
+    assert "Another sweep into" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,104 @@
+"""Bytes that all components share: what an error does to the end result is measured, and decides who gets them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sa3_convert.checkpoint.reader import Checkpoint
+from sa3_convert.cli import app as cli
+from sa3_convert.components import Component
+from sa3_convert.errors import UsageError
+from sa3_convert.lab.planner.planner import measure, table_error
+from sa3_convert.lab.planner.sensitivity import Sensitivity
+from sa3_convert.lab.sweep import harm
+from sa3_convert.lab.sweep.budget import within
+from sa3_convert.recipe import ComponentRecipe, load_recipe, own_recipes
+from sa3_convert.runtime.pipeline import Pipeline
+
+BASE = load_recipe(own_recipes()["small"])
+CHOSEN = (Component.TEXT_ENCODER, Component.NUMBER_CONDITIONER, Component.DECODER)
+BASES = {component: BASE.for_component(component) for component in CHOSEN}
+EVEN = dict.fromkeys(CHOSEN, 1.0)
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def checkpoint(toy: Path) -> Checkpoint:
+    return Checkpoint.open(toy)
+
+
+@pytest.fixture(scope="module")
+def known(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[Component, Sensitivity]:
+    cache = tmp_path_factory.mktemp("cache")
+    return {one: measure(checkpoint, one, "fp16", cache, lambda *_: None, 1) for one in CHOSEN}
+
+
+def test_the_plans_fit_together_into_the_budget(checkpoint: Checkpoint, known: dict[Component, Sensitivity]) -> None:
+    budget = MIB
+    plans = within(checkpoint, BASES, known, EVEN, budget)
+    sizes = [made.size for made in plans.values()]
+    assert 0.97 * budget < sum(sizes) <= budget
+
+
+def test_who_hurts_more_gets_more(checkpoint: Checkpoint, known: dict[Component, Sensitivity]) -> None:
+    even = within(checkpoint, BASES, known, EVEN, MIB)
+    tilted = within(checkpoint, BASES, known, EVEN | {Component.DECODER: 1e4}, MIB)
+    assert tilted[Component.DECODER].size > even[Component.DECODER].size
+    assert tilted[Component.DECODER].predicted_db > even[Component.DECODER].predicted_db + 3
+    assert tilted[Component.TEXT_ENCODER].size < even[Component.TEXT_ENCODER].size
+
+
+def test_the_token_table_gets_the_type_that_costs_least(
+    checkpoint: Checkpoint, known: dict[Component, Sensitivity]
+) -> None:
+    def table(harms: dict[Component, float], budget: int) -> str:
+        return within(checkpoint, BASES, known, harms, budget)[Component.TEXT_ENCODER].recipe.embedding
+
+    assert table(EVEN, 8 * MIB) == "float"
+    assert table(EVEN | {Component.TEXT_ENCODER: 1e-9}, 700 << 10) == "int4"
+
+
+def test_the_table_alone_costs_more_the_fewer_bits_it_has(checkpoint: Checkpoint) -> None:
+    kinds = ("float", "int8", "int4")
+    recipes = [ComponentRecipe(floor_db=1, floats="fp16", embedding=kind) for kind in kinds]
+    errors = [table_error(checkpoint, recipe) for recipe in recipes]
+    # A toy's numbers are FP16's own.
+    assert errors[0] == 0 < errors[1] < errors[2] / 10 < 0.1
+
+
+def test_what_is_too_small_for_any_plan_is_refused(checkpoint: Checkpoint, known: dict[Component, Sensitivity]) -> None:
+    with pytest.raises(
+        UsageError,
+        match=r"number_conditioner, decoder are together smaller than 0\.\d\d MiB",
+    ):
+        within(checkpoint, BASES, known, EVEN, 1000)
+
+
+def test_harm_is_measured_once_and_is_more_where_less_comes_after(
+    checkpoint: Checkpoint, known: dict[Component, Sensitivity], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harm, "CASES", (replace(harm.CASES[0], seconds=0.5),))
+    found = harm.harms(checkpoint, (), known, tmp_path, threads=1)
+    assert all(value > 0 for value in found.values())
+    # A duration's one token moves the sound less than what writes the sound.
+    assert found[Component.NUMBER_CONDITIONER] < found[Component.DECODER]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("it was measured before")
+
+    monkeypatch.setattr(Pipeline, "from_checkpoint", refuse)
+    assert harm.harms(checkpoint, (), known, tmp_path, threads=1) == found
+
+
+def test_the_command_writes_one_recipe_for_all(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harm, "CASES", (replace(harm.CASES[0], seconds=0.5),))
+    words = ["sweep", str(toy), "--component", "number_conditioner", "--budget-mib", "0.03"]
+    words += ["--out", str(tmp_path / "out")]
+    assert cli.run([*words, "--dry-run"]) == 0
+    assert not (tmp_path / "out").exists()
+    assert cli.run(words) == 0
+    made = load_recipe(tmp_path / "out" / "within-0.03.yaml")
+    assert made.name == "within-0.03"
+    assert made.for_component(Component.NUMBER_CONDITIONER).floor_db > 1
+    assert made.for_component(Component.DIT) == BASE.for_component(Component.DIT)
