@@ -5,6 +5,7 @@ import heapq
 import importlib.util
 import math
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -193,6 +194,11 @@ def scheduler(address: str, tell: Tell) -> Connect:
     return connect
 
 
+def dask_setup(_: object) -> None:
+    """Leave an interrupt, which a terminal sends to all, to the process that started this worker; Dask calls this."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def local_workers(count: int, tell: Tell) -> Connect:
     """Return what starts workers on this machine, which share its processors and its memory."""
 
@@ -217,6 +223,7 @@ def local_workers(count: int, tell: Tell) -> Connect:
                 resources=resources,
                 dashboard_address="127.0.0.1:0" if importlib.util.find_spec("bokeh") else None,
                 silence_logs=50,
+                preload=[__name__],
             ) as cluster,
             Client(cluster, set_as_default=False) as client,
         ):
