@@ -170,6 +170,16 @@ SPECS: Mapping[Component, ComponentSpec] = {
 }
 
 
+def part_files(component: Component | None, model: str) -> dict[str, tuple[str, ...]]:
+    """Return the files of the graphs that compute an ONNX model in parts, in the order in which they run.
+
+    With each but the last come the inputs that it needs. A component that has no parts has no files.
+    """
+    early = SPECS[component].early_parts if component else {}
+    stem = model.removesuffix(".onnx")
+    return {f"{stem}.{part}.onnx": inputs for part, inputs in ({**early, "step": ()} if early else {}).items()}
+
+
 def components_of(layout: "CheckpointLayout") -> tuple[Component, ...]:
     """Return the components that a checkpoint of this layout has, in pipeline order."""
     return tuple(c for c in Component if layout.dit is not None or SPECS[c].of_autoencoder)

@@ -3,13 +3,13 @@
 import hashlib
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, computed_field, model_validator
 
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
-from sa3_convert.components import Component, components_of
+from sa3_convert.components import Component, components_of, part_files
 from sa3_convert.system.files import sha256_file
 from sa3_convert.system.untrusted import SMALL, printable
 
@@ -145,6 +145,8 @@ class Artifact(FileEntry):
     parts only the last part has them. None is not known."""
     companion: FileEntry | None = None
     """Weights that stand in a file of their own (`.weight` of MNN, `.data` of ONNX)."""
+    parts: tuple[FileEntry, ...] = ()
+    """Of an ONNX model: graphs over its weights that compute it in parts, and are run; see `components.part_files`."""
     table: FileEntry | None = None
     """Of a tokenizer: the same in a form that loads faster, and is used instead."""
     kept_at: Annotated[str, Field(max_length=4096)] | None = None
@@ -165,6 +167,9 @@ class Artifact(FileEntry):
         # A model's other file is loaded by a name that is made from its own: no other name would be what is checked.
         if self.companion is not None and self.companion.path != f"{self.path}{suffix}":
             raise ValueError(f"what belongs to {self.path} is not {self.companion.path}")
+        known = part_files(self.component, self.path) if self.kind == "onnx-int8" else {}
+        if self.parts and [part.path for part in self.parts] != [*known]:
+            raise ValueError(f"{self.parts[0].path} is no part of {self.path}")
         # Read alone, and only what has the hash; so it matters little where a hostile one leads.
         if self.kept_at is not None and self.kind not in _KEPT_OUTSIDE:
             raise ValueError("only ONNX files are kept outside of the bundle")
@@ -185,7 +190,20 @@ class Artifact(FileEntry):
     @property
     def files(self) -> tuple[FileEntry, ...]:
         """The file and what belongs to it."""
-        return tuple(entry for entry in (self, self.companion, self.table) if entry is not None)
+        return tuple(entry for entry in (self, self.companion, *self.parts, self.table) if entry is not None)
+
+    def moved(self, path: str) -> Self:
+        """Return it at another place of the bundle, and what belongs to it beside it."""
+
+        def at(entry: FileEntry | None, name: str) -> FileEntry | None:
+            return entry and entry.model_copy(update={"path": name})
+
+        beside = {
+            "companion": at(self.companion, f"{path}{COMPANIONS.get(self.kind)}"),
+            "parts": tuple(map(at, self.parts, part_files(self.component, path))),
+            "table": at(self.table, str(PurePosixPath(path).with_suffix(".table"))),
+        }
+        return self.model_copy(update={"path": path, "kept_at": None, **beside})
 
 
 class LoraEntry(_Data):

@@ -125,6 +125,14 @@ class Bundle:
         """Return an artifact's file, its companion with it; see `check`."""
         return self._check(self.artifact(component, kind), contents)
 
+    def checked_parts(
+        self, component: Component, kind: ArtifactKind, *, contents: bool = True
+    ) -> tuple[CheckedFile, ...]:
+        """Return the graphs of an artifact in parts, each with the weights that all share; see `check`."""
+        artifact = self.artifact(component, kind)
+        companion = self._check(artifact, contents).companion
+        return tuple(self._check_file(artifact, part, contents, companion) for part in artifact.parts)
+
     @contextlib.contextmanager
     def reading(self, kind: ArtifactKind) -> Iterator[Path]:
         """Yield the path of a checked file that belongs to no component; it must still be the same after the block.
@@ -168,6 +176,8 @@ class Bundle:
         companion = None
         if artifact.companion is not None:
             companion = self._check_file(artifact, artifact.companion, contents)
+        for part in artifact.parts:
+            self._check_file(artifact, part, contents, companion)
         if artifact.table is not None:
             self._check_file(artifact, artifact.table, contents)
         return self._check_file(artifact, artifact, contents, companion)

@@ -54,6 +54,7 @@ def models_of(bundle: Bundle, recipe: Recipe, component: Component) -> list[Judg
 def _onnx_form(bundle: Bundle, component: Component, engine: EngineName) -> Judged:
     from sa3_convert.passes import half, integers
     from sa3_convert.passes.pipeline import opened_onnx
+    from sa3_convert.passes.split import check_parts
 
     kind = KINDS[engine]
     artifact, file = bundle.artifact(component, kind), bundle.file(component, kind)
@@ -65,6 +66,8 @@ def _onnx_form(bundle: Bundle, component: Component, engine: EngineName) -> Judg
                 half.check_halves(model)
             elif not integers.check_integers(model, original, component):
                 precision = "fp32"
+        if parts := bundle.checked_parts(component, kind):
+            check_parts(form, component, [part.path for part in parts])
     except (ConversionError, ModelFileError) as error:
         raise VerificationError(f"{file} is not the {precision} form of its reference. {error}") from None
     _check_claims(file, artifact, precision, floors[component], "maker")

@@ -20,7 +20,7 @@ from sa3_convert.bundle.manifest import (
     FileEntry,
 )
 from sa3_convert.bundle.reader import Bundle
-from sa3_convert.components import Component
+from sa3_convert.components import Component, part_files
 from sa3_convert.convert.cache import CachedResult, StageCache
 from sa3_convert.convert.existing import SHARED, manifest_of, shared_text
 from sa3_convert.convert.plan import ComponentPlan, ConversionPlan, ConvertRequest, plan
@@ -51,12 +51,14 @@ def _artifact(request: ConvertRequest, step: ComponentPlan, kind: ArtifactKind) 
     stage, result = makers[0], step.job.results[makers[0].name]
     name = stage.leaves[kind].format(step.component.value)
     in_cache = request.in_cache(stage)
-    entries = []
-    for file in (name, name + COMPANIONS[kind]):
+    own_weights = name + COMPANIONS[kind]
+    parts = [file for file in part_files(step.component, name) if file in result.files]
+    entries: dict[str, FileEntry] = {}
+    for file in (name, own_weights, *parts):
         place = Path(stage.folder, file).as_posix()
         if file in result.files:
             size = result.file(file).stat().st_size
-            entries.append(FileEntry(path=place, sha256=result.files[file], bytes=size))
+            entries[file] = FileEntry(path=place, sha256=result.files[file], bytes=size)
             if not in_cache:
                 copy_file(result.file(file), _own(request.out, place))
         elif not in_cache:
@@ -64,8 +66,9 @@ def _artifact(request: ConvertRequest, step: ComponentPlan, kind: ArtifactKind) 
             (request.out / place).unlink(missing_ok=True)
     notes = {key: value for maker in makers for key, value in step.job.results[maker.name].notes}
     return Artifact(
-        **dict(entries[0]),
-        companion=entries[1] if len(entries) > 1 else None,
+        **dict(entries[name]),
+        companion=entries.get(own_weights),
+        parts=tuple(entries[file] for file in parts),
         kept_at=_from(request.out, result.folder) if in_cache else None,
         kind=kind,
         component=step.component,

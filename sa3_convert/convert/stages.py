@@ -120,14 +120,17 @@ def verify_stage(
 def ort_int8_stage(
     reference: Path, component: Component, layout: CheckpointLayout, folder: Path, threads: int | None
 ) -> JudgedModelNotes:
-    """Quantise the reference for ONNX Runtime and compare the two; below the floor is an error."""
+    """Quantise the reference for ONNX Runtime and compare the two, in parts where it runs so; see `verify_stage`."""
     from sa3_convert.ort import OrtSession
     from sa3_convert.passes.integers import FLOORS_DB
     from sa3_convert.passes.pipeline import onnx_in_integers
+    from sa3_convert.passes.split import write_parts
+    from sa3_convert.runtime.sessions import SplitSession
 
     target = folder / reference.name
     precision = "int8" if onnx_in_integers(reference, target, component) else "fp32"
-    opened, floor = partial(OrtSession, target, optimise=True), FLOORS_DB[component]
+    files, floor = write_parts(target, component) or [target], FLOORS_DB[component]
+    opened = partial(SplitSession.opened, OrtSession, files, optimise=True)
     return JudgedModelNotes(precision=precision, **_judged(reference, component, floor, layout, threads, opened))
 
 

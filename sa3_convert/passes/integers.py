@@ -22,7 +22,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
-from itertools import zip_longest
 from typing import Any, Final
 
 import numpy as np
@@ -64,7 +63,6 @@ _OPSET: Final = 21
 """The first in which QuantizeLinear takes a scale per block."""
 _BLOCKS: Final = (64, 16, 4)
 _ENDS: Final = ("Min", "Max")
-_PIECE: Final = 1 << 24
 
 
 def compute_in_integers(model: ir.Model, component: Component | None = None) -> int:
@@ -245,34 +243,5 @@ def check_integers(model: ir.Model, reference: ir.Model, component: Component | 
     found = sum(node.op_type == _PRODUCT for node in model.graph)
     if found != count:
         raise ConversionError(f"It has {found} integer products; its reference has {count} to make them of.")
-    if model.opset_imports != reference.opset_imports or model.functions or _ports(model) != _ports(reference):
-        raise ConversionError("Its inputs, outputs, functions or operator sets are not those of its reference.")
-    for node, wanted in zip_longest(model.graph, reference.graph):
-        if node is None or wanted is None or _description(node) != _description(wanted):
-            raise ConversionError(f"{(node or wanted).name} is not what its reference makes.")
-    constants, expected = model.graph.initializers, reference.graph.initializers
-    for name in sorted(constants.keys() | expected.keys()):
-        if not (name in constants and name in expected and _is_same(constants[name], expected[name])):
-            raise ConversionError(f"{name} does not hold what its reference makes.")
+    ir_tools.require_same(model, reference)
     return count
-
-
-def _ports(model: ir.Model) -> list[list[str | None]]:
-    return [[value.name for value in values] for values in (model.graph.inputs, model.graph.outputs)]
-
-
-def _description(node: ir.Node) -> tuple[Any, ...]:
-    values = [[None if value is None else value.name for value in side] for side in (node.inputs, node.outputs)]
-    attributes = {name: ir.serde.serialize_attribute(attribute) for name, attribute in node.attributes.items()}
-    return node.domain, node.op_type, node.overload, values, attributes
-
-
-def _is_same(value: ir.Value, wanted: ir.Value) -> bool:
-    first, second = value.const_value, wanted.const_value
-    if first is None or second is None or (first.dtype, first.shape.numpy()) != (second.dtype, second.shape.numpy()):
-        return False
-    if first.dtype is ir.DataType.STRING:
-        return False
-    one, other = (np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8) for tensor in (first, second))
-    pieces = (slice(start, start + _PIECE) for start in range(0, one.size, _PIECE))
-    return all(np.array_equal(one[piece], other[piece]) for piece in pieces)

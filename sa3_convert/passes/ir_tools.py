@@ -1,11 +1,16 @@
 """What several passes need to read and edit a graph: its constants, and taking out what nothing uses any more."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from itertools import zip_longest
+from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+
+from sa3_convert.errors import ConversionError
+
+_PIECE: Final = 1 << 24
 
 
 def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -163,3 +168,42 @@ def remove_unused(graph: ir.Graph, values: Iterable[ir.Value | None]) -> None:
         inputs = [used for used in node.inputs if used is not None]
         graph.remove(node, safe=True)
         pending.extend(inputs)
+
+
+def require_same(model: ir.Model, wanted: ir.Model) -> None:
+    """Hold a model to another, bit for bit: interface, nodes in their order, constants.
+
+    Raises:
+        ConversionError: they differ.
+
+    """
+    if model.opset_imports != wanted.opset_imports or model.functions or _ports(model) != _ports(wanted):
+        raise ConversionError("Its inputs, outputs, functions or operator sets are not those of its reference.")
+    for node, other in zip_longest(model.graph, wanted.graph):
+        if node is None or other is None or _description(node) != _description(other):
+            raise ConversionError(f"{(node or other).name} is not what its reference makes.")
+    constants, expected = model.graph.initializers, wanted.graph.initializers
+    for name in sorted(constants.keys() | expected.keys()):
+        if not (name in constants and name in expected and _is_same(constants[name], expected[name])):
+            raise ConversionError(f"{name} does not hold what its reference makes.")
+
+
+def _ports(model: ir.Model) -> list[list[str | None]]:
+    return [[value.name for value in values] for values in (model.graph.inputs, model.graph.outputs)]
+
+
+def _description(node: ir.Node) -> tuple[Any, ...]:
+    values = [[None if value is None else value.name for value in side] for side in (node.inputs, node.outputs)]
+    attributes = {name: ir.serde.serialize_attribute(attribute) for name, attribute in node.attributes.items()}
+    return node.domain, node.op_type, node.overload, values, attributes
+
+
+def _is_same(value: ir.Value, wanted: ir.Value) -> bool:
+    first, second = value.const_value, wanted.const_value
+    if first is None or second is None or (first.dtype, first.shape.numpy()) != (second.dtype, second.shape.numpy()):
+        return False
+    if first.dtype is ir.DataType.STRING:
+        return False
+    one, other = (np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8) for tensor in (first, second))
+    pieces = (slice(start, start + _PIECE) for start in range(0, one.size, _PIECE))
+    return all(np.array_equal(one[piece], other[piece]) for piece in pieces)

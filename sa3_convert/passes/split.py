@@ -9,17 +9,18 @@ t its embedding, whose phases half arithmetic would lose. Cheap values, such as 
 again rather than handed over; for these the last part keeps the inputs that they need.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 
+from sa3_convert.components import Component, part_files
 from sa3_convert.errors import ConversionError
 from sa3_convert.passes import ir_tools
 from sa3_convert.passes.pipeline import opened_onnx, save_onnx
 from sa3_convert.recipe import ComponentRecipe
 
-_PRODUCTS = frozenset({"MatMul", "Gemm", "Conv"})
+_PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "MatMulIntegerToFloat"})
 
 
 def split_onnx(source: Path, parts: Mapping[Path, Collection[str]], rest: Path) -> tuple[str, ...]:
@@ -38,20 +39,58 @@ def split_onnx(source: Path, parts: Mapping[Path, Collection[str]], rest: Path) 
         ConversionError: nothing costly is decided by the inputs of a part alone, or a part cannot be written.
 
     """
+    handed: tuple[str, ...] = ()
     with opened_onnx(source) as model:
-        inputs, handed = list(model.graph.inputs), []
-        for path, names in parts.items():
-            values = _handed_over(model.graph, names)
-            if not values:
-                raise ConversionError(f"{source.name}: {', '.join(names)} decide nothing alone; it cannot be split.")
-            if unknown := [value.name for value in values if value.type is None or value.shape is None]:
-                raise ConversionError(
-                    f"{source.name} does not say what shape {unknown[0]!r} has; run shape inference on it."
-                )
-            save_onnx(_part(model, inputs, values), path)
-            handed += values
-        save_onnx(_part(model, [*inputs, *handed], model.graph.outputs), rest)
-    return tuple(str(value.name) for value in handed)
+        for path, part in zip((*parts, rest), _parts(model, parts.values(), source.name), strict=True):
+            save_onnx(part, path)
+            if path != rest:
+                handed += tuple(str(value.name) for value in part.graph.outputs)
+    return handed
+
+
+def write_parts(whole: Path, component: Component) -> list[Path]:
+    """Write the graphs that compute a component's ONNX file in parts beside it, over its weights; none if it has none.
+
+    In turn they give bit for bit what the whole does.
+
+    Raises:
+        ModelFileError: the whole is missing or damaged.
+        ConversionError: it cannot be split.
+
+    """
+    with opened_onnx(whole) as model:
+        parts = _parts_of(model, whole, component)
+        for path, part in parts.items():
+            ir.save(part, path, format="protobuf")
+    return [*parts]
+
+
+def check_parts(whole: Path, component: Component, parts: Sequence[Path]) -> None:
+    """Hold files to what `write_parts` makes of the whole, bit for bit; ConversionError if one is something else."""
+    with opened_onnx(whole) as model:
+        for path, wanted in zip(parts, _parts_of(model, whole, component).values(), strict=True):
+            with opened_onnx(path) as found:
+                ir_tools.require_same(found, wanted)
+
+
+def _parts_of(model: ir.Model, whole: Path, component: Component) -> dict[Path, ir.Model]:
+    files = part_files(component, whole.name)
+    groups = [*files.values()][:-1]
+    return {whole.with_name(name): part for name, part in zip(files, _parts(model, groups, whole.name), strict=False)}
+
+
+def _parts(model: ir.Model, groups: Iterable[Collection[str]], name: str) -> Iterator[ir.Model]:
+    """Yield a part for each group of inputs, and the rest."""
+    inputs, handed = list(model.graph.inputs), list[ir.Value]()
+    for names in groups:
+        values = _handed_over(model.graph, names)
+        if not values:
+            raise ConversionError(f"{name}: {', '.join(names)} decide nothing alone; it cannot be split.")
+        if unknown := [value.name for value in values if value.type is None or value.shape is None]:
+            raise ConversionError(f"{name} does not say what shape {unknown[0]!r} has; run shape inference on it.")
+        yield _part(model, inputs, values)
+        handed += values
+    yield _part(model, [*inputs, *handed], model.graph.outputs)
 
 
 def rules_of_part(recipe: ComponentRecipe, part: Path) -> ComponentRecipe:

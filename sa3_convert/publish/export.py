@@ -13,7 +13,6 @@ from pathlib import Path, PurePosixPath
 from typing import Final, Literal
 
 from sa3_convert.bundle.manifest import (
-    COMPANIONS,
     MANIFEST,
     RECIPE,
     Artifact,
@@ -77,19 +76,10 @@ class _Placed:
 
     def manifest(self) -> Manifest:
         """Return what is said of the bundle there."""
-        moved = tuple(_moved(artifact, path) for artifact, path in self.paths)
+        moved = tuple(artifact.moved(path) for artifact, path in self.paths)
         base = "." if self.root == self.folder else "../.."
         given = self.bundle.manifest.model_copy(update={"artifacts": moved, "base": base})
         return Manifest.model_validate_json(given.to_json(), strict=True)
-
-
-def _moved(artifact: Artifact, path: str) -> Artifact:
-    """Return a file at another place, and what belongs to it beside it."""
-    suffix = COMPANIONS.get(artifact.kind)
-    companion = artifact.companion and artifact.companion.model_copy(update={"path": f"{path}{suffix}"})
-    beside = str(PurePosixPath(path).with_suffix(".table"))
-    table = artifact.table and artifact.table.model_copy(update={"path": beside})
-    return artifact.model_copy(update={"path": path, "companion": companion, "table": table, "kept_at": None})
 
 
 @dataclass(frozen=True)
@@ -202,7 +192,7 @@ def _planned(placed: Sequence[_Placed], golden: Golden, describe: Callable[[Sequ
     export = Export(left_out=tuple(_left_out(placed)))
     for one in placed:
         for artifact, path in one.paths:
-            for entry, moved in zip(artifact.files, _moved(artifact, path).files, strict=True):
+            for entry, moved in zip(artifact.files, artifact.moved(path).files, strict=True):
                 name, source = _joined(one.root, moved.path), one.bundle.place(artifact, entry)
                 other, taken = export.files.setdefault(name, (source, entry))
                 if taken.sha256 != entry.sha256:

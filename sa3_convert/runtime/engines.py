@@ -153,6 +153,8 @@ class OrtEngine(OnHost):
     threads: int | None = None
     """None is one per usable core."""
     backend: Literal["cpu", "cuda"] = "cpu"
+    parts: tuple[CheckedFile, ...] = ()
+    """The DiT in parts, where its files have them: what its conditions decide is computed once for all steps."""
     name: EngineName = "onnxruntime"
 
     @property
@@ -170,13 +172,15 @@ class OrtEngine(OnHost):
             ) from None
 
         file = _file(self.files, component, "ONNX")
-        session = OrtSession(
-            file.path,
+        files = self.parts if component is Component.DIT and self.parts else (file,)
+        session = SplitSession.opened(
+            OrtSession,
+            [one.path for one in files],
             threads=self.threads or default_threads(),
             optimise=self.name != "onnxruntime",
             device=self.backend,
         )
-        return HeldSession(session, (file,), contract(component, self.layout))
+        return HeldSession(session, files, contract(component, self.layout))
 
 
 @dataclass(frozen=True)
@@ -346,7 +350,8 @@ def bundle_engine(bundle: Bundle, name: EngineName, options: Mapping[str, Any], 
         raise BundleError(
             f"Bundle {bundle.path} has nothing for the engine {name}. Convert again with {_MADE_BY[name]}."
         )
-    return OrtEngine(bundle.layout, files, name=name, **options)
+    parts = bundle.checked_parts(Component.DIT, kind, contents=check) if Component.DIT in files else ()
+    return OrtEngine(bundle.layout, files, parts=parts, name=name, **options)
 
 
 def _parts(bundle: Bundle, *, check: bool) -> tuple[CheckedFile, ...]:

@@ -5,7 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 
 from sa3_convert.bundle.manifest import FileEntry
 from sa3_convert.bundle.reader import Bundle
@@ -16,6 +19,7 @@ from sa3_convert.errors import BundleError, VerificationError
 from sa3_convert.lab.generations.full import verify_fully
 from sa3_convert.lab.generations.trajectory import GenerationCase
 from sa3_convert.passes.integers import FLOORS_DB
+from sa3_convert.runtime.engines import bundle_engine
 from tests.bundles import Convert
 from tests.check.test_bundle import rewrite
 
@@ -86,6 +90,53 @@ def test_the_reference_under_its_name_is_refused(copied: Path) -> None:
 
     with pytest.raises(VerificationError, match="0 integer products"):
         verify_bundle(replaced(copied, swap), quick=True)
+
+
+def part_replaced(folder: Path, name: str, change: Callable[[onnx.ModelProto], None]) -> Bundle:
+    """Change one graph of the DiT in parts and make the manifest agree with the new file."""
+    (path,) = folder.glob(f"**/{FOLDER}/dit.{name}.onnx")
+    model = onnx.load(path, load_external_data=False)
+    change(model)
+    onnx.save(model, path)
+    listed = Bundle.open(folder).artifact(Component.DIT, "onnx-int8").parts
+    parts = [dict(FileEntry.of(folder, entry.path)) for entry in listed]
+    return rewrite(folder, Component.DIT, "onnx-int8", parts=parts)
+
+
+def test_a_part_that_is_rewritten_as_it_was_passes(copied: Path) -> None:
+    bundle = part_replaced(copied, "step", lambda model: None)
+    verify_bundle(bundle, components=(Component.DIT,), quick=True, threads=2).check()
+
+
+def test_a_part_with_another_constant_is_refused(copied: Path) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        small = next(one for one in model.graph.initializer if one.name == "integers.step")
+        small.CopyFrom(numpy_helper.from_array(np.float32(0.5), small.name))
+
+    with pytest.raises(VerificationError, match=r"integers\.step does not hold what"):
+        verify_bundle(part_replaced(copied, "step", change), quick=True)
+
+
+def test_a_part_that_takes_its_weights_from_elsewhere_in_the_file_is_refused(copied: Path) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        offsets = [entry for one in model.graph.initializer for entry in one.external_data if entry.key == "offset"]
+        offsets[0].value = offsets[-1].value if offsets[0].value != offsets[-1].value else offsets[1].value
+
+    with pytest.raises(VerificationError, match=r"does not hold what|external data"):
+        verify_bundle(part_replaced(copied, "prepare", change), quick=True)
+
+
+def test_a_part_under_another_name_is_refused(copied: Path) -> None:
+    parts = [dict(entry) for entry in Bundle.open(copied).artifact(Component.DIT, "onnx-int8").parts]
+    with pytest.raises(BundleError, match="no part of"):
+        rewrite(copied, Component.DIT, "onnx-int8", parts=[parts[0], parts[2], parts[1]])
+
+
+def test_a_damaged_part_is_refused_before_it_runs(copied: Path) -> None:
+    (path,) = copied.glob(f"**/{FOLDER}/dit.step.onnx")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(BundleError, match=r"dit\.step\.onnx"):
+        bundle_engine(Bundle.open(copied), "onnxruntime-int8", {})
 
 
 def test_bytes_that_are_no_model_are_refused(copied: Path) -> None:

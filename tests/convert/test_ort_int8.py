@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sa3_convert.arrays import Arrays
 from sa3_convert.bundle.reader import Bundle
+from sa3_convert.check.inputs import sample_inputs
 from sa3_convert.cli import app
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError, VerificationError
+from sa3_convert.ort import OrtSession
 from sa3_convert.passes import integers
 from sa3_convert.publish.export import Layout, export_bundles
-from sa3_convert.runtime.engines import EngineName
+from sa3_convert.runtime.engines import EngineName, bundle_engine
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.placement import engine_for
 from sa3_convert.runtime.request import GenerateRequest
@@ -47,6 +50,31 @@ def test_the_engine_generates_something_near_the_reference_and_not_equal(bundle:
     difference = exact.report.latents - integer.report.latents
     assert np.abs(difference).max() > 0
     assert np.square(difference).mean() < 0.1 * np.square(exact.report.latents).mean()
+
+
+def test_the_dit_runs_in_parts_over_the_weights_of_the_whole_and_gives_its_bits(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = bundle.artifact(Component.DIT, "onnx-int8").parts
+    assert [Path(part.path).name for part in parts] == ["dit.prepare.onnx", "dit.time.onnx", "dit.step.onnx"]
+    assert sum(part.bytes for part in parts) < 2 * bundle.artifact(Component.DIT, "onnx-int8").bytes
+    ran: list[str] = []
+    original = OrtSession.run
+
+    def run(session: OrtSession, feeds: Arrays) -> dict[str, Any]:
+        ran.append(session._path.name)
+        return original(session, feeds)
+
+    monkeypatch.setattr(OrtSession, "run", run)
+    dit = bundle_engine(bundle, ENGINE, {"threads": 1}).load(Component.DIT)
+    whole = OrtSession(bundle.checked(Component.DIT, "onnx-int8").path, threads=1, optimise=True)
+    feeds = dict(sample_inputs(Component.DIT, bundle.layout, seed=0, latents=16).feeds)
+    for t in (0.9, 0.5, 0.1):
+        feeds["t"] = np.array([t], np.float32)
+        np.testing.assert_array_equal(dit.run(feeds)["out"], whole.run(feeds)["out"], strict=True)
+    assert {name: ran.count(name) for name in ran} == {
+        "dit.prepare.onnx": 1, "dit.time.onnx": 3, "dit.step.onnx": 3, "dit.onnx": 3,
+    }  # fmt: skip
 
 
 def test_a_bundle_without_it_says_how_to_get_it(toy_int8: Bundle) -> None:
@@ -136,6 +164,7 @@ def test_an_export_has_it_only_when_asked_for(bundle: Bundle, tmp_path: Path, la
     export_bundles([bundle], tmp_path / "plain", layout)
     assert not [*(tmp_path / "plain").rglob("*.onnx*")]
     export_bundles([bundle], tmp_path / "whole", layout, ort_int8=True)
+    assert len([*(tmp_path / "whole").rglob("dit.*.onnx")]) == 3
     audio = [
         Pipeline.from_bundle(path, ENGINE, threads=2).generate(REQUEST).audio
         for path in (bundle.path, tmp_path / "whole")
