@@ -173,13 +173,9 @@ class OrtEngine(OnHost):
 
         file = _file(self.files, component, "ONNX")
         files = self.parts if component is Component.DIT and self.parts else (file,)
-        session = SplitSession.opened(
-            OrtSession,
-            [one.path for one in files],
-            threads=self.threads or default_threads(),
-            optimise=self.name != "onnxruntime",
-            device=self.backend,
-        )
+        how = {"optimise": self.name != "onnxruntime", "device": self.backend}
+        paths, threads = [one.path for one in files], self.threads or default_threads()
+        session = SplitSession.opened(OrtSession, paths, threads=threads, **how)
         return HeldSession(session, files, contract(component, self.layout))
 
 
