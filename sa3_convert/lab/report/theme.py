@@ -117,6 +117,12 @@ def svg_of(figure: Figure, name: str, label: str) -> str:
     return head + text[text.index(">") + 1 :].rstrip()
 
 
+def standalone(svg: str) -> str:
+    """Return an `<svg>` element as a file of its own, for a README: the page's colours are in it, light or dark."""
+    colours, _, _ = files("sa3_convert.lab.report").joinpath("style.css").read_text("utf-8").partition("* {")
+    return svg.replace(">", f"><style>{colours}</style>", 1) + "\n"
+
+
 _COLOURS = ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor")
 
 

@@ -32,7 +32,7 @@ def page(sweep: Sweep) -> str:
 
 def _component(sweep: Sweep, component: Component) -> dict[str, object]:
     points = [point for point in sweep.points if point.component is component]
-    had = [point for point in points if point.fidelity is not None]
+    had = sweep.had.get(component, [])
     return {
         "name": component.value,
         "points": points,

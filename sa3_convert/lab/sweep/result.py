@@ -56,6 +56,15 @@ class Sweep(Data):
     """Whether points come from more than one kind of processor or version of MNN: these differ a little."""
 
     @property
+    def had(self) -> dict[Component, list[Measured]]:
+        """The points that are not missing, by component."""
+        found: dict[Component, list[Measured]] = {}
+        for point in self.points:
+            if not point.problem:
+                found.setdefault(point.component, []).append(point)
+        return found
+
+    @property
     def missing(self) -> list[Measured]:
         """The points that could not be had."""
         return [point for point in self.points if point.problem]

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from sa3_convert.lab.planner.planner import layers_to_measure
-from sa3_convert.lab.sweep.page import page
+from sa3_convert.lab.report.theme import standalone
+from sa3_convert.lab.sweep.page import frontier_figure, page
 from sa3_convert.lab.sweep.points import Point
 from sa3_convert.lab.sweep.result import Measured, Sweep, sweep_of
 from sa3_convert.lab.sweep.scheduling import Report
@@ -33,11 +34,14 @@ def run_sweep(
 
 
 def write(sweep: Sweep, points: Sequence[Point], base: Recipe, out: Path) -> None:
-    """Write what a sweep found into a folder: the recipes on the frontier, and the page."""
+    """Write what a sweep found into a folder: recipes on the frontier, the page, and a picture of each component's."""
     by_name = {point.name: point for point in points}
     for found in sweep.points:
         if found.recipe is not None:
             write_text(out / found.recipe, recipe_of(found, by_name[found.name], base).to_yaml())
+    for component, points_of in sweep.had.items():
+        figure = frontier_figure(points_of, component.value)
+        write_text(out / f"{component.value}.svg", standalone(figure))
     write_text(out / "index.html", page(sweep))
 
 

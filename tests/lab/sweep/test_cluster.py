@@ -104,6 +104,18 @@ def test_twelve_points_are_the_same_where_a_worker_is_killed_and_the_scheduler_s
     assert table(found) == table(alone)
 
 
+def ended(group: int) -> bool:
+    """Tell whether all processes of a group are gone; the last of them may take a moment."""
+    waited = time.monotonic() + 20
+    while time.monotonic() < waited:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
 def test_an_interrupt_ends_all_workers_and_the_same_command_goes_on(toy: Path, tmp_path: Path) -> None:
     names = [word for name in ("fp16", "int8", "fp32", "small") for word in ("--recipe", name)]
     words = ["sweep", str(toy), "--component", "number_conditioner", *names, "--workers", "2"]
@@ -117,8 +129,7 @@ def test_an_interrupt_ends_all_workers_and_the_same_command_goes_on(toy: Path, t
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in said
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+    assert ended(process.pid)
     assert not (tmp_path / "out" / "sweep.json").exists()
     assert subprocess.run(command, check=False, capture_output=True).returncode == 0
     assert (tmp_path / "out" / "sweep.json").exists()

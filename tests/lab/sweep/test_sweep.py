@@ -4,6 +4,7 @@ import errno
 import json
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -162,6 +163,10 @@ def test_the_command_plans_converts_and_tells(toy: Path, tmp_path: Path, capsys:
     assert kept
     for name in kept:
         assert load_recipe(tmp_path / "out" / name).for_component(CONDITIONER).floor_db > 1
+    # Every colour that the picture names, it has.
+    picture = (tmp_path / "out" / "number_conditioner.svg").read_text()
+    ElementTree.fromstring(picture)
+    assert set(re.findall(r"var\((--\w+)\)", picture)) <= set(re.findall(r"(--\w+):", picture))
     assert cli.run([*words, str(tmp_path / "out"), "--dry-run"]) == 0
     assert "nothing was done" in capsys.readouterr().out
 
