@@ -6,7 +6,6 @@ import hmac
 import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_type_hints
 from urllib.parse import parse_qs, urlsplit
 
@@ -21,11 +20,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sa3_convert import __version__
 from sa3_convert.errors import InputError, Sa3Error
-from sa3_convert.runtime.audio import audio_writer
 from sa3_convert.runtime.conditioning import max_seconds
 from sa3_convert.runtime.request import GenerateRequest
 from sa3_convert.runtime.wav import chunks
 from sa3_convert.serve import LOCAL
+from sa3_convert.serve.asked import flac_of
 from sa3_convert.serve.jobs import AUDIO, BusyError, Job, Jobs
 from sa3_convert.system.untrusted import SMALL, parse_json
 
@@ -248,21 +247,6 @@ async def _grown(job: Job, file: BinaryIO, size: int) -> AsyncIterator[bytes]:
                 raise ConnectionAbortedError(job.sentence or "It was cancelled.")
             else:
                 await changed.wait()
-
-
-def flac_of(path: Path) -> Path:
-    """Return the FLAC beside a WAV, made when it is first asked for, with its settings inside."""
-    import soundfile
-
-    from sa3_convert.runtime.audio import read_metadata
-
-    made = path.with_suffix(".flac")
-    if not made.exists():
-        with path.open("rb") as stream:
-            samples, rate = soundfile.read(stream, dtype="float32", always_2d=True)
-        with audio_writer(made, rate, metadata=read_metadata(path)) as writer:
-            writer.write(samples.T)
-    return made
 
 
 def _add_figures(app: FastAPI, jobs: Jobs) -> None:

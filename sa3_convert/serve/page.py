@@ -6,7 +6,6 @@ import secrets
 import shlex
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -14,11 +13,13 @@ from fastapi import FastAPI
 from gradio import processing_utils
 
 from sa3_convert.errors import Sa3Error, UsageError
+from sa3_convert.serve.asked import flac_of, loudness_of, spectrogram_of
 from sa3_convert.serve.compare import Comparison
 from sa3_convert.serve.form import MOST, OTHERS, STAGES, Form, Values, form_of, progress, usual
 from sa3_convert.serve.jobs import AUDIO, MAX_UPLOAD, Job, Jobs
-from sa3_convert.system.files import atomic_path
 
+GLANCE = 0.05
+"""Seconds that a click may wait."""
 _CSS = "footer {display: none} .gradio-container {max-width: 1100px !important}"
 
 
@@ -60,6 +61,8 @@ def page(jobs: Jobs) -> Any:
             Comparison(jobs, form, now).wire()
         _Session(jobs, form, result, made, now).wire()
     blocks.queue(default_concurrency_limit=None, api_open=False)
+    # It looks for what to do a thousand times a second otherwise, also while nobody is there.
+    blocks._queue.sleep_when_free = blocks._queue.progress_update_sleep_when_free = GLANCE
     return blocks
 
 
@@ -79,20 +82,18 @@ class _Result:
 
     def shown(self, jobs: Jobs, job: Job) -> Values:
         """Return what shows a piece."""
-        from sa3_convert.serve.http import flac_of
-
         assert job.result is not None
         told, wav = job.result, str(job.path)
         notes = "\n".join(told["warnings"])
         figures = (
-            f"{told['duration']:.2f} s, peak {told['peak']:.3f}, {told['loudness']:.1f} LUFS, "
+            f"{told['duration']:.2f} s, peak {told['peak']:.3f}, {loudness_of(job.path):.1f} LUFS, "
             f"made in {sum(told['seconds'].values()):.1f} s by {job.model} on "
             f"{told['engine']['engine']}, seed {told['request']['seed']}\n{notes}"
         )
         paths = [wav, str(flac_of(job.path)), str(job.path.with_suffix(".json"))]
         return {
             self.player: wav,
-            self.spectrogram: str(_spectrogram(job.path)),
+            self.spectrogram: str(spectrogram_of(job.path)),
             self.figures: figures.strip(),
             self.command: command_of(jobs, job),
             **{button: gr.DownloadButton(value=path) for button, path in zip(self.files, paths, strict=True)},
@@ -245,25 +246,3 @@ def command_of(jobs: Jobs, job: Job) -> str:
             words += [f"--{name.replace('_', '-')}={one}"] if str(one).startswith("-") else [
                 f"--{name.replace('_', '-')}", str(one)]  # fmt: skip
     return shlex.join(["sa3-convert", "run", str(served.path), *words, "-o", "piece.wav"])
-
-
-def _spectrogram(path: Path) -> Path:
-    """Return the picture beside a piece, made when it is first shown."""
-    import soundfile
-    from matplotlib.figure import Figure
-
-    from sa3_convert.lab.report.figures import draw_levels, levels
-
-    made = path.with_suffix(".png")
-    if not made.exists():
-        with path.open("rb") as stream:
-            samples, rate = soundfile.read(stream, dtype="float32", always_2d=True)
-        shown = levels(samples.T, rate)
-        figure = Figure(figsize=(6, 1.6), layout="tight")
-        axes = figure.add_subplot()
-        top = float(shown.max())
-        draw_levels(axes, shown, "magma", (top - 80, top), len(samples) / rate, rate)
-        axes.tick_params(labelcolor="#888888", labelsize=8)
-        with atomic_path(made) as temporary:
-            figure.savefig(temporary, format="png", dpi=150, transparent=True)
-    return made

@@ -17,13 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from sa3_convert.arrays import Floats
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.errors import InputError, Sa3Error
 from sa3_convert.runtime.audio import AudioWriter, PcmStream, audio_writer, growing_wav
 from sa3_convert.runtime.engines import KINDS, EngineName
 from sa3_convert.runtime.events import AudioChunk, Report, Started, Stepped
-from sa3_convert.runtime.levels import loudness
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.request import GenerateRequest, ResolvedRequest
 from sa3_convert.system.files import write_text
@@ -67,8 +65,6 @@ class _Worker:
         self._open: OrderedDict[str, Pipeline] = OrderedDict()
 
     def to_the_end(self) -> int:
-        import pyloudnorm  # noqa: F401 - takes a second, which the first piece need not wait for
-
         with contextlib.suppress(EOFError, ConnectionError):
             while True:
                 asked = json.loads(self._connection.recv_bytes())
@@ -101,7 +97,7 @@ class _Worker:
             tell("loading")
         pipeline, output = self._pipeline(asked["model"]), Path(asked["output"])
         request = GenerateRequest.from_json(asked["settings"]).resolved(pipeline.layout)
-        rate, chunks = pipeline.layout.sample_rate, list[Floats]()
+        rate, samples, peak = pipeline.layout.sample_rate, 0, 0.0
         metadata = {"request": request.to_json(output.parent)} | pipeline.made_by()
         report, steps = None, 0
         stream = pipeline.stream(request)
@@ -114,20 +110,18 @@ class _Worker:
                     tell("step", done=(steps := steps + 1), of=event.steps)
                 elif isinstance(event, AudioChunk):
                     file.write(event.samples)
-                    chunks.append(event.samples)
-                    tell("audio", samples=event.start + event.samples.shape[1])
+                    samples, peak = event.start + event.samples.shape[1], max(peak, float(np.abs(event.samples).max()))
+                    tell("audio", samples=samples)
                 else:
                     report = event
             self._heed(asked["id"])
         assert isinstance(report, Report)
-        audio = np.concatenate(chunks, axis=1)
         figures = {
             "seconds": dict(report.seconds),
             "engine": dict(report.engine),
-            "duration": audio.shape[1] / rate,
+            "duration": samples / rate,
             "sample_rate": rate,
-            "peak": float(np.abs(audio).max()),
-            "loudness": loudness(audio.astype(np.float64), rate),
+            "peak": peak,
             "warnings": list(report.warnings),
         }
         told = {"schema": 1, "output": output.name, **metadata, **figures}

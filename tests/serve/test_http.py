@@ -314,7 +314,7 @@ def test_a_signal_cancels_what_runs_and_leaves_nothing_half_written(toy_int8: Bu
     command = [*COMMAND, str(toy_int8.path), "-o", str(tmp_path / "out"), "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        served = Client(process.stderr.readline().split()[1])
+        served = Client(next(line for line in process.stderr if line.startswith("Open ")).split()[1])
         job = served.start(**LONG)
         served.await_event(job, "step")
         process.send_signal(signal.SIGTERM)
@@ -329,7 +329,7 @@ import json, os, subprocess, sys, urllib.request
 command, bundle, out = sys.argv[1:]
 process = subprocess.Popen([sys.executable, "-m", "sa3_convert", "serve", bundle, "-o", out, "--port", "0"],
                            stderr=subprocess.PIPE, text=True)
-address = process.stderr.readline().split()[1]
+address = next(line for line in process.stderr if line.startswith("Open ")).split()[1]
 body = json.dumps({"prompt": "pad", "seconds": 1, "steps": 1}).encode()
 job = json.load(urllib.request.urlopen(address + "v1/generate", body))["id"]
 print(len(urllib.request.urlopen(address + f"v1/jobs/{job}/audio").read()))

@@ -1,9 +1,12 @@
 """The page in headless Chromium: everything on it that a musician uses, and whom it asks."""
 
+import asyncio
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import gradio
 import pytest
@@ -15,6 +18,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 from sa3_convert.errors import UsageError
 from sa3_convert.serve.blind import BlindTest, Pair, wilson
 from sa3_convert.serve.form import _regions
+from sa3_convert.serve.page import GLANCE
 from tests.browser import find_chromium
 from tests.serve.conftest import Serving
 from tests.serve.test_http import wav
@@ -186,6 +190,22 @@ def test_an_address_in_place_of_audio_is_not_asked(served: Serving) -> None:
     for name in fetching:
         with pytest.raises(UsageError, match="address"):
             getattr(gradio.processing_utils, name)("https://example.com/a.wav", "nowhere")
+
+
+def test_the_queue_of_the_page_rests_while_nobody_is_there(served: Serving) -> None:
+    served.client.get("/")
+    rest = asyncio.sleep
+    rests: list[float] = []
+
+    async def counted(seconds: float, *more: Any) -> Any:
+        rests.append(seconds)
+        return await rest(seconds, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradio.queueing.asyncio, "sleep", counted)
+        time.sleep(0.5)
+    assert GLANCE in rests
+    assert min(rests) >= GLANCE
 
 
 def test_regions_are_read_as_the_command_line_does() -> None:
