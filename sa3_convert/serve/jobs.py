@@ -21,7 +21,7 @@ from typing import Any, Literal
 from sa3_convert.bundle.manifest import Manifest
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
-from sa3_convert.errors import InputError, Sa3Error, UsageError
+from sa3_convert.errors import InputError, Sa3Error, UsageError, told_by_system
 from sa3_convert.runtime.request import RANDOM, GenerateRequest
 from sa3_convert.serve.worker import Served, work
 from sa3_convert.system.files import sweep
@@ -241,6 +241,8 @@ class Jobs:
             if not size:
                 raise InputError("An empty file was sent.")
             sent.replace(folder / digest.hexdigest()[:32])
+        except OSError as error:
+            raise told_by_system(error) or error from None
         finally:
             sent.unlink(missing_ok=True)
         return digest.hexdigest()[:32]

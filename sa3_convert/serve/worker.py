@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from sa3_convert.bundle.reader import Bundle
-from sa3_convert.errors import InputError, Sa3Error
+from sa3_convert.errors import ConversionError, InputError, Sa3Error, told_by_system
 from sa3_convert.runtime.audio import AudioWriter, PcmStream, audio_writer, growing_wav
 from sa3_convert.runtime.engines import KINDS, EngineName
 from sa3_convert.runtime.events import AudioChunk, Report, Started, Stepped
@@ -59,6 +59,17 @@ def _send(connection: Connection, **message: Any) -> None:
     connection.send_bytes(json.dumps(message).encode())
 
 
+def _said(error: Exception) -> str:
+    """Return in a sentence what the system or a library raised; what is a bug is shown on stderr."""
+    known = told_by_system(error)
+    if isinstance(known, ConversionError):
+        return "Memory ran out. Ask for less audio, or serve fewer bundles at a time."
+    if known is not None:
+        return str(known)
+    traceback.print_exception(error, file=sys.stderr)
+    return f"This is a bug in sa3-convert: {type(error).__name__}: {error}"
+
+
 class _Worker:
     def __init__(self, connection: Connection, served: Mapping[str, Served], keep_bytes: int) -> None:
         self._connection, self._served, self._keep_bytes = connection, served, keep_bytes
@@ -83,13 +94,10 @@ class _Worker:
             tell("cancelled")
         except Sa3Error as error:
             tell("failed", sentence=str(error))
-        except MemoryError:
-            tell("failed", sentence="Memory ran out. Ask for less audio, or serve fewer bundles at a time.")
         except (EOFError, ConnectionError):
             raise
-        except Exception as error:  # a bug, or what a library raises: it costs this piece, not the others
-            traceback.print_exc(file=sys.stderr)
-            tell("failed", sentence=f"This is a bug in sa3-convert: {type(error).__name__}: {error}")
+        except Exception as error:  # it costs this piece, not the others
+            tell("failed", sentence=_said(error))
         self._free()
 
     def _made(self, asked: Mapping[str, Any], tell: Any) -> dict[str, Any]:

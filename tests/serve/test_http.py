@@ -250,9 +250,11 @@ def test_uploads_are_bounded_and_leave_nothing(served: Serving, monkeypatch: pyt
 
 
 def test_other_hosts_and_other_sites_are_refused(served: Serving) -> None:
-    assert served.client.get("/health", headers={"host": "evil.example"}).status_code == 421
+    for host in ("evil.example", "127.0.0.1.evil.example", "127.0.0.1@evil.example", "[::1", ""):
+        assert served.client.get("/health", headers={"host": host}).status_code == 421
     assert served.client.get("/health", headers={"origin": "http://evil.example"}).status_code == 403
     assert served.client.get("/health", headers={"origin": "null"}).status_code == 403
+    assert served.client.get("/health", headers={"origin": "http://[::1"}).status_code == 403
     fine = served.client.get("/health", headers={"origin": served.address})
     assert fine.status_code == 200
     assert "default-src 'self'" in fine.headers["content-security-policy"]
