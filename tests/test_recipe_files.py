@@ -42,7 +42,7 @@ def test_a_file_of_the_users_comes_first(elsewhere: Path, given: str) -> None:
 
 @pytest.mark.parametrize("given", ["int9", "int9.yaml", "elsewhere/int8.yaml", "/int8.yaml"])
 def test_what_is_nowhere_is_refused_with_what_there_is(given: str) -> None:
-    with pytest.raises(RecipeError, match=r"does not exist\. .*balanced, card, fp16, fp32, int8"):
+    with pytest.raises(RecipeError, match=r"does not exist\. .*balanced, card, fp16, fp32, int4, int8"):
         recipe_file(Path(given))
 
 

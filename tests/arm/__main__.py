@@ -15,7 +15,7 @@ import typer
 from tests.arm.measure import SETTINGS, Figure
 from tests.arm.root import CPUS, REPOSITORY, emulated_python
 
-RECIPES = ("int8", "fp16", "balanced", "small", "portable", "card", "fp32", "medium")
+RECIPES = ("int8", "fp16", "balanced", "small", "portable", "card", "int4", "fp32", "medium")
 SMOKE_SETTINGS = ("high", "normal", "low", "low, split")
 ALLOWED_DB = {"high": 0.5, "normal": 0.5, "memory low": 3.0}
 """What may be lost against x86. Eight-bit activations, of memory low, are rounded otherwise by each kernel."""

@@ -1,5 +1,6 @@
 """The tiers with mixed precision fit every variant by the names and widths of its layers, and convert."""
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,7 +66,13 @@ def check_rules(names: Mapping[str, tuple[int, ...]], mixed: WeightScheme) -> No
 
 @pytest.mark.parametrize(
     ("tier", "variant_name"),
-    [("int8", "small-music"), ("balanced", "small-music"), ("small", "small-music"), ("medium", "medium")],
+    [
+        ("int8", "small-music"),
+        ("int4", "small-music"),
+        ("balanced", "small-music"),
+        ("small", "small-music"),
+        ("medium", "medium"),
+    ],
 )
 def test_at_the_published_size_every_rule_has_layers_and_every_block_divides_their_inputs(
     tier: str, variant_name: str, tmp_path: Path
@@ -82,6 +89,7 @@ def test_at_the_published_size_every_rule_has_layers_and_every_block_divides_the
     ("tier", "variant_name", "component", "mebibytes"),
     [
         ("int8", "small-music", Component.TEXT_ENCODER, 276),
+        ("int4", "small-music", Component.TEXT_ENCODER, 240),
         ("int8", "small-music", Component.DIT, 444),
         ("int8", "medium", Component.DIT, 1400),
         ("medium", "medium", Component.DIT, 1400),
@@ -106,6 +114,14 @@ def test_smaller_tiers_are_smaller(variant: Checkpoint) -> None:
         assert small < balanced
 
 
+def test_of_the_text_encoders_weights_most_have_four_bits_or_fewer(tmp_path: Path) -> None:
+    state = published_state(layout_of_published("small-music", tmp_path), Component.TEXT_ENCODER)
+    shapes = weights_by_layer({name: tuple(tensor.shape) for name, tensor in state.items() if name != TOKEN_TABLE})
+    mixed = scheme("int4", Component.TEXT_ENCODER)
+    few = sum(math.prod(shape) for name, shape in shapes.items() if (mixed.for_layer(name)[0] or 16) <= 4)
+    assert few / sum(math.prod(shape) for shape in shapes.values()) > 0.55
+
+
 @pytest.mark.parametrize("tier", TIERS)
 def test_a_tier_converts_and_keeps_its_floors(converted: Convert, toy: Path, tmp_path: Path, tier: str) -> None:
     bundle = converted(toy, tier, tmp_path / "out")[0].bundle
@@ -115,3 +131,11 @@ def test_a_tier_converts_and_keeps_its_floors(converted: Convert, toy: Path, tmp
         assert artifact.fidelity is not None
         assert artifact.floor_db is not None
         assert artifact.fidelity.signal_to_noise_db >= artifact.floor_db
+
+
+def test_int4_keeps_its_text_encoder_above_16_db(converted: Convert, toy: Path, tmp_path: Path) -> None:
+    only = (Component.TEXT_ENCODER,)
+    artifact = converted(toy, "int4", tmp_path / "out", components=only)[0].bundle.artifact(*only)
+    assert artifact.precision == "int4"
+    assert artifact.fidelity is not None
+    assert artifact.fidelity.signal_to_noise_db > 16
