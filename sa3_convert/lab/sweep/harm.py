@@ -9,6 +9,7 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -86,32 +87,36 @@ def harms(
     kept = cache / "harm" / f"{key[:16]}.json"
     with contextlib.suppress(OSError, ValueError):
         return _HARMS.validate_json(read_sealed(kept))
-    with Pipeline.from_checkpoint(checkpoint.folder, threads=threads, loras=loras) as pipeline:
-        found = _measured(pipeline, sensitivities, tick, threads)
+    # A pipeline keeps what it has encoded, so each nudged component has one of its own.
+    opened = partial(Pipeline.from_checkpoint, checkpoint.folder, threads=threads, loras=loras)
+    found = _measured(opened, sensitivities, tick, threads)
     write_sealed(kept, _HARMS.dump_json(found))
     return found
 
 
 def _measured(
-    pipeline: Pipeline,
+    opened: Callable[[], Pipeline],
     sensitivities: Mapping[Component, Sensitivity],
     tick: Callable[[int, int], None],
     threads: int | None,
 ) -> dict[Component, float]:
     found: dict[Component, float] = {}
-    plain = pipeline.models.engine
-    assert isinstance(plain, TorchEngine)
-    without = [_generated(pipeline, case) for case in CASES]
-    given = [_generated(pipeline, case, audio) for case, audio in zip(CASES, without, strict=True)]
+    with opened() as pipeline:
+        without = [_generated(pipeline, case) for case in CASES]
+        given = [_generated(pipeline, case, audio) for case, audio in zip(CASES, without, strict=True)]
     for done, (component, sensitivity) in enumerate(sensitivities.items()):
         tick(done, len(sensitivities))
-        pipeline.models.engine = _Nudged(
-            plain.checkpoint, threads=threads, nudged=component, deviations=_deviations(sensitivity)
-        )
         encodes = component is Component.ENCODER
-        heard = [
-            _generated(pipeline, case, audio if encodes else None) for case, audio in zip(CASES, without, strict=True)
-        ]
+        with opened() as pipeline:
+            plain = pipeline.models.engine
+            assert isinstance(plain, TorchEngine)
+            pipeline.models.engine = _Nudged(
+                plain.checkpoint, threads=threads, nudged=component, deviations=_deviations(sensitivity)
+            )
+            heard = [
+                _generated(pipeline, case, audio if encodes else None)
+                for case, audio in zip(CASES, without, strict=True)
+            ]
         squares = [
             compare_audio(expected, actual, pipeline.layout.sample_rate).mean_spectral_distance_db ** 2
             for expected, actual in zip(given if encodes else without, heard, strict=True)

@@ -9,8 +9,8 @@ from sa3_convert.checkpoint.reader import Checkpoint
 from sa3_convert.cli import app as cli
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
-from sa3_convert.lab.planner.planner import measure, table_error
-from sa3_convert.lab.planner.sensitivity import Sensitivity
+from sa3_convert.lab.planner.planner import layers_to_measure, measure, table_error
+from sa3_convert.lab.planner.sensitivity import LayerSensitivity, Sensitivity
 from sa3_convert.lab.sweep import harm
 from sa3_convert.lab.sweep.budget import within
 from sa3_convert.recipe import ComponentRecipe, load_recipe, own_recipes
@@ -49,6 +49,12 @@ def test_who_hurts_more_gets_more(checkpoint: Checkpoint, known: dict[Component,
     assert tilted[Component.TEXT_ENCODER].size < even[Component.TEXT_ENCODER].size
 
 
+def test_no_component_is_given_up(checkpoint: Checkpoint, known: dict[Component, Sensitivity]) -> None:
+    plans = within(checkpoint, BASES, known, EVEN | {Component.TEXT_ENCODER: 1e-12}, MIB)
+    assert plans[Component.TEXT_ENCODER].predicted_db >= 10
+    assert sum(made.size for made in plans.values()) <= MIB
+
+
 def test_the_token_table_gets_the_type_that_costs_least(
     checkpoint: Checkpoint, known: dict[Component, Sensitivity]
 ) -> None:
@@ -79,7 +85,21 @@ def test_harm_is_measured_once_and_is_more_where_less_comes_after(
     checkpoint: Checkpoint, known: dict[Component, Sensitivity], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(harm, "CASES", (replace(harm.CASES[0], seconds=0.5),))
+    one_layer = {
+        component: Sensitivity(
+            fingerprint="x",
+            scales="fp16",
+            layers={
+                next(iter(layers_to_measure(checkpoint, component))): LayerSensitivity(
+                    shape=(1, 1), curvature=1, candidates=()
+                )
+            },
+        )
+        for component in Component
+    }
+    known = one_layer | known
     found = harm.harms(checkpoint, (), known, tmp_path, threads=1)
+    assert set(found) == set(Component)
     assert all(value > 0 for value in found.values())
     # A duration's one token moves the sound less than what writes the sound.
     assert found[Component.NUMBER_CONDITIONER] < found[Component.DECODER]
