@@ -5,16 +5,20 @@ from pathlib import Path
 
 import pytest
 
+from sa3_convert.bundle.reader import Bundle
 from sa3_convert.checkpoint.reader import Checkpoint
 from sa3_convert.cli import app as cli
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
+from sa3_convert.lab.generations.end_to_end import measure_end_to_end, staged_pipelines
+from sa3_convert.lab.generations.trajectory import GenerationCase
 from sa3_convert.lab.planner.planner import layers_to_measure, measure, table_error
 from sa3_convert.lab.planner.sensitivity import LayerSensitivity, Sensitivity
 from sa3_convert.lab.sweep import harm
 from sa3_convert.lab.sweep.budget import within
-from sa3_convert.recipe import ComponentRecipe, load_recipe, own_recipes
+from sa3_convert.recipe import ComponentRecipe, Recipe, load_recipe, own_recipes
 from sa3_convert.runtime.pipeline import Pipeline
+from tests.bundles import Convert
 
 BASE = load_recipe(own_recipes()["small"])
 CHOSEN = (Component.TEXT_ENCODER, Component.NUMBER_CONDITIONER, Component.DECODER)
@@ -122,3 +126,24 @@ def test_the_command_writes_one_recipe_for_all(toy: Path, tmp_path: Path, monkey
     assert made.name == "within-0.03"
     assert made.for_component(Component.NUMBER_CONDITIONER).floor_db > 1
     assert made.for_component(Component.DIT) == BASE.for_component(Component.DIT)
+
+
+@pytest.mark.slow
+def test_in_no_more_bytes_than_small_what_is_heard_is_nearer(toy: Path, tmp_path: Path, converted: Convert) -> None:
+    def made(recipe: str | Recipe, name: str) -> Bundle:
+        return converted(toy, recipe, tmp_path / name, with_reference=True)[0].bundle
+
+    def models(bundle: Bundle) -> int:
+        return sum(entry.bytes for a in bundle.manifest.artifacts if a.kind == "mnn" for entry in a.files)
+
+    def distance(bundle: Bundle) -> float:
+        with staged_pipelines(bundle, threads=1) as (references, target):
+            found = measure_end_to_end(references, target, [GenerationCase(6, 0, 2.0)])
+        return found.cases[0].target.audio.mean_spectral_distance_db
+
+    small = made("small", "small")
+    words = ["--budget-mib", str(models(small) / MIB), "--out", str(tmp_path / "out"), "--threads", "1"]
+    assert cli.run(["sweep", str(toy), *words]) == 0
+    shared = made(load_recipe(next((tmp_path / "out").glob("within-*.yaml"))), "shared")
+    assert models(shared) <= models(small)
+    assert distance(shared) < distance(small) / 2
