@@ -10,8 +10,10 @@ from sa3_convert.runtime.audio import audio_writer, read_metadata, write_audio
 from sa3_convert.runtime.events import AudioChunk, Event, Generation, Report, Started, Stepped
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.request import GenerateRequest
+from sa3_convert.runtime.setting_values import AdapterRequest
 
 __all__ = [
+    "AdapterRequest",
     "AudioChunk",
     "Event",
     "FluxShift",

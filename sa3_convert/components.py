@@ -4,11 +4,13 @@ Names and shapes are what existing clients call (they resize by input name and f
 of the product's contract. T, the number of latents, is the only dynamic length.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, Literal
 
+from sa3_convert.checkpoint.tensors import expected_tensors
 from sa3_convert.errors import UsageError
 
 if TYPE_CHECKING:
@@ -185,8 +187,49 @@ def components_of(layout: "CheckpointLayout") -> tuple[Component, ...]:
     return tuple(c for c in Component if layout.dit is not None or SPECS[c].of_autoencoder)
 
 
-def contract(component: Component, layout: "CheckpointLayout") -> Contract:
-    """Return the I/O contract of a component; UsageError if a checkpoint of this layout has none."""
+def contract(component: Component, layout: "CheckpointLayout", rank: int | None = None) -> Contract:
+    """Return the I/O contract of a component; UsageError if a checkpoint of this layout has none.
+
+    With a rank it is that of the model with slots, which takes adapters of up to this rank as two more inputs.
+    """
     if component not in components_of(layout):
         raise UsageError(f"This checkpoint holds an autoencoder alone; it has no component {component.value!r}.")
-    return SPECS[component].contract(layout)
+    plain = SPECS[component].contract(layout)
+    if rank is None:
+        return plain
+    last = slots(component, layout)[-1]
+    sizes = {SLOT_INPUTS[0]: last.inner + last.fan_in, SLOT_INPUTS[1]: last.outer + last.fan_out}
+    ports = [Port(name, "float32", ((rank + 1) * size,)) for name, size in sizes.items()]
+    return replace(plain, inputs=(*plain.inputs, *ports))
+
+
+ADAPTED: Final = (Component.NUMBER_CONDITIONER, Component.DIT)
+"""What adapters change."""
+SLOT_INPUTS: Final = ("adapter_inner", "adapter_outer")
+"""For each layer, one after the other, 1 + rank runs of numbers: of the first a factor less one for each input channel,
+then Aᵀ [channels, rank]; of the second a factor less one for each output channel, then Bᵀ [rank, channels]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A layer that adapters can change, and where its part of the two inputs is, in multiples of 1 + rank."""
+
+    layer: str
+    """Its path within the network."""
+    fan_out: int
+    fan_in: int
+    outer: int
+    inner: int
+
+
+def slots(component: Component, layout: "CheckpointLayout") -> tuple[Slot, ...]:
+    """Return the layers of a component that adapters can change, sorted by name: all linears and convolutions."""
+    (prefix,) = SPECS[component].weights
+    found: list[Slot] = []
+    outer = inner = 0
+    for name, spec in expected_tensors(layout).items():
+        if name.startswith(prefix) and name.endswith(".weight") and len(spec.shape) > 1:
+            fan_out, fan_in = spec.shape[0], math.prod(spec.shape[1:])
+            found.append(Slot(name[len(prefix) : -len(".weight")], fan_out, fan_in, outer, inner))
+            outer, inner = outer + fan_out, inner + fan_in
+    return tuple(found)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, computed_field, model_validator
 
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
-from sa3_convert.components import Component, components_of, part_files
+from sa3_convert.components import ADAPTED, Component, components_of, part_files
 from sa3_convert.system.files import sha256_file
 from sa3_convert.system.untrusted import SMALL, printable
 
@@ -67,25 +67,37 @@ BOTTLENECK = "bottleneck_params.json"
 
 ArtifactKind = Literal[
     "mnn", "onnx", "onnx-int8", "onnx-fp16", "mnn-prepare", "mnn-time", "mnn-step",
+    "mnn-slots", "onnx-slots", "onnx-int8-slots",
     "tokenizer", "bottleneck_params", "recipe",
 ]  # fmt: skip
 SPLIT_KINDS: Final[tuple[ArtifactKind, ...]] = ("mnn-prepare", "mnn-time", "mnn-step")
 """A model in parts, in their order: what runs once per generation, the time's embedding, and the rest of every step."""
 
+SLOTS_OF: Final[Mapping[ArtifactKind, ArtifactKind]] = {
+    "mnn": "mnn-slots",
+    "onnx": "onnx-slots",
+    "onnx-int8": "onnx-int8-slots",
+}
+"""Kinds of models → of the same with slots for adapters."""
+
 RIGHT_IN_HALF_DB: Final = 40.0
 """From here on a model may compute with halves: of a model with 30 dB that takes at most 0.4 dB."""
 
 _LONGEST_NAME: Final = 60
-_KEPT_OUTSIDE: Final[tuple[ArtifactKind, ...]] = ("onnx", "onnx-int8", "onnx-fp16")
+_KEPT_OUTSIDE: Final[tuple[ArtifactKind, ...]] = (
+    "onnx", "onnx-int8", "onnx-fp16", "onnx-slots", "onnx-int8-slots",
+)  # fmt: skip
 """Kinds whose files may be kept outside of the bundle."""
 COMPANIONS: Mapping[ArtifactKind, str] = {
-    **dict.fromkeys(("mnn", *SPLIT_KINDS), ".weight"),
+    **dict.fromkeys(("mnn", "mnn-slots", *SPLIT_KINDS), ".weight"),
     **dict.fromkeys(_KEPT_OUTSIDE, ".data"),
 }
 """Kinds of models, and what is behind their name in that of the file that is loaded with them."""
 _SHARED_BYTES: Mapping[ArtifactKind, int] = {"tokenizer": 256 << 20, "bottleneck_params": SMALL, "recipe": SMALL}
 """Kinds of files that belong to no component, and how large each can be."""
 _LARGEST_TABLE: Final = 64 << 20
+MOST_RANK: Final = 256
+"""Of slots; a rank of 1024 would be as large as the weights themselves."""
 
 
 class _Data(BaseModel):
@@ -152,6 +164,8 @@ class Artifact(FileEntry):
     kept_at: Annotated[str, Field(max_length=4096)] | None = None
     """Folder, relative to the bundle, of a file that is left out of it: the reference ONNX is several times its size.
     The hash says whether it is still the right one."""
+    rank: int | None = Field(default=None, ge=1, le=MOST_RANK)
+    """Of a model with slots for adapters: the rank that they have room for."""
     target_mnn: Version | None = None
     """Of a `.mnn`: the oldest MNN that its graph was made to be right on."""
     fingerprint: Sha256 | None = None
@@ -164,6 +178,9 @@ class Artifact(FileEntry):
             raise ValueError(f"{self.kind} is {'no model' if suffix is None else 'a model'} of a component")
         if self.kind in SPLIT_KINDS and self.component is not Component.DIT:
             raise ValueError("only a dit is in parts")
+        has_slots = self.kind in SLOTS_OF.values()
+        if (self.rank is not None) is not has_slots or (has_slots and self.component not in ADAPTED):
+            raise ValueError(f"{self.kind} of {self.component} has slots of rank {self.rank}")
         # A model's other file is loaded by a name that is made from its own: no other name would be what is checked.
         if self.companion is not None and self.companion.path != f"{self.path}{suffix}":
             raise ValueError(f"what belongs to {self.path} is not {self.companion.path}")

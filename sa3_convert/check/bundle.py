@@ -2,17 +2,17 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sa3_convert.bundle.manifest import Artifact
+from sa3_convert.bundle.manifest import SLOTS_OF, Artifact, ArtifactKind
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.check.compare import Outputs, compare_runs, run_samples
 from sa3_convert.check.inputs import Sample, samples_for
 from sa3_convert.check.reference_store import ReferenceStore, digest_of
 from sa3_convert.check.results import BundleFidelity, Progress, Verdict, sampled_stage
-from sa3_convert.components import Component
+from sa3_convert.components import SLOT_INPUTS, Component
 from sa3_convert.errors import ConversionError, ModelFileError, VerificationError
 from sa3_convert.recipe import Recipe, load_recipe
 from sa3_convert.runtime.engines import KINDS, EngineName, bundle_engine
@@ -26,6 +26,11 @@ class Judged:
     engine: EngineName
     artifact: Artifact
     floor_db: float
+
+    @property
+    def rank(self) -> int | None:
+        """Of its slots for adapters."""
+        return self.artifact.rank
 
 
 def bundle_recipe(bundle: Bundle) -> Recipe:
@@ -43,22 +48,27 @@ def bundle_recipe(bundle: Bundle) -> Recipe:
 def models_of(bundle: Bundle, recipe: Recipe, component: Component) -> list[Judged]:
     """Return the models of a component, their files held to manifest and recipe, which must agree."""
     wanted = recipe.for_component(component)
-    models = [Judged(component, "mnn", bundle.artifact(component), wanted.floor_db)]
-    _check_claims(bundle.file(component), models[0].artifact, wanted.precision, wanted.floor_db, "recipe")
-    _check_storage(bundle, recipe, component)
     kinds = {a.kind for a in bundle.manifest.artifacts if a.component is component}
+    models: list[Judged] = []
+    for kind in ("mnn", *kinds & {SLOTS_OF["mnn"]}):
+        models.append(Judged(component, "mnn", bundle.artifact(component, kind), wanted.floor_db))
+        _check_claims(bundle.file(component, kind), models[-1].artifact, wanted.precision, wanted.floor_db, "recipe")
+        _check_storage(bundle, recipe, models[-1].artifact)
     forms: tuple[EngineName, ...] = ("onnxruntime-int8", "onnxruntime-fp16")
-    return models + [_onnx_form(bundle, component, engine) for engine in forms if KINDS[engine] in kinds]
+    for engine in forms:
+        for kind in kinds & {KINDS[engine], SLOTS_OF.get(KINDS[engine])}:
+            models.append(_onnx_form(bundle, component, engine, kind))
+    return models
 
 
-def _onnx_form(bundle: Bundle, component: Component, engine: EngineName) -> Judged:
+def _onnx_form(bundle: Bundle, component: Component, engine: EngineName, kind: ArtifactKind) -> Judged:
     from sa3_convert.passes import half, integers
     from sa3_convert.passes.pipeline import opened_onnx
     from sa3_convert.passes.split import check_parts
 
-    kind = KINDS[engine]
     artifact, file = bundle.artifact(component, kind), bundle.file(component, kind)
-    reference, form = (bundle.checked(component, one).path for one in ("onnx", kind))
+    of: ArtifactKind = "onnx" if artifact.rank is None else SLOTS_OF["onnx"]
+    reference, form = (bundle.checked(component, one).path for one in (of, kind))
     floors, precision = (half.FLOORS_DB, "fp16") if kind == "onnx-fp16" else (integers.FLOORS_DB, "int8")
     try:
         with opened_onnx(form) as model, opened_onnx(reference) as original:
@@ -86,14 +96,16 @@ def _check_claims(file: Path, artifact: Artifact, precision: str, floor_db: floa
         )
 
 
-def _check_storage(bundle: Bundle, recipe: Recipe, component: Component) -> None:
+def _check_storage(bundle: Bundle, recipe: Recipe, artifact: Artifact) -> None:
     """Hold manifest and recipe to what the bytes of a `.mnn` say."""
     from sa3_convert.mnn.compatibility import check_reader
     from sa3_convert.mnn.file.audit import audit
     from sa3_convert.mnn.file.storage import read_storage
 
-    artifact, file = bundle.artifact(component), bundle.file(component)
-    storage = read_storage(bundle.checked(component).path)
+    component = artifact.component
+    assert component is not None
+    file = bundle.file(component, artifact.kind)
+    storage = read_storage(bundle.checked(component, artifact.kind).path)
     try:
         audit(storage, recipe.for_component(component))
         if artifact.target_mnn is not None:
@@ -151,17 +163,20 @@ def verify_bundle(
         raise VerificationError(f"Bundle {bundle.path} has no model to verify.")
     for component in selected:
         bundle.file(component, "mnn"), bundle.file(component, "onnx")
-    bundle.check(selected, kinds=tuple(KINDS.values()))
+    bundle.check(selected, kinds=(*KINDS.values(), *SLOTS_OF.values()))
     recipe = bundle_recipe(bundle)
     judged = {component: models_of(bundle, recipe, component) for component in selected}
     verdicts: list[Verdict] = []
+    adapted: list[Verdict] = []
     for component, models in judged.items():
-        samples = samples_for(component, bundle.layout, quick=quick)
-        expected = _expected(bundle, component, samples, threads, store, progress)
-        for model in models:
-            verdicts.append(_verdict(bundle, model, samples, expected, threads, progress, settings or {}))
-            report(verdicts[-1])
-    return BundleFidelity(bundle.manifest.label, recipe.name, tuple(verdicts))
+        for rank in dict.fromkeys(model.rank for model in models):
+            samples = samples_for(component, bundle.layout, quick=quick, rank=rank)
+            expected = _expected(bundle, component, samples, threads, store, progress, rank)
+            for model in (one for one in models if one.rank == rank):
+                found = _verdict(bundle, model, samples, expected, threads, progress, settings or {})
+                (verdicts if rank is None else adapted).append(found)
+                report(found)
+    return BundleFidelity(bundle.manifest.label, recipe.name, tuple(verdicts), adapted=tuple(adapted))
 
 
 def _expected(
@@ -171,15 +186,24 @@ def _expected(
     threads: int | None,
     store: ReferenceStore | None,
     progress: Progress,
+    rank: int | None,
 ) -> list[Outputs]:
-    """Return the reference's outputs, from the store where it has them; the model is loaded when one is missing."""
-    engine = bundle_engine(bundle, _REFERENCE, {"threads": threads})
-    session = functools.cache(lambda: engine.load(component))
+    """Return the reference's outputs, from the store where it has them; the model is loaded when one is missing.
+
+    Of a model with slots and no adapters in them the reference is the plain one: both are of the same weights.
+    """
+    sessions = functools.cache(
+        lambda rank: bundle_engine(bundle, _REFERENCE, {"threads": threads}, rank=rank).load(component)
+    )
 
     def compute(sample: Sample) -> Outputs:
-        return run_samples(session(), [sample])[0]
+        if rank is not None and not any(sample.feeds[name].any() for name in SLOT_INPUTS):
+            plain = {name: array for name, array in sample.feeds.items() if name not in SLOT_INPUTS}
+            return run_samples(sessions(None), [replace(sample, feeds=plain)])[0]
+        return run_samples(sessions(rank), [sample])[0]
 
-    hashes = [entry.sha256 for entry in bundle.artifact(component, "onnx").files]
+    kinds: tuple[ArtifactKind, ...] = ("onnx",) if rank is None else ("onnx", SLOTS_OF["onnx"])
+    hashes = [entry.sha256 for kind in kinds for entry in bundle.artifact(component, kind).files]
     outputs = []
     for done, sample in enumerate(samples):
         progress(sampled_stage(component, _REFERENCE), done, len(samples))
@@ -202,14 +226,15 @@ def _verdict(
 ) -> Verdict:
     component = model.component
     options = {"threads": threads, **(settings if model.engine == "mnn" else {})}
-    session = bundle_engine(bundle, model.engine, options).load(component)
+    session = bundle_engine(bundle, model.engine, options, rank=model.rank).load(component)
     actual = []
     for done, sample in enumerate(samples):
         progress(sampled_stage(component, model.engine), done, len(samples))
         actual += run_samples(session, [sample])
     fidelity = compare_runs(component, bundle.layout, samples, expected, actual)
     claim = None if settings else model.artifact.fidelity
-    again = fidelity.over({sample.name for sample in samples_for(component, bundle.layout, quick=True)})
+    claimed = samples_for(component, bundle.layout, quick=True, rank=model.rank)
+    again = fidelity.over({sample.name for sample in claimed})
     return Verdict(
         component,
         fidelity.measurements,

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
-from sa3_convert.components import SPECS, Component, contract
+from sa3_convert.components import SLOT_INPUTS, SPECS, Component, contract, slots
 from sa3_convert.runtime.autoencode import patched
 from sa3_convert.runtime.sampling import sigmas
 
@@ -216,7 +216,37 @@ def lengths_of(component: Component, *, quick: bool) -> tuple[int, ...]:
     return tuple(latents for _, latents in _pairs(component, quick))
 
 
-def samples_for(component: Component, layout: CheckpointLayout, *, quick: bool) -> list[Sample]:
-    """Return the samples of a component; the full set contains the quick one."""
-    pairs = _pairs(component, quick)
-    return [sample_inputs(component, layout, seed=seed, latents=latents) for seed, latents in pairs]
+def samples_for(
+    component: Component, layout: CheckpointLayout, *, quick: bool, rank: int | None = None
+) -> list[Sample]:
+    """Return the samples of a component, for a model with slots of a rank if given; the full set contains the quick."""
+    samples = [sample_inputs(component, layout, seed=s, latents=t) for s, t in _pairs(component, quick)]
+    if rank is None:
+        return samples
+    adapters = {kind: _adapter(component, layout, rank, kind) for kind in _ADAPTERS}
+    pairs = ((sample, _ADAPTERS[i % len(_ADAPTERS)]) for i, sample in enumerate(samples))
+    return [
+        replace(sample, name=f"{sample.name} adapter={kind}", feeds={**sample.feeds, **adapters[kind]})
+        for sample, kind in pairs
+    ]
+
+
+_ADAPTERS = ("none", "lora", "bora")
+"""With nothing in the slots, with a low-rank step, and with factors of rows and columns too."""
+
+
+def _adapter(component: Component, layout: CheckpointLayout, rank: int, kind: str) -> dict[str, NDArray[np.float32]]:
+    """Return what a model with slots takes: a step with a third of the weights' norm, factors from 0.8 to 1.2."""
+    random = np.random.default_rng([rank, _ADAPTERS.index(kind)])
+    ports = contract(component, layout, rank).inputs[-len(SLOT_INPUTS) :]
+    feeds = {port.name: np.zeros(port.concrete(0), np.float32) for port in ports}
+    inner, outer = feeds.values()
+    for slot in slots(component, layout) if kind != "none" else ():
+        for whole, start, size, spread in (
+            (inner, slot.inner, slot.fan_in, slot.fan_in**-0.5),
+            (outer, slot.outer, slot.fan_out, rank**-0.5 / 3),
+        ):
+            part = whole[start * (rank + 1) : (start + size) * (rank + 1)]
+            part[size:] = random.standard_normal(size * rank) * spread
+            part[:size] = random.uniform(-0.2, 0.2, size) * (kind == "bora")
+    return feeds

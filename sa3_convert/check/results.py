@@ -223,11 +223,14 @@ class BundleFidelity:
     verdicts: Annotated[tuple[Verdict, ...], Field(serialization_alias="components")]
     contradictions: tuple[str, ...] = ()
     """What models that others published say of themselves and are not, a sentence each."""
+    adapted: tuple[Verdict, ...] = field(default=(), kw_only=True)
+    """Of models with slots for adapters: with none, with a low-rank step, and with factors of rows and columns too."""
 
     @derived
     def problems(self) -> tuple[str, ...]:
         """What is wrong, a sentence each."""
-        return (*(problem for verdict in self.verdicts for problem in verdict.problems), *self.contradictions)
+        verdicts = (*self.verdicts, *self.adapted)
+        return (*(problem for verdict in verdicts for problem in verdict.problems), *self.contradictions)
 
     @derived
     def passed(self) -> bool:

@@ -7,12 +7,9 @@ Strength 0 leaves the weight alone. Several adapters follow one another in the o
 Sources of the arithmetic: the published reference implementation; for `use_rslora`, s = alpha / √rank · strength, PEFT.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
-
-import numpy as np
 
 from sa3_convert.checkpoint.lora_file import LoraFile, LoraRequest, bind, read_lora
 from sa3_convert.checkpoint.tensor_file import TensorFile
@@ -39,20 +36,14 @@ class Lora:
 
     def applied(self, name: str, weight: "Tensor", unadapted: "Tensor") -> "Tensor":
         """Return the weight after the adapters before this one with this one in it; all float32, of one shape."""
-        kind, layer = self.file.type, self.file.layers[self.layers[name]]
-        factors = self.file.tensors.tensors({stored: factor for factor, stored in layer.items()})
-        result = weight.flatten(1) + self._scale() * self._step(factors, unadapted)
+        kind, layer = self.file.type, self.layers[name]
+        factors = self.file.tensors.tensors({stored: factor for factor, stored in self.file.layers[layer].items()})
+        result = weight.flatten(1) + self.file.scale(layer, self.strength) * self._step(factors, unadapted)
         for dim, magnitude in ((1, kind.rows), (0, kind.columns)):
             if magnitude is not None:
                 norm = result.norm(dim=dim, keepdim=True) + _NORM_EPS
                 result = result / norm * factors[magnitude].flatten().unsqueeze(dim)
         return result.view(weight.shape)
-
-    def _scale(self) -> float:
-        """Return s, rounded to float32 as the reference does; out of its range it is infinite, which is found later."""
-        divisor = math.sqrt(self.file.rank) if self.file.rank_stabilised else self.file.rank
-        with np.errstate(over="ignore"):
-            return float(np.float32(self.file.alpha / divisor) * np.float32(self.strength))
 
     def _step(self, factors: "Mapping[str, Tensor]", unadapted: "Tensor") -> "Tensor":
         """Return the low-rank step [fan_out, fan_in]."""
@@ -89,7 +80,8 @@ def open_loras(requests: Sequence[LoraRequest], weights: TensorFile, checkpoint:
         if twin is not None:
             again = f"again as {request.path}" if twin != request.path else "twice"
             raise UsageError(f"--lora {twin} is given {again}. Give it once, with the strength that you want.")
-        loras.append(Lora(file, request.strength, bind(file, weights, checkpoint)))
+        shapes = {name: entry.shape for name, entry in weights.entries.items()}
+        loras.append(Lora(file, request.strength, bind(file, shapes, checkpoint)))
     return tuple(loras)
 
 

@@ -9,11 +9,14 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from sa3_convert.checkpoint.json_file import listed, shown
+from sa3_convert.checkpoint.lora_names import foreign_layers, foreign_settings, known_layer
 from sa3_convert.checkpoint.tensor_file import TensorFile, refuse_pointer
 from sa3_convert.checkpoint.tensors import DIT_PREFIX, SECONDS_PREFIX, Shape
 from sa3_convert.errors import LoraError, UsageError
@@ -88,8 +91,10 @@ class LoraRequest:
     strength: float = 1.0
 
     @classmethod
-    def parse(cls, text: str) -> "LoraRequest":
-        """Parse FILE or FILE:STRENGTH. Colons may be part of a file's name: an existing file is taken as it is.
+    def parse(cls, text: str, option: str = "--lora") -> "LoraRequest":
+        """Parse FILE or FILE:STRENGTH, which an option was given.
+
+        Colons may be part of a file's name: an existing file is taken as it is.
 
         Raises:
             UsageError: no file is named, or the strength is not a finite number.
@@ -99,13 +104,13 @@ class LoraRequest:
         if not colon or _exists(text):
             path, strength = text, "1"
         elif _NO_NUMBER.fullmatch(strength):
-            raise UsageError(f"--lora {text}: the strength must be a finite number, not {strength}.")
+            raise UsageError(f"{option} {text}: the strength must be a finite number, not {strength}.")
         elif not _STRENGTH.fullmatch(strength):
             path, strength = text, "1"
         if not path:
-            raise UsageError(f"--lora {text!r} names no file. Write FILE or FILE:STRENGTH.")
+            raise UsageError(f"{option} {text!r} names no file. Write FILE or FILE:STRENGTH.")
         if not math.isfinite(float(strength)):
-            raise UsageError(f"--lora {text}: the strength must be a finite number, not {strength}.")
+            raise UsageError(f"{option} {text}: the strength must be a finite number, not {strength}.")
         return cls(Path(path).expanduser(), float(strength))
 
 
@@ -131,6 +136,8 @@ class LoraFile:
     exclude: tuple[str, ...]
     layers: Mapping[str, Mapping[str, str]]
     """Factor → name in the file, by layer."""
+    own: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    """Rank and alpha of a layer of another trainer's file, which calls layers in its own way."""
 
     @property
     def path(self) -> Path:
@@ -142,6 +149,17 @@ class LoraFile:
         """What it does."""
         return LORA_TYPES[self.type_name]
 
+    def rank_of(self, layer: str) -> int:
+        """Return the rank of a layer."""
+        return self.own[layer][0] if layer in self.own else self.rank
+
+    def scale(self, layer: str, strength: float) -> float:
+        """Return s, rounded to float32 as the reference does; out of its range it is infinite, which is found later."""
+        rank, alpha = self.own.get(layer, (self.rank, self.alpha))
+        divisor = math.sqrt(rank) if self.rank_stabilised else rank
+        with np.errstate(over="ignore"):
+            return float(np.float32(alpha / divisor) * np.float32(strength))
+
     def admits(self, layer: str) -> bool:
         """Tell whether the file's own filters let it change a layer."""
         return (self.include is None or contains_any(layer, self.include)) and not contains_any(layer, self.exclude)
@@ -151,14 +169,18 @@ def read_lora(path: Path) -> LoraFile:
     """Open an adapter file and check what does not depend on a checkpoint."""
     _refuse_pickle(path)
     tensors = TensorFile(path)
-    layers = _layers(tensors)
-    config = _config(tensors)
+    if not tensors.entries:
+        raise LoraError(f"{path} holds no tensors.")
+    foreign = not any(_KEY.fullmatch(name) for name in tensors.entries)
+    layers = foreign_layers(tensors) if foreign else _layers(tensors)
+    config = foreign_settings(tensors, layers) if foreign else _config(tensors)
+    own = _own(tensors, layers, config.get("alpha")) if foreign else {}
     type_name = config.get("adapter_type", "lora")
     if type_name == "dora":
         type_name = _dora_variant(tensors, layers)
     if not isinstance(type_name, str) or type_name not in LORA_TYPES:
         raise LoraError(f"{path} is of the type {shown(type_name)}; known: {', '.join(LORA_TYPES)}.")
-    rank = config.get("rank", _rank(tensors, layers))
+    rank = config.get("rank", _rank(tensors, layers, any_of=foreign))
     if type(rank) is not int or not 1 <= rank <= _LARGEST_RANK:
         raise LoraError(f"{path}: lora_config.rank is {shown(rank)}, expected a positive integer.")
     alpha = config.get("alpha", rank)
@@ -173,8 +195,23 @@ def read_lora(path: Path) -> LoraFile:
             tensors.require_finite(entry)
     include, exclude = _filter(path, config, "include"), _filter(path, config, "exclude") or ()
     return LoraFile(
-        tensors, sha256_file(path), type_name, rank, float(alpha), bool(rank_stabilised), include, exclude, layers
+        tensors, sha256_file(path), type_name, rank, float(alpha), bool(rank_stabilised), include, exclude, layers, own
     )
+
+
+def _own(tensors: TensorFile, layers: dict[str, dict[str, str]], alpha: Any) -> dict[str, tuple[int, float]]:
+    """Return rank and alpha of each layer of another trainer's file, and take alphas out of the factors."""
+    found = {}
+    for layer, factors in layers.items():
+        shape = tensors.entries[factors["lora_A"]].shape if "lora_A" in factors else ()
+        rank = shape[0] if len(shape) == 2 else 0
+        stated = factors.pop("alpha", None)
+        if not rank or (stated is not None and tensors.entries[stated].shape not in ((), (1,))):
+            raise LoraError(f"{tensors.path}: {layer} has no lora_A [rank, channels], or an alpha that is no number.")
+        value = alpha if stated is None else float(tensors.array(stated).ravel()[0])
+        # What is no number is refused where the file's alpha is.
+        found[layer] = rank, float(value) if type(value) in (int, float) else float(rank)
+    return found
 
 
 def _refuse_other_arithmetic(path: Path, config: Mapping[str, Any], used: Mapping[str, Any], type_name: str) -> None:
@@ -241,15 +278,15 @@ def _dora_variant(tensors: TensorFile, layers: Mapping[str, Mapping[str, str]]) 
     return "dora-cols" if shapes and all(len(shape) == 2 and shape[0] == 1 for shape in shapes) else "dora-rows"
 
 
-def _rank(tensors: TensorFile, layers: Mapping[str, Mapping[str, str]]) -> int | None:
-    """Return the rank that all layers have, for a file that does not state it."""
+def _rank(tensors: TensorFile, layers: Mapping[str, Mapping[str, str]], *, any_of: bool) -> int | None:
+    """Return the rank that all layers have, or the largest of any, for a file that does not state it."""
     ranks = {
         tensors.entries[factors[factor]].shape[:1]
         for factors in layers.values()
         for factor in ("lora_A", "M_xs")
         if factor in factors
     }
-    return next(iter(ranks))[0] if len(ranks) == 1 and () not in ranks else None
+    return max(ranks)[0] if ranks and (len(ranks) == 1 or any_of) and () not in ranks else None
 
 
 def _filter(path: Path, config: Mapping[str, Any], key: str) -> tuple[str, ...] | None:
@@ -287,9 +324,23 @@ def contains_any(layer: str, texts: Sequence[str]) -> bool:
     return any(text in layer for text in texts)
 
 
-def bind(lora: LoraFile, weights: TensorFile, checkpoint: str) -> dict[str, str]:
-    """Return layer by name of the checkpoint's tensor, for every layer that the adapter changes."""
-    bound = {_tensor_name(layer): layer for layer in lora.layers if lora.admits(layer)}
+def bind(lora: LoraFile, shapes: Mapping[str, Shape], checkpoint: str) -> dict[str, str]:
+    """Return layer by name of the checkpoint's tensor, for every layer that the adapter changes.
+
+    Args:
+        lora: the adapter.
+        shapes: of the checkpoint's tensors.
+        checkpoint: what it is called.
+
+    Raises:
+        LoraError: it changes nothing, or does not fit; the message says why.
+
+    """
+    bound = {
+        (known_layer(layer, shapes) or layer) if layer in lora.own else _tensor_name(layer): layer
+        for layer in lora.layers
+        if lora.admits(layer)
+    }
     if not bound:
         raise LoraError(
             f"{lora.path} changes nothing: its own filters (include {list(lora.include or ())}, exclude "
@@ -297,11 +348,11 @@ def bind(lora: LoraFile, weights: TensorFile, checkpoint: str) -> dict[str, str]
         )
     problems = []
     for name, layer in bound.items():
-        entry = weights.entries.get(name)
-        if entry is None or len(entry.shape) < 2 or not name.startswith(_ADAPTED):
+        shape = shapes.get(name, ())
+        if len(shape) < 2 or not name.startswith(_ADAPTED):
             problems.append(f"there is no layer {layer}")
         else:
-            problems += _misfits(lora, layer, entry.shape)
+            problems += _misfits(lora, layer, shape)
     if problems:
         raise LoraError(
             f"{lora.path} does not fit {checkpoint}: {listed(problems)}. Was it trained on another variant?"
@@ -318,8 +369,8 @@ def _tensor_name(layer: str) -> str:
 def _misfits(lora: LoraFile, layer: str, shape: Shape) -> list[str]:
     """Return what is wrong with a layer's factors for a weight of this shape."""
     fan_out, fan_in = shape[0], math.prod(shape[1:])
-    wanted = lora.type.factors(fan_out, fan_in, lora.rank)
-    optional = lora.type.optional(fan_out, fan_in, lora.rank)
+    wanted = lora.type.factors(fan_out, fan_in, lora.rank_of(layer))
+    optional = lora.type.optional(fan_out, fan_in, lora.rank_of(layer))
     found = {factor: lora.tensors.entries[name].shape for factor, name in lora.layers[layer].items()}
     if lora.type.bases_of_weight and lora.rank > min(fan_out, fan_in):
         return [f"{layer}: rank {lora.rank} is above that of a weight {list(shape)}"]

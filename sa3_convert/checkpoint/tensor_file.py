@@ -171,6 +171,13 @@ class TensorFile:
                         found[name] = tensor.to(torch.float32)
         return {to: found[name] for name, to in names.items()}
 
+    def array(self, name: str) -> NDArray[np.float32]:
+        """Return a tensor as float32, without torch; BF16 and F16 are widened, which is exact."""
+        entry = self.entries[name]
+        raw = np.frombuffer(b"".join(self._pieces(name)), {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[entry.stored])
+        wide = (raw.astype(np.uint32) << 16).view(np.float32) if entry.stored == "BF16" else raw.astype(np.float32)
+        return wide.reshape(entry.shape)
+
     def _pieces(self, name: str) -> Iterator[bytes]:
         entry = self.entries[name]
         left = entry.nbytes

@@ -36,14 +36,16 @@ def render_fidelity(result: BundleFidelity) -> Table:
     table = grid(title, ("component", "as"), figures, ("",))
     for verdict in result.verdicts:
         table.add_row(*_row(verdict))
+    for verdict in result.adapted:
+        table.add_row(*_row(verdict, " slots"))
     return table
 
 
-def _row(verdict: Verdict) -> tuple[str | Text, ...]:
+def _row(verdict: Verdict, form: str = "") -> tuple[str | Text, ...]:
     worst = verdict.worst
     return (
         verdict.component.value,
-        verdict.precision if verdict.engine == "mnn" else f"{verdict.precision} ORT",
+        verdict.precision + ("" if verdict.engine == "mnn" else " ORT") + form,
         fixed(worst.signal_to_noise_db, 1),
         fixed(verdict.mean.signal_to_noise_db, 1),
         f"{verdict.floor_db:g}" if verdict.has_floor else "–",

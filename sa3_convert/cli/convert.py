@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Option
 
+from sa3_convert.bundle.manifest import MOST_RANK
 from sa3_convert.cli import options as o
 from sa3_convert.cli import paths
 from sa3_convert.cli.echo import echo, echo_next
@@ -31,6 +32,15 @@ OnnxOption = Annotated[
     Literal["fp16"] | None, _more(help="ONNX models of this precision, for ONNX Runtime on NVIDIA GPUs.")
 ]
 SplitDitOption = Annotated[bool, _more("--with-split-dit", help="The DiT in parts for `run --split-dit`.")]
+SlotsOption = Annotated[
+    int | None,
+    _more(
+        metavar="RANK",
+        min=1,
+        max=MOST_RANK,
+        help="Models for `run --adapter`, which take LoRAs of up to this rank as inputs; 16 suits most.",
+    ),
+]
 DryRunOption = Annotated[bool, _how("--dry-run", help="Print the recipe and the plan with sizes, and stop.")]
 ForceOption = Annotated[bool, _how("--force", help="Redo everything; replace another bundle.")]
 
@@ -47,6 +57,7 @@ def convert(
     with_onnx: OnnxOption = None,
     target_mnn: o.TargetOption = None,
     with_split_dit: SplitDitOption = False,
+    adapter_slots: SlotsOption = None,
     threads: o.ThreadsOption = None,
     dry_run: DryRunOption = False,
     force: ForceOption = False,
@@ -76,6 +87,7 @@ def convert(
         with_onnx=with_onnx,
         target_mnn=target_mnn,
         with_split_dit=with_split_dit,
+        adapter_slots=adapter_slots,
         threads=threads,
     )
     console.stderr.print(f"{checkpoint}: {opened.variant_name}; recipe {resolved.name}: {resolved.description}")

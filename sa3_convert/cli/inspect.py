@@ -43,17 +43,24 @@ def inspect(
 
 def _inspect_bundle(folder: Path, json_file: Path | None) -> None:
     from sa3_convert.bundle.foreign import contradictions
+    from sa3_convert.bundle.manifest import SLOTS_OF
     from sa3_convert.cli.console import open_told, stderr, stdout
     from sa3_convert.cli.inspection_tables import render_storage
     from sa3_convert.mnn.file.storage import read_storage
 
     bundle = open_told(folder)
-    models = {component: read_storage(bundle.file(component)) for component in bundle.components}
-    told = {component.value: json.loads(storage.to_json()) for component, storage in models.items()}
+    models = {
+        str(a.component) + ("" if a.rank is None else f", slots of rank {a.rank}"): read_storage(
+            bundle.file(a.component, a.kind)
+        )
+        for a in bundle.manifest.artifacts
+        if a.kind in ("mnn", SLOTS_OF["mnn"])
+    }
+    told = {name: json.loads(storage.to_json()) for name, storage in models.items()}
     data = {"variant": bundle.manifest.label, "recipe": bundle.manifest.recipe, "models": told}
     write_figures(json_file, data | hub_origin(folder))
-    for component, storage in models.items():
-        stdout.print(f"{component.value}:")
+    for name, storage in models.items():
+        stdout.print(f"{name}:")
         stdout.print(render_storage(storage))
         # Names of an export are slots, and its manifest says what they hold.
         for line in contradictions(storage.path.name, storage) if bundle.is_foreign else ():

@@ -167,6 +167,17 @@ FromOption = Annotated[
 ]
 
 
+AdapterOption = Annotated[
+    list[str] | None,
+    Option(
+        "--adapter",
+        metavar="FILE[:STRENGTH][@LOW-HIGH]",
+        help="Apply a LoRA, at noise levels LOW to HIGH if given (several times); needs `convert --adapter-slots`.",
+        callback=paths.reads,
+    ),
+]
+
+
 USUAL: Mapping[str, Any] = {"memory": "normal", "precision": "high", "split_dit": False, "place": None}
 """Options that not every engine has, and what they are when nobody sets them."""
 _ENGINES_NAMES = {"split_dit": "split", "place": "places"}
@@ -204,6 +215,7 @@ def run(
     engine: EngineOption = "auto",
     checkpoint: CheckpointOption = None,
     lora: o.LoraOption = None,
+    adapters: AdapterOption = None,
     memory: o.MemoryOption = "normal",
     precision: o.PrecisionOption = "high",
     backend: o.BackendOption = "cpu",
@@ -256,7 +268,7 @@ def _generate_one(context: Context, target: "Target", asked: Wanted) -> None:
         paths.writes_as(context, "--output", output)
     with in_words_of(asked.called):
         request = GenerateRequest.from_json(asked.settings)
-        paths.reads_as(context, ((f"--from {from_file}:", path) for path in request.audio_files()))
+        paths.reads_as(context, ((f"--from {from_file}:", path) for path in request.files()))
         how = {name: context.params[name] for name in ("stream", "play")}
         brought = _brought(target, context, asked.origin)
         generate(brought, variations_of(request, count), origin=asked.origin, **how)

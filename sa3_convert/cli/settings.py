@@ -18,11 +18,11 @@ _SETTINGS = (
     "prompt", "seconds", "bpm", "bars", "beats_per_bar", "steps", "seed",
     "sampler", "cfg_scale", "apg_scale", "cfg_interval", "cfg_rescale",
     "cfg_norm_threshold", "negative_prompt", "dist_shift", "duration_padding", "init_audio", "init_noise_level",
-    "inpaint_audio", "inpaint", "peak", "loudness",
+    "inpaint_audio", "inpaint", "peak", "loudness", "adapters",
 )  # fmt: skip
 """Options that are settings of a request, by its names."""
 
-OPTIONS: Mapping[str, str] = {name: f"--{name.replace('_', '-')}" for name in _SETTINGS}
+OPTIONS: Mapping[str, str] = {name: f"--{name.replace('_', '-')}" for name in _SETTINGS} | {"adapters": "--adapter"}
 
 
 def given(parameters: Mapping[str, Any]) -> dict[str, Any]:

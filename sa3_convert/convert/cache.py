@@ -80,6 +80,19 @@ class JudgedModelNotes(ModelNotes, FidelityNotes):
     """Of a file that is judged by the stage that makes it."""
 
 
+class SlotNotes(ModelNotes):
+    """Of a model with slots for adapters."""
+
+    rank: int
+
+
+class JudgedSlotNotes(SlotNotes, JudgedModelNotes):
+    """Of one that is judged by the stage that makes it."""
+
+    storage: dict[str, Any] | None = None
+    target_mnn: MnnVersion | None = None
+
+
 N = TypeVar("N", bound=Notes)
 
 

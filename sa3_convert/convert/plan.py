@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from sa3_convert.bundle.manifest import Artifact, ArtifactKind
 from sa3_convert.bundle.reader import Bundle
-from sa3_convert.components import TOKEN_TABLE, Component, components_of
+from sa3_convert.components import ADAPTED, TOKEN_TABLE, Component, components_of
 from sa3_convert.convert.cache import CachedResult, StageCache
 from sa3_convert.convert.code_digest import code_digest
 from sa3_convert.convert.existing import (
@@ -58,13 +58,16 @@ class ConvertRequest:
     """The oldest MNN that the result has to be right on; None is, by component, the oldest that can read it."""
     with_split_dit: bool = False
     """Also make the DiT in parts, of which one runs once per generation."""
+    adapter_slots: int | None = None
+    """Also make models that take adapters of up to this rank as inputs."""
     threads: int | None = None
 
     def job(self, component: Component) -> ComponentJob:
         """Return what is to be done with a component; refused is a target that cannot read what its recipe stores."""
         recipe = self.recipe.for_component(component)
         target = target_for(recipe, self.target_mnn)
-        return ComponentJob(self.checkpoint, component, recipe, target, self.threads)
+        rank = self.adapter_slots if component in ADAPTED else None
+        return ComponentJob(self.checkpoint, component, recipe, target, self.threads, rank)
 
     def kinds(self, component: Component) -> tuple[ArtifactKind, ...]:
         """Return the files that are asked for of a component."""
@@ -207,8 +210,12 @@ def plan(request: ConvertRequest) -> ConversionPlan:
         InputError: disk or memory do not have room for it.
 
     """
-    jobs = [request.job(component) for component in request.selected()]
     existing = existing_bundle(request)
+    jobs = [request.job(component) for component in request.selected()]
+    listed = existing.manifest.artifacts if existing else ()
+    for job in jobs:
+        # Slots that the bundle has are looked at although nobody asks for them.
+        job.rank = job.rank or next((a.rank for a in listed if a.component is job.component and a.rank), None)
     keys = {job.component: stage_keys(job) for job in jobs}
     kept = _kept(request, existing, keys)
     steps = tuple(_component_plan(request, job, keys[job.component], kept) for job in jobs)
@@ -217,7 +224,6 @@ def plan(request: ConvertRequest) -> ConversionPlan:
     stays = {(artifact.component, artifact.kind) for artifact in kept}
     shared = tuple(kind for kind in shared_kinds(request) if (None, kind) not in stays)
     placed = {(step.component, kind) for step in steps for kind in step.place} | {(None, kind) for kind in shared}
-    listed = existing.manifest.artifacts if existing else ()
     dropped = tuple(artifact for artifact in listed if (artifact.component, artifact.kind) not in stays | placed)
     done = existing is not None and not placed and not dropped and is_current(existing, request)
     return ConversionPlan(existing, steps, kept, dropped, shared, up_to_date=done)

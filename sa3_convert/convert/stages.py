@@ -1,210 +1,48 @@
 """The stages of a conversion, in one table: what each reads, depends on, does, leaves and takes."""
 
 import inspect
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from sa3_convert.bundle.manifest import SPLIT_KINDS, ArtifactKind, Fidelity
-from sa3_convert.checkpoint.dimensions import CheckpointLayout
-from sa3_convert.components import SPECS, Component, contract
+from sa3_convert.bundle.manifest import SPLIT_KINDS, ArtifactKind
+from sa3_convert.components import ADAPTED, SPECS, Component, contract
 from sa3_convert.convert.cache import (
     PLANNED,
     CachedResult,
     FidelityNotes,
     JudgedModelNotes,
+    JudgedSlotNotes,
     MnnNotes,
     ModelNotes,
     Notes,
     Parts,
     RoundNotes,
+    SlotNotes,
+)
+from sa3_convert.convert.work import (
+    export_slots_stage,
+    export_stage,
+    mnn_stage,
+    onnx_fp16_stage,
+    ort_int8_slots_stage,
+    ort_int8_stage,
+    round_stage,
+    slots_stage,
+    split_stage,
+    verify_stage,
 )
 from sa3_convert.mnn.compatibility import DEFAULT_TARGET, MnnVersion
 from sa3_convert.recipe import ComponentRecipe
 from sa3_convert.system.log import kept
 
 if TYPE_CHECKING:
-    from sa3_convert.arrays import Session
     from sa3_convert.checkpoint.reader import Checkpoint
     from sa3_convert.convert.plan import ConvertRequest
 
-    Opens = Callable[..., Session]
-
 StageKeys = Mapping[str, str]
 """Fingerprints of the stages that a component can go through, in order; each contains those of what it reads."""
-
-
-def export_stage(checkpoint: "Checkpoint", component: Component, folder: Path) -> ModelNotes:
-    """Export one component's reference ONNX into `folder`."""
-    from sa3_convert.export.component import export_component
-
-    checkpoint.check_values(component)
-    path = folder / f"{component.value}.onnx"
-    export_component(checkpoint, component, path)
-    return ModelNotes(precision="fp32", detail=_size(folder))
-
-
-def round_stage(
-    checkpoint: "Checkpoint",
-    component: Component,
-    recipe: ComponentRecipe,
-    folder: Path,
-    threads: int | None,
-    parts: Parts,
-) -> RoundNotes:
-    """Round the linears whose rounding makes up for what came before, keeping each layer that is done."""
-    from sa3_convert.rounding.network import PlannedWeights, round_network
-
-    linears = round_network(checkpoint, component, recipe, threads=threads, kept=parts.linears, tell=parts.tell)
-    PlannedWeights.write(folder / PLANNED, linears)
-    gains, helped = (
-        {linear.name: round(linear.gain_db, 2) for linear in linears},
-        sum(one.compensated for one in linears),
-    )
-    return RoundNotes(gains_db=gains, detail=f"compensated {helped} of {len(linears)} linears")
-
-
-def mnn_stage(
-    reference: Path,
-    component: Component,
-    recipe: ComponentRecipe,
-    planned: Path | None,
-    folder: Path,
-    target_mnn: MnnVersion,
-) -> MnnNotes:
-    """Rewrite the reference for MNN, convert it, and audit the file that comes out."""
-    from sa3_convert.mnn.converter import mnn_from_onnx
-    from sa3_convert.passes.pipeline import onnx_for_mnn
-    from sa3_convert.rounding.network import PlannedWeights
-
-    weights = None if planned is None else PlannedWeights(planned)
-    with tempfile.TemporaryDirectory(prefix="onnx-", dir=folder) as scratch:
-        prepared = Path(scratch) / reference.name
-        passes = onnx_for_mnn(reference, prepared, component, recipe, planned=weights, target_mnn=target_mnn)
-        storage = mnn_from_onnx(prepared, folder / f"{component.value}.mnn", recipe, target_mnn=target_mnn)
-    return MnnNotes(
-        precision=recipe.precision,
-        storage=storage.summary(),
-        passes=passes.counts(),
-        target_mnn=target_mnn,
-        detail=_size(folder),
-    )
-
-
-def verify_stage(
-    reference: Path,
-    target: Path,
-    component: Component,
-    recipe: ComponentRecipe,
-    layout: CheckpointLayout,
-    folder: Path,
-    threads: int | None,
-    target_mnn: MnnVersion,
-) -> FidelityNotes:
-    """Run target and reference on the same inputs; below the floor is an error, so no result is kept."""
-    from sa3_convert.check.half import written_in_half
-    from sa3_convert.mnn.session import MnnSession
-    from sa3_convert.ort import OrtSession
-
-    ports = contract(component, layout)
-    inputs, outputs = ([port.name for port in side] for side in (ports.inputs, ports.outputs))
-    opened = partial(MnnSession, target, inputs=inputs, outputs=outputs)
-    with written_in_half(reference, folder, component, recipe, target_mnn) as half:
-        opens = opened, partial(OrtSession, half)
-        return FidelityNotes(**_judged(reference, component, recipe.floor_db, layout, threads, *opens))
-
-
-def ort_int8_stage(
-    reference: Path, component: Component, layout: CheckpointLayout, folder: Path, threads: int | None
-) -> JudgedModelNotes:
-    """Quantise the reference for ONNX Runtime and compare the two, in parts where it runs so; see `verify_stage`."""
-    from sa3_convert.ort import OrtSession
-    from sa3_convert.passes.integers import FLOORS_DB
-    from sa3_convert.passes.pipeline import onnx_in_integers
-    from sa3_convert.passes.split import write_parts
-    from sa3_convert.runtime.sessions import SplitSession
-
-    target = folder / reference.name
-    precision = "int8" if onnx_in_integers(reference, target, component) else "fp32"
-    files, floor = write_parts(target, component) or [target], FLOORS_DB[component]
-    opened = partial(SplitSession.opened, OrtSession, files, optimise=True)
-    return JudgedModelNotes(precision=precision, **_judged(reference, component, floor, layout, threads, opened))
-
-
-def onnx_fp16_stage(
-    reference: Path, component: Component, layout: CheckpointLayout, folder: Path, threads: int | None
-) -> JudgedModelNotes:
-    """Rewrite the reference to compute with halves and compare the two; below the floor is an error."""
-    from sa3_convert.ort import OrtSession
-    from sa3_convert.passes.half import FLOORS_DB
-    from sa3_convert.passes.pipeline import onnx_in_half
-
-    onnx_in_half(reference, folder / reference.name)
-    opened = partial(OrtSession, folder / reference.name, optimise=True)
-    figures = _judged(reference, component, FLOORS_DB[component], layout, threads, opened)
-    return JudgedModelNotes(precision="fp16", **figures)
-
-
-def split_stage(
-    reference: Path,
-    component: Component,
-    recipe: ComponentRecipe,
-    planned: Path | None,
-    layout: CheckpointLayout,
-    folder: Path,
-    threads: int | None,
-    target_mnn: MnnVersion,
-) -> JudgedModelNotes:
-    """Convert a component in parts, and compare them, run as one, with the reference."""
-    from sa3_convert.check.half import written_in_half
-    from sa3_convert.mnn.converter import mnn_from_onnx
-    from sa3_convert.mnn.session import MnnSession
-    from sa3_convert.ort import OrtSession
-    from sa3_convert.passes.pipeline import onnx_for_mnn
-    from sa3_convert.passes.split import rules_of_part, split_onnx
-    from sa3_convert.rounding.network import PlannedWeights
-    from sa3_convert.runtime.sessions import SplitSession
-
-    early = SPECS[component].early_parts
-    targets = [folder / f"{component.value}_{part}.mnn" for part in (*early, "step")]
-    weights = None if planned is None else PlannedWeights(planned)
-    with tempfile.TemporaryDirectory(prefix="onnx-", dir=folder) as scratch:
-        *parts, rest = (Path(scratch) / target.with_suffix(".onnx").name for target in targets)
-        split_onnx(reference, dict(zip(parts, early.values(), strict=True)), rest)
-        for part, target in zip((*parts, rest), targets, strict=True):
-            own = rules_of_part(recipe, part)
-            prepared = Path(scratch) / "for-mnn" / part.name
-            onnx_for_mnn(part, prepared, component, own, planned=weights, target_mnn=target_mnn)
-            mnn_from_onnx(prepared, target, own, target_mnn=target_mnn)
-        with written_in_half(rest, folder, component, recipe, target_mnn) as half:
-            each = (MnnSession, targets), (OrtSession, [*parts, half])
-            opens = (partial(SplitSession.opened, *kind_and_files) for kind_and_files in each)
-            figures = _judged(reference, component, recipe.floor_db, layout, threads, *opens)
-    return JudgedModelNotes(precision=recipe.precision, **figures)
-
-
-def _size(folder: Path) -> str:
-    return f"{sum(file.stat().st_size for file in folder.iterdir()) / 2**20:.1f} MiB"
-
-
-def _judged(
-    reference: Path, component: Component, floor: float, layout: CheckpointLayout, threads: int | None, *opens: "Opens"
-) -> dict[str, Any]:
-    """Return the figures of what opens a target, and maybe what emulates it in halves; below the floor is an error."""
-    from sa3_convert.check.compare import verify_sessions
-    from sa3_convert.check.inputs import samples_for
-    from sa3_convert.ort import OrtSession
-
-    sessions: tuple[Opens, ...] = (partial(OrtSession, reference), *opens)
-    first, target, *halved = (partial(opened, threads=threads) for opened in sessions)
-    result = verify_sessions(first, target, component, layout, samples_for(component, layout, quick=True), *halved)
-    result.check_floor(floor)
-    worst, half_db = result.worst, result.half_db
-    detail = f"{worst.signal_to_noise_db:.1f} dB" + ("" if half_db is None else f", at low {half_db:.1f}")
-    return {"fidelity": Fidelity(**worst.model_dump()), "floor_db": floor, "half_db": half_db, "detail": detail}
 
 
 @dataclass(slots=True)
@@ -216,12 +54,19 @@ class ComponentJob:
     recipe: ComponentRecipe
     target_mnn: MnnVersion = DEFAULT_TARGET
     threads: int | None = None
+    rank: int | None = None
+    """Of the slots for adapters, if it gets a model with them."""
     parts: Parts | None = None
     results: dict[str, CachedResult[Any]] = field(default_factory=dict)
 
     def given(self, folder: Path) -> dict[str, Any]:
         """Return what a stage that works in `folder` can be given, by the names of its parameters."""
-        files = {"reference": ("export", "{}.onnx"), "planned": ("round", PLANNED), "target": ("mnn", "{}.mnn")}
+        files = {
+            "reference": ("export", "{}.onnx"),
+            "planned": ("round", PLANNED),
+            "target": ("mnn", "{}.mnn"),
+            "slotted": ("export-slots", "{}_slots.onnx"),
+        }
         left = {
             what: self.results[stage].file(name.format(self.component.value))
             for what, (stage, name) in files.items()
@@ -229,7 +74,7 @@ class ComponentJob:
         }
         own = {
             name: getattr(self, name)
-            for name in ("checkpoint", "component", "recipe", "target_mnn", "threads", "parts")
+            for name in ("checkpoint", "component", "recipe", "target_mnn", "threads", "rank", "parts")
         }
         return {**own, "planned": None, "layout": self.checkpoint.layout, "folder": folder, **left}
 
@@ -383,6 +228,43 @@ STAGES: Final[Mapping[str, Stage]] = {
             asked=lambda request: request.with_split_dit,
             leaves={kind: f"{{}}_{kind.removeprefix('mnn-')}.mnn" for kind in SPLIT_KINDS},
             cost=StageCost(40, 1.1, start_seconds=4, start_memory=1.5, scratch=3),
+        ),
+        Stage(
+            name="export-slots",
+            verb="exporting with slots",
+            work=export_slots_stage,
+            notes=SlotNotes,
+            tools=("torch", "onnx", "onnx-ir", "onnxscript"),
+            depends=lambda job: job.origin() | {"rank": job.rank},
+            applies=lambda job: job.component in ADAPTED and job.rank is not None,
+            leaves={"onnx-slots": "{}_slots.onnx"},
+            folder="reference",
+            cost=StageCost(40, 0.4, start_seconds=20),
+        ),
+        Stage(
+            name="slots",
+            verb="converting with slots",
+            work=slots_stage,
+            notes=JudgedSlotNotes,
+            reads=("export-slots", "round"),
+            tools=("MNN", "onnx-ir", "onnxruntime"),
+            depends=lambda job: job.storage() | {"floor_db": job.recipe.floor_db},
+            applies=lambda job: job.component in ADAPTED and job.rank is not None,
+            leaves={"mnn-slots": "{}_slots.mnn"},
+            cost=StageCost(60, 1.1, start_memory=1.5, scratch=3),
+        ),
+        Stage(
+            name="ort-int8-slots",
+            verb="quantising with slots",
+            work=ort_int8_slots_stage,
+            notes=JudgedSlotNotes,
+            reads=("export-slots",),
+            tools=("onnx-ir", "onnxruntime"),
+            applies=lambda job: job.component in ADAPTED and job.rank is not None,
+            asked=lambda request: request.with_ort_int8,
+            leaves={"onnx-int8-slots": "{}_slots.onnx"},
+            folder="onnxruntime-int8",
+            cost=StageCost(40, 1.5),
         ),
     )
 }

@@ -133,8 +133,8 @@ def export_embedded_text_encoder(checkpoint: "Checkpoint", path: Path) -> None:
     onnx_from_module(_Embedded(encoder).eval(), ports, path)
 
 
-def export_component(checkpoint: "Checkpoint", component: Component, path: Path) -> None:
-    """Export a component to `path` (and `<path>.data`), and let go of its weights.
+def export_component(checkpoint: "Checkpoint", component: Component, path: Path, rank: int | None = None) -> None:
+    """Export a component to `path` (and `<path>.data`), with slots for adapters of a rank; let go of its weights.
 
     Raises:
         UsageError: the checkpoint has no such component.
@@ -143,12 +143,12 @@ def export_component(checkpoint: "Checkpoint", component: Component, path: Path)
         ConversionError: the export failed or failed its checks; nothing is left under the final name.
 
     """
-    ports = contract(component, checkpoint.layout)
+    ports = contract(component, checkpoint.layout, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     auto = checkpoint.layout.autoencoder
     halves = {Component.DECODER: auto.decoder, Component.ENCODER: auto.encoder}
     multiple = latents_multiple(halves[component]) if component in halves else 1
-    network = build_network(component, checkpoint.layout, checkpoint.state(component, scratch=path.parent))
+    network = build_network(component, checkpoint.layout, checkpoint.state(component, scratch=path.parent), rank=rank)
     try:
         onnx_from_module(network, ports, path, multiple=multiple)
     finally:

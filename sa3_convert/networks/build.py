@@ -14,12 +14,18 @@ from sa3_convert.networks.autoencoder import Decoder, Encoder
 from sa3_convert.networks.conditioners import NumberConditioner, TextEncoder
 from sa3_convert.networks.dit import Dit, Padding
 from sa3_convert.networks.layers import Derived
+from sa3_convert.networks.slots import SlottedDit, SlottedNumberConditioner
 
 _Layout = TypeVar("_Layout")
 
 
 def build_network(
-    component: Component, layout: CheckpointLayout, state: Mapping[str, Tensor], *, padding: Padding = "key_mask"
+    component: Component,
+    layout: CheckpointLayout,
+    state: Mapping[str, Tensor],
+    *,
+    padding: Padding = "key_mask",
+    rank: int | None = None,
 ) -> nn.Module:
     """Build a component's network around the tensors of `state`, which are used in place, not copied.
 
@@ -28,6 +34,7 @@ def build_network(
         layout: the checkpoint's dimensions.
         state: parameter name → float32 tensor, exactly the names of the network.
         padding: what the DiT's `padding_mask` does; the other components have none.
+        rank: of the slots for adapters; None is the network without them.
 
     Returns:
         A module in eval mode without gradients whose `forward` takes the contract's inputs in the contract's order and
@@ -39,7 +46,7 @@ def build_network(
 
     """
     with torch.device("meta"):
-        network = _skeleton(component, layout, padding)
+        network = _skeleton(component, layout, padding, rank)
     _load(network, state, component)
     for module in network.modules():
         if isinstance(module, Derived):
@@ -47,8 +54,12 @@ def build_network(
     return network.eval().requires_grad_(False)
 
 
-def _skeleton(component: Component, layout: CheckpointLayout, padding: Padding) -> nn.Module:
+def _skeleton(component: Component, layout: CheckpointLayout, padding: Padding, rank: int | None) -> nn.Module:
     match component:
+        case Component.DIT if rank is not None:
+            return SlottedDit(layout, rank, padding)
+        case Component.NUMBER_CONDITIONER if rank is not None:
+            return SlottedNumberConditioner(layout, rank)
         case Component.TEXT_ENCODER:
             return TextEncoder(_part(layout.text_encoder, component))
         case Component.NUMBER_CONDITIONER:

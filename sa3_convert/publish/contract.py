@@ -5,17 +5,17 @@ What is stated as a number is what the pipeline here computes with. A sentence s
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from numpy.typing import NDArray
 
 from sa3_convert.arrays import Arrays, Session, free
-from sa3_convert.bundle.manifest import Manifest
+from sa3_convert.bundle.manifest import SLOTS_OF, Artifact, Manifest
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.checkpoint.dimensions import CheckpointLayout, LogSnrShift, Shift
 from sa3_convert.checkpoint.variants import defaults_of, size_of
-from sa3_convert.components import Component, Port, contract
+from sa3_convert.components import Component, Port, contract, slots
 from sa3_convert.mnn.compatibility import OLDEST_KNOWN, version_numbers
 from sa3_convert.runtime.autoencode import WINDOW, Reach
 from sa3_convert.runtime.conditioning import PADDING_SECONDS, alignment
@@ -38,6 +38,10 @@ _MEANINGS: Final[Mapping[str, str]] = {
     "global_embed": "embedding without its middle dimension",
     "local_add_cond": "inpainting: mask (1 keeps, 0 generates), then mask · latents of what is kept; else all zeros",
     "padding_mask": "1 at the first `valid` latents, 0 at the padding behind them; attention does not see the latter",
+    "adapter_inner": "zeros without adapters; for each layer at inner · (1 + rank): a factor less one for each input, "
+    "then Aᵀ [fan_in, rank]",
+    "adapter_outer": "zeros without adapters; for each layer at outer · (1 + rank): a factor less one for each output, "
+    "then Bᵀ [rank, fan_out]; the layer computes output factors · W · (input factors · x) + B · A · x + bias",
     "out": "velocity v; x − t · v is the denoised estimate",
     "latents": "latents as the DiT makes them",
     "audio": "samples, left and right, within about ±1: clip them",
@@ -53,18 +57,12 @@ def contract_of(manifest: Manifest, golden: bool = False) -> dict[str, Any]:
     files: dict[str, str] = {a.kind: a.path for a in manifest.artifacts if a.kind in ("tokenizer", "bottleneck_params")}
     tables = [a.table.path for a in manifest.artifacts if a.table is not None]
     files |= {"token_table": tables[0]} if tables else {}
-    components = {
-        component.value: {
-            "file": artifact.path,
-            "sha256": artifact.sha256,
-            "weights": artifact.companion and {"file": artifact.companion.path, "sha256": artifact.companion.sha256},
-            "stored_as": artifact.precision,
-            "lowest_precision": artifact.lowest_precision,
-            "half_db": artifact.half_db,
-            "inputs": [_port(port) for port in contract(component, layout).inputs],
-            "outputs": [_port(port) for port in contract(component, layout).outputs],
-        }
-        for component, artifact in models.items()
+    components = {component.value: _model(artifact, layout) for component, artifact in models.items()}
+    slotted = {a.component: a for a in manifest.artifacts if a.kind == SLOTS_OF["mnn"] and a.component is not None}
+    adapters = {
+        c.value: _model(artifact, layout)
+        | {"rank": artifact.rank, "layers": [asdict(slot) for slot in slots(c, layout)]}
+        for c, artifact in slotted.items()
     }
     return {
         "schema": 1,
@@ -74,9 +72,25 @@ def contract_of(manifest: Manifest, golden: bool = False) -> dict[str, Any]:
         "base": manifest.base,
         "files": files,
         "components": components,
+        **({"adapters": adapters} if adapters else {}),
         **({} if layout.dit is None else _generation(layout)),
         "autoencoder": _autoencoder(layout),
         "golden": f"{_GOLDEN}/{_GOLDEN}.json" if golden else None,
+    }
+
+
+def _model(artifact: Artifact, layout: CheckpointLayout) -> dict[str, Any]:
+    assert artifact.component is not None
+    ports = contract(artifact.component, layout, artifact.rank)
+    return {
+        "file": artifact.path,
+        "sha256": artifact.sha256,
+        "weights": artifact.companion and {"file": artifact.companion.path, "sha256": artifact.companion.sha256},
+        "stored_as": artifact.precision,
+        "lowest_precision": artifact.lowest_precision,
+        "half_db": artifact.half_db,
+        "inputs": [_port(port) for port in ports.inputs],
+        "outputs": [_port(port) for port in ports.outputs],
     }
 
 

@@ -23,7 +23,8 @@ from sa3_convert.runtime.audio import SampleFormat, audio_writer, check_output_p
 from sa3_convert.runtime.events import AudioChunk, Report, StageName
 from sa3_convert.runtime.output_checks import OutputCheck
 from sa3_convert.runtime.pipeline import Pipeline
-from sa3_convert.runtime.request import RANDOM, GenerateRequest, located
+from sa3_convert.runtime.request import GenerateRequest, located
+from sa3_convert.runtime.setting_values import RANDOM
 from sa3_convert.system.checked_files import inside
 from sa3_convert.system.files import alone_in, sha256_file
 from sa3_convert.system.untrusted import check_name, parse_json, read_bytes, read_text
@@ -163,7 +164,7 @@ def run_batch(pipeline: Pipeline, items: Sequence[BatchItem], options: BatchOpti
     for item in items:
         check_output_path(folder / item.output, options.sample_format)
     writes = [(f"Line {item.line}:", folder / item.output) for item in items]
-    reads = [(f"line {item.line},", path) for item in items for path in item.request.audio_files()]
+    reads = [(f"line {item.line},", path) for item in items for path in item.request.files()]
     require_apart([*writes, ("The file of results", folder / RESULTS)], [*reads, *options.reads])
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:

@@ -1,15 +1,14 @@
 """What runs the models: MNN, ONNX Runtime or torch, behind one small interface. Each is imported when it is used."""
 
-import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import numpy as np
 
-from sa3_convert.arrays import Session, free
-from sa3_convert.bundle.manifest import SPLIT_KINDS, TOKENIZER, ArtifactKind
+from sa3_convert.arrays import Session
+from sa3_convert.bundle.manifest import SLOTS_OF, SPLIT_KINDS, TOKENIZER, ArtifactKind
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.checkpoint.config import TEXT_ENCODER_FOLDER
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
@@ -91,6 +90,8 @@ class MnnEngine(OnHost):
     """Components that run elsewhere than on `backend`."""
     parts: tuple[CheckedFile, ...] | None = None
     """The DiT in parts, to be run instead of the whole; see `passes.split`."""
+    rank: int | None = None
+    """Of the slots for adapters that the models have."""
     name: EngineName = field(default="mnn", init=False)
 
     @property
@@ -115,7 +116,7 @@ class MnnEngine(OnHost):
 
     def load(self, component: Component) -> Session:
         """Load a model; see `Engine.load`."""
-        ports = contract(component, self.layout)
+        ports = contract(component, self.layout, self.rank)
         level: Level = "normal" if component in self.raised else self.precision
         if component is Component.DIT and self.parts is not None:
             *early, last = self.parts
@@ -156,6 +157,8 @@ class OrtEngine(OnHost):
     parts: tuple[CheckedFile, ...] = ()
     """The DiT in parts, where its files have them: what its conditions decide is computed once for all steps."""
     name: EngineName = "onnxruntime"
+    rank: int | None = None
+    """Of the slots for adapters that the models have."""
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -176,7 +179,7 @@ class OrtEngine(OnHost):
         how = {"optimise": self.name != "onnxruntime", "device": self.backend}
         paths, threads = [one.path for one in files], self.threads or default_threads()
         session = SplitSession.opened(OrtSession, paths, threads=threads, **how)
-        return HeldSession(session, files, contract(component, self.layout))
+        return HeldSession(session, files, contract(component, self.layout, self.rank))
 
 
 @dataclass(frozen=True)
@@ -191,6 +194,8 @@ class TorchEngine:
     backend: Literal["cpu", "cuda"] = "cpu"
     precision: Level = "high"
     """`normal` computes products in halves, but for the text encoder: what its gates let through has no bound."""
+    rank: int | None = None
+    """Of slots for adapters, with which networks are built."""
     name: EngineName = field(default="torch", init=False)
 
     @property
@@ -228,7 +233,7 @@ class TorchEngine:
                 "PyTorch's CUDA index) on a machine with an NVIDIA GPU and driver, or use --device cpu."
             )
         torch.set_num_threads(self.threads or default_threads())
-        ports = contract(component, self.checkpoint.layout)
+        ports = contract(component, self.checkpoint.layout, self.rank)
         network = self.network(component)
         accelerate(network, half=self.precision == "normal" and component is not Component.TEXT_ENCODER)
         return TorchSession(network, [port.name for port in ports.inputs], ports.outputs[0].name, self.backend)
@@ -238,7 +243,8 @@ class TorchEngine:
         from sa3_convert.networks.build import build_network
 
         checkpoint = self.checkpoint
-        return build_network(component, checkpoint.layout, checkpoint.state(component), padding=self.padding)
+        state = checkpoint.state(component)
+        return build_network(component, checkpoint.layout, state, padding=self.padding, rank=self.rank)
 
 
 def _file(files: Mapping[Component, CheckedFile], component: Component, kind: str) -> CheckedFile:
@@ -250,47 +256,13 @@ def _file(files: Mapping[Component, CheckedFile], component: Component, kind: st
     return files[component]
 
 
-KeepLoaded = bool | Literal["last"]
-"""Whether loaded models are kept: none, all, or the one that was used last."""
-
-
-class Models:
-    """Loads models when they are needed, and frees them after their stage unless they are kept."""
-
-    def __init__(self, engine: Engine, *, keep_loaded: KeepLoaded = False) -> None:
-        self.engine = engine
-        self._keep_loaded = keep_loaded
-        self._kept: dict[Component, Session] = {}
-
-    @contextlib.contextmanager
-    def use(self, component: Component) -> Iterator[Session]:
-        """Yield a loaded model."""
-        session = self._kept.get(component)
-        if session is None:
-            if self._keep_loaded == "last":
-                self.close()
-            session = self.engine.load(component)
-            if self._keep_loaded:
-                self._kept[component] = session
-        try:
-            yield session
-        finally:
-            if not self._keep_loaded:
-                free(session)
-
-    def close(self) -> None:
-        """Free what was kept."""
-        while self._kept:
-            free(self._kept.popitem()[1])
-
-
 KINDS: Mapping[EngineName, ArtifactKind] = {
     "mnn": "mnn",
     "onnxruntime": "onnx",
     "onnxruntime-int8": "onnx-int8",
     "onnxruntime-fp16": "onnx-fp16",
 }
-_MADE_BY: Mapping[EngineName, str] = {
+MADE_BY: Mapping[EngineName, str] = {
     "onnxruntime-int8": "--with-ort-int8",
     "onnxruntime-fp16": "--with-onnx fp16",
 }
@@ -303,7 +275,9 @@ ENGINE_OPTIONS: Mapping[EngineName, tuple[str, ...]] = {
 }
 
 
-def bundle_engine(bundle: Bundle, name: EngineName, options: Mapping[str, Any], *, check: bool = True) -> Engine:
+def bundle_engine(
+    bundle: Bundle, name: EngineName, options: Mapping[str, Any], *, check: bool = True, rank: int | None = None
+) -> Engine:
     """Return an engine over the files of a bundle.
 
     Args:
@@ -313,6 +287,7 @@ def bundle_engine(bundle: Bundle, name: EngineName, options: Mapping[str, Any], 
             FILE[:STRENGTH].
         check: compare the files with the manifest first, once per open bundle; without it they still have to stay
             what they are from now on.
+        rank: of the slots for adapters that its models shall have; None is models without.
 
     Raises:
         UsageError: no such engine, an option that it does not have, or torch without a checkpoint.
@@ -326,8 +301,8 @@ def bundle_engine(bundle: Bundle, name: EngineName, options: Mapping[str, Any], 
     if unknown := sorted(set(options) - set(ENGINE_OPTIONS[name])):
         raise UsageError(f"Engine {name} has no option {unknown[0]!r}. It has: {', '.join(ENGINE_OPTIONS[name])}.")
     if name == "torch":
-        return _torch_engine(bundle, options, check=check)
-    kind = KINDS[name]
+        return replace(_torch_engine(bundle, options, check=check), rank=rank)
+    kind = KINDS[name] if rank is None else SLOTS_OF[KINDS[name]]
     if check:
         bundle.check((), kinds=())
     files = {
@@ -337,17 +312,17 @@ def bundle_engine(bundle: Bundle, name: EngineName, options: Mapping[str, Any], 
     }
     if name == "mnn":
         settings = dict(options)
-        split = settings.pop("split", False)
+        split = settings.pop("split", False) and rank is None
         parts = _parts(bundle, check=check) if split else None
         judged = {c: bundle.artifact(c, SPLIT_KINDS[-1] if split and c is Component.DIT else kind) for c in files}
         right_at_low = frozenset(c for c, artifact in judged.items() if artifact.lowest_precision == "low")
-        return MnnEngine(bundle.layout, files, parts=parts, right_at_low=right_at_low, **settings)
-    if name in _MADE_BY and not files:
+        return MnnEngine(bundle.layout, files, parts=parts, right_at_low=right_at_low, rank=rank, **settings)
+    if name in MADE_BY and not files:
         raise BundleError(
-            f"Bundle {bundle.path} has nothing for the engine {name}. Convert again with {_MADE_BY[name]}."
+            f"Bundle {bundle.path} has nothing for the engine {name}. Convert again with {MADE_BY[name]}."
         )
     parts = bundle.checked_parts(Component.DIT, kind, contents=check) if Component.DIT in files else ()
-    return OrtEngine(bundle.layout, files, parts=parts, name=name, **options)
+    return OrtEngine(bundle.layout, files, parts=parts, name=name, rank=rank, **options)
 
 
 def _parts(bundle: Bundle, *, check: bool) -> tuple[CheckedFile, ...]:

@@ -1,14 +1,15 @@
 """Text to audio and its variations: the stages in order, each loading what it needs and letting go of it."""
 
 import contextlib
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 
-from sa3_convert.arrays import Floats, Session, constant, host, placed_like
+from sa3_convert.arrays import Floats, Session, host
 from sa3_convert.bundle.manifest import Manifest
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
@@ -16,16 +17,20 @@ from sa3_convert.components import Component
 from sa3_convert.errors import BundleError
 from sa3_convert.runtime import autoencode
 from sa3_convert.runtime import conditioning as conditions
+from sa3_convert.runtime.adapters import Slotted, slotted_models
 from sa3_convert.runtime.autoencode import Bottleneck
 from sa3_convert.runtime.conditioning import Conditioning, Encodings, Lengths, given_audio, inpaint_mask
-from sa3_convert.runtime.engines import KINDS, Engine, EngineName, KeepLoaded, Models, bundle_engine, checkpoint_parts
+from sa3_convert.runtime.denoising import denoised, velocity_of
+from sa3_convert.runtime.engines import KINDS, Engine, EngineName, bundle_engine, checkpoint_parts
 from sa3_convert.runtime.events import AudioChunk, Event, Generation, Notes, Report, Started, Stepped
 from sa3_convert.runtime.levels import level
 from sa3_convert.runtime.loop import closed
+from sa3_convert.runtime.models import KeepLoaded, Models
 from sa3_convert.runtime.output_checks import OutputCheck
 from sa3_convert.runtime.prompts import PromptTokenizer, Tokens
 from sa3_convert.runtime.request import GenerateRequest, ResolvedRequest
-from sa3_convert.runtime.sampling import DRAWING, SAMPLERS, Noise, Step, Velocity, guided
+from sa3_convert.runtime.sampling import DRAWING, Step, Velocity, guided
+from sa3_convert.runtime.setting_values import AdapterRequest
 
 
 class Pipeline:
@@ -60,6 +65,11 @@ class Pipeline:
         self._tokenizer = tokenizer
         self._window = window
         self._encodings = Encodings()
+        self.adapters: Sequence[AdapterRequest] = ()
+        """LoRAs of generations whose request names none; they can be changed from one to the next."""
+        self.open_slotted: Callable[[], Slotted] | None = None
+        """Opens the models that take adapters, when they are first needed."""
+        self._slotted: Slotted | None = None
 
     @classmethod
     def from_bundle(
@@ -104,7 +114,10 @@ class Pipeline:
 
             engine, _ = engine_for(bundle, options.get("backend", "cpu"), options, checkpoint="checkpoint" in options)
         runner = bundle_engine(bundle, engine, options, check=check)
-        return cls.of(bundle, runner, keep_loaded=keep_loaded, window=window)
+        pipeline = cls.of(bundle, runner, keep_loaded=keep_loaded, window=window)
+        how: dict[str, Any] = {"check": check, "keep_loaded": keep_loaded}
+        pipeline.open_slotted = partial(slotted_models, bundle, engine, options, **how)
+        return pipeline
 
     @classmethod
     def from_pretrained(
@@ -162,6 +175,33 @@ class Pipeline:
     def close(self) -> None:
         """Free models that were kept."""
         self.models.close()
+        if self._slotted is not None:
+            self._slotted.models.close()
+
+    def _adapters_of(self, request: GenerateRequest) -> Sequence[AdapterRequest]:
+        return request.adapters or self.adapters
+
+    def slotted(self) -> Slotted:
+        """Return the models that take adapters; BundleError if there are none."""
+        if self._slotted is None:
+            if self.open_slotted is None:
+                raise BundleError("Adapters need a bundle with slots for them (`convert --adapter-slots`).")
+            self._slotted = self.open_slotted()
+        return self._slotted
+
+    def _prepared(self, request: ResolvedRequest, sizes: Lengths) -> list[str]:
+        adapters = self._adapters_of(request)
+        return self.slotted().prepare(adapters, request.schedule(sizes)[:-1]) if adapters else []
+
+    @contextlib.contextmanager
+    def _use(self, component: Component, request: ResolvedRequest) -> Iterator[Session]:
+        """Yield a model that adapters change: that with slots if there are any, else the plain one."""
+        if adapters := self._adapters_of(request):
+            models = self.slotted().use(component, adapters, request.init_noise_level)
+        else:
+            models = self.models.use(component)
+        with models as session:
+            yield session
 
     def generate(self, request: GenerateRequest, *, allow: Collection[str] = ()) -> Generation:
         """Generate a whole piece; see `stream`."""
@@ -194,7 +234,7 @@ class Pipeline:
         """
         settings = request.resolved(self.layout)
         sizes = settings.lengths(self.layout)
-        check, notes = OutputCheck(allow), Notes(settings.contradictions(sizes))
+        check, notes = OutputCheck(allow), Notes(settings.contradictions(sizes) + self._prepared(settings, sizes))
         rate, loop = self.layout.sample_rate, settings.loop is not None
         leveller = level(settings.peak, settings.loudness, rate, notes.warnings.append, loop=loop)
         # Everything that can be wrong with the request is found before the first model is loaded.
@@ -261,9 +301,10 @@ class Pipeline:
 
         return self._encodings.of([(tokens.ids, tokens.mask) for tokens in prompts], encode)
 
-    def seconds_embedding(self, seconds: float) -> Floats:
-        """Return [1, 1, D] for a duration."""
-        with self.models.use(Component.NUMBER_CONDITIONER) as number_conditioner:
+    def seconds_embedding(self, seconds: float, request: ResolvedRequest | None = None) -> Floats:
+        """Return [1, 1, D] for a duration, with the adapters of a request."""
+        component = Component.NUMBER_CONDITIONER
+        with self.models.use(component) if request is None else self._use(component, request) as number_conditioner:
             return number_conditioner.run({"seconds": np.array([seconds], np.float32)})["embedding"]
 
     def condition(self, request: ResolvedRequest, notes: Notes) -> tuple[Conditioning, Conditioning | None]:
@@ -279,7 +320,7 @@ class Pipeline:
                     f"The {name} is too long: of its {kept + found.dropped} tokens only the first {kept} are heard."
                 )
         prompt, *negative = self.prompt_embeddings(*prompts.values())
-        seconds = self.seconds_embedding(request.generated_seconds)
+        seconds = self.seconds_embedding(request.generated_seconds, request)
         prompted = conditions.conditioning(prompt, seconds)
         if not guidance:
             return prompted, None
@@ -319,12 +360,12 @@ class Pipeline:
         """
         padding_mask = sizes.padding_mask()
         local = conditions.local_conditioning(self.layout.autoencoder.latent_dim, sizes.latents, *inpainting)
-        with self.models.use(Component.DIT) as dit:
-            velocity = _velocity(dit, prompted, local, padding_mask)
+        with self._use(Component.DIT, request) as dit:
+            velocity = velocity_of(dit, prompted, local, padding_mask)
             if unprompted is not None:
                 velocity = guided(
                     velocity,
-                    _velocity(dit, unprompted, local, padding_mask),
+                    velocity_of(dit, unprompted, local, padding_mask),
                     cfg_scale=request.cfg_scale,
                     apg_scale=request.apg_scale,
                     padding_mask=padding_mask,
@@ -356,42 +397,3 @@ class Pipeline:
             window = max(self._window, room(half.width) // half.group if room else 0)
             chunks = autoencode.decoded(decoder, latents, self.layout.autoencoder, samples=samples, window=window)
             yield from map(host, chunks)
-
-
-def denoised(
-    velocity: Velocity,
-    request: ResolvedRequest,
-    channels: int,
-    sizes: Lengths,
-    noise: Noise,
-    initial: Floats | None = None,
-) -> Iterator[Step]:
-    """Yield the steps of the denoising loop, whatever gives the velocity and the noise.
-
-    Args:
-        velocity: of the DiT, of a wrapper around it, or one that was recorded.
-        request: gives sampler, schedule, and how much of the initial latents is replaced by noise.
-        channels: of the latents, C.
-        sizes: lengths of the generation.
-        noise: drawn from once for the start, then as the sampler does.
-        initial: latents [1, C, T] to start from.
-
-    """
-    start, level = noise((1, channels, sizes.latents)), request.init_noise_level
-    if initial is not None:
-        start = placed_like(initial, start) * np.float32(1 - level) + start * np.float32(level)
-    return SAMPLERS[request.sampler](velocity, start, request.schedule(sizes), noise)
-
-
-def _velocity(dit: Session, condition: Conditioning, local: Floats, padding_mask: Floats) -> Velocity:
-    same = {
-        "cross_attn_cond": constant(condition.cross_attn_cond),
-        "global_embed": constant(condition.global_embed),
-        "local_add_cond": constant(local),
-        "padding_mask": constant(padding_mask),
-    }
-
-    def velocity(x: Floats, t: np.float32) -> Floats:
-        return dit.run({"x": x, "t": np.array([t], np.float32), **same})["out"]
-
-    return velocity

@@ -5,26 +5,20 @@ import difflib
 import math
 import os
 import reprlib
-import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, get_args
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
 
 from sa3_convert.arrays import Floats
 from sa3_convert.checkpoint.dimensions import (
     DEFAULT_SHIFT,
     CheckpointLayout,
-    FluxShift,
-    FullShift,
     LogSnrShift,
-    NoShift,
     Shift,
 )
-from sa3_convert.checkpoint.json_file import faults
 from sa3_convert.checkpoint.variants import defaults_of
 from sa3_convert.errors import SettingError, UsageError
 from sa3_convert.runtime.conditioning import (
@@ -44,13 +38,12 @@ from sa3_convert.runtime.levels import PeakName
 from sa3_convert.runtime.loop import Loop
 from sa3_convert.runtime.prompts import check_prompt
 from sa3_convert.runtime.sampling import SamplerName, sigmas
+from sa3_convert.runtime.setting_values import AUDIO, SHIFTS, AdapterRequest, read_value, shown
 
 MAX_STEPS = 1000
 _DEFAULT_INIT_NOISE = 0.9
 _MOST_PADDING = 600
 _SOFTEST = -60
-RANDOM = "random"
-"""In place of a seed, in JSON."""
 _SLOWEST, _FASTEST, _MOST_BEATS = 10, 1000, 1000
 
 
@@ -107,6 +100,8 @@ class GenerateRequest:
     """What becomes of peaks beyond full scale; see `levels`."""
     loudness: float | None = None
     """In LUFS; as it comes by default."""
+    adapters: tuple[AdapterRequest, ...] = ()
+    """LoRAs, in the order in which they are applied; the bundle needs slots for them."""
 
     def __post_init__(self) -> None:
         check_prompt(self.prompt)
@@ -184,8 +179,12 @@ class GenerateRequest:
             return None
         return Loop(self.bpm, self.bars, 4 if self.beats_per_bar is None else self.beats_per_bar)
 
+    def files(self) -> list[Path]:
+        """Return all files that it reads."""
+        return [*self.audio_files(), *(adapter.path for adapter in self.adapters)]
+
     def audio_files(self) -> list[Path]:
-        """Return the files that it reads."""
+        """Return the files of given audio."""
         return [audio for audio in (self.init_audio, self.inpaint_audio) if isinstance(audio, Path)]
 
     def lengths(self, layout: CheckpointLayout) -> Lengths:
@@ -245,13 +244,14 @@ class GenerateRequest:
 
         """
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name in _AUDIO:
+        for name in AUDIO:
             if isinstance(values[name], np.ndarray):
                 raise ValueError(f"{name} is an array; only audio that stands in a file can be written down")
             values[name] = None if values[name] is None else _named_from(folder, values[name])
         # What follows from others would contradict them when one of them is replaced.
         values["seconds"] = None if self.loop else self.seconds
         values["inpaint"] = [list(region) for region in self.inpaint]
+        values["adapters"] = [str(replace(a, path=Path(_named_from(folder, a.path)))) for a in self.adapters]
         values["cfg_interval"] = list(self.cfg_interval)
         values["dist_shift"] = None if self.dist_shift is None else self.dist_shift.model_dump()
         return values
@@ -269,10 +269,10 @@ class GenerateRequest:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
                 hint = f" Perhaps you meant {near[0]!r}." if near else ""
-                raise UsageError(f"There is no setting {_shown(key)}.{hint}")
+                raise UsageError(f"There is no setting {shown(key)}.{hint}")
         if "prompt" not in values:
             raise SettingError("{prompt} is missing.")
-        return cls(**{key: _read(key, value) for key, value in values.items()})
+        return cls(**{key: read_value(key, value, optional=key in _OPTIONAL) for key, value in values.items()})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -315,22 +315,17 @@ _GUIDANCE = {
     "cfg_rescale": "Rescaling guidance",
     "cfg_norm_threshold": "The norm threshold of guidance",
 }
-SHIFTS = NoShift | LogSnrShift | FluxShift | FullShift
-_SHIFT: TypeAdapter[Shift] = TypeAdapter(Shift)
-_NUMBERS = (
-    "seconds", "bpm", "cfg_scale", "apg_scale", "cfg_rescale", "cfg_norm_threshold", "duration_padding",
-    "init_noise_level", "loudness",
-)  # fmt: skip
-_WHOLE = ("seed", "steps", "bars", "beats_per_bar")
-_AUDIO = ("init_audio", "inpaint_audio")
-_LARGEST = 1 << 64
 _OPTIONAL = tuple(f.name for f in dataclasses.fields(GenerateRequest) if f.default is None)
 
 
 def located(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return settings that stand in a file of this folder, their relative paths leading from where we are."""
-    paths = {name: values[name] for name in _AUDIO if isinstance(values.get(name), str)}
-    return {**values, **{name: str(folder / path) if path else path for name, path in paths.items()}}
+    paths = {name: values[name] for name in AUDIO if isinstance(values.get(name), str)}
+    found = {**values, **{name: str(folder / path) if path else path for name, path in paths.items()}}
+    if isinstance(adapters := values.get("adapters"), list):
+        # Text that begins with a path: nothing comes before it.
+        found["adapters"] = [str(folder / text) if isinstance(text, str) and text else text for text in adapters]
+    return found
 
 
 def _named_from(folder: Path | None, path: Path) -> str:
@@ -342,59 +337,3 @@ def _named_from(folder: Path | None, path: Path) -> str:
     except ValueError:
         # On another drive of Windows.
         return str(path.absolute())
-
-
-def _read(key: str, value: Any) -> Any:
-    """Return a setting's value for its JSON value."""
-
-    def unlike(expected: str) -> SettingError:
-        return SettingError(f"{{{key}}} is {{0}}, {expected}.", _shown(value))
-
-    if value is None and key in _OPTIONAL:
-        return None
-    if key == "cfg_interval":
-        if _is_pair(value):
-            return float(value[0]), float(value[1])
-        raise unlike("expected [low, high]")
-    if key == "dist_shift":
-        try:
-            return _SHIFT.validate_python(value)
-        except ValidationError as error:
-            raise SettingError("{dist_shift}: {0}.", faults(error)) from None
-    if key == "inpaint":
-        if isinstance(value, list) and all(map(_is_pair, value)):
-            return tuple((float(start), float(end)) for start, end in value)
-        raise unlike("expected a list of [start, end] in seconds")
-    if key in _NUMBERS:
-        if not _is_number(value):
-            raise unlike("expected a number")
-        return float(value)
-    if key in _WHOLE:
-        if key == "seed" and value == RANDOM:
-            return secrets.randbelow(1 << 32)
-        if not isinstance(value, int) or not _is_number(value):
-            raise unlike("expected a whole number")
-        return value
-    if not isinstance(value, str):
-        raise unlike("expected text")
-    if key not in _AUDIO:
-        return value
-    if not value or "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise unlike("which no file is called")
-    return Path(value)
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and [_is_number(v) for v in value] == [True] * 2
-
-
-def _is_number(value: Any) -> bool:
-    """Tell whether a value is a number that a float can be."""
-    if isinstance(value, int):
-        return not isinstance(value, bool) and abs(value) < _LARGEST
-    return isinstance(value, float)
-
-
-def _shown(value: Any) -> str:
-    # Python spells no integer of more than 4300 digits.
-    return "a number beyond all bounds" if isinstance(value, int) and abs(value) >= _LARGEST else reprlib.repr(value)

@@ -22,7 +22,8 @@ from sa3_convert.bundle.manifest import Manifest
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.errors import InputError, Sa3Error, UsageError, told_by_system
-from sa3_convert.runtime.request import RANDOM, GenerateRequest
+from sa3_convert.runtime.request import GenerateRequest
+from sa3_convert.runtime.setting_values import RANDOM
 from sa3_convert.serve.worker import Served, work
 from sa3_convert.system.files import sweep
 
@@ -195,6 +196,8 @@ class Jobs:
         model = next(iter(self.served)) if model is None else model
         if not isinstance(model, str) or model not in self.served:
             raise UsageError(f"There is no model {model!r}. There are: {', '.join(self.served)}.")
+        if "adapters" in settings:
+            raise UsageError("Adapters are files of this machine, which clients do not name.")
         request = GenerateRequest.from_json(self._located(settings))
         if settings.get("seed") == RANDOM:
             settings = {**settings, "seed": request.seed}

@@ -71,7 +71,7 @@ def test_a_value_that_is_not_finite_is_told(small_toy: Path, path: Path, value: 
 
 def test_an_adapter_for_another_program_is_told(small_toy: Path, tmp_path: Path) -> None:
     save_file({"lora_unet_down.lora_up.weight": np.ones((4, 4), np.float32)}, tmp_path / "a.safetensors")
-    refused(small_toy, tmp_path / "a.safetensors", "no LoRA of Stable Audio 3: its tensor lora_unet_down")
+    refused(small_toy, tmp_path / "a.safetensors", "lora_unet_down has no lora_A")
 
 
 def test_a_file_without_tensors_is_told(small_toy: Path, tmp_path: Path) -> None:

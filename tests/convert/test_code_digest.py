@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from sa3_convert.convert.code_digest import PACKAGE, KeptDigests, Source, code_digest
-from sa3_convert.convert.stages import STAGES, verify_stage
+from sa3_convert.convert.stages import STAGES
+from sa3_convert.convert.work import verify_stage
 
 ALL = set(STAGES)
 
@@ -16,7 +17,7 @@ ALL = set(STAGES)
 def stage_digests(package: Path) -> dict[str, str]:
     source = Source(package)
     return {
-        name: source.reached([("sa3_convert.convert.stages", stage.work.__name__)]).digest()
+        name: source.reached([("sa3_convert.convert.work", stage.work.__name__)]).digest()
         for name, stage in STAGES.items()
     }
 
@@ -43,12 +44,16 @@ def changed(before: dict[str, str], package: Path) -> set[str]:
     return {name for name in STAGES if before[name] != after[name]}
 
 
-STORED = {"mnn", "verify", "split"}
+STORED = {"mnn", "verify", "split", "slots"}
 """Stages that spell a graph for MNN: one of them to emulate it in half arithmetic."""
+JUDGING = {"verify", "ort-int8", "onnx-fp16", "split", "slots", "ort-int8-slots"}
+"""Stages that compare a model with its reference."""
+INTEGERS = {"ort-int8", "ort-int8-slots"}
+EXPORTING = {"export", "export-slots"}
 
 
 def test_every_stage_is_followed() -> None:
-    assert {stage.work.__module__ for stage in STAGES.values()} == {"sa3_convert.convert.stages"}
+    assert {stage.work.__module__ for stage in STAGES.values()} == {"sa3_convert.convert.work"}
 
 
 @pytest.mark.parametrize(
@@ -60,18 +65,18 @@ def test_every_stage_is_followed() -> None:
             "runtime/sampling.py",
             r"logsnr = end - ",
             r"\g<0>1 - ",
-            {"round", "verify", "ort-int8", "onnx-fp16", "split"},
+            JUDGING | {"round"},
         ),
         ("passes/fp16_safe.py", r"^_LARGEST_CONSTANT.*= ", r"\g<0>1 + ", STORED),
-        ("passes/pipeline.py", r"^_EXTERNAL_FROM_BYTES.*= ", r"\g<0>1 + ", STORED | {"ort-int8", "onnx-fp16"}),
+        ("passes/pipeline.py", r"^_EXTERNAL_FROM_BYTES.*= ", r"\g<0>1 + ", STORED | INTEGERS | {"onnx-fp16"}),
         ("check/half.py", r"^def pass_through.*\n", r"\g<0>    print()\n", {"verify", "split"}),
-        ("mnn/worker.py", r"^def _refuse.*\n", r"\g<0>    print()\n", {"mnn", "split"}),
-        ("networks/layers.py", r"^MASKED.*= ", r"\g<0>1 + ", {"export", "round"}),
-        ("checkpoint/lora.py", r"^_NORM_EPS.*= ", r"\g<0>1 + ", {"export", "round"}),
-        ("passes/integers.py", r"^FLOORS_DB.*\n", r"\g<0>    **{},\n", {"ort-int8"}),
-        ("check/metrics.py", r"^MAX_DB.*= ", r"\g<0>1 + ", {"verify", "ort-int8", "onnx-fp16", "split"}),
-        ("runtime/sessions.py", r"^class SplitSession.*\n", r"\g<0>    odd = 1\n", {"split"}),
-        ("convert/stages.py", r"quick=True", "quick=False", {"verify", "ort-int8", "onnx-fp16", "split"}),
+        ("mnn/worker.py", r"^def _refuse.*\n", r"\g<0>    print()\n", {"mnn", "split", "slots"}),
+        ("networks/layers.py", r"^MASKED.*= ", r"\g<0>1 + ", EXPORTING | {"round"}),
+        ("checkpoint/lora.py", r"^_NORM_EPS.*= ", r"\g<0>1 + ", EXPORTING | {"round"}),
+        ("passes/integers.py", r"^FLOORS_DB.*\n", r"\g<0>    **{},\n", INTEGERS),
+        ("check/metrics.py", r"^MAX_DB.*= ", r"\g<0>1 + ", JUDGING),
+        ("runtime/sessions.py", r"^class SplitSession.*\n", r"\g<0>    odd = 1\n", {"split"} | INTEGERS),
+        ("convert/work.py", r"quick=True", "quick=False", JUDGING),
     ],
 )
 def test_a_change_of_meaning_redoes_what_depends_on_it_and_nothing_else(
@@ -106,8 +111,8 @@ def test_comments_docstrings_and_layout_redo_nothing_wherever_they_are(before: d
 
 
 def test_a_moved_entry_is_refused_rather_than_hashed_as_nothing() -> None:
-    with pytest.raises(LookupError, match=r"sa3_convert\.convert\.stages has no old_name"):
-        Source(PACKAGE).reached([("sa3_convert.convert.stages", "old_name")])
+    with pytest.raises(LookupError, match=r"sa3_convert\.convert\.work has no old_name"):
+        Source(PACKAGE).reached([("sa3_convert.convert.work", "old_name")])
 
 
 MODULES = {
@@ -220,7 +225,7 @@ def kept(tmp_path: Path) -> Path:
 def test_digests_are_kept_until_a_source_file_changes(
     package: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = ("sa3_convert.convert.stages", "ort_int8_stage")
+    start = ("sa3_convert.convert.work", "ort_int8_stage")
     first = KeptDigests(package, kept).of(start)
     with monkeypatch.context() as patch:
         patch.setattr(Source, "reached", lambda *_: pytest.fail("worked out again"))
@@ -244,5 +249,5 @@ def test_kept_digests_that_were_damaged_are_worked_out_again(kept: Path) -> None
 
 
 def test_the_digest_of_a_function_is_that_of_its_name() -> None:
-    expected = Source(PACKAGE).reached([("sa3_convert.convert.stages", "verify_stage")]).digest()
+    expected = Source(PACKAGE).reached([("sa3_convert.convert.work", "verify_stage")]).digest()
     assert code_digest(verify_stage) == expected

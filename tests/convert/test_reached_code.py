@@ -45,15 +45,16 @@ def watched(calls: set[tuple[str, str]]) -> Iterator[None]:
 
 BESIDE = {("sa3_convert.system.log", "_Keep"), ("sa3_convert.system.files", "_Descriptor")}
 """What runs whatever a stage does: it takes in what is logged, and lets go of what nobody holds any more."""
+SLOTS = {"export-slots", "slots", "ort-int8-slots"}
 
 
 @pytest.mark.parametrize(
     ("component", "stages"),
     [
-        (Component.NUMBER_CONDITIONER, {"export", "mnn", "verify", "ort-int8", "onnx-fp16"}),
+        (Component.NUMBER_CONDITIONER, {"export", "mnn", "verify", "ort-int8", "onnx-fp16"} | SLOTS),
         pytest.param(Component.TEXT_ENCODER, {"export", "round", "mnn", "verify"}, marks=pytest.mark.slow),
         pytest.param(
-            Component.DIT, {"export", "mnn", "verify", "ort-int8", "onnx-fp16", "split"}, marks=pytest.mark.slow
+            Component.DIT, {"export", "mnn", "verify", "ort-int8", "onnx-fp16", "split"} | SLOTS, marks=pytest.mark.slow
         ),
         pytest.param(Component.DECODER, {"export", "mnn", "verify", "ort-int8", "onnx-fp16"}, marks=pytest.mark.slow),
         pytest.param(Component.ENCODER, {"export", "mnn", "verify", "ort-int8", "onnx-fp16"}, marks=pytest.mark.slow),
@@ -91,11 +92,12 @@ def test_every_function_that_a_stage_calls_is_followed(
         with_ort_int8="ort-int8" in stages,
         with_onnx="fp16" if "onnx-fp16" in stages else None,
         with_split_dit=True,
+        adapter_slots=2,
     )
     assert calls.keys() == stages
     source = Source(PACKAGE)
     for name, called in calls.items():
-        reached = source.reached([("sa3_convert.convert.stages", STAGES[name].work.__name__)])
+        reached = source.reached([("sa3_convert.convert.work", STAGES[name].work.__name__)])
         named = {(module, function) for module, function in called if not function.startswith("<")}
         assert len(named) > 10
         assert {one for one in named - BESIDE if one not in reached} == set()

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from sa3_convert.errors import ModelFileError, UsageError
+from sa3_convert.mnn.file.dequantise import dequantised_weight
 from sa3_convert.mnn.file.flatbuffer import weight_path
 from sa3_convert.mnn.file.storage import read_storage
+from tests.mnn.constants import constant_values
 from tests.mnn.converted import Converter, convolution_graph, gaussian, linear_graph, what_mnn_multiplies_with
-from tests.mnn.dequantise import constant_values, dequantised_weight
 
 IN, OUT = 128, 96
 LAYER = "y__matmul_converted"

@@ -7,9 +7,9 @@ import pytest
 
 from sa3_convert.errors import ModelFileError
 from sa3_convert.mnn.file.contents import ModelStorage, OperatorStorage
+from sa3_convert.mnn.file.dequantise import dequantised_weight
 from sa3_convert.mnn.file.storage import read_storage
 from tests.mnn.converted import Converter
-from tests.mnn.dequantise import dequantised_weight
 
 EIGHT = [1, 2, 3, 4, -5, 6, 7, 8]
 

@@ -13,10 +13,11 @@ from rich.console import Console
 
 from sa3_convert.cli.inspection_tables import render_storage as render
 from sa3_convert.errors import ModelFileError, UsageError
+from sa3_convert.mnn.file.dequantise import dequantised_weight
 from sa3_convert.mnn.file.flatbuffer import weight_path
 from sa3_convert.mnn.file.storage import content_digest, read_storage
+from tests.mnn.constants import constant_values
 from tests.mnn.converted import Converter, gaussian, linear_graph, mixed_graph
-from tests.mnn.dequantise import constant_values, dequantised_weight
 
 Damage = Callable[[bytearray], None]
 

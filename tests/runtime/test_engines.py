@@ -12,7 +12,8 @@ from sa3_convert.errors import BackendError, BundleError, CheckpointError, Model
 from sa3_convert.export.component import export_component
 from sa3_convert.mnn.converter import mnn_from_onnx
 from sa3_convert.recipe import ComponentRecipe
-from sa3_convert.runtime.engines import EngineName, MnnEngine, Models, OnHost, OrtEngine, checkpoint_parts
+from sa3_convert.runtime.engines import EngineName, MnnEngine, OnHost, OrtEngine, checkpoint_parts
+from sa3_convert.runtime.models import Models
 from sa3_convert.system.checked_files import CheckedFile
 from sa3_convert.system.machine import default_threads
 from tests.runtime.conftest import Parts, StandIn

@@ -50,7 +50,8 @@ from sa3_convert.lab.generations.trajectory import STEPS, GenerationCase, all_ca
 from sa3_convert.mnn.file.audit import audit
 from sa3_convert.mnn.file.storage import read_storage
 from sa3_convert.recipe import ComponentRecipe, Recipe
-from sa3_convert.runtime.engines import Models, bundle_engine
+from sa3_convert.runtime.engines import bundle_engine
+from sa3_convert.runtime.models import Models
 from sa3_convert.system.machine import machine, tool_versions
 from sa3_convert.system.sealed import source_digest
 

@@ -67,7 +67,7 @@ class Verification(BundleFidelity):
     @classmethod
     def of(cls, found: BundleFidelity, **parts: Any) -> Self:
         """Return the verdicts on a bundle's models with further parts."""
-        return cls(found.bundle, found.recipe, found.verdicts, found.contradictions, **parts)
+        return cls(found.bundle, found.recipe, found.verdicts, found.contradictions, adapted=found.adapted, **parts)
 
     @cached_property
     def short(self) -> Mapping[Component, Distribution]:

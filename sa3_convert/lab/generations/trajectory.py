@@ -21,9 +21,10 @@ from sa3_convert.convert.code_digest import code_digest
 from sa3_convert.errors import UsageError
 from sa3_convert.runtime.autoencode import encoded
 from sa3_convert.runtime.conditioning import Conditioning, conditioning, lengths
+from sa3_convert.runtime.denoising import denoised
 from sa3_convert.runtime.engines import EngineName, OnHost
 from sa3_convert.runtime.noise import TorchGenerator
-from sa3_convert.runtime.pipeline import Pipeline, denoised
+from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.prompts import Tokens
 from sa3_convert.runtime.request import GenerateRequest
 from sa3_convert.runtime.sampling import Velocity

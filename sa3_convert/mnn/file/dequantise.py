@@ -7,7 +7,7 @@ integer that the minimum stands for; all in float32, in this order (MNN's `Convo
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,18 +25,6 @@ _INTEGER_ARITHMETIC: Final = 10
 """Field of the quantised parameter."""
 _LARGEST_SPARSE: Final = 1 << 26
 """A sparse weight may be larger than its file; this many elements take 256 MiB."""
-_DTYPES: Final[dict[str, np.dtype[Any]]] = {
-    "fp16": np.dtype("<f2"),
-    "fp32": np.dtype("<f4"),
-    "fp64": np.dtype("<f8"),
-    "int8": np.dtype("i1"),
-    "uint8": np.dtype("u1"),
-    "bool": np.dtype("u1"),
-    "int16": np.dtype("<i2"),
-    "uint16": np.dtype("<u2"),
-    "int32": np.dtype("<i4"),
-    "int64": np.dtype("<i8"),
-}
 
 
 def dequantised_weight(path: Path, operator: str, *, storage: ModelStorage | None = None) -> NDArray[np.float32]:
@@ -68,26 +56,6 @@ def dequantised_weight(path: Path, operator: str, *, storage: ModelStorage | Non
             return _decoded(model, weight, _form(model, storage, found)).reshape(weight.shape)
     except ModelFileError as fault:
         raise unusable(path, fault) from None
-
-
-def constant_values(path: Path, name: str, *, storage: ModelStorage | None = None) -> NDArray[Any]:
-    """Return a constant as it is stored: a read-only array in its own type and shape.
-
-    Raises:
-        ModelFileError: the file is damaged, or holds no values for it.
-        UsageError: there is no such constant.
-
-    """
-    storage = storage or read_storage(path)
-    found = next((constant for constant in storage.constants if constant.name == name), None)
-    if found is None:
-        raise UsageError(f"{path} has no constant {name!r}.")
-    dtype = _DTYPES.get(found.type)
-    if found.values is None or dtype is None or found.values.bytes != found.elements * dtype.itemsize:
-        raise unusable(path, ModelFileError(f"it holds no readable values for constant {name!r} ({found.type})"))
-    with ModelBytes(path) as model:
-        values: NDArray[Any] = np.frombuffer(model.read(found.values), dtype)
-        return values.reshape(found.shape)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,107 @@
+"""Adapters of other trainers: how kohya's scripts, PEFT and Diffusers call layers, factors and settings.
+
+Read is what is understood to the last key; a key of another kind (convolutions in Tucker form, LoHa, `dora_scale`,
+text encoders) is refused by name. Sources: the key names that these libraries write.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from sa3_convert.checkpoint.json_file import listed, read_json
+from sa3_convert.checkpoint.tensor_file import TensorFile
+from sa3_convert.checkpoint.tensors import DIT_PREFIX
+from sa3_convert.errors import LoraError
+from sa3_convert.system import untrusted
+
+SETTINGS: Final = "adapter_config.json"
+"""What PEFT writes beside its file."""
+_KEY = re.compile(
+    r"(?P<layer>.+?)\.(?P<factor>alpha|lora_A|lora_B|lora[_.]down|lora[_.]up|lora_magnitude_vector)"
+    r"(\.default)?(\.weight)?",
+    re.ASCII,
+)
+_FACTORS: Final[Mapping[str, str]] = {
+    "lora_A": "lora_A",
+    "lora_B": "lora_B",
+    "lora_down": "lora_A",
+    "lora_up": "lora_B",
+    "lora.down": "lora_A",
+    "lora.up": "lora_B",
+    "lora_magnitude_vector": "magnitude",
+    "alpha": "alpha",
+}
+_WRAPPERS: Final = re.compile(
+    r"(base_model\.model\.|diffusion_model\.|lora_unet_|lora_transformer_|unet\.|model[._]|transformer\.(?=transformer\.|to_|p))*",
+    re.ASCII,
+)
+"""What stands before the path of a layer of the DiT."""
+
+
+def foreign_layers(tensors: TensorFile) -> dict[str, dict[str, str]]:
+    """Return factor → name in the file, by layer as the file calls it; LoraError names keys that are not understood."""
+    layers: dict[str, dict[str, str]] = {}
+    unknown = []
+    for name in tensors.entries:
+        match = _KEY.fullmatch(name)
+        factor = None if match is None else _FACTORS[match["factor"]]
+        if match is None or factor is None or factor in layers.setdefault(match["layer"], {}):
+            unknown.append(name)
+        else:
+            layers[match["layer"]][factor] = name
+    if unknown:
+        raise LoraError(
+            f"{tensors.path} is no LoRA that is understood; these of its keys are not: {listed(unknown)}. Read are "
+            "<layer>.parametrizations.weight.0.<factor>, and what kohya's scripts, PEFT and Diffusers call lora_A, "
+            "lora_B, lora_down, lora_up, alpha and lora_magnitude_vector."
+        )
+    return layers
+
+
+def foreign_settings(tensors: TensorFile, layers: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    """Return the settings of another trainer's file, from its header or from what stands beside it."""
+    settings: dict[str, Any] = {}
+    beside = tensors.path.with_name(SETTINGS)
+    if (text := tensors.metadata.get("lora_adapter_metadata")) is not None:
+        try:
+            found = untrusted.parse_json(text)
+        except ValueError as error:
+            raise LoraError(f"{tensors.path}: lora_adapter_metadata in its header is not JSON: {error}") from None
+        settings = {key.rpartition(".")[2]: value for key, value in found.items()} if isinstance(found, dict) else {}
+    elif beside.is_file():
+        found = read_json(beside)
+        settings = found if isinstance(found, dict) else {}
+    if settings.get("peft_type", "LORA") != "LORA":
+        raise LoraError(f"{tensors.path} is of PEFT's kind {json.dumps(settings['peft_type'])}; only LORA is read.")
+    by_peft = any("lora_A" in name for names in layers.values() for name in names.values())
+    if by_peft and "lora_alpha" not in settings and not all("alpha" in names for names in layers.values()):
+        raise LoraError(f"{tensors.path} does not state its alpha. Put PEFT's {SETTINGS} beside it.")
+    kept = (
+        "use_rslora",
+        "use_dora",
+        "fan_in_fan_out",
+        "lora_bias",
+        "rank_pattern",
+        "alpha_pattern",
+        "layer_replication",
+    )
+    own = {key: settings[key] for key in kept if key in settings}
+    rows = any("magnitude" in names for names in layers.values())
+    alpha = {"alpha": settings["lora_alpha"]} if "lora_alpha" in settings else {}
+    return own | alpha | {"adapter_type": "dora-rows" if rows else "lora"}
+
+
+def known_layer(layer: str, names: Iterable[str]) -> str | None:
+    """Return the tensor of a checkpoint that another trainer's layer is, if it is exactly one."""
+    wanted = _plain(_WRAPPERS.sub("", layer, count=1))
+    found = [
+        name
+        for name in names
+        if name.endswith(".weight") and name.startswith(DIT_PREFIX) and _plain(name[len(DIT_PREFIX) : -7]) == wanted
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def _plain(path: str) -> str:
+    return path.replace(".", "_")

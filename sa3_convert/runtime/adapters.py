@@ -1,0 +1,334 @@
+"""Adapters at run time: published LoRA files composed into what a model with slots takes, with nothing but NumPy.
+
+A layer's weight W with all adapters in it, applied one after the other as `checkpoint.lora` merges them, is
+
+    V = diag(r) · W · diag(c) + B · A
+
+for every type: a low-rank step adds columns to B and rows to A; magnitudes of rows multiply r and B, those of columns c
+and A. Magnitudes need the norms of V, and so W itself: it is read from the bundle's own stored model.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sa3_convert.arrays import Arrays, Floats, Session, constant
+from sa3_convert.bundle.manifest import SLOTS_OF
+from sa3_convert.bundle.reader import Bundle
+from sa3_convert.checkpoint.dimensions import CheckpointLayout
+from sa3_convert.checkpoint.lora_file import LoraFile, bind, read_lora
+from sa3_convert.checkpoint.tensors import expected_tensors
+from sa3_convert.checkpoint.variants import name_of
+from sa3_convert.components import ADAPTED, SLOT_INPUTS, SPECS, Component, Slot, slots
+from sa3_convert.errors import BundleError, LoraError
+from sa3_convert.runtime.engines import KINDS, MADE_BY, EngineName, bundle_engine
+from sa3_convert.runtime.models import KeepLoaded, Models
+from sa3_convert.runtime.setting_values import AdapterRequest
+from sa3_convert.system.checked_files import FileState
+
+LEAST_DB: Final = 20.0
+"""Of the step that adapters make together: what compressing it into the slots must leave at least."""
+_NORM_EPS: Final = np.float32(1e-12)
+RANK_OF_NETWORKS: Final = 64
+"""Of slots that networks are built with, where no file decides it."""
+_KEPT: Final = 4
+"""Compositions that stay ready: a generation with two intervals has up to three."""
+
+Weights = Callable[[Component, str], Floats]
+"""(component, layer) → its weight [out, in], as the bundle stores it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """An adapter that fits the model, with its factors as they are used."""
+
+    file: LoraFile
+    layers: dict[tuple[Component, str], str]
+    """Its own name of a layer."""
+    factors: dict[str, dict[str, Floats]] = field(default_factory=dict)
+
+    def of(self, layer: str) -> dict[str, Floats]:
+        if layer not in self.factors:
+            stored = self.file.layers[layer]
+            self.factors[layer] = {factor: self.file.tensors.array(name) for factor, name in stored.items()}
+        return self.factors[layer]
+
+
+@dataclass(slots=True)
+class _Weight:
+    """V as a model with slots computes it."""
+
+    slot: Slot
+    rows: Floats
+    columns: Floats
+    outer: Floats
+    """B [out, k]."""
+    inner: Floats
+    """A [k, in]."""
+
+    @classmethod
+    def plain(cls, slot: Slot) -> "_Weight":
+        rows, columns = np.ones(slot.fan_out, np.float32), np.ones(slot.fan_in, np.float32)
+        empty = np.empty((slot.fan_out, 0), np.float32), np.empty((0, slot.fan_in), np.float32)
+        return cls(slot, rows, columns, *empty)
+
+    def apply(self, adapter: _Opened, layer: str, strength: float, weight: Callable[[], Floats]) -> None:
+        """Apply an adapter, which calls the layer so, after those before it."""
+        lora, factors = adapter.file, adapter.of(layer)
+        kind, scale = lora.type, np.float32(lora.scale(layer, strength))
+        if not kind.bases_of_weight:
+            outer, inner = factors["lora_B"], factors["lora_A"]
+        else:
+            left, right = (factors["U"], factors["V"]) if "U" in factors else _bases(weight(), lora.rank)
+            outer, inner = left @ factors["M_xs"], right.T
+        self.outer = np.concatenate((self.outer, outer * scale), axis=1)
+        self.inner = np.concatenate((self.inner, inner))
+        if kind.rows is not None:
+            factor = factors[kind.rows].ravel() / (np.linalg.norm(self._whole(weight), axis=1) + _NORM_EPS)
+            self.rows, self.outer = self.rows * factor, self.outer * factor[:, np.newaxis]
+        if kind.columns is not None:
+            factor = factors[kind.columns].ravel() / (np.linalg.norm(self._whole(weight), axis=0) + _NORM_EPS)
+            self.columns, self.inner = self.columns * factor, self.inner * factor
+
+    def _whole(self, weight: Callable[[], Floats]) -> Floats:
+        whole = weight() * self.columns
+        whole *= self.rows[:, np.newaxis]
+        whole += self.outer @ self.inner
+        return whole
+
+    def compress(self, rank: int) -> tuple[float, float]:
+        """Keep the largest singular values of B·A; return the energy of all, and of those that are lost."""
+        if self.outer.shape[1] <= rank:
+            return 0.0, 0.0
+        (left, first), (right, second) = np.linalg.qr(self.outer), np.linalg.qr(self.inner.T)
+        u, values, v = np.linalg.svd(first @ second.T)
+        root = np.sqrt(values[:rank])
+        self.outer, self.inner = left @ (u[:, :rank] * root), (right @ (v[:rank].T * root)).T
+        energies = values.astype(np.float64) ** 2
+        return float(energies.sum()), float(energies[rank:].sum())
+
+    def write(self, rank: int, inner: Floats, outer: Floats) -> None:
+        """Write this layer's part of the two inputs, which hold zeros."""
+        slot, k = self.slot, self.outer.shape[1]
+        part = inner[slot.inner * (rank + 1) :]
+        part[: slot.fan_in] = self.columns - 1
+        part[slot.fan_in : slot.fan_in * (rank + 1)].reshape(slot.fan_in, rank)[:, :k] = self.inner.T
+        part = outer[slot.outer * (rank + 1) :]
+        part[: slot.fan_out] = self.rows - 1
+        part[slot.fan_out : slot.fan_out * (rank + 1)].reshape(rank, slot.fan_out)[:k] = self.outer.T
+
+
+def _bases(weight: Floats, rank: int) -> tuple[Floats, Floats]:
+    """Return the first left and right singular vectors of a weight, as `checkpoint.lora.singular_bases` does."""
+    left, _, right = np.linalg.svd(weight.astype(np.float64), full_matrices=False)
+    left, right = left[:, :rank], right[:rank].T
+    signs = np.sign(np.take_along_axis(left, np.abs(left).argmax(axis=0)[np.newaxis], axis=0))
+    return (left * signs).astype(np.float32), (right * signs).astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """What a model with slots takes for some adapters."""
+
+    feeds: Arrays
+    compressed_db: float = math.inf
+    """Ratio of the step that all of them make together to what the slots' rank has lost of it."""
+
+
+class Adapters:
+    """Reads adapter files and composes them for the slots of one model.
+
+    Args:
+        layout: of the model.
+        rank: of its slots.
+        weights: gives the weights that magnitudes and singular bases are computed of.
+
+    """
+
+    def __init__(self, layout: CheckpointLayout, rank: int, weights: Weights) -> None:
+        self._layout, self._rank, self._weights = layout, rank, weights
+        self._opened: dict[Path, tuple[FileState, _Opened]] = {}
+        self._composed: dict[tuple[Component, tuple[tuple[str, float], ...]], Composed] = {}
+
+    def open(self, requests: Iterable[AdapterRequest]) -> None:
+        """Open files, and hold them to the model.
+
+        Raises:
+            LoraError: a file is not an adapter for this model; the message says why.
+            CheckpointError: a file is missing or damaged.
+
+        """
+        for request in requests:
+            self._open(request.path)
+
+    def _open(self, path: Path) -> _Opened:
+        known = self._opened.get(path)
+        if known is None or FileState.at(path) != known[0]:
+            file = read_lora(path)
+            shapes = {name: spec.shape for name, spec in expected_tensors(self._layout).items()}
+            layers = {}
+            for name, layer in bind(file, shapes, name_of(self._layout)).items():
+                component = next(one for one in ADAPTED if name.startswith(SPECS[one].weights))
+                (prefix,) = SPECS[component].weights
+                layers[component, name.removeprefix(prefix).removesuffix(".weight")] = layer
+            known = FileState.at(path), _Opened(file, layers)
+            self._opened[path] = known
+        return known[1]
+
+    def composed(self, component: Component, requests: Sequence[AdapterRequest]) -> Composed:
+        """Return what a component takes for adapters, in the order in which they are applied.
+
+        Raises:
+            LoraError: the rank of all is above the slots', and compressed to it too much would be lost; or a number is
+                not finite.
+
+        """
+        active = [(self._open(request.path), request.strength) for request in requests if request.strength]
+        key = component, tuple((adapter.file.sha256, strength) for adapter, strength in active)
+        if key not in self._composed:
+            made = self._compose(component, active)
+            for old in list(self._composed)[: max(0, len(self._composed) - _KEPT + 1)]:
+                del self._composed[old]
+            self._composed[key] = made
+        return self._composed[key]
+
+    def _compose(self, component: Component, active: Sequence[tuple[_Opened, float]]) -> Composed:
+        table = slots(component, self._layout)
+        sizes = table[-1].inner + table[-1].fan_in, table[-1].outer + table[-1].fan_out
+        inner, outer = (np.zeros((self._rank + 1) * size, np.float32) for size in sizes)
+        whole = lost = 0.0
+        for slot in table:
+            changes = [(one, strength, one.layers.get((component, slot.layer))) for one, strength in active]
+            if not any(layer is not None for *_, layer in changes):
+                continue
+            weight, stored = _Weight.plain(slot), cache(lambda layer=slot.layer: self._weights(component, layer))
+            with np.errstate(all="ignore"):
+                for adapter, strength, layer in changes:
+                    if layer is not None:
+                        weight.apply(adapter, layer, strength, stored)
+                self._require_finite(weight, active)
+                energies = weight.compress(self._rank)
+            whole, lost = whole + energies[0], lost + energies[1]
+            weight.write(self._rank, inner, outer)
+        db = 10 * math.log10(whole / lost) if lost else math.inf
+        if db < LEAST_DB:
+            raise LoraError(
+                f"Together {_names(active)} have a rank above that of the bundle's slots, {self._rank}; compressed to "
+                f"it they would keep {db:.1f} dB, and at least {LEAST_DB:g} are needed. Use fewer at a time, convert "
+                "again with a larger --adapter-slots, or merge them with `convert --lora`."
+            )
+        return Composed(dict(zip(SLOT_INPUTS, map(constant, (inner, outer)), strict=True)), db)
+
+    def _require_finite(self, weight: _Weight, active: Sequence[tuple[_Opened, float]]) -> None:
+        if not all(np.isfinite(part).all() for part in (weight.rows, weight.columns, weight.outer, weight.inner)):
+            raise LoraError(f"{weight.slot.layer} is not finite with {_names(active)}.")
+
+
+def _names(active: Sequence[tuple[_Opened, float]]) -> str:
+    return " and ".join(f"{adapter.file.path}:{strength:g}" for adapter, strength in active)
+
+
+def stored_weights(bundle: Bundle) -> Weights:
+    """Return what reads the weights of a bundle's plain models for MNN, as MNN itself does."""
+    from sa3_convert.mnn.file.dequantise import dequantised_weight
+    from sa3_convert.mnn.file.storage import read_storage
+    from sa3_convert.mnn.layer_rules import layer_name
+
+    storages = cache(lambda component: read_storage(bundle.checked(component).path))
+
+    def weight(component: Component, layer: str) -> Floats:
+        storage = storages(component)
+        named = next((op.name for op, _ in storage.weighted() if layer_name(op.name) == layer), None)
+        if named is None:
+            raise BundleError(f"{bundle.file(component)} has no layer {layer}. Convert again.")
+        found = dequantised_weight(storage.path, named, storage=storage)
+        return found.reshape(found.shape[0], -1)
+
+    return weight
+
+
+def rank_of(bundle: Bundle, name: EngineName) -> int:
+    """Return the rank of the slots for adapters that an engine's models in a bundle have.
+
+    Raises:
+        BundleError: it has none of its own.
+
+    """
+    if name == "torch":
+        return RANK_OF_NETWORKS
+    kind = SLOTS_OF.get(KINDS[name])
+    found = {a.component: a.rank for a in bundle.manifest.artifacts if a.kind == kind and a.rank is not None}
+    ranks = set(found.values())
+    if len(ranks) != 1 or not found.keys() >= set(ADAPTED):
+        raise BundleError(
+            f"Bundle {bundle.path} has no models that take adapters on {name}. Convert again with --adapter-slots 16"
+            + (f" {MADE_BY[name]}." if name == "onnxruntime-int8" else ", or merge them with `convert --lora`.")
+        )
+    return ranks.pop()
+
+
+class Slotted:
+    """Models with slots, and what they run with.
+
+    Args:
+        models: those with slots.
+        adapters: composes for them.
+
+    """
+
+    def __init__(self, models: Models, adapters: Adapters) -> None:
+        self.models, self._adapters = models, adapters
+
+    def prepare(self, requests: Sequence[AdapterRequest], levels: Iterable[float]) -> list[str]:
+        """Open and compose adapters for the steps that start at these noise levels; return what is to be told.
+
+        Raises:
+            LoraError: a file is no adapter for this model, or they cannot be applied together.
+            CheckpointError: a file is missing or damaged.
+
+        """
+        self._adapters.open(requests)
+        sets = {tuple(_active(requests, level)): None for level in levels}
+        found = [(one, self._adapters.composed(Component.DIT, one).compressed_db) for one in sets]
+        return [
+            f"{' and '.join(map(str, one))} have a higher rank than the slots; compressed to it they keep {db:.1f} dB."
+            for one, db in found
+            if db != math.inf
+        ]
+
+    @contextlib.contextmanager
+    def use(self, component: Component, requests: Sequence[AdapterRequest], level: float) -> Iterator[Session]:
+        """Yield a loaded model with adapters, a whole one at a level, the DiT in each run at that of its time."""
+        with self.models.use(component) as session:
+            yield _AdaptedSession(session, lambda t: self._adapters.composed(component, _active(requests, t)), level)
+
+
+def _active(requests: Sequence[AdapterRequest], level: float) -> list[AdapterRequest]:
+    return [request for request in requests if request.low <= level <= request.high]
+
+
+@dataclass(frozen=True, slots=True)
+class _AdaptedSession:
+    session: Session
+    composed: Callable[[float], Composed]
+    level: float
+
+    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        level = float(feeds["t"][0]) if "t" in feeds else self.level
+        return self.session.run({**feeds, **self.composed(level).feeds})
+
+
+def slotted_models(
+    bundle: Bundle, engine: EngineName, options: dict[str, Any], *, check: bool, keep_loaded: KeepLoaded
+) -> Slotted:
+    """Return the models of a bundle that take adapters; see `bundle_engine` for arguments and errors."""
+    rank = rank_of(bundle, engine)
+    models = Models(bundle_engine(bundle, engine, options, check=check, rank=rank), keep_loaded=keep_loaded)
+    return Slotted(models, Adapters(bundle.layout, rank, stored_weights(bundle)))

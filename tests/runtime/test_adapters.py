@@ -1,0 +1,313 @@
+"""Adapters at run time: composed without torch, they do through slots what they do when they are merged."""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from sa3_convert.bundle.reader import Bundle
+from sa3_convert.check.bundle import verify_bundle
+from sa3_convert.check.inputs import sample_inputs
+from sa3_convert.check.metrics import sums_of
+from sa3_convert.checkpoint.lora_file import LORA_TYPES, LoraRequest
+from sa3_convert.checkpoint.reader import Checkpoint
+from sa3_convert.components import ADAPTED, SLOT_INPUTS, Component, contract
+from sa3_convert.errors import BundleError, CheckpointError, LoraError, UsageError
+from sa3_convert.networks.build import build_network
+from sa3_convert.runtime.adapters import Adapters, rank_of, stored_weights
+from sa3_convert.runtime.engines import EngineName, bundle_engine
+from sa3_convert.runtime.pipeline import Pipeline
+from sa3_convert.runtime.request import GenerateRequest, located
+from sa3_convert.runtime.setting_values import AdapterRequest
+from tests.bundles import Convert
+from tests.checkpoint.adapters import CONV, QKV, SECONDS, key, toy_adapter
+from tests.conftest import GOLDEN
+
+ADAPTERS = GOLDEN / "small" / "lora"
+"""For a checkpoint of the same dimensions as the toy."""
+RANK = 8
+LAYERS = [QKV, CONV, SECONDS, "model.transformer.layers.1.ff.ff.0.proj", "model.to_timestep_embed.2"]
+
+
+@pytest.fixture(scope="module")
+def bundle(converted: Convert, toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return converted(toy, "fp32", tmp_path_factory.mktemp("slots"), adapter_slots=RANK)[0].bundle
+
+
+@pytest.fixture(scope="module")
+def int8(converted: Convert, toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    out = tmp_path_factory.mktemp("slots-int8")
+    return converted(toy, "int8", out, adapter_slots=RANK, with_ort_int8=True)[0].bundle
+
+
+def adapters_of(bundle: Bundle, rank: int = RANK) -> Adapters:
+    return Adapters(bundle.layout, rank, stored_weights(bundle))
+
+
+def merged(toy: Path, component: Component, requests: Sequence[AdapterRequest]) -> tuple[dict[str, Any], Any]:
+    """Return inputs, and what the network gives for them with adapters in its weights."""
+    checkpoint = Checkpoint.open(toy).with_loras([LoraRequest(r.path, r.strength) for r in requests])
+    sample = sample_inputs(component, checkpoint.layout, seed=5, latents=33)
+    network = build_network(component, checkpoint.layout, checkpoint.state(component))
+    inputs = [torch.from_numpy(sample.feeds[port.name]) for port in contract(component, checkpoint.layout).inputs]
+    return dict(sample.feeds), network(*inputs).numpy()
+
+
+def ratio(expected: Any, found: Any) -> float:
+    return sums_of(expected, found, what="output").fidelity().signal_to_noise_db
+
+
+@cache
+def session(path: Path, engine: EngineName, component: Component) -> Any:
+    opened = Bundle.open(path)
+    return bundle_engine(opened, engine, {}, rank=rank_of(opened, engine)).load(component)
+
+
+Through = Callable[[Bundle, EngineName, Component, Sequence[AdapterRequest]], float]
+
+
+@pytest.fixture
+def through_slots(toy: Path) -> Through:
+    """Return how close a model with adapters in its slots is to the network with them in its weights."""
+
+    def run(bundle: Bundle, engine: EngineName, component: Component, requests: Sequence[AdapterRequest]) -> float:
+        feeds, expected = merged(toy, component, requests)
+        composed = adapters_of(bundle).composed(component, requests).feeds
+        (found,) = session(bundle.path, engine, component).run({**feeds, **composed}).values()
+        return ratio(expected, found)
+
+    return run
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("kind", ["lora", "dora-rows"])
+@pytest.mark.parametrize("engine", ["mnn", "onnxruntime"])
+def test_golden_adapters_do_what_they_do_merged(
+    through_slots: Through, bundle: Bundle, engine: EngineName, kind: str, strength: float
+) -> None:
+    request = AdapterRequest(ADAPTERS / f"{kind}.safetensors", strength)
+    assert through_slots(bundle, engine, Component.DIT, [request]) > 110
+
+
+@pytest.mark.parametrize("strength", [1.0, -0.6])
+@pytest.mark.parametrize("kind", LORA_TYPES)
+def test_every_type_does_what_it_does_merged(
+    toy: Path, through_slots: Through, bundle: Bundle, tmp_path: Path, kind: str, strength: float
+) -> None:
+    path = toy_adapter(tmp_path / "a.safetensors", toy, kind, LAYERS)
+    for component in ADAPTED:
+        assert through_slots(bundle, "mnn", component, [AdapterRequest(path, strength)]) > 110
+
+
+def test_adapters_follow_one_another(toy: Path, through_slots: Through, bundle: Bundle, tmp_path: Path) -> None:
+    first = toy_adapter(tmp_path / "1.safetensors", toy, "dora-rows", LAYERS, seed=1)
+    second = toy_adapter(tmp_path / "2.safetensors", toy, "bora", LAYERS, seed=2)
+    for order in ([first, second], [second, first]):
+        assert through_slots(bundle, "mnn", Component.DIT, [AdapterRequest(path, 0.7) for path in order]) > 110
+
+
+def test_of_quantised_weights_norms_are_those_that_are_stored(
+    toy: Path, through_slots: Through, int8: Bundle, tmp_path: Path
+) -> None:
+    """INT8 leaves 36 dB of this model; magnitudes over stored weights add nothing to that."""
+    path = toy_adapter(tmp_path / "a.safetensors", toy, "bora", LAYERS)
+    engines: tuple[EngineName, ...] = ("mnn", "onnxruntime-int8")
+    plain = [through_slots(int8, engine, Component.DIT, []) for engine in engines]
+    adapted = [through_slots(int8, engine, Component.DIT, [AdapterRequest(path)]) for engine in engines]
+    assert min(plain) > 30
+    assert min(adapted) > 30
+
+
+@pytest.mark.parametrize("engine", ["mnn", "onnxruntime-int8"])
+def test_with_nothing_in_its_slots_a_quantised_model_is_the_plain_one(
+    toy: Path, int8: Bundle, engine: EngineName
+) -> None:
+    feeds, expected = merged(toy, Component.DIT, [])
+    (plain,) = bundle_engine(int8, engine, {}).load(Component.DIT).run(feeds).values()
+    empty = adapters_of(int8).composed(Component.DIT, []).feeds
+    assert not any(array.any() for array in empty.values())
+    (slotted,) = session(int8.path, engine, Component.DIT).run({**feeds, **empty}).values()
+    assert ratio(expected, slotted) == pytest.approx(ratio(expected, plain), abs=0.1)
+
+
+def test_what_a_bundle_has_is_verified(bundle: Bundle, int8: Bundle) -> None:
+    for one, engines in ((bundle, ["mnn"]), (int8, ["mnn", "onnxruntime-int8"])):
+        result = verify_bundle(one, components=(Component.DIT,), quick=True)
+        assert [verdict.engine for verdict in result.adapted] == engines
+        assert result.passed
+        cases = {measured.case.rpartition("=")[2] for verdict in result.adapted for measured in verdict.measurements}
+        assert cases == {"none", "lora", "bora"}
+        for plain, slotted in zip(result.verdicts, result.adapted, strict=True):
+            assert slotted.worst.signal_to_noise_db > plain.worst.signal_to_noise_db - 3
+
+
+def decaying(toy: Path, path: Path, seed: int, rank: int, fall: float) -> Path:
+    """Write an adapter whose step has singular values that fall by a factor from one to the next."""
+    toy_adapter(path, toy, "lora", LAYERS, rank=rank, seed=seed)
+    falls = np.float32(fall) ** np.arange(rank)
+    tensors = {
+        name: (value * falls).astype(np.float32) if name.endswith("lora_B") else value.astype(np.float32)
+        for name, value in load_file(path).items()
+    }
+    save_file(tensors, path, {"lora_config": json.dumps({"rank": rank, "alpha": rank, "adapter_type": "lora"})})
+    return path
+
+
+def test_ranks_are_joined_up_to_that_of_the_slots_and_beyond_it_compressed(
+    toy: Path, through_slots: Through, bundle: Bundle, tmp_path: Path
+) -> None:
+    paths = [decaying(toy, tmp_path / f"{n}.safetensors", n, RANK, 0.4) for n in range(2)]
+    requests = [AdapterRequest(path) for path in paths]
+    composed = adapters_of(bundle).composed(Component.DIT, requests)
+    assert 30 < composed.compressed_db < 60
+    wide = adapters_of(bundle, 2 * RANK).composed(Component.DIT, requests)
+    assert wide.compressed_db == np.inf
+    assert through_slots(bundle, "mnn", Component.DIT, requests) > 25
+
+
+def test_what_compression_would_spoil_is_refused(toy: Path, bundle: Bundle, tmp_path: Path) -> None:
+    requests = [AdapterRequest(decaying(toy, tmp_path / f"{n}.safetensors", n, RANK, 1.0)) for n in range(3)]
+    with pytest.raises(LoraError, match=r"rank above that of the bundle's slots, 8.* dB"):
+        adapters_of(bundle).composed(Component.DIT, requests)
+
+
+def test_a_pipeline_changes_adapters_from_one_generation_to_the_next(toy: Path, bundle: Bundle, tmp_path: Path) -> None:
+    path = ADAPTERS / "lora.safetensors"
+    request = GenerateRequest("pad", seconds=1.0, steps=2, seed=3)
+    with Pipeline.from_bundle(bundle.path, "mnn", keep_loaded=True, threads=1) as pipeline:
+        plain = pipeline.generate(request, allow=["clipping"]).report.latents
+        made = {}
+        for strength in (1.0, 0.5, 0.0):
+            pipeline.adapters = [AdapterRequest(path, strength)]
+            made[strength] = pipeline.generate(request, allow=["clipping"]).report.latents
+        pipeline.adapters = ()
+        again = pipeline.generate(request, allow=["clipping"]).report.latents
+    np.testing.assert_array_equal(plain, again)
+    assert ratio(plain, made[0.0]) > 80
+    assert ratio(plain, made[1.0]) < ratio(plain, made[0.5]) < 30
+    with Pipeline.from_checkpoint(toy, loras=[f"{path}:0.5"]) as reference:
+        expected = reference.generate(request, allow=["clipping"]).report.latents
+    assert ratio(expected, made[0.5]) > 80
+
+
+def test_an_interval_is_of_noise_levels(bundle: Bundle) -> None:
+    path = ADAPTERS / "lora.safetensors"
+
+    def latents(*adapters: str) -> Any:
+        settings = {"prompt": "pad", "seconds": 1.0, "steps": 4, "seed": 3, "adapters": list(adapters)}
+        with Pipeline.from_bundle(bundle.path, "mnn", threads=1) as pipeline:
+            return pipeline.generate(GenerateRequest.from_json(settings), allow=["clipping"]).report.latents
+
+    whole, none = latents(str(path)), latents()
+    np.testing.assert_array_equal(latents(f"{path}@0-1"), whole)
+    np.testing.assert_array_equal(latents(f"{path}:1@0-0.4", f"{path}:1@0.41-1"), whole)
+    early = latents(f"{path}@0.9-1")
+    assert np.abs(early - whole).max() > 1e-3
+    assert np.abs(early - none).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a.st", ("a.st", 1.0, 0.0, 1.0)),
+        ("a.st:0.8", ("a.st", 0.8, 0.0, 1.0)),
+        ("a.st:0.8@0.2-1.0", ("a.st", 0.8, 0.2, 1.0)),
+        ("a@b:c.st@.5-1", ("a@b:c.st", 1.0, 0.5, 1.0)),
+    ],
+)
+def test_a_request_is_read_and_written(text: str, parts: tuple[Any, ...]) -> None:
+    request = AdapterRequest.parse(text)
+    assert (str(request.path), request.strength, request.low, request.high) == parts
+    assert AdapterRequest.parse(str(request)) == request
+
+
+@pytest.mark.parametrize("text", ["", "a:nan", "a:1e999", "a@0.5-0.2", "a@0-2", ":1"])
+def test_what_is_no_request_is_refused(text: str) -> None:
+    with pytest.raises(UsageError):
+        AdapterRequest.parse(text)
+
+
+def test_settings_keep_adapters() -> None:
+    request = GenerateRequest("pad", adapters=(AdapterRequest(Path("loras/a.st"), 0.5, 0.2),))
+    told = request.to_json(Path("loras"))
+    assert told["adapters"] == ["a.st:0.5@0.2-1"]
+    assert GenerateRequest.from_json(located(told, Path("loras"))).adapters == request.adapters
+    with pytest.raises(UsageError, match="adapters"):
+        GenerateRequest.from_json({"prompt": "pad", "adapters": "a.st"})
+
+
+def test_a_bundle_without_slots_says_how_to_get_them(toy_fp32: Bundle) -> None:
+    request = GenerateRequest("pad", seconds=1, steps=1, adapters=(AdapterRequest(Path("a.st")),))
+    with pytest.raises(BundleError, match="--adapter-slots"), Pipeline.from_bundle(toy_fp32.path, "mnn") as pipeline:
+        pipeline.generate(request)
+
+
+Damage = Callable[[Path], None]
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _replace(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], **config: Any) -> None:
+    stated = {"rank": 4, "alpha": 8, "adapter_type": "lora"} | config
+    save_file(change(load_file(path)), path, {"lora_config": json.dumps(stated)})
+
+
+def _nan(path: Path) -> None:
+    first = key(QKV, "lora_A")
+    _replace(path, lambda found: found | {first: np.full_like(found[first], np.nan)})
+
+
+def _wrong_shape(path: Path) -> None:
+    first = key(QKV, "lora_A")
+    _replace(path, lambda found: found | {first: np.ascontiguousarray(found[first][:, :-1])})
+
+
+def _unknown_layer(path: Path) -> None:
+    names = {key(QKV, factor): key("model.transformer.layers.99.x", factor) for factor in ("lora_A", "lora_B")}
+    _replace(path, lambda found: {names.get(name, name): value for name, value in found.items()})
+
+
+def _rank_0(path: Path) -> None:
+    _replace(path, lambda found: found, rank=0)
+
+
+def _huge_rank(path: Path) -> None:
+    _replace(path, lambda found: found, rank=1 << 30)
+
+
+def _huge_values(path: Path) -> None:
+    _replace(path, lambda found: {name: np.full(v.shape, 3e38, np.float32) for name, v in found.items()})
+
+
+@pytest.mark.parametrize(
+    "damage", [_truncate, _nan, _wrong_shape, _unknown_layer, _rank_0, _huge_rank, _huge_values, Path.unlink]
+)
+def test_a_damaged_adapter_is_refused_before_a_model_is_loaded(
+    toy: Path, bundle: Bundle, tmp_path: Path, damage: Damage
+) -> None:
+    path = toy_adapter(tmp_path / "a.safetensors", toy, "lora", LAYERS)
+    damage(path)
+    request = GenerateRequest("pad", seconds=1, steps=1, adapters=(AdapterRequest(path, 2.0),))
+    with Pipeline.from_bundle(bundle.path, "mnn") as pipeline:
+        with pytest.raises((LoraError, CheckpointError), match=r"a\.safetensors"):
+            pipeline.generate(request)
+        assert not pipeline.models._kept
+
+
+def test_an_adapter_that_changes_while_it_is_used_is_read_again(toy: Path, bundle: Bundle, tmp_path: Path) -> None:
+    path = toy_adapter(tmp_path / "a.safetensors", toy)
+    adapters, request = adapters_of(bundle), AdapterRequest(path)
+    before = adapters.composed(Component.DIT, [request]).feeds
+    assert adapters.composed(Component.DIT, [request]).feeds is before
+    path.unlink()
+    toy_adapter(path, toy, seed=9)
+    after = adapters.composed(Component.DIT, [request]).feeds
+    assert np.abs(after[SLOT_INPUTS[0]] - before[SLOT_INPUTS[0]]).max() > 0.1
