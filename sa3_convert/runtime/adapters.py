@@ -239,7 +239,7 @@ def stored_weights(bundle: Bundle) -> Weights:
     """Return what reads the weights of a bundle's plain models for MNN, as MNN itself does."""
     from sa3_convert.mnn.file.dequantise import dequantised_weight
     from sa3_convert.mnn.file.storage import read_storage
-    from sa3_convert.mnn.layer_rules import layer_name
+    from sa3_convert.mnn.layer_rules import LIFTED_SUFFIX, layer_name
 
     storages = cache(lambda component: read_storage(bundle.checked(component).path))
 
@@ -248,6 +248,11 @@ def stored_weights(bundle: Bundle) -> Weights:
         named = next((op.name for op, _ in storage.weighted() if layer_name(op.name) == layer), None)
         if named is None:
             raise BundleError(f"{bundle.file(component)} has no layer {layer}. Convert again.")
+        if LIFTED_SUFFIX in named:
+            raise BundleError(
+                f"{bundle.file(component)} stores {layer} with small channels magnified, so its norms are others. Merge "
+                "adapters of this type with `convert --lora`."
+            )
         found = dequantised_weight(storage.path, named, storage=storage)
         return found.reshape(found.shape[0], -1)
 
