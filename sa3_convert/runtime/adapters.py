@@ -250,7 +250,7 @@ def stored_weights(bundle: Bundle) -> Weights:
             raise BundleError(f"{bundle.file(component)} has no layer {layer}. Convert again.")
         if LIFTED_SUFFIX in named:
             raise BundleError(
-                f"{bundle.file(component)} stores {layer} with small channels magnified, so its norms are others. Merge "
+                f"{bundle.file(component)} stores {layer} with small channels magnified, its norms are others; merge "
                 "adapters of this type with `convert --lora`."
             )
         found = dequantised_weight(storage.path, named, storage=storage)
