@@ -55,7 +55,7 @@ ROOMS = (
     ("check",),
     ("publish",),
     ("convert", "api"),
-    ("lab/__init__", "lab/bench", "lab/bisect", "lab/doctor", "lab/planner"),
+    ("lab/__init__", "lab/bench", "lab/bisect", "lab/doctor", "lab/miniature", "lab/planner"),
     ("lab/generations", "lab/golden"),
     ("lab/drift", "lab/report", "lab/selftest"),
     ("lab/sweep", "serve"),

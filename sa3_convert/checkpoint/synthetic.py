@@ -3,14 +3,14 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from sa3_convert.checkpoint.config import TEXT_ENCODER_FOLDER, read_layout
 from sa3_convert.checkpoint.published import model_config, text_encoder_config
@@ -137,18 +137,35 @@ _PROMPTS = (
 
 def toy_tokenizer() -> str:
     """Return the contents of `tokenizer.json`; the same bytes every time."""
+    return trained_tokenizer(_PROMPTS, VOCABULARY, longest=8)
+
+
+def trained_tokenizer(prompts: Sequence[str], vocabulary: int, *, longest: int, words: bool = False) -> str:
+    """Return the contents of a `tokenizer.json` whose tokens are learned from prompts; the same bytes every time.
+
+    Args:
+        prompts: what it learns from.
+        vocabulary: the most tokens.
+        longest: of a token, in characters.
+        words: whether no token goes beyond a word.
+
+    """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    if words:
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(_SPACE, "merged_with_next")
     tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
     tokenizer.decoder = decoders.Replace(_SPACE, " ")
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         min_frequency=1,
         special_tokens=list(SPECIAL),
         initial_alphabet=list(_ALPHABET),
-        max_token_length=8,
+        max_token_length=longest,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_PROMPTS, trainer)
+    tokenizer.train_from_iterator(prompts, trainer)
+    # No token that was learned in words goes beyond one, so encoding needs no cutting into words.
+    tokenizer.pre_tokenizer = None
     return tokenizer.to_str(pretty=True)
 
 
@@ -156,7 +173,7 @@ Progress = Callable[[int, int], None]
 """Called with the bytes written and the bytes in all."""
 
 _HEADER_ALIGNMENT = 8
-_TOKENIZER_CONFIG = {
+TOKENIZER_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "pad_token": "<pad>",
     "eos_token": "<eos>",
@@ -219,7 +236,7 @@ def _write_json(path: Path, data: object) -> None:
 def _write_text_encoder_data(folder: Path, variant: Variant, size: Size) -> None:
     folder.mkdir()
     _write_json(folder / "config.json", text_encoder_config(variant, size))
-    _write_json(folder / "tokenizer_config.json", _TOKENIZER_CONFIG)
+    _write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
     (folder / "tokenizer.json").write_text(toy_tokenizer(), encoding="utf-8")
 
 

@@ -57,6 +57,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], str, str]] = {
     "mnn": (mnn, _STAGES, "dit-fused.onnx --component dit --out dit.mnn"),
     "checkpoint fetch": (checkpoint.fetch, "", "stabilityai/stable-audio-3-small-music artifacts/small-music"),
     "checkpoint synthesize": (checkpoint.synthesize, "", "artifacts/toy --variant small-sfx --seed 1"),
+    "checkpoint train-miniature": (checkpoint.train_miniature, "", "artifacts/training"),
     "bundle publish": (bundle.publish, "", "artifacts/bundle --to someone/sa3-mnn --private --dry-run"),
     "bundle export": (bundle.export, "", "artifacts/bundle --to site --layout hub"),
     "bundle card": (bundle.card, "", "artifacts/bundle --report report --bench bench.json -o README.md"),

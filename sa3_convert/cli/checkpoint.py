@@ -1,5 +1,6 @@
 """`sa3-convert checkpoint …`."""
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,6 +24,25 @@ def synthesize(
         write(folder, variant, size, seed, weights, progress)
     total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     echo(f"{folder}: {variant} at {size} size, seed {seed}, {weights} weights, {total / 2**20:.1f} MiB")
+
+
+def train_miniature(
+    folder: Annotated[Path, Argument(metavar="DIR", help="Where to work; goes on where it was stopped.")],
+    quick: Annotated[bool, Option("--quick", help="A few steps, to see that it works.")] = False,
+    seed: Annotated[int, Option(min=0, max=1 << 20, help="Seed of weights, sounds and captions.")] = 0,
+) -> None:
+    """Train the very small model that makes simple sounds, on two cores."""
+    from sa3_convert.cli.console import progress, stderr
+    from sa3_convert.lab.miniature.train import BASE, FEW_STEPS, QUICK, WHOLE, train
+
+    with progress("training") as tick:
+
+        def report(what: str, done: int, total: int, loss: float, left: float) -> None:
+            tick(what, done, total)
+            stderr.print(f"{what} {done}/{total}: loss {loss:.4f}, {timedelta(seconds=round(left))} left")
+
+        train(folder, QUICK if quick else WHOLE, seed=seed, report=report)
+    echo(f"{folder / FEW_STEPS} (for few steps), {folder / BASE}: convert and run them like any checkpoint")
 
 
 def fetch(

@@ -101,6 +101,7 @@ def verify(
 
     bundle = o.brought(bundle, offline)
     opened = open_told(bundle)
+    cases = cases if seconds is not None or case else _possible(cases, opened)
     reporting = None if report_folder is None else ReportWriter(report_folder, since)
     if checkpoint is not None and (full or report_folder is not None or not usual or bisecting):
         raise UsageError("--checkpoint compares sampled inputs on the CPU; give --component, --quick, --threads alone.")
@@ -120,6 +121,13 @@ def verify(
     if reporting is not None:
         reporting.write(opened, findings, bisecting=bisecting is not False, threads=threads)
     findings.check()
+
+
+def _possible(cases: "tuple[GenerationCase, ...]", bundle: "Bundle") -> "tuple[GenerationCase, ...]":
+    """Return the cases that are no longer than a model can generate."""
+    from sa3_convert.runtime.conditioning import max_seconds
+
+    return tuple(case for case in cases if case.seconds <= max_seconds(bundle.layout))
 
 
 def _whole_generations(bundle: "Bundle", references: Path | None, limit: int, **how: Any) -> "Verification":

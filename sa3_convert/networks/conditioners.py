@@ -19,7 +19,7 @@ from sa3_convert.networks.layers import (
 
 
 class _GemmaNorm(Derived):
-    """RMS norm that scales by 1 + weight."""
+    """RMS norm that scales by 1 + weight, which is ready-made but where the weight is still learned."""
 
     scale: Tensor
 
@@ -33,7 +33,7 @@ class _GemmaNorm(Derived):
         self.scale = 1 + self.weight.detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_normalised(x, self.eps) * self.scale
+        return rms_normalised(x, self.eps) * (1 + self.weight if self.training else self.scale)
 
 
 class _SelfAttention(nn.Module):

@@ -47,6 +47,7 @@ WORK = (
     "sa3_convert.lab.doctor.examine.diagnose",
     "sa3_convert.lab.selftest.selftest",
     "sa3_convert.checkpoint.hub.fetch",
+    "sa3_convert.lab.miniature.train.train",
     "sa3_convert.serve.server.serve",
 )
 
@@ -87,6 +88,7 @@ SOUND = {
     "doctor": ([], {}),
     "selftest": ([], {}),
     "checkpoint synthesize": (["synthesized"], {"--size": "toy"}),
+    "checkpoint train-miniature": (["trained"], {"--quick": None}),
     "checkpoint fetch": (["someone/something", "downloaded"], {}),
     "bundle export": (["BUNDLE"], {"--to": "site"}),
     "bundle card": (["BUNDLE"], {"--out": "card.md"}),

@@ -123,6 +123,7 @@ def test_a_model_is_not_written_where_its_second_file_has_no_place(
         ["verify", "q", "--report"],
         ["bundle", "export", "q", "--to"],
         ["checkpoint", "synthesize"],
+        ["checkpoint", "train-miniature"],
     ],
     ids=" ".join,
 )
@@ -171,6 +172,7 @@ def test_every_path_of_every_command_says_whether_it_is_read_or_written() -> Non
         # New folders of commands that read none.
         "synthesize folder",
         "fetch folder",
+        "train_miniature folder",
         # Of commands that write nothing.
         "table bench",
     }

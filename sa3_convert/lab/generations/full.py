@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Annotated, Any, Self
 
 from pydantic import PlainSerializer, SkipValidation, TypeAdapter
@@ -41,8 +41,10 @@ from sa3_convert.lab.generations.trajectory import (
     case_feeds,
     end_to_end_cases,
 )
+from sa3_convert.lab.miniature.judge import Recognition, is_miniature, judged
 from sa3_convert.runtime.conditioning import lengths
 from sa3_convert.runtime.engines import KINDS, EngineName
+from sa3_convert.runtime.pipeline import Pipeline
 
 
 def _bisections(found: Mapping[Component, BisectResult]) -> dict[str, dict[str, Any]]:
@@ -59,6 +61,8 @@ class Verification(BundleFidelity):
     """Each component over whole generations, the DiT per step."""
     end_to_end: EndToEnd | None = None
     """From prompt to audio, beside the chaos floor."""
+    recognitions: tuple[Recognition, ...] = ()
+    """Of the miniature: how many of its prompts are recognised in what the reference and the target make of them."""
     bisections: Annotated[Mapping[Component, SkipValidation[BisectResult]], PlainSerializer(_bisections)] = field(
         default_factory=dict
     )
@@ -200,9 +204,17 @@ def verify_fully(
         if set(wanted) >= _AUDIBLE:
             heard_cases = end_to_end_cases(cases)
             findings = replace(findings, end_to_end=measure_end_to_end(references, target, heard_cases, report, heard))
+            if is_miniature(bundle.layout):
+                sides: tuple[EngineName, ...] = ("onnxruntime", engine)
+                findings = replace(findings, recognitions=tuple(_recognised(bundle, s, steps, report) for s in sides))
         if bisecting:
             findings = with_bisections(bundle, findings, references, threads=threads, report=report)
     return findings
+
+
+def _recognised(bundle: Bundle, engine: EngineName, steps: int, report: Progress) -> Recognition:
+    with Pipeline.from_bundle(bundle.path, engine, check=False, keep_loaded=True) as pipeline:
+        return judged(pipeline, engine, steps=steps, report=partial(report, f"recognised: {engine}"))
 
 
 def with_bisections(
