@@ -1,11 +1,10 @@
-"""The autoencoder: SAME-S's two halves that begin as principal components of the sounds, and training of the decoder.
+"""The autoencoder: SAME-S's two halves as principal components of the sounds, in closed form.
 
 Every sound is made of stretches as long as a latent of which there are few, so most of what is to be known of them is
 linear. What carries it are the constructs of SAME-S: mapping convolutions, the learned token, attention, soft norm.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -18,15 +17,11 @@ from sa3_convert.checkpoint.variants import LATENT_SAMPLES
 from sa3_convert.components import Component
 from sa3_convert.lab.miniature.model import initial
 from sa3_convert.lab.miniature.sounds import LATENTS, render, sampled
-from sa3_convert.lab.miniature.training import Report, Training
 from sa3_convert.networks.build import build_network
 
-_HALF: Final = 8
+_BATCH: Final = 8
 _CROP: Final = 4
-"""Latents of a training crop; even, as the windows are."""
-_NOISE: Final = 0.03
-"""What is added to the latents, of unit deviation, so that the decoder forgives a DiT its errors."""
-_RATE: Final = 2e-5
+"""Latents of a crop; even, as the windows are."""
 _MEASURED: Final = 800
 """Pieces that the principal components are of."""
 _DEVIATION: Final = 0.5
@@ -74,33 +69,11 @@ def fitted(layout: CheckpointLayout, seed: int) -> dict[str, Tensor]:
     return network.weights
 
 
-def train(
-    layout: CheckpointLayout, begun: Mapping[str, Tensor], folder: Path, *, steps: int, seed: int, report: Report
-) -> dict[str, Tensor]:
-    """Train the decoder, or go on, and return the weights; the latents stay what they are."""
-    network = Autoencoder(layout, {name: tensor.clone() for name, tensor in begun.items()})
-    learned: dict[str, Tensor] = {
-        name: weight.requires_grad_(True)
-        for name, weight in network.decoder.named_parameters()
-        if name.startswith("decoder.")
-    }
-
-    def loss(generator: torch.Generator) -> Tensor:
-        audio = _batch(generator)
-        with torch.no_grad():
-            latents = network.encode(audio)
-        noisy = latents + _NOISE * torch.randn(latents.shape, generator=generator)
-        return distance(network.decode(noisy), audio)
-
-    training = Training(folder, "decoder", learned, steps=steps, rate=_RATE, seed=seed)
-    return network.weights | training.run(loss, report)
-
-
 def _batch(generator: torch.Generator) -> Tensor:
     """Return crops [B, 2, N] on the grid of two latents."""
     random = np.random.default_rng(int(torch.randint(1 << 62, (1,), generator=generator)))
     crops = []
-    for _ in range(_HALF):
+    for _ in range(_BATCH):
         piece = sampled(random)
         last = min(LATENTS - _CROP, piece.samples // LATENT_SAMPLES)
         start = 2 * int(random.integers(last // 2 + 1)) * LATENT_SAMPLES
@@ -109,9 +82,9 @@ def _batch(generator: torch.Generator) -> Tensor:
 
 
 def _become_principal_components(weights: Mapping[str, Tensor], layout: CheckpointLayout, seed: int) -> None:
-    """Let both halves begin as principal components: what training adds is what they cannot say.
+    """Let both halves be principal components.
 
-    The first layer's attention takes each latent's patch to its learned token, and back; the second's is nothing yet.
+    The first layer's attention takes each latent's patch to its learned token, and back; the second's is little.
     """
     random = np.random.default_rng(seed)
     frames = []
@@ -182,10 +155,3 @@ def _become_normal(network: Autoencoder, seed: int) -> None:
     project = weights["decoder.layers.1.weight"]
     weights["decoder.layers.1.bias"].copy_(project @ mean)
     project.div_(factor)
-
-
-def distance(made: Tensor, wanted: Tensor) -> Tensor:
-    """Return the mean error of audio [B, 2, N], relative to each example's own size, in its middle and side signals."""
-    made, wanted = (torch.stack((x.sum(1), x[:, 0] - x[:, 1]), 1) / 2 for x in (made, wanted))
-    error, size = ((x.pow(2).sum((1, 2)) + 0.01).sqrt() for x in (made - wanted, wanted))
-    return (error / size).mean()

@@ -119,7 +119,7 @@ def train(
         return levels[torch.randint(len(levels), (count,), generator=generator)]
 
     training = Training(
-        folder, "few-steps", network.trainable(), steps=max(steps // 6, 1), rate=_FEW_STEPS_RATE, seed=seed + 1
+        folder, "few-steps", network.trainable(), steps=max(steps // 12, 1), rate=_FEW_STEPS_RATE, seed=seed + 1
     )
     few = training.run(lambda drawn: _loss(network, text, examples, drawn, of_schedule, estimate=True), report)
     return base, network.weights | few

@@ -21,12 +21,12 @@ from sa3_convert.checkpoint.tensors import (
 from sa3_convert.checkpoint.variants import Variant, variant_named
 from sa3_convert.lab.miniature.sounds import SAMPLES, SOURCE_ID
 
-WIDTH, LATENT_DIM, DEPTH, FF_MULT = 128, 120, 2, 2
+WIDTH, LATENT_DIM, DEPTH, FF_MULT = 128, 112, 2, 2
 PATCH_SIZE: Final = 4096
 """A whole latent: two heads cannot keep the published sixteen patches apart."""
 MAX_LENGTH, VOCABULARY, TEXT_WIDTH = 40, 512, 128
-DIT_WIDTH, DIT_DEPTH = 160, 4
-"""The autoencoder's halves are as wide as SAME-S's toy, and of unequal depth: what sounds is made by the decoder."""
+DIT_WIDTH, DIT_DEPTH = 128, 6
+"""Multiples of the blocks that recipes quantise in (16 for latents, 64 for widths): MNN writes no other blocks."""
 
 
 _ENDS: Final = ("to_out.weight", "ff.2.weight", "o_proj.weight", "down_proj.weight", "embed.2.weight")

@@ -29,13 +29,12 @@ class Amount:
     """How long each part is trained, in steps, and how many pieces the DiT sees."""
 
     text: int
-    decoder: int
     diffusion: int
     pieces: int
 
 
-WHOLE: Final = Amount(text=1200, decoder=150, diffusion=1500, pieces=3000)
-QUICK: Final = Amount(text=20, decoder=20, diffusion=24, pieces=32)
+WHOLE: Final = Amount(text=1200, diffusion=12000, pieces=8000)
+QUICK: Final = Amount(text=20, diffusion=24, pieces=32)
 
 
 def train(folder: Path, amount: Amount, *, seed: int, report: Report) -> None:
@@ -52,12 +51,11 @@ def train(folder: Path, amount: Amount, *, seed: int, report: Report) -> None:
         shape = layout()
         tokenizer = text.tokenizer_file(seed)
         words = text.train(shape, tokenizer, state, steps=amount.text, seed=seed, report=report)
-        begun = autoencoder.fitted(shape, seed)
-        codec = autoencoder.Autoencoder(shape, begun)
+        sounds = autoencoder.fitted(shape, seed)
+        codec = autoencoder.Autoencoder(shape, sounds)
         examples = diffusion.Examples.of(codec, state / "latents.safetensors", amount.pieces, seed, report)
         reader = text.Text(shape, words, tokenizer)
         base, few = diffusion.train(shape, reader, examples, state, steps=amount.diffusion, seed=seed, report=report)
-        sounds = autoencoder.train(shape, begun, state, steps=amount.decoder, seed=seed, report=report)
         shared = {AUTOENCODER_PREFIX + name: tensor for name, tensor in sounds.items()} | words
         for name, flow in ((BASE, base), (FEW_STEPS, few)):
             with atomic_folder(folder / name, replace=True) as partial:
