@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, Literal
 
-from sa3_convert.checkpoint.tensors import expected_tensors
 from sa3_convert.errors import UsageError
 
 if TYPE_CHECKING:
@@ -205,6 +204,8 @@ def contract(component: Component, layout: "CheckpointLayout", rank: int | None 
 
 ADAPTED: Final = (Component.NUMBER_CONDITIONER, Component.DIT)
 """What adapters change."""
+MOST_RANK: Final = 256
+"""Of slots; a rank of 1024 would be as large as the weights themselves."""
 SLOT_INPUTS: Final = ("adapter_inner", "adapter_outer")
 """For each layer, one after the other, 1 + rank runs of numbers: of the first a factor less one for each input channel,
 then Aᵀ [channels, rank]; of the second a factor less one for each output channel, then Bᵀ [rank, channels]."""
@@ -224,6 +225,8 @@ class Slot:
 
 def slots(component: Component, layout: "CheckpointLayout") -> tuple[Slot, ...]:
     """Return the layers of a component that adapters can change, sorted by name: all linears and convolutions."""
+    from sa3_convert.checkpoint.tensors import expected_tensors
+
     (prefix,) = SPECS[component].weights
     found: list[Slot] = []
     outer = inner = 0

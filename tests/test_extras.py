@@ -116,7 +116,7 @@ def test_a_report_says_which_extra_brings_what_it_lacks(toy_int8: Bundle, tmp_pa
     ("module", "extra"),
     [
         ("torch.nn", "convert"),
-        ("safetensors", "convert"),
+        ("safetensors", "all"),
         ("onnx", "check"),
         ("onnx_ir", "check"),
         ("onnxruntime", "check"),

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, computed_field, model_validator
 
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
-from sa3_convert.components import ADAPTED, Component, components_of, part_files
+from sa3_convert.components import ADAPTED, MOST_RANK, Component, components_of, part_files
 from sa3_convert.system.files import sha256_file
 from sa3_convert.system.untrusted import SMALL, printable
 
@@ -96,8 +96,6 @@ COMPANIONS: Mapping[ArtifactKind, str] = {
 _SHARED_BYTES: Mapping[ArtifactKind, int] = {"tokenizer": 256 << 20, "bottleneck_params": SMALL, "recipe": SMALL}
 """Kinds of files that belong to no component, and how large each can be."""
 _LARGEST_TABLE: Final = 64 << 20
-MOST_RANK: Final = 256
-"""Of slots; a rank of 1024 would be as large as the weights themselves."""
 
 
 class _Data(BaseModel):

@@ -11,7 +11,6 @@ from typing import IO, TYPE_CHECKING, Any, Final, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from sa3_convert.checkpoint.json_file import listed, read_json, shown
 from sa3_convert.checkpoint.tensors import Shape, StoredType, TensorSpec, is_leftover
@@ -159,6 +158,7 @@ class TensorFile:
     def tensors(self, names: Mapping[str, str], scratch: Scratch | None = None) -> "dict[str, Tensor]":
         """Return tensors as float32, under the values of `names`: views of the file, or widened in `scratch`."""
         import torch
+        from safetensors import safe_open
 
         found = {}
         for path in dict.fromkeys(self.entries[name].file for name in names):
@@ -227,6 +227,8 @@ def open_weights(folder: Path) -> TensorFile:
 
 
 def _read_header(path: Path) -> tuple[dict[str, StoredTensor], Mapping[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
     try:
         with untrusted.open_regular(path) as stream:
             length = int.from_bytes(stream.read(8), "little")

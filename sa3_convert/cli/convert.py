@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Option
 
-from sa3_convert.bundle.manifest import MOST_RANK
 from sa3_convert.cli import options as o
 from sa3_convert.cli import paths
 from sa3_convert.cli.echo import echo, echo_next
-from sa3_convert.components import TEXT_TO_AUDIO
+from sa3_convert.components import MOST_RANK, TEXT_TO_AUDIO
 from sa3_convert.errors import VerificationError
 
 if TYPE_CHECKING:

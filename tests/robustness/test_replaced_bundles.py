@@ -143,7 +143,7 @@ def test_a_model_that_is_replaced_after_its_check_is_refused(place: Place) -> No
     with Pipeline.from_bundle(place.live, threads=1) as pipeline:
         pipeline.generate(REQUEST)
         place.replace("files", 1, lambda: None)
-        with pytest.raises(BundleError, match=r"live/text_encoder\.mnn was replaced or changed"):
+        with pytest.raises(BundleError, match=r"live/number_conditioner\.mnn was replaced or changed"):
             pipeline.generate(REQUEST)
 
 
