@@ -17,10 +17,12 @@ from sa3_convert.check.inputs import sample_inputs
 from sa3_convert.check.metrics import sums_of
 from sa3_convert.checkpoint.lora_file import LORA_TYPES, LoraRequest
 from sa3_convert.checkpoint.reader import Checkpoint
+from sa3_convert.cli import app
 from sa3_convert.components import ADAPTED, SLOT_INPUTS, Component, contract
 from sa3_convert.errors import BundleError, CheckpointError, LoraError, UsageError
 from sa3_convert.networks.build import build_network
 from sa3_convert.runtime.adapters import Adapters, rank_of, stored_weights
+from sa3_convert.runtime.audio import read_audio
 from sa3_convert.runtime.engines import EngineName, bundle_engine
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.request import GenerateRequest, located
@@ -240,6 +242,19 @@ def test_settings_keep_adapters() -> None:
     assert GenerateRequest.from_json(located(told, Path("loras"))).adapters == request.adapters
     with pytest.raises(UsageError, match="adapters"):
         GenerateRequest.from_json({"prompt": "pad", "adapters": "a.st"})
+
+
+def test_the_command_line_applies_adapters_keeps_them_and_makes_the_same_again(bundle: Bundle, tmp_path: Path) -> None:
+    wanted = ["--prompt", "pad", "--seconds", "1", "--steps", "2"]
+    adapter = ["--adapter", f"{ADAPTERS / 'lora.safetensors'}:0.5@0.2-1.0"]
+
+    def made(name: str, *options: str) -> bytes:
+        assert app.run(["run", str(bundle.path), "-o", str(tmp_path / name), *options]) == 0
+        return read_audio(tmp_path / name, 44100, max_seconds=2).tobytes()
+
+    plain, adapted = made("plain.wav", *wanted), made("adapted.wav", *wanted, *adapter)
+    assert plain != adapted
+    assert made("again.wav", "--from", str(tmp_path / "adapted.wav")) == adapted
 
 
 def test_a_bundle_without_slots_says_how_to_get_them(toy_fp32: Bundle) -> None:
