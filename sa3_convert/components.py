@@ -196,9 +196,7 @@ def contract(component: Component, layout: "CheckpointLayout", rank: int | None 
     plain = SPECS[component].contract(layout)
     if rank is None:
         return plain
-    last = slots(component, layout)[-1]
-    sizes = {SLOT_INPUTS[0]: last.inner + last.fan_in, SLOT_INPUTS[1]: last.outer + last.fan_out}
-    ports = [Port(name, "float32", ((rank + 1) * size,)) for name, size in sizes.items()]
+    ports = [Port(name, "float32", (size,)) for name, size in slot_sizes(component, layout, rank).items()]
     return replace(plain, inputs=(*plain.inputs, *ports))
 
 
@@ -236,3 +234,10 @@ def slots(component: Component, layout: "CheckpointLayout") -> tuple[Slot, ...]:
             found.append(Slot(name[len(prefix) : -len(".weight")], fan_out, fan_in, outer, inner))
             outer, inner = outer + fan_out, inner + fan_in
     return tuple(found)
+
+
+def slot_sizes(component: Component, layout: "CheckpointLayout", rank: int) -> dict[str, int]:
+    """Return how many numbers each of a component's two inputs for adapters has."""
+    last = slots(component, layout)[-1]
+    ends = last.inner + last.fan_in, last.outer + last.fan_out
+    return {name: (rank + 1) * end for name, end in zip(SLOT_INPUTS, ends, strict=True)}

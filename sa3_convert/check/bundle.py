@@ -48,16 +48,17 @@ def bundle_recipe(bundle: Bundle) -> Recipe:
 def models_of(bundle: Bundle, recipe: Recipe, component: Component) -> list[Judged]:
     """Return the models of a component, their files held to manifest and recipe, which must agree."""
     wanted = recipe.for_component(component)
-    kinds = {a.kind for a in bundle.manifest.artifacts if a.component is component}
+    listed = {a.kind for a in bundle.manifest.artifacts if a.component is component}
     models: list[Judged] = []
-    for kind in ("mnn", *kinds & {SLOTS_OF["mnn"]}):
+    for kind in ("mnn", *listed & {SLOTS_OF["mnn"]}):
         models.append(Judged(component, "mnn", bundle.artifact(component, kind), wanted.floor_db))
         _check_claims(bundle.file(component, kind), models[-1].artifact, wanted.precision, wanted.floor_db, "recipe")
         _check_storage(bundle, recipe, models[-1].artifact)
     forms: tuple[EngineName, ...] = ("onnxruntime-int8", "onnxruntime-fp16")
     for engine in forms:
-        for kind in kinds & {KINDS[engine], SLOTS_OF.get(KINDS[engine])}:
-            models.append(_onnx_form(bundle, component, engine, kind))
+        # In this order, and not a set's, which is another one in every process.
+        kinds = (KINDS[engine], SLOTS_OF.get(KINDS[engine]))
+        models += [_onnx_form(bundle, component, engine, kind) for kind in kinds if kind in listed]
     return models
 
 

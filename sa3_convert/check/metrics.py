@@ -1,4 +1,4 @@
-"""How far one array is from another: signal-to-noise ratio, cosine, absolute errors.
+"""How far one array is from another: signal-to-noise ratio, cosine, absolute errors. And how sure a count is.
 
 The sums are kept in float64 and taken over pieces of bounded size, so no metric overflows on float16 or float32 and a
 long piece of audio costs no copy of itself. Nothing is judged here: a comparator has no tolerance of its own.
@@ -6,6 +6,7 @@ long piece of audio costs no copy of itself. Nothing is judged here: a comparato
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ An infinite ratio has no place in JSON. No error of float32 arithmetic that matt
 place of every element is 138 dB or more.
 """
 
+_CONFIDENCE = 0.95
 _PIECE = 1 << 17
 _FLOATS = (np.dtype(np.float16), np.dtype(np.float32))
 
@@ -128,6 +130,14 @@ def _piece(reference: NDArray[np.float64], target: NDArray[np.float64]) -> Sums:
         abs_error=float(magnitude.sum()),
         max_abs_error=float(magnitude.max()),
     )
+
+
+def wilson(right: int, of: int) -> tuple[float, float]:
+    """Return Wilson's interval, at 95 %, of the share that a count of right ones is of all."""
+    z = NormalDist().inv_cdf((1 + _CONFIDENCE) / 2)
+    centre, width = right / of + z * z / (2 * of), math.sqrt(right * (of - right) / of**3 + (z / (2 * of)) ** 2)
+    low, high = ((centre + sign * z * width) / (1 + z * z / of) for sign in (-1, 1))
+    return max(0.0, low), min(1.0, high)
 
 
 def _decibels(signal: float, noise: float) -> float:

@@ -181,7 +181,10 @@ def _sensitivity(common: "Common", component: Component) -> "Sensitivity":
 
     name = component.value
     with progress(f"{name}: preparing") as tick:
-        told = lambda what, done, of: tick(f"{name}: {what}", done, of)  # noqa: E731
+
+        def told(what: str, done: int, of: int) -> None:
+            tick(f"{name}: {what}", done, of)
+
         return measure(common.open(), component, "fp16", common.cache, told, common.threads)
 
 

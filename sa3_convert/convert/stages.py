@@ -146,6 +146,10 @@ class Stage:
         return notes.model_copy(update={"log": tuple(lines)})
 
 
+def _gets_slots(job: ComponentJob) -> bool:
+    return job.component in ADAPTED and job.rank is not None
+
+
 STAGES: Final[Mapping[str, Stage]] = {
     stage.name: stage
     for stage in (
@@ -236,7 +240,7 @@ STAGES: Final[Mapping[str, Stage]] = {
             notes=SlotNotes,
             tools=("torch", "onnx", "onnx-ir", "onnxscript"),
             depends=lambda job: job.origin() | {"rank": job.rank},
-            applies=lambda job: job.component in ADAPTED and job.rank is not None,
+            applies=_gets_slots,
             leaves={"onnx-slots": "{}_slots.onnx"},
             folder="reference",
             cost=StageCost(40, 0.4, start_seconds=20),
@@ -249,7 +253,7 @@ STAGES: Final[Mapping[str, Stage]] = {
             reads=("export-slots", "round"),
             tools=("MNN", "onnx-ir", "onnxruntime"),
             depends=lambda job: job.storage() | {"floor_db": job.recipe.floor_db},
-            applies=lambda job: job.component in ADAPTED and job.rank is not None,
+            applies=_gets_slots,
             leaves={"mnn-slots": "{}_slots.mnn"},
             cost=StageCost(60, 1.1, start_memory=1.5, scratch=3),
         ),
@@ -260,7 +264,7 @@ STAGES: Final[Mapping[str, Stage]] = {
             notes=JudgedSlotNotes,
             reads=("export-slots",),
             tools=("onnx-ir", "onnxruntime"),
-            applies=lambda job: job.component in ADAPTED and job.rank is not None,
+            applies=_gets_slots,
             asked=lambda request: request.with_ort_int8,
             leaves={"onnx-int8-slots": "{}_slots.onnx"},
             folder="onnxruntime-int8",

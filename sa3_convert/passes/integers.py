@@ -6,11 +6,10 @@ H is a Hadamard matrix for every 64 neighbouring channels, H · H = 1: an outlie
 t = max |x · H| / 127 is a token's scale, so that one loud token, or one of padding, does not take the levels of all
 others; s = max |H · W| / 127 an output channel's. Products of the same activation share its codes.
 
-What is quantised are the products with constant weights: nearly all arithmetic of a Stable Audio 3 model. A scale per
-token keeps one loud token, or one of padding, from taking the levels of all others; products of the same activation
-share its codes. What stays float: products of activations, convolutions (ONNX Runtime's integer ones are slower),
-token tables, and `Gemm`, which the exports use for single vectors only (time and duration after their Fourier features;
-nothing to gain, and their error reaches every latent).
+What is quantised are the products with constant weights: nearly all arithmetic of a Stable Audio 3 model. What stays
+float: products of activations, convolutions (ONNX Runtime's integer ones are slower), token tables, and `Gemm`, which
+the exports use for single vectors only (time and duration after their Fourier features; nothing to gain, and their
+error reaches every latent).
 
 Activations are unsigned around 128, because ONNX Runtime's fast x86 kernels (AMX, VNNI) take unsigned times signed.
 Weights have all eight bits: seven cost 3 to 4 dB and save no time. On x86 without VNNI those kernels would add two

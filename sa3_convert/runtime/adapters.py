@@ -26,7 +26,7 @@ from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.checkpoint.lora_file import LoraFile, bind, read_lora
 from sa3_convert.checkpoint.tensors import expected_tensors
 from sa3_convert.checkpoint.variants import name_of
-from sa3_convert.components import ADAPTED, SLOT_INPUTS, SPECS, Component, Slot, slots
+from sa3_convert.components import ADAPTED, SPECS, Component, Slot, slot_sizes, slots
 from sa3_convert.errors import BundleError, LoraError
 from sa3_convert.runtime.engines import KINDS, MADE_BY, EngineName, bundle_engine
 from sa3_convert.runtime.models import KeepLoaded, Models
@@ -200,11 +200,12 @@ class Adapters:
         return self._composed[key]
 
     def _compose(self, component: Component, active: Sequence[tuple[_Opened, float]]) -> Composed:
-        table = slots(component, self._layout)
-        sizes = table[-1].inner + table[-1].fan_in, table[-1].outer + table[-1].fan_out
-        inner, outer = (np.zeros((self._rank + 1) * size, np.float32) for size in sizes)
+        feeds = {
+            name: np.zeros(size, np.float32) for name, size in slot_sizes(component, self._layout, self._rank).items()
+        }
+        inner, outer = feeds.values()
         whole = lost = 0.0
-        for slot in table:
+        for slot in slots(component, self._layout):
             changes = [(one, strength, one.layers.get((component, slot.layer))) for one, strength in active]
             if not any(layer is not None for *_, layer in changes):
                 continue
@@ -224,7 +225,7 @@ class Adapters:
                 f"it they would keep {db:.1f} dB, and at least {LEAST_DB:g} are needed. Use fewer at a time, convert "
                 "again with a larger --adapter-slots, or merge them with `convert --lora`."
             )
-        return Composed(dict(zip(SLOT_INPUTS, map(constant, (inner, outer)), strict=True)), db)
+        return Composed({name: constant(array) for name, array in feeds.items()}, db)
 
     def _require_finite(self, weight: _Weight, active: Sequence[tuple[_Opened, float]]) -> None:
         if not all(np.isfinite(part).all() for part in (weight.rows, weight.columns, weight.outer, weight.inner)):

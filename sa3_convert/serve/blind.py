@@ -1,24 +1,15 @@
 """A blind test: pairs of the same piece from two models, in an order that nobody knows; which is which, by ear."""
 
 import json
-import math
 import secrets
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
+from sa3_convert.check.metrics import wilson
 from sa3_convert.system.files import write_text
 
 PAIRS = 10
-_CONFIDENCE = 0.95
-
-
-def wilson(right: int, of: int) -> tuple[float, float]:
-    """Return Wilson's interval, at 95 %, of the share of right answers."""
-    z = NormalDist().inv_cdf((1 + _CONFIDENCE) / 2)
-    centre, width = right / of + z * z / (2 * of), math.sqrt(right * (of - right) / of**3 + (z / (2 * of)) ** 2)
-    return (centre - z * width) / (1 + z * z / of), (centre + z * width) / (1 + z * z / of)
 
 
 @dataclass(slots=True)

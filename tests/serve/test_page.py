@@ -15,8 +15,9 @@ import soundfile
 pytest.importorskip("playwright.sync_api")
 from playwright.sync_api import Page, expect, sync_playwright
 
+from sa3_convert.check.metrics import wilson
 from sa3_convert.errors import UsageError
-from sa3_convert.serve.blind import BlindTest, Pair, wilson
+from sa3_convert.serve.blind import BlindTest, Pair
 from sa3_convert.serve.form import _regions
 from sa3_convert.serve.page import GLANCE
 from tests.browser import find_chromium

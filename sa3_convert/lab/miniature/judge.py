@@ -1,6 +1,5 @@
 """How many prompts of a fixed set, worded as no training has seen them, are recognised in what a model makes."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import field
 from typing import Final
@@ -8,6 +7,7 @@ from typing import Final
 import numpy as np
 from pydantic.dataclasses import dataclass
 
+from sa3_convert.check.metrics import wilson
 from sa3_convert.check.results import FINITE, derived
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.lab.miniature.captions import caption
@@ -19,8 +19,6 @@ from sa3_convert.runtime.request import GenerateRequest
 
 PROMPTS: Final = 150
 _SEED: Final = 2026
-_Z: Final = 1.96
-"""Deviations within which 95 % of a normal distribution lie."""
 
 Heard = Callable[[str, Floats, list[str]], None]
 """Called with a prompt, what was made of it, and what does not fit in that."""
@@ -39,10 +37,7 @@ class Recognition:
     @derived
     def interval(self) -> tuple[float, float]:
         """Share that is recognised, at least and at most: Wilson's interval of 95 %."""
-        share, room = self.recognised / self.of, _Z**2 / self.of
-        middle = share + room / 2
-        around = _Z * math.sqrt(share * (1 - share) / self.of + room / self.of / 4)
-        return max(0.0, (middle - around) / (1 + room)), min(1.0, (middle + around) / (1 + room))
+        return wilson(self.recognised, self.of)
 
 
 def is_miniature(layout: CheckpointLayout) -> bool:

@@ -74,9 +74,8 @@ class Training:
     def _update(self, loss: Loss) -> float:
         """Make a step from a batch in halves, one in each of two threads: their sum has no order."""
         progress = self.step / self.steps
-        rate = (
-            self._rate * min(1.0, (self.step + 1) / _WARM_UP) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
-        )
+        share = _LEAST + (1 - _LEAST) * (1 + math.cos(math.pi * progress)) / 2
+        rate = self._rate * min(1.0, (self.step + 1) / _WARM_UP) * share
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
@@ -90,9 +89,9 @@ class Training:
         value = sum(self._threads.map(half, range(2)))
         torch.nn.utils.clip_grad_norm_(self._weights.values(), _LONGEST_GRADIENT)
         self._optimizer.step()
-        share = max(1 / (self.step + 1), 1 / max(self.steps * 0.05, 10))
+        newest = max(1 / (self.step + 1), 1 / max(self.steps * 0.05, 10))
         with torch.no_grad():
-            torch._foreach_lerp_(list(self._average.values()), [w.detach() for w in self._weights.values()], share)
+            torch._foreach_lerp_(list(self._average.values()), [w.detach() for w in self._weights.values()], newest)
         return value
 
     def _note(self, loss: float) -> None:
