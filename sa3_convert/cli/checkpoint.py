@@ -7,10 +7,13 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 from sa3_convert.cli.echo import echo
+from sa3_convert.cli.paths import makes
 
 
 def synthesize(
-    folder: Annotated[Path, Argument(metavar="DIR", help="Where to write; must not exist or be empty.")],
+    folder: Annotated[
+        Path, Argument(metavar="DIR", help="Where to write; must not exist or be empty.", callback=makes)
+    ],
     variant: Annotated[str, Option(help="small-music, small-sfx, medium, or one with -base.")] = "small-music",
     size: Annotated[Literal["toy", "full"], Option(help="toy: a few MB; full: the published shapes.")] = "toy",
     seed: Annotated[int, Option(min=0, help="Seed of the weights.")] = 0,
@@ -27,7 +30,9 @@ def synthesize(
 
 
 def train_miniature(
-    folder: Annotated[Path, Argument(metavar="DIR", help="Where to work; goes on where it was stopped.")],
+    folder: Annotated[
+        Path, Argument(metavar="DIR", help="Where to work; goes on where it was stopped.", callback=makes)
+    ],
     quick: Annotated[bool, Option("--quick", help="A few steps, to see that it works.")] = False,
     seed: Annotated[int, Option(min=0, max=1 << 20, help="Seed of weights, sounds and captions.")] = 0,
 ) -> None:
@@ -47,7 +52,7 @@ def train_miniature(
 
 def fetch(
     hub_id: Annotated[str, Argument(metavar="HUB_ID", help="For example stabilityai/stable-audio-3-small-music.")],
-    folder: Annotated[Path, Argument(metavar="DIR", help="Where to put it.")],
+    folder: Annotated[Path, Argument(metavar="DIR", help="Where to put it.", callback=makes)],
     revision: Annotated[str | None, Option(help="Commit to download; the pinned one when not given.")] = None,
 ) -> None:
     """Download a published checkpoint; a broken download resumes."""

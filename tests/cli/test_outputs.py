@@ -169,10 +169,6 @@ def test_every_path_of_every_command_says_whether_it_is_read_or_written() -> Non
         # Where files have names of their own, by content.
         *(f"{command} cache" for command in ("convert", "plan", "sweep")),
         *(f"{command} references" for command in ("verify", "bisect", "drift")),
-        # New folders of commands that read none.
-        "synthesize folder",
-        "fetch folder",
-        "train_miniature folder",
         # Of commands that write nothing.
         "table bench",
     }

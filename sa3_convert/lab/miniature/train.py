@@ -33,7 +33,7 @@ class Amount:
     pieces: int
 
 
-WHOLE: Final = Amount(text=1200, diffusion=12000, pieces=8000)
+WHOLE: Final = Amount(text=1200, diffusion=12000, pieces=20000)
 QUICK: Final = Amount(text=20, diffusion=24, pieces=32)
 
 

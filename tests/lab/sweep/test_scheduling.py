@@ -43,9 +43,9 @@ def test_local_workers_give_what_this_process_gives(tmp_path: Path) -> None:
     found = on_dask(local_workers(2, silent), tasks, quiet, quick)
     sound = tasks[:7]
     assert {one.name: found[one.name] for one in sound} == in_this_process(sound, quiet, quick)
-    # A worker died under it once, and it was run again.
+    # A worker died under it once, and it was run again; more often where another death took its result along.
     assert found["unlucky"].problem == ""
-    assert runs(tmp_path, "unlucky") == 2
+    assert runs(tmp_path, "unlucky") >= 2
     assert "ended while it ran" in found["deadly"].problem
     assert "ended while it ran" in found["after"].problem
     assert "nobody foresaw it" in found["bug"].problem
