@@ -43,7 +43,7 @@ def file_of(module: str) -> Path | None:
 ROOMS = (
     ("__init__", "errors", "arrays"),
     ("system",),
-    ("hub",),
+    ("hub", "scheduling"),
     ("checkpoint",),
     ("components",),
     ("recipe",),

@@ -141,7 +141,7 @@ def _run(arguments: list[str]) -> int:
 
 
 _NEED_TORCH = ("convert", "export", "plan", "sweep", "drift")
-"""Commands for which the first package that is missing is not the last."""
+"""Commands for which the first package that is missing is not the last; Dask's are asked for beside all others."""
 
 
 def _failed(error: Exception, arguments: Sequence[str]) -> int:
@@ -168,7 +168,9 @@ def _failed(error: Exception, arguments: Sequence[str]) -> int:
     if isinstance(error, ImportError) and (error.name or "").split(".")[0] != sa3_convert.__name__:
         # Running a bundle needs less than everything else does, and may be all that was installed.
         command = next((word for word in arguments if not word.startswith("-")), "")
-        extra = "convert" if command in _NEED_TORCH else _extra_with(error.name or "")
+        extra = _extra_with(error.name or "")
+        if command in _NEED_TORCH and extra != "cluster":
+            extra = "convert"
         _complain(
             f"A package that this needs cannot be imported ({error}). Install what brings it: {_installs(extra)}.",
             error,

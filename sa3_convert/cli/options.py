@@ -19,6 +19,7 @@ from sa3_convert.system.streams import STANDARD_OUTPUT, is_stream
 if TYPE_CHECKING:
     from sa3_convert.checkpoint.reader import Checkpoint
     from sa3_convert.recipe import Recipe
+    from sa3_convert.scheduling import Runner
 
 _T = TypeVar("_T")
 
@@ -101,6 +102,18 @@ PrecisionOption = Annotated[
         "halves on ARM what is right with them."
     ),
 ]
+_workers = panel("On several processes or machines")
+
+WorkersOption = Annotated[
+    int | None, _workers(min=1, max=256, help="Run on so many processes of this machine; needs the extra `cluster`.")
+]
+SchedulerOption = Annotated[
+    str | None,
+    _workers(
+        metavar="ADDRESS",
+        help="Run on a Dask scheduler's workers, tcp://HOST:8786; they see the same folders.",
+    ),
+]
 ReferencesOption = Annotated[
     Path | None, Option(metavar="DIR", help="Where reference outputs are kept; beside the bundle by default.")
 ]
@@ -175,6 +188,28 @@ def hub_origin(bundle: Path) -> dict[str, str]:
 
     found = HubId.of_snapshot(bundle)
     return {} if found is None else {"hub": str(found)}
+
+
+def runner_of(workers: int | None, scheduler: str | None) -> "Runner":
+    """Return what runs tasks: this process, workers that it starts, or those of a scheduler.
+
+    Raises:
+        UsageError: both kinds of workers are asked for.
+        ImportError: Dask is not there; known before the first long step.
+
+    """
+    if workers and scheduler:
+        raise UsageError("--workers starts workers here, --scheduler takes those of a scheduler. Give one of them.")
+    from sa3_convert import scheduling as s
+
+    if workers is None and scheduler is None:
+        return s.in_this_process
+    import distributed  # noqa: F401
+
+    from sa3_convert.cli.echo import echo
+
+    tell = partial(echo, err=True)
+    return partial(s.on_dask, s.scheduler(scheduler, tell) if scheduler else s.local_workers(workers or 1, tell))
 
 
 def write_figures(file: Path | None, data: Mapping[str, Any]) -> None:

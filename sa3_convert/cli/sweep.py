@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from sa3_convert.lab.planner.sensitivity import Sensitivity
     from sa3_convert.lab.sweep.points import Point
     from sa3_convert.lab.sweep.result import Sweep
-    from sa3_convert.lab.sweep.sweep import Runner
     from sa3_convert.lab.sweep.tasks import Common, Task
     from sa3_convert.recipe import Recipe
 
@@ -35,10 +34,6 @@ RecipesOption = Annotated[
 BudgetOption = Annotated[
     float | None, Option(min=0.01, max=1e6, help="Share so many MiB among all components by what hurts the end result.")
 ]
-WorkersOption = Annotated[int | None, Option(min=1, max=256, help="Run on so many processes of this machine.")]
-SchedulerOption = Annotated[
-    str | None, Option(metavar="ADDRESS", help="Run on the workers of this Dask scheduler, tcp://HOST:8786.")
-]
 StoreOption = Annotated[
     str,
     Option(metavar="ADDRESS", help="Keep results here, too: s3://BUCKET/FOLDER, or what fsspec has."),
@@ -53,8 +48,8 @@ def sweep(
     recipe: RecipesOption = None,
     budget_mib: BudgetOption = None,
     lora: o.LoraOption = None,
-    workers: WorkersOption = None,
-    scheduler: SchedulerOption = None,
+    workers: o.WorkersOption = None,
+    scheduler: o.SchedulerOption = None,
     cache: Annotated[Path | None, Option(metavar="DIR", help="Where stages are kept; beside --out.")] = None,
     store: StoreOption = "",
     dry_run: Annotated[bool, Option("--dry-run", help="Say what each point takes, and stop.")] = False,
@@ -67,9 +62,8 @@ def sweep(
     """
     if sizes is None and not recipe and budget_mib is None:
         raise UsageError("Give --sizes FROM:TO:STEP with one --component, --recipe, or --budget-mib.")
-    if sizes is not None and len(component or ()) != 1:
-        raise UsageError("--sizes are of one component. Name it: --component dit.")
-    _refuse(out, workers, scheduler)
+    runner = o.runner_of(workers, scheduler)
+    _refuse(out, sizes, component or ())
     from sa3_convert.cli.console import progress, stdout, sweep_plan_table, sweep_table
     from sa3_convert.convert.plan import chosen_components
     from sa3_convert.lab.sweep.points import of_own_names, of_recipes
@@ -97,7 +91,7 @@ def sweep(
     with _alone_in(out):
         with progress(f"{len(points)} points") as tick:
             told = partial(tick, f"{len(points)} points")
-            found = run_sweep(common, points, _runner(workers, scheduler), lambda _, __, *done: told(*done))
+            found = run_sweep(common, points, runner, lambda _, __, *done: told(*done))
         write(found, points, o.open_recipe(o.DEFAULT_RECIPE), out)
         if whole := whole_recipe(found, points, o.open_recipe(BUDGET_RECIPE), label):
             write_text(out / f"{label}.yaml", whole.to_yaml())
@@ -130,15 +124,15 @@ def _tell_end(found: "Sweep", out: Path) -> None:
         raise Exit(max(point.exit_code for point in found.missing))
 
 
-def _refuse(out: Path, workers: int | None, scheduler: str | None) -> None:
-    if workers and scheduler:
-        raise UsageError("--workers starts workers here, --scheduler takes those of a scheduler. Give one of them.")
+def _refuse(out: Path, sizes: str | None, chosen: Sequence[Component]) -> None:
+    if sizes is not None and len(chosen) != 1:
+        raise UsageError("--sizes are of one component. Name it: --component dit.")
     if out.is_dir() and any(out.iterdir()) and not (out / FIGURES).is_file():
         raise UsageError(f"{out} holds something else than a sweep. Name a folder that is empty or not there.")
 
 
 def _tell_time(tasks: "Sequence[Task]", workers: int) -> None:
-    from sa3_convert.lab.sweep.scheduling import simulated
+    from sa3_convert.scheduling import simulated
 
     found = simulated(tasks, workers)
     echo(
@@ -202,13 +196,3 @@ def _within(
         )
     bases = {component: base.for_component(component) for component in known}
     return of_plans(within(common.open(), bases, known, heard, round(budget_mib * 2**20)), label)
-
-
-def _runner(workers: int | None, scheduler: str | None) -> "Runner":
-    from sa3_convert.lab.sweep import scheduling as s
-
-    if workers is None and scheduler is None:
-        return s.in_this_process
-    tell = partial(echo, err=True)
-    connect = s.scheduler(scheduler, tell) if scheduler else s.local_workers(workers or 1, tell)
-    return partial(s.on_dask, connect)

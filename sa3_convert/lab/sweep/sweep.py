@@ -1,6 +1,7 @@
 """A sweep from its points to what is kept of it: measured, judged, written down whole."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sa3_convert.lab.planner.planner import layers_to_measure
@@ -8,27 +9,33 @@ from sa3_convert.lab.report.theme import standalone
 from sa3_convert.lab.sweep.page import frontier_figure, page
 from sa3_convert.lab.sweep.points import Point
 from sa3_convert.lab.sweep.result import Measured, Sweep, sweep_of
-from sa3_convert.lab.sweep.scheduling import Report
-from sa3_convert.lab.sweep.tasks import Common, Ran, Task, tasks_for
+from sa3_convert.lab.sweep.tasks import Common, Ran, Task, run_task, tasks_for
 from sa3_convert.recipe import Recipe
+from sa3_convert.scheduling import Runner, in_this_process
 from sa3_convert.system.files import write_text
 
 MARGIN_DB = 2.0
 """A floor is so much below what was measured: another processor adds in another order."""
 
-Runner = Callable[[Sequence[Task], Report], Mapping[str, Ran]]
+Report = Callable[[Task, Ran, int, int], None]
+"""(what ran, what came of it, how many are done, of how many)."""
 
 
 def run_sweep(
     common: Common,
     points: Sequence[Point],
-    runner: Runner,
+    runner: Runner = in_this_process,
     report: Report = lambda task, ran, done, of: None,
 ) -> Sweep:
     """Convert and measure every point that can be had."""
     checkpoint = common.open()
     tasks = tasks_for([point for point in points if not point.problem], common)
-    ran = runner(list({task.name: task for own in tasks.values() for task in own}.values()), report)
+    different = list({task.name: task for own in tasks.values() for task in own}.values())
+    ran: dict[str, Ran] = {}
+    with contextlib.closing(runner(different, run_task)) as outcomes:
+        for task, outcome in outcomes:
+            ran[task.name] = outcome if isinstance(outcome, Ran) else Ran.lost(outcome)
+            report(task, ran[task.name], len(ran), len(different))
     layers = {point.component: list(layers_to_measure(checkpoint, point.component)) for point in points}
     return sweep_of(checkpoint.folder.name, checkpoint.variant_name, points, layers, tasks, ran)
 

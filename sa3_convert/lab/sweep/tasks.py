@@ -98,6 +98,11 @@ class Ran:
     exit_code: int = 0
     """The kind of problem."""
 
+    @classmethod
+    def lost(cls, error: Sa3Error) -> "Ran":
+        """Return what is known of a task that came to no end: why."""
+        return cls(0.0, "", "", problem=str(error), exit_code=error.exit_code)
+
 
 def tasks_for(points: Sequence[Point], common: Common) -> dict[str, list[Task]]:
     """Return the tasks of each point by its name, in an order in which they can run; the last one judges it."""

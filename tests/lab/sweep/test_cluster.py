@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from sa3_convert import scheduling
 from sa3_convert.components import Component
-from sa3_convert.lab.sweep import scheduling
 from sa3_convert.lab.sweep.points import of_recipes
 from sa3_convert.lab.sweep.result import Sweep
-from sa3_convert.lab.sweep.scheduling import in_this_process, on_dask
 from sa3_convert.lab.sweep.sweep import run_sweep
 from sa3_convert.lab.sweep.tasks import Common, Ran, Task
 from sa3_convert.recipe import load_recipe, own_recipes
-from tests.lab.sweep.played import quick, runs, silent, task
+from sa3_convert.scheduling import in_this_process, on_dask
+from tests.played import quick, runs, silent, task
 
 pytest.importorskip("distributed")
 pytestmark = pytest.mark.slow
@@ -55,15 +55,15 @@ def test_a_scheduler_that_was_started_again_is_asked_for_what_is_missing(tmp_pat
     with ExitStack() as restarts:
         scheduler, _ = restarts.enter_context(cluster("--resources", "memory=4"))
 
-        def report(one: Task, ran: Ran, done: int, of: int) -> None:
-            if done == 10 and scheduler.poll() is None:
+        found = {}
+        for one, ran in on_dask(scheduling.scheduler(ADDRESS, silent), tasks, quick):
+            found[one.name] = ran
+            if len(found) == 10:
                 scheduler.kill()
                 scheduler.wait()
                 restarts.enter_context(cluster())
                 time.sleep(1)
-
-        found = on_dask(scheduling.scheduler(ADDRESS, silent), tasks, report, quick)
-    assert found == in_this_process(tasks, lambda *_: None, quick)
+    assert found == {one.name: ran for one, ran in in_this_process(tasks, quick)}
     again = sum(runs(tmp_path, one.name) > 2 for one in tasks)
     assert again < 20
 
@@ -98,7 +98,7 @@ def test_twelve_points_are_the_same_where_a_worker_is_killed_and_the_scheduler_s
 
         runner = partial(on_dask, scheduling.scheduler(ADDRESS, silent))
         found = run_sweep(Common(toy, tmp_path / "there", threads=1), points, runner, report)
-    alone = run_sweep(Common(toy, tmp_path / "here", threads=1), points, in_this_process)
+    alone = run_sweep(Common(toy, tmp_path / "here", threads=1), points)
     assert died == ["worker", "scheduler"]
     assert not found.missing
     assert table(found) == table(alone)

@@ -8,7 +8,6 @@ import pytest
 from sa3_convert.convert.cache import ENTRY, Notes, StageCache
 from sa3_convert.errors import UsageError
 from sa3_convert.lab.sweep.points import Point
-from sa3_convert.lab.sweep.scheduling import in_this_process
 from sa3_convert.lab.sweep.store import Store
 from sa3_convert.lab.sweep.sweep import run_sweep
 from sa3_convert.lab.sweep.tasks import Common
@@ -113,9 +112,9 @@ def test_an_address_that_nothing_knows_is_refused() -> None:
 
 def test_workers_without_a_common_folder_share_what_they_make(toy: Path, points: list[Point], tmp_path: Path) -> None:
     address = f"file://{tmp_path}/kept"
-    first = run_sweep(Common(toy, tmp_path / "a", store=address), points, in_this_process)
+    first = run_sweep(Common(toy, tmp_path / "a", store=address), points)
     entries = {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "kept").glob("*/*/entry.json")}
-    second = run_sweep(Common(toy, tmp_path / "b", store=address), points, in_this_process)
+    second = run_sweep(Common(toy, tmp_path / "b", store=address), points)
     assert [p.fidelity for p in first.points] == [p.fidelity for p in second.points]
     assert {p.parent.name: p.stat().st_mtime_ns for p in (tmp_path / "kept").glob("*/*/entry.json")} == entries
     # What is brought has the times of its making elsewhere in it, but nothing was made: it took no time.

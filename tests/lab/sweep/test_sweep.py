@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,10 +16,10 @@ from sa3_convert.convert.stages import ComponentJob
 from sa3_convert.lab.sweep import tasks as room
 from sa3_convert.lab.sweep.points import Point
 from sa3_convert.lab.sweep.result import Sweep
-from sa3_convert.lab.sweep.scheduling import in_this_process
 from sa3_convert.lab.sweep.sweep import recipe_of, run_sweep
 from sa3_convert.lab.sweep.tasks import Common, Ran, Task, run_task, tasks_for
 from sa3_convert.recipe import load_recipe, recipe_file
+from sa3_convert.scheduling import in_this_process
 from sa3_convert.system.files import alone_in
 
 CONDITIONER = Component.NUMBER_CONDITIONER
@@ -31,7 +32,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def swept(toy: Path, points: list[Point], cache: Path) -> Sweep:
-    return run_sweep(Common(toy, cache), points, in_this_process)
+    return run_sweep(Common(toy, cache), points)
 
 
 def test_points_are_what_a_conversion_measures(swept: Sweep) -> None:
@@ -55,7 +56,7 @@ def test_a_second_sweep_finds_all_of_it_in_the_cache(
         raise AssertionError("nothing is left to be made")
 
     monkeypatch.setattr(StageCache, "make", refuse)
-    again = run_sweep(Common(toy, cache), points, in_this_process)
+    again = run_sweep(Common(toy, cache), points)
     assert [p.fidelity for p in again.points] == [p.fidelity for p in swept.points]
 
 
@@ -77,8 +78,8 @@ def test_a_worker_with_another_mnn_makes_its_own_and_says_so(
             monkeypatch.setattr(room, "stage_keys", lambda job: other)
         return run_task(task, *before)
 
-    def run_here(tasks: list[Task], report: object) -> dict[str, Ran]:
-        return in_this_process(tasks, lambda *_: None, elsewhere)
+    def run_here(tasks: list[Task], run: object) -> object:
+        return in_this_process(tasks, elsewhere)
 
     found = run_sweep(Common(toy, tmp_path), points, run_here)  # type: ignore[arg-type]
     assert [point.mnn for point in found.points][1] == "9.9.9"
@@ -92,7 +93,7 @@ def test_what_fails_is_missing_with_its_reason_and_the_rest_is_there(
 ) -> None:
     broken = Point("broken", CONDITIONER, points[0].recipe.model_copy(update={"floor_db": 200.0}))
     none = Point("none", CONDITIONER, points[0].recipe, problem="No plan is so small.")
-    found = run_sweep(Common(toy, tmp_path), [broken, none, points[1]], in_this_process)
+    found = run_sweep(Common(toy, tmp_path), [broken, none, points[1]])
     assert [point.name for point in found.missing] == ["broken", "none"]
     assert [point.exit_code for point in found.missing] == [5, 2]
     assert "200" in found.missing[0].problem
@@ -124,13 +125,13 @@ def test_what_the_system_has_no_room_for_is_missing_and_the_rest_is_there(
         return made(job, name, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(room, "make_stage", fails)
-    found = run_sweep(Common(toy, tmp_path), points, in_this_process)
+    found = run_sweep(Common(toy, tmp_path), points)
     assert [point.name for point in found.missing] == [points[0].name]
     assert found.missing[0].exit_code == code
     assert re.search(said, found.missing[0].problem)
     assert found.points[1].fidelity is not None
     monkeypatch.undo()
-    assert not run_sweep(Common(toy, tmp_path), points, in_this_process).missing
+    assert not run_sweep(Common(toy, tmp_path), points).missing
 
 
 def test_a_bug_in_a_task_is_no_missing_point(
@@ -138,7 +139,7 @@ def test_a_bug_in_a_task_is_no_missing_point(
 ) -> None:
     monkeypatch.setattr(room, "make_stage", None)
     with pytest.raises(TypeError):
-        run_sweep(Common(toy, tmp_path), points, in_this_process)
+        run_sweep(Common(toy, tmp_path), points)
 
 
 def test_a_recipe_of_the_frontier_has_a_floor_that_it_reaches(swept: Sweep, points: list[Point]) -> None:
@@ -206,3 +207,12 @@ def test_what_cannot_be_meant_is_refused(
 ) -> None:
     assert cli.run(["sweep", str(toy), "--out", str(tmp_path / "o"), *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_cluster_without_dask_is_refused_with_what_brings_it(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    assert cli.run(["sweep", str(toy), "--out", str(tmp_path / "o"), "--recipe", "int8", "--workers", "2"]) == 7
+    assert "[cluster]" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()

@@ -1,4 +1,6 @@
-"""Where the tasks of a sweep run: in this process, or on Dask's workers."""
+"""Where tasks run: in this process, or on Dask's workers. What a task is they need not know but for its name,
+the tasks whose results it reads, and what it takes.
+"""
 
 import contextlib
 import heapq
@@ -6,41 +8,84 @@ import importlib.util
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
-from sa3_convert.errors import BackendError, ConversionError, InputError, Sa3Error
-from sa3_convert.lab.sweep.tasks import Ran, Task, run_task
-from sa3_convert.system.machine import available_memory, usable_processors
+from sa3_convert.errors import BackendError, ConversionError, InputError, Sa3Error, told_by_system
+from sa3_convert.system.machine import available_memory, default_threads, usable_processors
 
 if TYPE_CHECKING:
     from distributed import Client
 
-Report = Callable[[Task, Ran, int, int], None]
-"""(what ran, what came of it, how many are done, of how many)."""
+
+class Takes(Protocol):
+    """What a task takes."""
+
+    @property
+    def seconds(self) -> float:
+        """Of one worker's time."""
+        ...
+
+    @property
+    def memory_bytes(self) -> int:
+        """At the most."""
+        ...
+
+
+class Task(Protocol):
+    """Something that can be done anywhere."""
+
+    @property
+    def name(self) -> str:
+        """Its own among those that run together."""
+        ...
+
+    @property
+    def needs(self) -> Sequence[str]:
+        """Names of tasks whose results it is handed; they stand before it."""
+        ...
+
+    @property
+    def takes(self) -> Takes:
+        """What it takes."""
+        ...
+
+
+_Task = TypeVar("_Task", bound=Task)
+_Result = TypeVar("_Result")
+Outcomes = Generator[tuple[_Task, _Result | Sa3Error], None, None]
+"""Each task when it is done, with its result, or why there is none."""
+
+
+class Runner(Protocol):
+    """Runs tasks: `in_this_process`, or `on_dask` with what connects it."""
+
+    def __call__(self, tasks: Sequence[_Task], run: Callable[..., _Result]) -> "Outcomes[_Task, _Result]":
+        """Run tasks; `run` takes one, and the result of each that it needs."""
+        ...
+
+
 Tell = Callable[[str], None]
-Run = Callable[..., Ran]
-"""(task, what came of each task that it needs)."""
-Connect = Callable[[], contextlib.AbstractContextManager["Client"]]
+Connect = Callable[[Sequence[Task]], contextlib.AbstractContextManager["Client"]]
+"""Reaches workers for some tasks."""
 
 MEMORY: Final = "memory"
 """The resource, in bytes, that workers of a scheduler may declare: `dask worker --resources "memory=16e9"`."""
 _CONNECTIONS: Final = 5
 """How often a scheduler may go away before what is left is given up."""
-_DEATHS: Final = 2
-"""Workers, of those that are started here, that a task may take with it and be tried again."""
+_DEATHS: Final = 1
+"""Workers, of those that are started here, that a task may take with it and be tried again beside others."""
 _WAIT: Final = 60
 """Seconds for a scheduler to be reached, or a worker to come."""
 
 
-def in_this_process(tasks: Sequence[Task], report: Report, run: Run = run_task) -> dict[str, Ran]:
-    """Run tasks one after the other."""
-    done: dict[str, Ran] = {}
+def in_this_process(tasks: Sequence[_Task], run: Callable[..., _Result]) -> "Outcomes[_Task, _Result]":
+    """Run tasks one after the other, each when it is asked for; what one raises ends them all."""
+    done: dict[str, _Result] = {}
     for task in tasks:
         done[task.name] = run(task, *(done[name] for name in task.needs))
-        report(task, done[task.name], len(done), len(tasks))
-    return done
+        yield task, done[task.name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,31 +119,28 @@ def simulated(tasks: Sequence[Task], workers: int) -> Simulated:
     return Simulated(seconds, work / (workers * seconds) if seconds else 1.0, max(chain.values(), default=0.0))
 
 
-def on_dask(connect: Connect, tasks: Sequence[Task], report: Report, run: Run = run_task) -> dict[str, Ran]:
-    """Run tasks on workers, each where there is memory for it.
+def on_dask(connect: Connect, tasks: Sequence[_Task], run: Callable[..., _Result]) -> "Outcomes[_Task, _Result]":
+    """Run tasks on workers, each where there is memory for it, and yield them as they are done.
 
-    A worker that dies costs its task one of few tries; a scheduler that goes away is waited for, and asked again for
-    what is missing. What cannot be had then is a problem of its own task and of those that need it.
+    What a task raises is its outcome, and that of those that need it. A worker that dies costs its task one of few
+    tries; a scheduler that goes away is waited for, and asked again for what is missing.
 
     Raises:
         BackendError: no scheduler or no worker can be reached.
         InputError: no worker has the memory that a task needs.
 
     """
-    done: dict[str, Ran] = {}
+    done: dict[str, _Result | Sa3Error] = {}
     for _ in range(_CONNECTIONS):
-        with contextlib.suppress(*_gone()), connect() as client:
-            _require_workers(client, [task for task in tasks if task.name not in done])
-            _round(client, tasks, done, report, run)
-        if len(done) == len(tasks):
-            return done
+        missing = [task for task in tasks if task.name not in done]
+        if not missing:
+            return
+        with contextlib.suppress(*_gone()), connect(missing) as client:
+            _require_workers(client, missing)
+            yield from _round(client, missing, done, run)
     for task in tasks:
         if task.name not in done:
-            done[task.name] = Ran(
-                0.0, "", "", problem="The scheduler went away too often.", exit_code=BackendError.exit_code
-            )
-            report(task, done[task.name], len(done), len(tasks))
-    return done
+            yield task, BackendError("The scheduler went away too often.")
 
 
 def _gone() -> tuple[type[BaseException], ...]:
@@ -111,7 +153,9 @@ def _gone() -> tuple[type[BaseException], ...]:
     return CommClosedError, distributed.CancelledError, CancelledFuture, distributed.TimeoutError, ConnectionError
 
 
-def _round(client: "Client", tasks: Sequence[Task], done: dict[str, Ran], report: Report, run: Run) -> None:
+def _round(
+    client: "Client", todo: Sequence[_Task], done: dict[str, _Result | Sa3Error], run: Callable[..., _Result]
+) -> "Outcomes[_Task, _Result]":
     """Run what is not done, until it is or the scheduler is gone.
 
     Dask blames a death on all that its worker had before it. So each task that is blamed runs once more, alone.
@@ -122,36 +166,44 @@ def _round(client: "Client", tasks: Sequence[Task], done: dict[str, Ran], report
     futures: dict[str, Any] = {}
 
     def submit(task: Task) -> Any:
-        before = [done.get(name) or futures[name] for name in task.needs]
+        before = [done[name] if name in done else futures[name] for name in task.needs]
+        if errors := [one for one in before if isinstance(one, Sa3Error)]:
+            return client.submit(_passed_on, errors[0], key=(task.name, len(futures)), pure=False)
         resources = {MEMORY: task.takes.memory_bytes} if limited else None
         return client.submit(run, task, *before, key=(task.name, len(futures)), resources=resources, pure=False)
 
-    def finish(task: Task, future: Any) -> None:
+    def finished(task: _Task, future: Any) -> tuple[_Task, _Result | Sa3Error]:
         error = future.exception()
         done[task.name] = future.result() if error is None else _lost(error)
-        report(task, done[task.name], len(done), len(tasks))
+        return task, done[task.name]
 
-    todo = [task for task in tasks if task.name not in done]
     for task in todo:
         futures[task.name] = submit(task)
     of = {future.key: task for task, future in zip(todo, futures.values(), strict=True)}
-    for future in as_completed(futures.values(), loop=client.loop):
+    for future in as_completed(list(futures.values()), loop=client.loop):
         if future.status in ("cancelled", "lost"):
             raise ConnectionError
         if not (future.status == "error" and isinstance(future.exception(), KilledWorker)):
-            finish(of[future.key], future)
+            yield finished(of[future.key], future)
     for task in todo:
         if task.name not in done:
-            finish(task, submit(task))
+            yield finished(task, submit(task))
 
 
-def _lost(error: BaseException | None) -> Ran:
-    """Return what is said of a task whose workers died, or that failed in a way that nobody foresaw."""
+def _passed_on(error: Sa3Error) -> None:
+    raise error
+
+
+def _lost(error: BaseException) -> Sa3Error:
+    """Return what is said of a task whose workers died, or that failed."""
     from distributed import KilledWorker
 
-    died = isinstance(error, KilledWorker)
-    said = "Worker after worker ended while it ran there; was there memory for it?" if died else repr(error)
-    return Ran(0.0, "", "", problem=said, exit_code=ConversionError.exit_code if died else Sa3Error.exit_code)
+    if isinstance(error, Sa3Error):
+        return error
+    if isinstance(error, KilledWorker):
+        return ConversionError("Worker after worker ended while it ran there; was there memory for it?")
+    known = told_by_system(error) if isinstance(error, Exception) else None
+    return known or Sa3Error(repr(error))
 
 
 def _memory_of_workers(client: "Client") -> list[float]:
@@ -167,11 +219,15 @@ def _require_workers(client: "Client", tasks: Sequence[Task]) -> None:
         client.wait_for_workers(1, timeout=_WAIT)
     except distributed.TimeoutError:
         raise BackendError(f"No worker came to the scheduler within {_WAIT} seconds.") from None
-    memory = _memory_of_workers(client)
-    most = max((task.takes.memory_bytes for task in tasks), default=0)
-    if memory and most > max(memory):
+    if memory := _memory_of_workers(client):
+        _require_memory(tasks, max(memory))
+
+
+def _require_memory(tasks: Sequence[Task], largest: float) -> None:
+    most = max(task.takes.memory_bytes for task in tasks)
+    if most > largest:
         raise InputError(
-            f"A task needs {most / 2**30:.1f} GiB and the largest worker has {max(memory) / 2**30:.1f} GiB. "
+            f"A task needs {most / 2**30:.1f} GiB and the largest worker has {largest / 2**30:.1f} GiB. "
             "Take fewer workers on this machine, or larger ones."
         )
 
@@ -179,7 +235,7 @@ def _require_workers(client: "Client", tasks: Sequence[Task]) -> None:
 def scheduler(address: str, tell: Tell) -> Connect:
     """Return what connects to a scheduler that somebody started."""
 
-    def connect() -> "contextlib.AbstractContextManager[Client]":
+    def connect(tasks: Sequence[Task]) -> "contextlib.AbstractContextManager[Client]":
         from distributed import Client
 
         try:
@@ -199,35 +255,52 @@ def dask_setup(_: object) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def threads_each(workers: int) -> int:
+    """Return how many threads each of some workers of this machine computes with, when nobody says."""
+    return max(1, default_threads() // workers)
+
+
 def local_workers(count: int, tell: Tell) -> Connect:
-    """Return what starts workers on this machine, which share its processors and its memory."""
+    """Return what starts workers on this machine, which share its processors and its memory.
+
+    No more than there are processors, or tasks: what is beyond that only takes memory.
+    """
 
     @contextlib.contextmanager
-    def connect() -> "Iterator[Client]":
+    def connect(tasks: Sequence[Task]) -> "Iterator[Client]":
         import dask
         from distributed import Client, LocalCluster
 
+        workers = min(count, usable_processors(), len(tasks))
+        if workers < min(count, len(tasks)):
+            tell(f"This machine has {usable_processors()} processors; so many workers are started.")
         free = available_memory()
-        resources = {} if free is None else {MEMORY: free / count}
-        threads = max(1, usable_processors() // count)
-        own = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}
+        if free is not None:
+            _require_memory(tasks, free / workers)
+        environment = {
+            "OMP_NUM_THREADS": str(max(1, usable_processors() // workers)),
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
+        }
+        settings = {
+            "distributed.nanny.pre-spawn-environ": environment,
+            "distributed.scheduler.allowed-failures": _DEATHS,
+        }
+        has_dashboard = importlib.util.find_spec("bokeh") is not None
         with (
-            dask.config.set(
-                {"distributed.nanny.pre-spawn-environ": own, "distributed.scheduler.allowed-failures": _DEATHS}
-            ),
+            dask.config.set(settings),
             LocalCluster(
                 host="127.0.0.1",
-                n_workers=count,
+                n_workers=workers,
                 threads_per_worker=1,
                 memory_limit=None,
-                resources=resources,
-                dashboard_address="127.0.0.1:0" if importlib.util.find_spec("bokeh") else None,
+                resources={} if free is None else {MEMORY: free / workers},
+                dashboard_address="127.0.0.1:0" if has_dashboard else None,
                 silence_logs=50,
                 preload=[__name__],
             ) as cluster,
             Client(cluster, set_as_default=False) as client,
         ):
-            if importlib.util.find_spec("bokeh"):
+            if has_dashboard:
                 tell(f"Dashboard: {client.dashboard_link}")
             yield client
 

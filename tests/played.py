@@ -1,0 +1,54 @@
+"""What the workers of the tests run instead of stages; light, as every worker that dies is followed by one that imports
+it.
+"""
+
+import errno
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from sa3_convert.errors import InputError
+
+
+@dataclass(frozen=True)
+class Taken:
+    seconds: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Played:
+    name: str
+    folder: Path
+    needs: tuple[str, ...]
+    takes: Taken
+
+
+def task(name: str, folder: Path, *needs: str, memory: int = 1) -> Played:
+    return Played(name, folder, needs, Taken(1.0, memory))
+
+
+def quick(task: Played, *before: int) -> int:
+    """Leave a mark of each run in the folder; do as the task's name says, and return how many it was handed."""
+    with (task.folder / task.name).open("a") as file:
+        file.write("ran\n")
+    if task.name.startswith("deadly") or (task.name.startswith("unlucky") and runs(task.folder, task.name) == 1):
+        os._exit(9)
+    if task.name.startswith("bug"):
+        raise ZeroDivisionError("nobody foresaw it")
+    if task.name == "refused":
+        raise InputError("refused is no such file")
+    if task.name == "full":
+        raise OSError(errno.ENOSPC, "No space left on device")
+    if task.name.startswith("slow"):
+        time.sleep(0.2)
+    return len(before)
+
+
+def runs(folder: Path, name: str) -> int:
+    return len((folder / name).read_text().splitlines())
+
+
+def silent(*_: object) -> None:
+    """Tell nobody."""
