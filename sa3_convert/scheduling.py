@@ -19,18 +19,13 @@ if TYPE_CHECKING:
     from distributed import Client
 
 
-class Takes(Protocol):
-    """What a task takes."""
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a piece of work takes."""
 
-    @property
-    def seconds(self) -> float:
-        """Of one worker's time."""
-        ...
-
-    @property
-    def memory_bytes(self) -> int:
-        """At the most."""
-        ...
+    seconds: float
+    memory_bytes: int
+    """At the most, in one process."""
 
 
 class Task(Protocol):
@@ -47,7 +42,7 @@ class Task(Protocol):
         ...
 
     @property
-    def takes(self) -> Takes:
+    def takes(self) -> Estimate:
         """What it takes."""
         ...
 

@@ -9,12 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sa3_convert.errors import InputError
-
-
-@dataclass(frozen=True)
-class Taken:
-    seconds: float
-    memory_bytes: int
+from sa3_convert.scheduling import Estimate
 
 
 @dataclass(frozen=True)
@@ -22,11 +17,11 @@ class Played:
     name: str
     folder: Path
     needs: tuple[str, ...]
-    takes: Taken
+    takes: Estimate
 
 
 def task(name: str, folder: Path, *needs: str, memory: int = 1) -> Played:
-    return Played(name, folder, needs, Taken(1.0, memory))
+    return Played(name, folder, needs, Estimate(1.0, memory))
 
 
 def quick(task: Played, *before: int) -> int:

@@ -31,8 +31,9 @@ from sa3_convert.check.results import Verdict
 from sa3_convert.cli.echo import is_silent
 from sa3_convert.components import Component
 from sa3_convert.convert.conversion import StageEvent
-from sa3_convert.convert.plan import ComponentPlan, ConversionPlan, ConvertRequest, Estimate, bytes_needed, total
+from sa3_convert.convert.plan import ComponentPlan, ConversionPlan, ConvertRequest, bytes_needed, total
 from sa3_convert.convert.stages import STAGES, STAGES_OF
+from sa3_convert.scheduling import Estimate
 from sa3_convert.system.log import is_shown
 from sa3_convert.system.untrusted import printable
 

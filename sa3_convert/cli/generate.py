@@ -8,14 +8,15 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from typer import Exit
 
 from sa3_convert.bundle.manifest import SPLIT_KINDS
 from sa3_convert.bundle.overlap import Named
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.cli.console import progress, show_raised, stderr, stdout, tell_unverified
+from sa3_convert.cli.echo import echo
 from sa3_convert.cli.options import hub_origin, write_figures
 from sa3_convert.cli.play import play_files, silent_because
-from sa3_convert.components import components_of
 from sa3_convert.errors import AudioError, BundleError, OutputRejectedError, SettingError, UsageError
 from sa3_convert.lab.doctor.results import CONVERSION_SETTING, saved, setting_name
 from sa3_convert.mnn.compatibility import require_backend
@@ -28,13 +29,16 @@ from sa3_convert.runtime.audio import (
     check_replaceable,
     growing_wav,
 )
-from sa3_convert.runtime.batch import RESULTS, BatchItem, BatchOptions, BatchResult, run_batch
+from sa3_convert.runtime.batch import RESULTS, BatchOptions, BatchResult, Workers, run_batch
+from sa3_convert.runtime.batch_file import BatchItem
 from sa3_convert.runtime.conditioning import max_seconds
-from sa3_convert.runtime.engines import KINDS, Backend, Engine, EngineName, Level, TorchEngine
+from sa3_convert.runtime.engines import KINDS, Backend, EngineName, Level
 from sa3_convert.runtime.events import AudioChunk, Report, Started, Stepped
+from sa3_convert.runtime.opening import Opening, made_by
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.placement import engine_for, parse_places, placement
 from sa3_convert.runtime.request import GenerateRequest, ResolvedRequest
+from sa3_convert.scheduling import Runner
 from sa3_convert.system.machine import PeakMemory
 from sa3_convert.system.streams import STANDARD_OUTPUT, descriptor_of, is_stream, is_terminal, opened_stream
 
@@ -94,11 +98,7 @@ def tell_engine(name: EngineName, backend: Backend, why: str) -> None:
 @contextlib.contextmanager
 def _opened(target: "Target", **options: Any) -> Iterator[Pipeline]:
     """Yield the pipeline; what runs at another precision than was asked for is told."""
-    if target.engine == "torch" and "checkpoint" not in target.options:
-        with Pipeline.from_checkpoint(target.bundle, **options, **target.options) as pipeline:
-            yield pipeline
-        return
-    with Pipeline.from_bundle(target.bundle, target.engine, **options, **target.options) as pipeline:
+    with target.opening.open(**options) as pipeline:
         tell_unverified(pipeline.manifest, target.bundle)
         show_raised(pipeline.models.engine)
         yield pipeline
@@ -126,6 +126,11 @@ class Target:
     chosen: str | None = None
     """Why this engine, where nobody named one."""
 
+    @property
+    def opening(self) -> Opening:
+        """How its models are opened."""
+        return Opening(self.bundle, self.engine, self.options)
+
     def outputs(self, count: int) -> list[Path]:
         """Return the files of so many variations."""
         if count == 1:
@@ -140,19 +145,7 @@ class Target:
 
     def metadata(self, pipeline: Pipeline) -> dict[str, Any]:
         """Return what files tell about the models that made them: those that were opened."""
-        if pipeline.manifest is None:
-            return _of_checkpoint(pipeline.models.engine)
-        return pipeline.made_by() | hub_origin(self.bundle)
-
-
-def _of_checkpoint(engine: Engine) -> dict[str, Any]:
-    assert isinstance(engine, TorchEngine)
-    checkpoint = engine.checkpoint
-    loras = [{"name": o.file.path.name, "sha256": o.file.sha256, "strength": o.strength} for o in checkpoint.loras]
-    models = {component.value: checkpoint.digest(component) for component in components_of(checkpoint.layout)}
-    settings = {name: value for name, value in engine.settings.items() if name != "threads"}
-    variant = {"variant": checkpoint.variant_name} | ({"loras": loras} if loras else {})
-    return variant | {"recipe": None, "models": models, "engine": settings}
+        return made_by(pipeline) | (hub_origin(self.bundle) if pipeline.manifest is not None else {})
 
 
 def kinds_of(engine: EngineName, split: bool) -> set[str]:
@@ -280,35 +273,47 @@ def _check_origin(target: Target, here: Mapping[str, Any], origin: Mapping[str, 
 
 
 def generate_batch(
-    target: Target, items: Sequence[BatchItem], *, keep_loaded: bool, reads: tuple[Named, ...] = ()
+    target: Target,
+    items: Sequence[BatchItem],
+    *,
+    keep_loaded: bool,
+    reads: tuple[Named, ...] = (),
+    runner: Runner | None = None,
 ) -> None:
     """Generate what a batch lists and an earlier run has not done, a line on standard output for each.
 
-    Rejected outputs are an error after the last line; `reads` is what none of them may be written over.
+    Rejected outputs are an error after the last line; `reads` is what none of them may be written over; `runner` is of
+    workers, in place of this process.
     """
-    rejected = 0
+    codes: list[int] = []
     with _opened(target, keep_loaded=keep_loaded) as pipeline:
         how = (target.sample_format, target.dither, target.allow)
         options = BatchOptions(target.output, *how, target.metadata(pipeline), reads, target.force)
-        with progress("generating") as tick:
-            for done, result in enumerate(run_batch(pipeline, items, options), 1):
+        workers = None if runner is None else Workers(runner, target.opening)
+        with (
+            progress("generating") as tick,
+            contextlib.closing(run_batch(pipeline, items, options, workers)) as results,
+        ):
+            for done, result in enumerate(results, 1):
                 if done == 1:
                     target.tell_chosen()
                 tick("generating", done, len(items))
                 for warning in result.warnings:
                     stderr.print(f"Note on line {result.line}: {warning}")
                 stdout.print(_result_line(result), soft_wrap=True)
-                rejected += result.error is not None
-    if rejected:
-        raise OutputRejectedError(
-            f"{rejected} of {len(items)} outputs failed their checks; {target.output / RESULTS} says why. The others "
-            "are there."
-        )
+                codes += [result.exit_code] if result.error is not None else []
+    where = f"{target.output / RESULTS} says why. The others are there."
+    if set(codes) == {OutputRejectedError.exit_code}:
+        raise OutputRejectedError(f"{len(codes)} of {len(items)} outputs failed their checks; {where}")
+    if codes:
+        echo(f"sa3-convert: {len(codes)} of {len(items)} outputs could not be had; {where}", err=True)
+        raise Exit(max(codes))
 
 
 def _result_line(result: BatchResult) -> str:
     if result.error is not None:
-        return f"line {result.line}: {result.output}: rejected: {result.error}"
+        what = "rejected" if result.exit_code == OutputRejectedError.exit_code else "failed"
+        return f"line {result.line}: {result.output}: {what}: {result.error}"
     seconds = sum((result.seconds or {}).values())
     done = "done by an earlier run" if result.reused else f"{seconds:.1f} s"
     return f"line {result.line}: {result.output}: seed {result.request['seed']}, {done}"

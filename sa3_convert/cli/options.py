@@ -190,8 +190,8 @@ def hub_origin(bundle: Path) -> dict[str, str]:
     return {} if found is None else {"hub": str(found)}
 
 
-def runner_of(workers: int | None, scheduler: str | None) -> "Runner":
-    """Return what runs tasks: this process, workers that it starts, or those of a scheduler.
+def runner_on(workers: int | None, scheduler: str | None) -> "Runner | None":
+    """Return what runs tasks on workers that it starts, or on those of a scheduler; None is in this process.
 
     Raises:
         UsageError: both kinds of workers are asked for.
@@ -200,12 +200,11 @@ def runner_of(workers: int | None, scheduler: str | None) -> "Runner":
     """
     if workers and scheduler:
         raise UsageError("--workers starts workers here, --scheduler takes those of a scheduler. Give one of them.")
-    from sa3_convert import scheduling as s
-
     if workers is None and scheduler is None:
-        return s.in_this_process
+        return None
     import distributed  # noqa: F401
 
+    from sa3_convert import scheduling as s
     from sa3_convert.cli.echo import echo
 
     tell = partial(echo, err=True)

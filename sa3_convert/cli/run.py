@@ -211,6 +211,8 @@ def run(
     batch: BatchOption = None,
     stream: StreamOption = False,
     keep_loaded: KeepLoadedOption = False,
+    workers: o.WorkersOption = None,
+    scheduler: o.SchedulerOption = None,
     variations: VariationsOption = None,
     engine: EngineOption = "auto",
     checkpoint: CheckpointOption = None,
@@ -235,28 +237,34 @@ def run(
 ) -> None:
     """Generate audio: from text, from audio, or anew within audio."""
     _check_mode(context.params)
-    from sa3_convert.cli.generate import Target
-
-    kept = (output or STANDARD_OUTPUT, sample_format, dither, tuple(allow or ()), json_file, force)
-    # Which engine it is, and with what, is found out when all else is known to be right.
-    target = Target(bundle, "mnn", {}, *kept)
+    target = _target(context.params)
     if batch:
         _generate_batch(context, target)
     else:
         _generate_one(context, target, wanted(given(context.params), from_file))
 
 
+def _target(how: Mapping[str, Any]) -> "Target":
+    """Return what generates, but for the engine: which it is, and with what, is found out when all else is right."""
+    from sa3_convert.cli.generate import Target
+
+    output, allow = how["output"] or STANDARD_OUTPUT, tuple(how["allow"] or ())
+    kept = (output, how["sample_format"], how["dither"], allow, how["json_file"], how["force"])
+    return Target(how["bundle"], "mnn", {}, *kept)
+
+
 def _generate_batch(context: Context, target: "Target") -> None:
     from sa3_convert.cli.generate import generate_batch
-    from sa3_convert.runtime.batch import read_batch
+    from sa3_convert.runtime.batch_file import read_batch
+    from sa3_convert.scheduling import threads_each
 
-    items = read_batch(context.params["batch"], given(context.params), OPTIONS)
-    generate_batch(
-        _brought(target, context, {}),
-        items,
-        keep_loaded=context.params["keep_loaded"],
-        reads=paths.reads_as(context, ()),
-    )
+    how = context.params
+    runner = o.runner_on(how["workers"], how["scheduler"])
+    items = read_batch(how["batch"], given(how), OPTIONS)
+    brought = _brought(target, context, {})
+    if how["workers"] is not None and how["threads"] is None:
+        brought = replace(brought, options={**brought.options, "threads": threads_each(how["workers"])})
+    generate_batch(brought, items, keep_loaded=how["keep_loaded"], reads=paths.reads_as(context, ()), runner=runner)
 
 
 def _generate_one(context: Context, target: "Target", asked: Wanted) -> None:
@@ -380,6 +388,8 @@ def _check_mode(how: Mapping[str, Any]) -> None:
         }
         if clash := [option for option, name in single.items() if how[name]]:
             raise UsageError(f"{clash[0]} is not for batches; --batch keeps settings and times in results.jsonl.")
+    elif how["workers"] or how["scheduler"]:
+        raise UsageError("--workers and --scheduler are for --batch: they make its lines.")
     elif how["keep_loaded"]:
         raise UsageError("--keep-loaded is for --batch; one generation uses each model once.")
     elif (how["variations"] or 1) > 1 and (output is None or is_stream(output)):

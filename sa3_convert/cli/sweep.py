@@ -62,7 +62,7 @@ def sweep(
     """
     if sizes is None and not recipe and budget_mib is None:
         raise UsageError("Give --sizes FROM:TO:STEP with one --component, --recipe, or --budget-mib.")
-    runner = o.runner_of(workers, scheduler)
+    runner = o.runner_on(workers, scheduler)
     _refuse(out, sizes, component or ())
     from sa3_convert.cli.console import progress, stdout, sweep_plan_table, sweep_table
     from sa3_convert.convert.plan import chosen_components
@@ -70,6 +70,7 @@ def sweep(
     from sa3_convert.lab.sweep.store import Store
     from sa3_convert.lab.sweep.sweep import run_sweep, whole_recipe, write
     from sa3_convert.lab.sweep.tasks import Common, tasks_for, to_do
+    from sa3_convert.scheduling import in_this_process
     from sa3_convert.system.files import write_text
 
     if store:
@@ -91,7 +92,7 @@ def sweep(
     with _alone_in(out):
         with progress(f"{len(points)} points") as tick:
             told = partial(tick, f"{len(points)} points")
-            found = run_sweep(common, points, runner, lambda _, __, *done: told(*done))
+            found = run_sweep(common, points, runner or in_this_process, lambda _, __, *done: told(*done))
         write(found, points, o.open_recipe(o.DEFAULT_RECIPE), out)
         if whole := whole_recipe(found, points, o.open_recipe(BUDGET_RECIPE), label):
             write_text(out / f"{label}.yaml", whole.to_yaml())

@@ -24,6 +24,7 @@ from sa3_convert.convert.stages import STAGES, STAGES_OF, ComponentJob, Stage, S
 from sa3_convert.errors import InputError, UsageError
 from sa3_convert.mnn.compatibility import MnnVersion, target_for
 from sa3_convert.recipe import ComponentRecipe, Recipe
+from sa3_convert.scheduling import Estimate
 from sa3_convert.system.machine import available_memory, version_of
 from sa3_convert.system.sealed import fingerprint
 
@@ -93,15 +94,6 @@ def chosen_components(layout: "CheckpointLayout", asked: Sequence[Component]) ->
             have = ", ".join(c.value for c in available)
             raise UsageError(f"This checkpoint has no component {component.value!r}; it has {have}.")
     return tuple(c for c in available if not asked or c in asked)
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """What one component takes, or all."""
-
-    seconds: float
-    memory_bytes: int
-    """At the most, in one process."""
 
 
 def estimate(stages: Iterable[str], reference_bytes: int, recipe: ComponentRecipe) -> Estimate:

@@ -1,7 +1,6 @@
-"""Many generations from one JSONL file: checked as a whole before the first, resumable after the last that was done.
+"""Many generations: checked as a whole before the first, resumable after the last that was done.
 
-Each line holds the settings of one generation as `GenerateRequest.from_json` reads them, paths relative to the batch
-file, and optionally `output`, the name of its file. `results.jsonl` beside the files gets one line per generation that
+`results.jsonl` beside the files gets one line per generation that
 was finished or rejected. A generation counts as done when such a line holds exactly its settings and its file is whole.
 """
 
@@ -9,44 +8,32 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from sa3_convert.bundle.overlap import Named, folded, require_apart
-from sa3_convert.errors import InputError, OutputRejectedError, Sa3Error, SettingError, UsageError
+from sa3_convert.bundle.overlap import Named, require_apart
+from sa3_convert.errors import InputError, OutputRejectedError, Sa3Error, UsageError
 from sa3_convert.runtime.audio import SampleFormat, audio_writer, check_output_path, check_replaceable
+from sa3_convert.runtime.batch_file import BatchItem, in_line
 from sa3_convert.runtime.events import AudioChunk, Report, StageName
+from sa3_convert.runtime.opening import Opening, held, made_by
 from sa3_convert.runtime.output_checks import OutputCheck
 from sa3_convert.runtime.pipeline import Pipeline
-from sa3_convert.runtime.request import GenerateRequest, located
-from sa3_convert.runtime.setting_values import RANDOM
+from sa3_convert.runtime.setting_values import AUDIO
+from sa3_convert.scheduling import Estimate, Runner
 from sa3_convert.system.checked_files import inside
-from sa3_convert.system.files import alone_in, sha256_file
-from sa3_convert.system.untrusted import check_name, parse_json, read_bytes, read_text
+from sa3_convert.system.files import alone_in, sha256_file, sweep
+from sa3_convert.system.supervisor import writing_into
+from sa3_convert.system.untrusted import parse_json, read_bytes
 
 RESULTS = "results.jsonl"
 _LARGEST_RESULTS = 1 << 28
-_LONGEST_NAME = 255
-
-
-@dataclass(frozen=True, slots=True)
-class BatchItem:
-    """One generation of a batch."""
-
-    line: int
-    """In the batch file, from 1."""
-    request: GenerateRequest
-    output: str
-    """File name within the batch's folder."""
-    called: Mapping[str, str] = field(default_factory=dict)
-    """What settings are called where they come from, if not by their own names."""
-    any_seed: bool = False
-    """Whether the seed was drawn, so that what another one made is as good."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,82 +69,55 @@ class BatchResult:
     warnings: tuple[str, ...] = ()
     reused: bool = False
     """Done by an earlier run."""
+    exit_code: int = 0
+    """What a command ends with because of it."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the line's content."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "reused"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("reused", "exit_code")}
 
 
-def read_batch(
-    path: Path, defaults: Mapping[str, Any] | None = None, called: Mapping[str, str] | None = None
-) -> list[BatchItem]:
-    """Read a JSONL file of generations, and check every line of it.
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A generation that is to be made, here or on a worker."""
 
-    Args:
-        path: the file.
-        defaults: stand for what a line does not set.
-        called: what errors call a default; a line's own settings have their names.
+    item: BatchItem
+    request: Mapping[str, Any]
+    options: BatchOptions
+    takes: Estimate
+    needs: tuple[str, ...] = ()
 
-    Raises:
-        InputError: the file cannot be read, is empty, or a line is no JSON object.
-        UsageError: a line's settings cannot be; it is named.
+    @property
+    def name(self) -> str:
+        """Its number."""
+        return str(self.item.line)
 
-    """
-    try:
-        # Other characters that break lines may stand in a prompt.
-        lines = read_text(path).split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    given = (defaults or {}, called or {})
-    items = [_read_line(path, number, text, *given) for number, text in enumerate(lines, 1) if text.strip()]
-    if not items:
-        raise InputError(f"{path} holds no generation. Write one JSON object with a prompt per line.")
-    seen: dict[str, int] = {}
-    for item in items:
-        # Some file systems take two spellings of a name for one.
-        first = seen.setdefault(folded(item.output), item.line)
-        if first != item.line:
-            raise UsageError(f"{path}: lines {first} and {item.line} both write {item.output!r}.")
-    return items
+    def elsewhere(self) -> "Line":
+        """Return the same for a process that may stand in another folder."""
+        request = self.item.request
+        paths: dict[str, Any] = {
+            name: path.absolute() for name in AUDIO if isinstance(path := getattr(request, name), Path)
+        }
+        adapters = tuple(replace(one, path=one.path.absolute()) for one in request.adapters)
+        item = replace(self.item, request=replace(request, **paths, adapters=adapters))
+        return replace(self, item=item, options=replace(self.options, folder=self.options.folder.absolute()))
 
 
-def _read_line(path: Path, number: int, text: str, defaults: Mapping[str, Any], called: Mapping[str, str]) -> BatchItem:
-    where = f"{path}, line {number}"
-    try:
-        values = parse_json(text)
-    except ValueError as error:
-        raise InputError(f"{where} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{where} is no JSON object.")
-    output = values.pop("output", f"{number:04d}.wav")
-    called = {name: called[name] for name in defaults.keys() & called.keys() - values.keys()}
-    with _in_line(where, called):
-        if not isinstance(output, str) or Path(output).name != output or output.startswith("."):
-            raise UsageError(f"output is {output!r}, expected a plain file name.")
-        if len(os.fsencode(output)) > _LONGEST_NAME:
-            raise UsageError(f"output is a name of more than {_LONGEST_NAME} bytes.")
-        check_name(Path(output))
-        check_output_path(Path(output), "pcm16")
-        settings = {**defaults, **located(values, path.parent)}
-        return BatchItem(number, GenerateRequest.from_json(settings), output, called, settings.get("seed") == RANDOM)
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """What makes the lines of a batch in place of this process; all see its folder, and what it reads."""
+
+    runner: Runner
+    opening: Opening
 
 
-@contextlib.contextmanager
-def _in_line(where: str, called: Mapping[str, str]) -> Iterator[None]:
-    """Name the line in an error."""
-    try:
-        yield
-    except SettingError as error:
-        raise UsageError(f"{where}: {error.told(called)}") from None
-    except Sa3Error as error:
-        raise type(error)(f"{where}: {error}") from None
+def run_batch(
+    pipeline: Pipeline, items: Sequence[BatchItem], options: BatchOptions, workers: Workers | None = None
+) -> Generator[BatchResult, None, None]:
+    """Generate what is not done yet, and yield each result in order when its file and its line are written.
 
-
-def run_batch(pipeline: Pipeline, items: Sequence[BatchItem], options: BatchOptions) -> Iterator[BatchResult]:
-    """Generate what is not done yet, and yield each result when its file and its line are written.
-
-    A rejected output does not end the batch; its result says why. Requests that do not suit the model are found before
-    the first generation.
+    A rejected output does not end the batch; its result says why. With workers no other error does, either: the result
+    says why, and what a command ends with. Requests that do not suit the model are found before the first generation.
     """
     folder = options.folder
     settings = [_resolved(pipeline, item, folder) for item in items]
@@ -178,22 +138,91 @@ def run_batch(pipeline: Pipeline, items: Sequence[BatchItem], options: BatchOpti
         recorded = _recorded(folder, {item.output for item in items})
         for item, request in zip(items, settings, strict=True):
             if item.output not in recorded and not options.force:
-                with _in_line(f"Line {item.line}", {}):
+                with in_line(f"Line {item.line}", {}):
                     check_replaceable(folder / item.output, {**(options.metadata or {}), "request": request})
-        done = {output: found for output, found in recorded.items() if _is_whole(folder / output, found)}
-        audio: dict[str, BatchResult] = {}
+        found: dict[int, BatchResult] = {}
+        memory = 0 if workers is None else workers.opening.memory_bytes()
+        todo: list[Line] = []
         for item, request in zip(items, settings, strict=True):
-            found = done.get(item.output)
-            wanted = {**request, "seed": found.request.get("seed")} if found and item.any_seed else request
-            if found is not None and found.request == wanted:
-                result = found
+            known = recorded.get(item.output)
+            wanted = {**request, "seed": known.request.get("seed")} if known and item.any_seed else request
+            if known is not None and known.request == wanted and _is_whole(folder / item.output, known):
+                found[item.line] = known
             else:
-                with _in_line(f"Line {item.line}", item.called):
-                    result = _generate(pipeline, item, request, options, audio)
-                _append(folder / RESULTS, result)
-            if result.audio_sha256 is not None:
-                audio.setdefault(result.audio_sha256, result)
-            yield result
+                todo.append(Line(item, request, options, Estimate(request["seconds"] or 0.0, memory)))
+        outcomes = stack.enter_context(contextlib.closing(_made(pipeline, todo, workers)))
+        yield from _in_order(items, found, outcomes, options)
+
+
+def _in_order(
+    items: Sequence[BatchItem],
+    found: dict[int, BatchResult],
+    outcomes: Iterator[BatchResult],
+    options: BatchOptions,
+) -> Iterator[BatchResult]:
+    """Write down each result when it comes, and yield all, with those that were found, in the order of the file."""
+    audio: dict[str, BatchResult] = {}
+    for item in items:
+        written = item.line in found
+        while item.line not in found:
+            result = next(outcomes)
+            found[result.line] = result
+            if result.line != item.line:
+                # Its turn is later: what ends this process until then must not undo it.
+                _append(options.folder / RESULTS, result)
+        result = found[item.line]
+        judged = result if result.reused else _judged(result, audio, options)
+        if judged is not result or not written:
+            _append(options.folder / RESULTS, judged)
+        if judged.audio_sha256 is not None:
+            audio.setdefault(judged.audio_sha256, judged)
+        yield judged
+
+
+def _made(pipeline: Pipeline, todo: Sequence[Line], workers: Workers | None) -> Generator[BatchResult, None, None]:
+    """Yield what becomes of lines, each when it is made: one after the other here, or as workers have them."""
+    if workers is None:
+        yield from (_generate(pipeline, line) for line in todo)
+        return
+    if not todo:
+        return
+    folder = todo[0].options.folder
+    # What a worker that died has left is removed at the end; if this process dies, by its parent.
+    writing_into(folder)
+    run = partial(_generate_there, workers.opening.elsewhere(), made_by(pipeline))
+    try:
+        with contextlib.closing(workers.runner([line.elsewhere() for line in todo], run)) as outcomes:
+            for line, outcome in outcomes:
+                yield _arrived(line, outcome, folder)
+    finally:
+        sweep(folder)
+
+
+def _arrived(line: Line, outcome: "BatchResult | Sa3Error", folder: Path) -> BatchResult:
+    if isinstance(outcome, BatchResult) and outcome.error is None and not _is_whole(folder / outcome.output, outcome):
+        outcome = InputError(f"A worker has made it, and it is not in {folder} here: workers must see the same folder.")
+    if isinstance(outcome, BatchResult):
+        return outcome
+    item = line.item
+    return BatchResult(item.line, item.output, line.request, error=str(outcome), exit_code=outcome.exit_code)
+
+
+def _generate_there(opening: Opening, models: Mapping[str, Any], line: Line) -> BatchResult:
+    """Generate where models stay loaded from one line to the next."""
+    return _generate(held(opening, models), line)
+
+
+def _judged(result: BatchResult, audio: Mapping[str, BatchResult], options: BatchOptions) -> BatchResult:
+    """Return a result, or its rejection where an earlier line's seed has given the same audio."""
+    same = audio.get(result.audio_sha256 or "")
+    if same is None or same.request["seed"] == result.request["seed"]:
+        return result
+    try:
+        OutputCheck(options.allow).duplicate(same.request["seed"], result.request["seed"])
+    except OutputRejectedError as error:
+        (options.folder / result.output).unlink(missing_ok=True)
+        return BatchResult(result.line, result.output, result.request, error=str(error), exit_code=error.exit_code)
+    return result
 
 
 def _check_place(folder: Path, name: str) -> None:
@@ -204,28 +233,27 @@ def _check_place(folder: Path, name: str) -> None:
 
 
 def _resolved(pipeline: Pipeline, item: BatchItem, folder: Path) -> dict[str, Any]:
-    with _in_line(f"Line {item.line}", item.called):
+    with in_line(f"Line {item.line}", item.called):
         return item.request.resolved(pipeline.layout).to_json(folder)
 
 
-def _generate(
-    pipeline: Pipeline,
-    item: BatchItem,
-    request: dict[str, Any],
-    options: BatchOptions,
-    audio: Mapping[str, BatchResult],
-) -> BatchResult:
+def _generate(pipeline: Pipeline, line: Line) -> BatchResult:
+    with in_line(f"Line {line.item.line}", line.item.called):
+        return _generated(pipeline, line)
+
+
+def _generated(pipeline: Pipeline, line: Line) -> BatchResult:
+    item, options, request = line.item, line.options, line.request
     path = options.folder / item.output
     digest = hashlib.sha256()
     report: Report | None = None
-    metadata = {**(options.metadata or {}), "request": request}
     try:
         with audio_writer(
             path,
             pipeline.layout.sample_rate,
             sample_format=options.sample_format,
             dither=options.dither,
-            metadata=metadata,
+            metadata={**(options.metadata or {}), "request": request},
             loop=item.request.loop is not None,
         ) as writer:
             for event in pipeline.stream(item.request, allow=options.allow):
@@ -234,13 +262,10 @@ def _generate(
                     digest.update(event.samples.T.tobytes())
                 elif isinstance(event, Report):
                     report = event
-            same = audio.get(digest.hexdigest())
-            if same is not None and same.request["seed"] != request["seed"]:
-                OutputCheck(options.allow).duplicate(same.request["seed"], request["seed"])
     except OutputRejectedError as error:
         # A file of an earlier run under this name was made from other settings.
         path.unlink(missing_ok=True)
-        return BatchResult(item.line, item.output, request, error=str(error))
+        return BatchResult(item.line, item.output, request, error=str(error), exit_code=error.exit_code)
     assert report is not None
     return BatchResult(
         item.line,

@@ -9,7 +9,8 @@ import pytest
 
 from sa3_convert.errors import AudioError, BundleError, InputError, UsageError
 from sa3_convert.runtime.audio import read_metadata
-from sa3_convert.runtime.batch import RESULTS, BatchOptions, BatchResult, read_batch, run_batch
+from sa3_convert.runtime.batch import RESULTS, BatchOptions, BatchResult, run_batch
+from sa3_convert.runtime.batch_file import read_batch
 from tests.runtime.conftest import Parts
 from tests.runtime.fakes import FakeEngine, decode, pipeline
 

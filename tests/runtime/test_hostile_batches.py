@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from sa3_convert.errors import InputError, OutputRejectedError, UsageError
-from sa3_convert.runtime.batch import RESULTS, BatchOptions, read_batch, run_batch
+from sa3_convert.runtime.batch import RESULTS, BatchOptions, run_batch
+from sa3_convert.runtime.batch_file import read_batch
 from tests.robustness.contained import PATHS, Surroundings, mutations
 from tests.runtime.conftest import Parts
 from tests.runtime.fakes import FakeEngine, pipeline

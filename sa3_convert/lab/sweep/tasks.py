@@ -16,13 +16,14 @@ from sa3_convert.bundle.manifest import Fidelity
 from sa3_convert.components import Component
 from sa3_convert.convert.cache import FidelityNotes, StageCache
 from sa3_convert.convert.conversion import make_stage
-from sa3_convert.convert.plan import Estimate, estimate, stage_keys
+from sa3_convert.convert.plan import estimate, stage_keys
 from sa3_convert.convert.stages import STAGES, ComponentJob, StageKeys
 from sa3_convert.errors import Sa3Error, told_by_system
 from sa3_convert.lab.sweep.points import Point
 from sa3_convert.lab.sweep.store import Store
 from sa3_convert.mnn.compatibility import mnn_version, target_for
 from sa3_convert.recipe import ComponentRecipe
+from sa3_convert.scheduling import Estimate
 from sa3_convert.system.machine import machine
 
 if TYPE_CHECKING:

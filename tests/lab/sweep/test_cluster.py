@@ -21,6 +21,7 @@ from sa3_convert.lab.sweep.tasks import Common, Ran, Task
 from sa3_convert.recipe import load_recipe, own_recipes
 from sa3_convert.scheduling import in_this_process, on_dask
 from tests.played import quick, runs, silent, task
+from tests.processes import ended
 
 pytest.importorskip("distributed")
 pytestmark = pytest.mark.slow
@@ -102,18 +103,6 @@ def test_twelve_points_are_the_same_where_a_worker_is_killed_and_the_scheduler_s
     assert died == ["worker", "scheduler"]
     assert not found.missing
     assert table(found) == table(alone)
-
-
-def ended(group: int) -> bool:
-    """Tell whether all processes of a group are gone; the last of them may take a moment."""
-    waited = time.monotonic() + 20
-    while time.monotonic() < waited:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.1)
-    return False
 
 
 def test_an_interrupt_ends_all_workers_and_the_same_command_goes_on(toy: Path, tmp_path: Path) -> None:
