@@ -67,6 +67,22 @@ def toy_fp32(converted: Convert, toy: Path, tmp_path_factory: pytest.TempPathFac
     return converted(toy, "fp32", tmp_path_factory.mktemp("fp32"))[0].bundle
 
 
+RANK = 8
+"""Of the slots of toys."""
+
+
+@pytest.fixture(scope="session")
+def toy_slots(converted: Convert, toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return converted(toy, "fp32", tmp_path_factory.mktemp("slots"), adapter_slots=RANK)[0].bundle
+
+
+@pytest.fixture(scope="session")
+def toy_int8_slots(converted: Convert, toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """With slots for three engines."""
+    out = tmp_path_factory.mktemp("slots-int8")
+    return converted(toy, "int8", out, adapter_slots=RANK, with_ort_int8=True, with_onnx="fp16")[0].bundle
+
+
 @pytest.fixture(scope="session")
 def toy_int8(converted: Convert, toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return converted(toy, "int8", tmp_path_factory.mktemp("int8"))[0].bundle

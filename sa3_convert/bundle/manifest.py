@@ -67,7 +67,7 @@ BOTTLENECK = "bottleneck_params.json"
 
 ArtifactKind = Literal[
     "mnn", "onnx", "onnx-int8", "onnx-fp16", "mnn-prepare", "mnn-time", "mnn-step",
-    "mnn-slots", "onnx-slots", "onnx-int8-slots",
+    "mnn-slots", "onnx-slots", "onnx-int8-slots", "onnx-fp16-slots",
     "tokenizer", "bottleneck_params", "recipe",
 ]  # fmt: skip
 SPLIT_KINDS: Final[tuple[ArtifactKind, ...]] = ("mnn-prepare", "mnn-time", "mnn-step")
@@ -77,6 +77,7 @@ SLOTS_OF: Final[Mapping[ArtifactKind, ArtifactKind]] = {
     "mnn": "mnn-slots",
     "onnx": "onnx-slots",
     "onnx-int8": "onnx-int8-slots",
+    "onnx-fp16": "onnx-fp16-slots",
 }
 """Kinds of models → of the same with slots for adapters."""
 
@@ -85,7 +86,7 @@ RIGHT_IN_HALF_DB: Final = 40.0
 
 _LONGEST_NAME: Final = 60
 _KEPT_OUTSIDE: Final[tuple[ArtifactKind, ...]] = (
-    "onnx", "onnx-int8", "onnx-fp16", "onnx-slots", "onnx-int8-slots",
+    "onnx", "onnx-int8", "onnx-fp16", "onnx-slots", "onnx-int8-slots", "onnx-fp16-slots",
 )  # fmt: skip
 """Kinds whose files may be kept outside of the bundle."""
 COMPANIONS: Mapping[ArtifactKind, str] = {

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from sa3_convert.bundle.manifest import (
     MANIFEST,
+    SLOTS_OF,
     Artifact,
     ArtifactKind,
     FileEntry,
@@ -17,7 +18,7 @@ from sa3_convert.bundle.manifest import (
 )
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.checkpoint.json_file import faults
-from sa3_convert.components import Component
+from sa3_convert.components import ADAPTED, Component
 from sa3_convert.errors import BundleError, Sa3Error
 from sa3_convert.system.checked_files import CheckedFile, FileState, HeldFolder, inside, named
 from sa3_convert.system.files import write_text
@@ -95,12 +96,17 @@ class Bundle:
 
     @property
     def model_kinds(self) -> set[ArtifactKind]:
-        """The kinds of models that it has of every component; what was kept outside and is gone does not count."""
+        """The kinds of models that it has of every component, with slots of those that adapters change.
+
+        What was kept outside and is gone does not count.
+        """
         found: dict[ArtifactKind, set[Component | None]] = {}
         for artifact in self.manifest.artifacts:
             if artifact.kept_at is None or self.place(artifact, artifact).is_file():
                 found.setdefault(artifact.kind, set()).add(artifact.component)
-        return {kind for kind, components in found.items() if components >= set(self.components)}
+        whole = set(self.components)
+        wanted = dict.fromkeys(SLOTS_OF.values(), whole.intersection(ADAPTED))
+        return {kind for kind, components in found.items() if components >= wanted.get(kind, whole)}
 
     def artifact(self, component: Component | None, kind: ArtifactKind = "mnn") -> Artifact:
         """Return an artifact; BundleError if the bundle does not have it."""

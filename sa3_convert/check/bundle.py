@@ -57,7 +57,7 @@ def models_of(bundle: Bundle, recipe: Recipe, component: Component) -> list[Judg
     forms: tuple[EngineName, ...] = ("onnxruntime-int8", "onnxruntime-fp16")
     for engine in forms:
         # In this order, and not a set's, which is another one in every process.
-        kinds = (KINDS[engine], SLOTS_OF.get(KINDS[engine]))
+        kinds = (KINDS[engine], SLOTS_OF[KINDS[engine]])
         models += [_onnx_form(bundle, component, engine, kind) for kind in kinds if kind in listed]
     return models
 
@@ -70,10 +70,11 @@ def _onnx_form(bundle: Bundle, component: Component, engine: EngineName, kind: A
     artifact, file = bundle.artifact(component, kind), bundle.file(component, kind)
     of: ArtifactKind = "onnx" if artifact.rank is None else SLOTS_OF["onnx"]
     reference, form = (bundle.checked(component, one).path for one in (of, kind))
-    floors, precision = (half.FLOORS_DB, "fp16") if kind == "onnx-fp16" else (integers.FLOORS_DB, "int8")
+    halves = engine == "onnxruntime-fp16"
+    floors, precision = (half.FLOORS_DB, "fp16") if halves else (integers.FLOORS_DB, "int8")
     try:
         with opened_onnx(form) as model, opened_onnx(reference) as original:
-            if kind == "onnx-fp16":
+            if halves:
                 half.check_halves(model)
             elif not integers.check_integers(model, original, component):
                 precision = "fp32"

@@ -12,7 +12,7 @@ from sa3_convert.cli.options import BundlesArgument, brought
 from sa3_convert.errors import UsageError
 
 if TYPE_CHECKING:
-    from sa3_convert.bundle.manifest import Manifest
+    from sa3_convert.bundle.manifest import ArtifactKind, Manifest
     from sa3_convert.bundle.reader import Bundle
     from sa3_convert.publish.measured import ReadReport
 
@@ -25,6 +25,7 @@ BenchesOption = Annotated[
     Option("--bench", metavar="FILE.json", help="Say what `bench --json` measured; several.", callback=paths.reads),
 ]
 OrtInt8Option = Annotated[bool, Option("--with-ort-int8", help="Also the models of the engine onnxruntime-int8.")]
+SlotsOption = Annotated[bool, Option("--with-adapter-slots", help="Also the models that take LoRAs as inputs.")]
 NameOption = Annotated[str | None, Option(metavar="OWNER/NAME", help="Hub id that the files will have.")]
 
 
@@ -41,6 +42,7 @@ def export(
     bench: BenchesOption = None,
     name: NameOption = None,
     with_ort_int8: OrtInt8Option = False,
+    with_adapter_slots: SlotsOption = False,
     force: Annotated[bool, Option("--force", help="Replace an earlier export, unless it is up to date.")] = False,
 ) -> None:
     """Write bundles as existing clients read them, with manifests, hashes, licences and a model card."""
@@ -50,8 +52,8 @@ def export(
 
     told = Card(read_reports(report or ()), read_benches(bench or ()), name, drawn)
     opened = _opened(bundles)
-    how = {"force": force, "ort_int8": with_ort_int8}
-    made = export_bundles(opened, to, layout, golden=golden_of, card=told, **how)
+    forms = _forms(with_ort_int8, with_adapter_slots)
+    made = export_bundles(opened, to, layout, force=force, forms=forms, golden=golden_of, card=told)
     for line in made.left_out:
         echo(line, err=True)
     for path, (_, entry) in sorted(made.files.items()):
@@ -75,6 +77,7 @@ def publish(
     report: ReportsOption = None,
     bench: BenchesOption = None,
     with_ort_int8: OrtInt8Option = False,
+    with_adapter_slots: SlotsOption = False,
 ) -> None:
     """Publish bundles on the hub: the tree of `bundle export` in one commit, which is then held to what was meant."""
     from sa3_convert.cli.console import stderr
@@ -89,7 +92,7 @@ def publish(
     opened = _opened(bundles)
     hub.require_publishable(opened, allow or ())
     told = Card(read_reports(report or ()), read_benches(bench or ()), to, drawn)
-    planned = planned_export(opened, "hub", golden_of, told, ort_int8=with_ort_int8)
+    planned = planned_export(opened, "hub", golden_of, told, forms=_forms(with_ort_int8, with_adapter_slots))
     sizes = {path: entry.bytes for path, (_, entry) in planned.files.items()}
     sizes |= {path: len(text) for path, text in planned.texts.items()}
     for line in planned.left_out:
@@ -143,6 +146,12 @@ def card(
             file.write_bytes(picture)
         text = text_of(manifests, reports, benches, selftests, name=name, picture=beside.name)
     write_text(out, text)
+
+
+def _forms(ort_int8: bool, slots: bool) -> "list[ArtifactKind]":
+    from sa3_convert.publish.export import ORT_INT8, SLOTS
+
+    return [form for form, wanted in ((ORT_INT8, ort_int8), (SLOTS, slots)) if wanted]
 
 
 def _opened(bundles: Sequence[Path]) -> "list[Bundle]":

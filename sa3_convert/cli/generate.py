@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from typer import Exit
 
-from sa3_convert.bundle.manifest import SPLIT_KINDS
 from sa3_convert.bundle.overlap import Named
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.cli.console import progress, show_raised, stderr, stdout, tell_unverified
@@ -32,7 +31,7 @@ from sa3_convert.runtime.audio import (
 from sa3_convert.runtime.batch import RESULTS, BatchOptions, BatchResult, Workers, run_batch
 from sa3_convert.runtime.batch_file import BatchItem
 from sa3_convert.runtime.conditioning import max_seconds
-from sa3_convert.runtime.engines import KINDS, Backend, EngineName, Level
+from sa3_convert.runtime.engines import Backend, EngineName, Level
 from sa3_convert.runtime.events import AudioChunk, Report, Started, Stepped
 from sa3_convert.runtime.opening import Opening, made_by
 from sa3_convert.runtime.pipeline import Pipeline
@@ -146,11 +145,6 @@ class Target:
     def metadata(self, pipeline: Pipeline) -> dict[str, Any]:
         """Return what files tell about the models that made them: those that were opened."""
         return made_by(pipeline) | (hub_origin(self.bundle) if pipeline.manifest is not None else {})
-
-
-def kinds_of(engine: EngineName, split: bool) -> set[str]:
-    """Return the kinds of a bundle's files that an engine opens."""
-    return {KINDS.get(engine, "tokenizer"), *(SPLIT_KINDS if split else ())}
 
 
 class _Writer(Protocol):

@@ -261,7 +261,7 @@ def _generate_batch(context: Context, target: "Target") -> None:
     how = context.params
     runner = o.runner_on(how["workers"], how["scheduler"])
     items = read_batch(how["batch"], given(how), OPTIONS)
-    brought = _brought(target, context, {})
+    brought = _brought(target, context, {}, any(item.request.adapters for item in items))
     if how["workers"] is not None and how["threads"] is None:
         brought = replace(brought, options={**brought.options, "threads": threads_each(how["workers"])})
     generate_batch(brought, items, keep_loaded=how["keep_loaded"], reads=paths.reads_as(context, ()), runner=runner)
@@ -278,22 +278,23 @@ def _generate_one(context: Context, target: "Target", asked: Wanted) -> None:
         request = GenerateRequest.from_json(asked.settings)
         paths.reads_as(context, ((f"--from {from_file}:", path) for path in request.files()))
         how = {name: context.params[name] for name in ("stream", "play")}
-        brought = _brought(target, context, asked.origin)
+        brought = _brought(target, context, asked.origin, bool(request.adapters))
         generate(brought, variations_of(request, count), origin=asked.origin, **how)
 
 
-def _brought(target: "Target", context: Context, origin: Mapping[str, Any]) -> "Target":
+def _brought(target: "Target", context: Context, origin: Mapping[str, Any], adapters: bool) -> "Target":
     """Return the target with its engine, and the folder of its bundle: of the hub what that engine opens comes."""
-    from sa3_convert.cli.generate import kinds_of
+    from sa3_convert.runtime.engines import kinds_of
 
     how = context.params
-    how = how | (_chosen(context, target.bundle, origin) if how["engine"] == "auto" else {})
+    how = how | (_chosen(context, target.bundle, origin, adapters) if how["engine"] == "auto" else {})
     options = engine_options(how)
-    folder = o.brought(target.bundle, how["offline"], kinds_of(how["engine"], options.get("split", False)))
+    kinds = kinds_of(how["engine"], split=options.get("split", False), adapters=adapters)
+    folder = o.brought(target.bundle, how["offline"], kinds)
     return replace(target, bundle=folder, engine=how["engine"], options=options, chosen=how.get("chosen"))
 
 
-def _chosen(context: Context, bundle: Path, origin: Mapping[str, Any]) -> dict[str, Any]:
+def _chosen(context: Context, bundle: Path, origin: Mapping[str, Any], adapters: bool) -> dict[str, Any]:
     """Return the engine for a device and the other options, with what goes with it; it is told.
 
     What is made again from the settings in a file gets the engine that made that, and its settings, where they are.
@@ -312,9 +313,8 @@ def _chosen(context: Context, bundle: Path, origin: Mapping[str, Any]) -> dict[s
     # Its manifest says what there is; models are downloaded when it is known which.
     folder = o.brought(bundle, how["offline"], {"tokenizer"})
     checkpoint = how["checkpoint"] is not None
-    engine, why = chosen_engine(
-        folder, how["backend"], own_settings(how | again), checkpoint=checkpoint, before=made.get("engine")
-    )
+    known = {"checkpoint": checkpoint, "before": made.get("engine"), "adapters": adapters}
+    engine, why = chosen_engine(folder, how["backend"], own_settings(how | again), **known)
     chosen = again | {"engine": engine, "chosen": why}
     return chosen if engine == "torch" or how["backend"] == "cpu" else chosen | {"checkpoint": None}
 

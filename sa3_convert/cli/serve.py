@@ -18,6 +18,24 @@ if TYPE_CHECKING:
 
 _safety = o.panel("Who may ask")
 
+EnginesOption = Annotated[
+    list[str] | None,
+    o.runtime(
+        metavar="NAME",
+        help="auto (as `run`), mnn, onnxruntime, onnxruntime-int8 or onnxruntime-fp16; several to compare them.",
+    ),
+]
+AdaptersOption = Annotated[
+    list[Path] | None,
+    Option(
+        "--adapter",
+        metavar="FILE",
+        help="A LoRA that requests may apply, by the file's name without its ending (several times); needs "
+        "`convert --adapter-slots`.",
+        callback=paths.reads,
+    ),
+]
+
 
 def serve(
     bundles: o.BundlesArgument,
@@ -51,13 +69,8 @@ def serve(
             help="Memory beyond which bundles not in use are freed; three quarters of what is free by default.",
         ),
     ] = None,
-    engine: Annotated[
-        list[str] | None,
-        o.runtime(
-            metavar="NAME",
-            help="auto (as `run`), mnn, onnxruntime, onnxruntime-int8 or onnxruntime-fp16; several to compare them.",
-        ),
-    ] = None,
+    engine: EnginesOption = None,
+    adapters: AdaptersOption = None,
     backend: o.BackendOption = "cpu",
     memory: o.MemoryOption = "normal",
     precision: o.PrecisionOption = "high",
@@ -75,36 +88,51 @@ def serve(
     from sa3_convert.serve.server import serve as run
 
     how = {"backend": backend, "memory": memory, "precision": precision, "threads": threads}
-    served = _served(bundles, _engines(engine or ["auto"]), how, offline)
+    from sa3_convert.serve.adapters import named
+
+    served = _served(bundles, _engines(engine or ["auto"]), how, offline, named(adapters or ()))
     run(served, output, host=host, port=port, token=token, queue=queue, keep_mib=keep_mib, say=stderr.print)
 
 
-def _served(bundles: list[Path], engines: list[str], how: Mapping[str, Any], offline: bool) -> dict[str, "Served"]:
+def _served(
+    bundles: list[Path], engines: list[str], how: Mapping[str, Any], offline: bool, adapters: Mapping[str, Path]
+) -> dict[str, "Served"]:
     """Return every bundle under every engine, by the name that clients see."""
+    from sa3_convert.bundle.reader import Bundle
     from sa3_convert.cli.console import open_told
-    from sa3_convert.cli.generate import kinds_of
+    from sa3_convert.runtime.engines import kinds_of
+    from sa3_convert.serve.adapters import fitting, require_taken
     from sa3_convert.serve.worker import Served
 
     served: dict[str, Served] = {}
+    problems: list[str] = []
     for bundle in bundles:
-        chosen = _chosen(bundle, how, offline) if "auto" in engines else None
+        chosen = _chosen(bundle, how, offline, bool(adapters)) if "auto" in engines else None
         names: list[EngineName] = [chosen[0] if chosen and one == "auto" else one for one in engines]  # type: ignore[misc]
         names = list(dict.fromkeys(names))
-        folder = o.brought(bundle, offline, set().union(*(kinds_of(one, False) for one in names)))
+        folder = o.brought(bundle, offline, set().union(*(kinds_of(one, adapters=bool(adapters)) for one in names)))
         open_told(folder)
         for one in names:
             name = _name(folder, one if len(engines) > 1 else None, served)
             why = chosen[1] if chosen and one == chosen[0] else None
-            served[name] = Served(folder.absolute(), one, _options(one, names, how), why)
+            own, left = fitting(Bundle.open(folder), one, adapters)
+            served[name] = Served(folder.absolute(), one, _options(one, names, how), why, own)
+            problems += left
+    require_taken(adapters, served.values(), problems)
     return served
 
 
-def _chosen(bundle: Path, how: Mapping[str, Any], offline: bool) -> tuple["EngineName", str]:
+def _chosen(bundle: Path, how: Mapping[str, Any], offline: bool, adapters: bool) -> tuple["EngineName", str]:
     """Return the engine that `run` would take, and why; it is told."""
+    from sa3_convert.bundle.reader import Bundle
     from sa3_convert.cli.generate import chosen_engine, tell_engine
+    from sa3_convert.runtime.engines import takers
 
     # Its manifest says what there is; models are downloaded when it is known which.
-    name, why = chosen_engine(o.brought(bundle, offline, {"tokenizer"}), how["backend"], own_settings(how))
+    folder = o.brought(bundle, offline, {"tokenizer"})
+    # A bundle without slots may stand beside one with them.
+    adapters = adapters and bool(takers(Bundle.open(folder)))
+    name, why = chosen_engine(folder, how["backend"], own_settings(how), adapters=adapters)
     if how["backend"] == "cpu":
         tell_engine(name, "cpu", why)
     return name, why

@@ -251,7 +251,7 @@ def _component_plan(
     model_bytes = estimate_model_bytes(shapes, job.recipe)
     # The integer form has a quarter of the reference's weights, but all of its token table; halves are half of all.
     sizes = {stage.name: reference_bytes if stage.folder else model_bytes for stage in STAGES.values()}
-    sizes["onnx-fp16"] //= 2
+    sizes |= {name: sizes[name] // 2 for name in ("onnx-fp16", "onnx-fp16-slots")}
     made = sum(sizes[name] for name in todo if STAGES[name].leaves)
     # Two parts have the weights of one model between them.
     makers = {kind: STAGES[STAGES_OF[kind][0]] for kind in place}

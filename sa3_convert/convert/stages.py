@@ -25,6 +25,7 @@ from sa3_convert.convert.work import (
     export_slots_stage,
     export_stage,
     mnn_stage,
+    onnx_fp16_slots_stage,
     onnx_fp16_stage,
     ort_int8_slots_stage,
     ort_int8_stage,
@@ -269,6 +270,19 @@ STAGES: Final[Mapping[str, Stage]] = {
             leaves={"onnx-int8-slots": "{}_slots.onnx"},
             folder="onnxruntime-int8",
             cost=StageCost(40, 1.5),
+        ),
+        Stage(
+            name="onnx-fp16-slots",
+            verb="halving with slots",
+            work=onnx_fp16_slots_stage,
+            notes=JudgedSlotNotes,
+            reads=("export-slots",),
+            tools=("onnx-ir", "onnxruntime"),
+            applies=_gets_slots,
+            asked=lambda request: request.with_onnx == "fp16",
+            leaves={"onnx-fp16-slots": "{}_slots.onnx"},
+            folder="onnxruntime-fp16",
+            cost=StageCost(40, 1.6),
         ),
     )
 }

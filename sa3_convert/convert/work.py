@@ -157,14 +157,32 @@ def onnx_fp16_stage(
     reference: Path, component: Component, layout: CheckpointLayout, folder: Path, threads: int | None
 ) -> JudgedModelNotes:
     """Rewrite the reference to compute with halves and compare the two; below the floor is an error."""
+    return JudgedModelNotes(precision="fp16", **_in_halves(reference, component, layout, folder, threads))
+
+
+def onnx_fp16_slots_stage(
+    slotted: Path, component: Component, layout: CheckpointLayout, rank: int, folder: Path, threads: int | None
+) -> JudgedSlotNotes:
+    """Do the same with a reference that has slots, whose low-rank branches compute with halves too."""
+    figures = _in_halves(slotted, component, layout, folder, threads, rank)
+    return JudgedSlotNotes(precision="fp16", rank=rank, **figures)
+
+
+def _in_halves(
+    reference: Path,
+    component: Component,
+    layout: CheckpointLayout,
+    folder: Path,
+    threads: int | None,
+    rank: int | None = None,
+) -> dict[str, Any]:
     from sa3_convert.ort import OrtSession
     from sa3_convert.passes.half import FLOORS_DB
     from sa3_convert.passes.pipeline import onnx_in_half
 
     onnx_in_half(reference, folder / reference.name)
     opened = partial(OrtSession, folder / reference.name, optimise=True)
-    figures = _judged(reference, component, FLOORS_DB[component], layout, threads, opened)
-    return JudgedModelNotes(precision="fp16", **figures)
+    return _judged(reference, component, FLOORS_DB[component], layout, threads, opened, rank=rank)
 
 
 def split_stage(

@@ -24,7 +24,18 @@ from sa3_convert.errors import UsageError
 from sa3_convert.hub.files import is_repository
 from sa3_convert.publish.contract import least_mnn
 from sa3_convert.publish.measured import ReadBench, ReadReport, Report, SelfTest, by_bundle, one_report
-from sa3_convert.publish.tables import Lines, fidelity, models_of, selftest, side_by_side, size, speed, storage, table
+from sa3_convert.publish.tables import (
+    Lines,
+    adapters,
+    fidelity,
+    models_of,
+    selftest,
+    side_by_side,
+    size,
+    speed,
+    storage,
+    table,
+)
 from sa3_convert.system.untrusted import printable
 
 _SYNTHETIC: Final = """\
@@ -134,6 +145,7 @@ def card(
     told_of_devices = [line for found in selftests for line in selftest(found)]
     lines += ["## Self-test", "", *told_of_devices] if told_of_devices else []
     lines += each("Quantisation strategy", lambda _, manifest: storage(manifest))
+    lines += each("Adapters", lambda _, manifest: adapters(manifest))
     lines += ["## Architecture", "", *_architecture(manifests)]
     lines += ["## Repository structure", "", *_structure(manifests)]
     lines += ["## Usage", "", *_usage(manifests, name, usage)]

@@ -4,7 +4,7 @@ What is stated as a number is what the pipeline here computes with. A sentence s
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ from sa3_convert.bundle.manifest import SLOTS_OF, Artifact, Manifest
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.checkpoint.dimensions import CheckpointLayout, LogSnrShift, Shift
 from sa3_convert.checkpoint.variants import defaults_of, size_of
-from sa3_convert.components import Component, Port, contract, slots
+from sa3_convert.components import SPECS, Component, Port, contract, slots
 from sa3_convert.mnn.compatibility import OLDEST_KNOWN, version_numbers
 from sa3_convert.runtime.autoencode import WINDOW, Reach
 from sa3_convert.runtime.conditioning import PADDING_SECONDS, alignment
@@ -58,12 +58,7 @@ def contract_of(manifest: Manifest, golden: bool = False) -> dict[str, Any]:
     tables = [a.table.path for a in manifest.artifacts if a.table is not None]
     files |= {"token_table": tables[0]} if tables else {}
     components = {component.value: _model(artifact, layout) for component, artifact in models.items()}
-    slotted = {a.component: a for a in manifest.artifacts if a.kind == SLOTS_OF["mnn"] and a.component is not None}
-    adapters = {
-        c.value: _model(artifact, layout)
-        | {"rank": artifact.rank, "layers": [asdict(slot) for slot in slots(c, layout)]}
-        for c, artifact in slotted.items()
-    }
+    slotted = [a for a in manifest.artifacts if a.kind == SLOTS_OF["mnn"]]
     return {
         "schema": 1,
         "variant": manifest.variant,
@@ -72,7 +67,7 @@ def contract_of(manifest: Manifest, golden: bool = False) -> dict[str, Any]:
         "base": manifest.base,
         "files": files,
         "components": components,
-        **({"adapters": adapters} if adapters else {}),
+        **({"adapters": _adapters(slotted, layout)} if slotted else {}),
         **({} if layout.dit is None else _generation(layout)),
         "autoencoder": _autoencoder(layout),
         "golden": f"{_GOLDEN}/{_GOLDEN}.json" if golden else None,
@@ -92,6 +87,33 @@ def _model(artifact: Artifact, layout: CheckpointLayout) -> dict[str, Any]:
         "inputs": [_port(port) for port in ports.inputs],
         "outputs": [_port(port) for port in ports.outputs],
     }
+
+
+_FILES: Final[Mapping[str, str]] = {
+    "tensors": "of a published file: prefix + layer + .parametrizations.weight.0. + factor; lora_config in its header "
+    "is JSON with rank, alpha, adapter_type",
+    "lora": "A = lora_A [rank, fan_in], B = strength · alpha / rank · lora_B [fan_out, rank], factors 1",
+    "several": "with the adapters before it W' = diag(output factors) · W · diag(input factors) + B · A, the next one "
+    "adds its columns to B and its rows to A; a rank above that of the slots has to be compressed to it",
+    "dora-rows": "then f = magnitude / (norms of the rows of W' + 1e-12) multiplies output factors and rows of B",
+    "dora-cols": "then f = magnitude / (norms of the columns of W' + 1e-12) multiplies input factors and columns of A",
+    "bora": "as dora-rows with magnitude_r, then as dora-cols with magnitude_c, of norms taken anew",
+    "inputs": "float32, zeros wherever no adapter changes a layer and at ranks that are not used; they can be others "
+    "in every step",
+}
+
+
+def _adapters(slotted: Iterable[Artifact], layout: CheckpointLayout) -> dict[str, Any]:
+    """Return the models that take adapters, where each layer's numbers go, and how they follow from a file's."""
+    models: dict[str, Any] = {}
+    for artifact in slotted:
+        assert artifact.component is not None
+        layers = [asdict(slot) for slot in slots(artifact.component, layout)]
+        # Of a checkpoint's tensor a published file leaves the first word away.
+        prefix = SPECS[artifact.component].weights[0].partition(".")[2]
+        own = {"rank": artifact.rank, "prefix": prefix, "layers": layers}
+        models[artifact.component.value] = _model(artifact, layout) | own
+    return {"models": models, "files": dict(_FILES)}
 
 
 def least_mnn(manifest: Manifest) -> str:

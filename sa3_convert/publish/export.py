@@ -15,6 +15,7 @@ from typing import Final, Literal
 from sa3_convert.bundle.manifest import (
     MANIFEST,
     RECIPE,
+    SLOTS_OF,
     Artifact,
     ArtifactKind,
     FileEntry,
@@ -47,7 +48,12 @@ SUMS: Final = "SHA256SUMS"
 _README, _PICTURE = "README.md", "README.png"
 _KINDS: Final[tuple[ArtifactKind, ...]] = ("mnn", "tokenizer", "bottleneck_params", "recipe")
 ORT_INT8: Final[ArtifactKind] = "onnx-int8"
-"""What is written only when asked for: it is more than the rest together, and no client but ours opens it."""
+SLOTS: Final[ArtifactKind] = "mnn-slots"
+FORMS: Final[Mapping[ArtifactKind, str]] = {
+    ORT_INT8: "for onnxruntime-int8. Convert again with --with-ort-int8.",
+    SLOTS: "that take adapters. Convert again with --adapter-slots 16.",
+}
+"""What is written only when asked for, being large and for no client but ours; what a bundle without it is told."""
 _NOTICE: Final = """\
 Converted and quantised from Stable Audio 3 by sa3-convert; the weights were changed by that.
 
@@ -129,7 +135,7 @@ def export_bundles(
     layout: Layout,
     *,
     force: bool = False,
-    ort_int8: bool = False,
+    forms: Sequence[ArtifactKind] = (),
     golden: Golden = lambda _: {},
     card: Card = Card(),
 ) -> Export:
@@ -140,7 +146,7 @@ def export_bundles(
         target: a folder that does not exist or is empty.
         layout: "hub", the published tree, or "flat", a folder per bundle with the names that its client opens.
         force: an earlier export may stand there; it is replaced unless it is what would be written.
-        ort_int8: also write the models of the engine `onnxruntime-int8`.
+        forms: of `FORMS`, to be written too; of both also what takes adapters in integers.
         golden: gives results of a bundle that clients can test themselves with; see `contract.golden_of`.
         card: what the README says beside what the manifests do.
 
@@ -152,7 +158,7 @@ def export_bundles(
     """
     if not force or not _is_export(target):
         check_new_folder(target)
-    export = planned_export(bundles, layout, golden, card, ort_int8=ort_int8)
+    export = planned_export(bundles, layout, golden, card, forms=forms)
     if force and _stands(export, target):
         return Export(export.files, export.texts, export.left_out, up_to_date=True)
     with atomic_folder(target, replace=force) as temporary:
@@ -169,23 +175,28 @@ def export_bundles(
 
 
 def planned_export(
-    bundles: Sequence[Bundle], layout: Layout, golden: Golden, card: Card, *, ort_int8: bool = False
+    bundles: Sequence[Bundle], layout: Layout, golden: Golden, card: Card, *, forms: Sequence[ArtifactKind] = ()
 ) -> Export:
     """Return what `export_bundles` would write; the bundles' files were held to their manifests."""
     for bundle in bundles:
-        bundle.check(kinds=("mnn", ORT_INT8) if ort_int8 else ("mnn",))
+        bundle.check(kinds=("mnn", *_kinds(forms)))
     placed = _in_tree(bundles) if layout == "hub" else [*_for_client(bundles)]
-    placed = [_with_integer_forms(one) for one in placed] if ort_int8 else placed
+    placed = [_with_forms(one, forms) for one in placed]
     return _planned(placed, golden, _describe(placed, card))
 
 
-def _with_integer_forms(one: _Placed) -> _Placed:
-    """Return a place with the models for ONNX Runtime in it, beside the manifest: their files name one another."""
-    if ORT_INT8 not in one.bundle.model_kinds:
-        raise BundleError(f"{one.bundle.path} has no models for onnxruntime-int8. Convert again with --with-ort-int8.")
+def _kinds(forms: Sequence[ArtifactKind]) -> list[ArtifactKind]:
+    return [*forms, *([SLOTS_OF[ORT_INT8]] if {ORT_INT8, SLOTS} <= set(forms) else [])]
+
+
+def _with_forms(one: _Placed, forms: Sequence[ArtifactKind]) -> _Placed:
+    """Return a place with other forms of the models in it, beside the manifest: their files name one another."""
+    for form in forms:
+        if form not in one.bundle.model_kinds:
+            raise BundleError(f"{one.bundle.path} has no models {FORMS[form]}")
     within = "" if one.root == one.folder else f"{one.folder}/"
-    forms = [artifact for artifact in one.bundle.manifest.artifacts if artifact.kind == ORT_INT8]
-    return replace(one, paths=(*one.paths, *((form, f"{within}{ORT_INT8}/{Path(form.path).name}") for form in forms)))
+    found = [artifact for artifact in one.bundle.manifest.artifacts if artifact.kind in _kinds(forms)]
+    return replace(one, paths=(*one.paths, *((a, f"{within}{a.kind}/{Path(a.path).name}") for a in found)))
 
 
 def _planned(placed: Sequence[_Placed], golden: Golden, describe: Callable[[Sequence[_Placed]], _Texts]) -> Export:

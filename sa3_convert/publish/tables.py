@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sa3_convert.bundle.manifest import RIGHT_IN_HALF_DB, Artifact, Manifest, Name
 from sa3_convert.bundle.table import Bench, BenchRow, Count, Machine, markdown_code
 from sa3_convert.check.metrics import MAX_DB
-from sa3_convert.components import Component
+from sa3_convert.components import Component, slots
 from sa3_convert.errors import BundleError
 from sa3_convert.publish.measured import Distribution, EndToEnd, Report, ReportedModel, SelfTest
 
@@ -35,6 +35,29 @@ def side_by_side(header: str, columns: Mapping[str, Mapping[str, str | None]]) -
     facts = dict.fromkeys(fact for column in columns.values() for fact in column)
     rows = [[fact, *(column.get(fact) for column in columns.values())] for fact in facts]
     return table([header, *columns], [row for row in rows if any(cell is not None for cell in row[1:])])
+
+
+def adapters(manifest: Manifest) -> Lines:
+    """Return the models that take LoRAs as inputs, and how they are used."""
+    header = ["file", "rank", "layers", "size", "stored as", "worst ratio"]
+    rows: list[list[str | None]] = []
+    for one in manifest.artifacts:
+        if one.component is not None and one.rank is not None and one.kept_at is None:
+            bytes_of = size(sum(entry.bytes for entry in one.files))
+            ratio = None if one.fidelity is None else _db(one.fidelity.signal_to_noise_db)
+            layers = str(len(slots(one.component, manifest.layout)))
+            rows.append([markdown_code(one.path), str(one.rank), layers, bytes_of, one.precision, ratio])
+    what = (
+        "They are run in place of those without, and take LoRAs as two more inputs: other ones, or other strengths, in "
+    )
+    what += (
+        "every step, with nothing loaded anew. `sa3-convert run … --adapter FILE:0.8` does; `contract.json` tells apps "
+    )
+    what += (
+        "where the numbers of each layer go, and how they follow from a file's. Ratios are the worst with nothing in "
+    )
+    what += "the slots and with two kinds of adapters."
+    return [*table(header, rows), what, ""] if rows else []
 
 
 def speed(bench: Bench) -> Lines:

@@ -11,7 +11,7 @@ and A. Magnitudes need the norms of V, and so W itself: it is read from the bund
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -28,7 +28,7 @@ from sa3_convert.checkpoint.tensors import expected_tensors
 from sa3_convert.checkpoint.variants import name_of
 from sa3_convert.components import ADAPTED, SPECS, Component, Slot, slot_sizes, slots
 from sa3_convert.errors import BundleError, LoraError
-from sa3_convert.runtime.engines import KINDS, MADE_BY, EngineName, bundle_engine
+from sa3_convert.runtime.engines import KINDS, EngineName, TorchEngine, bundle_engine, without_slots
 from sa3_convert.runtime.models import KeepLoaded, Models
 from sa3_convert.runtime.setting_values import AdapterRequest
 from sa3_convert.system.checked_files import FileState
@@ -269,14 +269,11 @@ def rank_of(bundle: Bundle, name: EngineName) -> int:
     """
     if name == "torch":
         return RANK_OF_NETWORKS
-    kind = SLOTS_OF.get(KINDS[name])
+    kind = SLOTS_OF[KINDS[name]]
     found = {a.component: a.rank for a in bundle.manifest.artifacts if a.kind == kind and a.rank is not None}
     ranks = set(found.values())
     if len(ranks) != 1 or not found.keys() >= set(ADAPTED):
-        raise BundleError(
-            f"Bundle {bundle.path} has no models that take adapters on {name}. Convert again with --adapter-slots 16"
-            + (f" {MADE_BY[name]}." if name == "onnxruntime-int8" else ", or merge them with `convert --lora`.")
-        )
+        raise without_slots(bundle, name)
     return ranks.pop()
 
 
@@ -336,5 +333,20 @@ def slotted_models(
 ) -> Slotted:
     """Return the models of a bundle that take adapters; see `bundle_engine` for arguments and errors."""
     rank = rank_of(bundle, engine)
-    models = Models(bundle_engine(bundle, engine, options, check=check, rank=rank), keep_loaded=keep_loaded)
-    return Slotted(models, Adapters(bundle.layout, rank, stored_weights(bundle)))
+    runner = bundle_engine(bundle, engine, options, check=check, rank=rank)
+    if isinstance(runner, TorchEngine):
+        return slotted_networks(runner, keep_loaded=keep_loaded)
+    return Slotted(Models(runner, keep_loaded=keep_loaded), Adapters(bundle.layout, rank, stored_weights(bundle)))
+
+
+def slotted_networks(engine: TorchEngine, *, keep_loaded: KeepLoaded) -> Slotted:
+    """Return the networks of a checkpoint with slots; magnitudes are of its own weights, as in merging."""
+    checkpoint = engine.checkpoint
+    state = cache(checkpoint.state)
+
+    def weight(component: Component, layer: str) -> Floats:
+        found: Floats = state(component)[f"{layer}.weight"].numpy()
+        return found.reshape(found.shape[0], -1)
+
+    models = Models(replace(engine, rank=RANK_OF_NETWORKS), keep_loaded=keep_loaded)
+    return Slotted(models, Adapters(checkpoint.layout, RANK_OF_NETWORKS, weight))

@@ -275,6 +275,31 @@ ENGINE_OPTIONS: Mapping[EngineName, tuple[str, ...]] = {
 }
 
 
+def kinds_of(name: EngineName, *, split: bool = False, adapters: bool = False) -> set[ArtifactKind]:
+    """Return the kinds of files that an engine opens in a bundle; adapters of some types need the plain weights."""
+    kind = KINDS.get(name)
+    if kind is None:
+        return {"tokenizer"}
+    return {kind, *(SPLIT_KINDS if split else ()), *((SLOTS_OF[kind], KINDS["mnn"]) if adapters else ())}
+
+
+def takers(bundle: Bundle) -> list[EngineName]:
+    """Return the engines whose models in a bundle take adapters."""
+    return [name for name in KINDS if kinds_of(name, adapters=True) <= bundle.model_kinds]
+
+
+def without_slots(bundle: Bundle, name: EngineName | None = None) -> BundleError:
+    """Return the error of a bundle whose models take no adapters, or not those of an engine; it says what to do."""
+    able = takers(bundle)
+    where = f" on {name}" if name else ""
+    instead = f"Use --engine {' or '.join(able)}, convert" if able else "Convert"
+    made = " ".join(filter(None, ("--adapter-slots 16", MADE_BY.get(name) if name else None)))
+    return BundleError(
+        f"Bundle {bundle.path} has no models that take adapters{where}. {instead} again with {made}, or merge them "
+        "with `convert --lora`."
+    )
+
+
 def bundle_engine(
     bundle: Bundle, name: EngineName, options: Mapping[str, Any], *, check: bool = True, rank: int | None = None
 ) -> Engine:

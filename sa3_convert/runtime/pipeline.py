@@ -17,7 +17,7 @@ from sa3_convert.components import Component
 from sa3_convert.errors import BundleError
 from sa3_convert.runtime import autoencode
 from sa3_convert.runtime import conditioning as conditions
-from sa3_convert.runtime.adapters import Slotted, slotted_models
+from sa3_convert.runtime.adapters import Slotted, slotted_models, slotted_networks
 from sa3_convert.runtime.autoencode import Bottleneck
 from sa3_convert.runtime.conditioning import Conditioning, Encodings, Lengths, given_audio, inpaint_mask
 from sa3_convert.runtime.denoising import denoised, velocity_of
@@ -80,6 +80,7 @@ class Pipeline:
         check: bool = True,
         keep_loaded: KeepLoaded = False,
         window: int = autoencode.WINDOW,
+        adapters: Sequence[AdapterRequest] = (),
         **options: Any,
     ) -> Self:
         """Open a bundle.
@@ -92,6 +93,7 @@ class Pipeline:
             check: compare the bundle's models with its manifest first (reads them all once).
             keep_loaded: see the class.
             window: see the class.
+            adapters: LoRAs to begin with; with some, "auto" is an engine whose models take them.
             **options: of the engine: `threads`; for MNN `memory`, `precision` (low goes to models that are right with
                 it, normal to the others), `backend` and `split` (run the DiT that `convert --with-split-dit` makes);
                 for torch `checkpoint`, the folder that the bundle was made from, `padding`, and `precision` (normal
@@ -112,11 +114,12 @@ class Pipeline:
         if engine == "auto":
             from sa3_convert.runtime.placement import engine_for
 
-            engine, _ = engine_for(bundle, options.get("backend", "cpu"), options, checkpoint="checkpoint" in options)
+            known: dict[str, Any] = {"checkpoint": "checkpoint" in options, "adapters": bool(adapters)}
+            engine, _ = engine_for(bundle, options.get("backend", "cpu"), options, **known)
         runner = bundle_engine(bundle, engine, options, check=check)
         pipeline = cls.of(bundle, runner, keep_loaded=keep_loaded, window=window)
-        how: dict[str, Any] = {"check": check, "keep_loaded": keep_loaded}
-        pipeline.open_slotted = partial(slotted_models, bundle, engine, options, **how)
+        pipeline.open_slotted = partial(slotted_models, bundle, engine, options, check=check, keep_loaded=keep_loaded)
+        pipeline.adapters = adapters
         return pipeline
 
     @classmethod
@@ -152,19 +155,13 @@ class Pipeline:
     def from_checkpoint(
         cls, folder: Path, *, keep_loaded: KeepLoaded = False, window: int = autoencode.WINDOW, **options: Any
     ) -> Self:
-        """Open a checkpoint with the torch engine, the reference that bundles are compared with.
-
-        Args:
-            folder: the checkpoint.
-            keep_loaded: see the class.
-            window: see the class.
-            **options: `threads`, `padding`.
-
-        """
+        """Open a checkpoint with the torch engine, the reference that bundles are compared with; see `from_bundle`."""
         engine, file, bottleneck = checkpoint_parts(folder, options)
         layout, used = engine.checkpoint.layout, engine.checkpoint.tokenizer
         tokenizer = PromptTokenizer(file, layout.text_encoder, None if used is None else used.content)
-        return cls(layout, engine, tokenizer, bottleneck, keep_loaded=keep_loaded, window=window)
+        pipeline = cls(layout, engine, tokenizer, bottleneck, keep_loaded=keep_loaded, window=window)
+        pipeline.open_slotted = partial(slotted_networks, engine, keep_loaded=keep_loaded)
+        return pipeline
 
     def __enter__(self) -> Self:
         return self

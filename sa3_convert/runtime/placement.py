@@ -13,7 +13,7 @@ from sa3_convert.components import Component
 from sa3_convert.errors import BackendError, UsageError
 from sa3_convert.lab.doctor.results import BAD, CONVERSION_SETTING, Diagnosis, described, setting_name
 from sa3_convert.mnn.compatibility import require_backend
-from sa3_convert.runtime.engines import ENGINE_OPTIONS, KINDS, Backend, EngineName, Level
+from sa3_convert.runtime.engines import ENGINE_OPTIONS, KINDS, Backend, EngineName, Level, kinds_of, without_slots
 from sa3_convert.system.machine import integer_products
 
 _LOW_PRECISION_PROBE = "softmax-low-precision"
@@ -36,6 +36,7 @@ def engine_for(
     *,
     checkpoint: bool = False,
     before: str | None = None,
+    adapters: bool = False,
 ) -> tuple[EngineName, str]:
     """Return the engine that runs a bundle fastest on a device, and why this one.
 
@@ -45,38 +46,55 @@ def engine_for(
         options: names of the settings that the engine has to have.
         checkpoint: whether there is one for torch.
         before: what made the audio that is to be made again: that engine is taken where it is.
+        adapters: whether there are some, so that its models have to take them.
 
     Raises:
+        BundleError: no engine's models take adapters.
         BackendError: none runs on the device; it says why of each.
 
     """
     kinds, settings = bundle.model_kinds, " and ".join(sorted(options))
     engines: tuple[EngineName, ...] = get_args(EngineName)
     able = [name for name in engines if set(options) <= set(ENGINE_OPTIONS[name])]
-    there = [name for name in able if (KINDS[name] in kinds if name in KINDS else checkpoint)]
+    there = [n for n in able if (kinds_of(n, adapters=adapters) <= kinds if n in KINDS else checkpoint)]
     if again := [name for name in there if name == before]:
         return again[0], "it made what is made again"
     if not able:
         raise UsageError(f"No engine has all of these settings: {settings}.")
     if len(able) == 1:
         return able[0], f"only it has the setting {settings}"
+    if adapters and not there:
+        raise without_slots(bundle)
+    if adapters and "mnn" not in there:
+        return there[0], "the models of mnn take no adapters here"
     if backend not in ("cpu", "cuda"):
         return "mnn", "no other runs there"
     if backend == "cuda":
-        return _for_cuda(kinds, able, checkpoint=checkpoint)
+        chosen, why = _for_cuda(there, checkpoint=checkpoint)
+    else:
+        chosen, why = _for_cpu(able, there, settings, adapters=adapters)
+    return chosen, f"{why}, and its models take adapters" if adapters else why
+
+
+def _for_cpu(able: Collection[str], there: Collection[str], settings: str, *, adapters: bool) -> tuple[EngineName, str]:
+    """Return what is faster on this processor: ONNX Runtime in integers, or MNN."""
     instruction = integer_products()
     if instruction is None:
         return "mnn", "no instruction is known that makes onnxruntime-int8 faster on this processor"
-    if KINDS["onnxruntime-int8"] not in kinds:
-        return "mnn", "the models of onnxruntime-int8, which is faster here, are not there; convert --with-ort-int8"
     if "onnxruntime-int8" not in able:
         return "mnn", f"onnxruntime-int8, which is faster here, has no setting {settings}"
+    if "onnxruntime-int8" not in there:
+        what, how = (" that take adapters", " --adapter-slots") if adapters else ("", "")
+        return (
+            "mnn",
+            f"no models of onnxruntime-int8{what}, which is faster here, are there; convert --with-ort-int8{how}",
+        )
     if importlib.util.find_spec("onnxruntime") is None:
         return "mnn", "onnxruntime, which is faster here, is not installed"
     return "onnxruntime-int8", f"this processor multiplies 8-bit integers ({instruction})"
 
 
-def _for_cuda(kinds: Collection[str], able: Collection[str], *, checkpoint: bool) -> tuple[EngineName, str]:
+def _for_cuda(there: Collection[EngineName], *, checkpoint: bool) -> tuple[EngineName, str]:
     """Return the engine that has CUDA here, asked in the order of what is best proven."""
     try:
         require_backend("cuda")
@@ -84,7 +102,7 @@ def _for_cuda(kinds: Collection[str], able: Collection[str], *, checkpoint: bool
     except BackendError as error:
         problems = [str(error)]
     forms: tuple[EngineName, ...] = ("onnxruntime-fp16", "onnxruntime")
-    form = next((name for name in forms if KINDS[name] in kinds and name in able), None)
+    form = next((name for name in forms if name in there), None)
     problem = onnxruntime_problem() if form else "The bundle has no ONNX; `convert --with-onnx fp16` makes some."
     if form and problem is None:
         return form, "this MNN has no CUDA, this ONNX Runtime has"

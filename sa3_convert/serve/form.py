@@ -32,7 +32,7 @@ class Form:
     """What is asked for."""
 
     fields: Mapping[str, Any]
-    """By the names of settings, but for `regions`, `variations` and `model`."""
+    """By the names of settings, but for `regions`, `variations` and `model`, and of adapters those of `strength_of`."""
     dice: Any
     generate: Any
     cancel: Any
@@ -42,6 +42,7 @@ class Form:
         """Return the settings of a batch's line."""
         found = {name: values[one] for name, one in self.fields.items()}
         regions, strength = found.pop("regions"), found.pop("init_noise_level")
+        strengths = {name: found.pop(strength_of(name)) for name in adapters_of(jobs)}
         # A browser makes 0 of a number that is left empty; 0 seconds are those of given audio.
         found = {name: v for name, v in found.items() if name not in OTHERS and v not in (None, "")}
         found |= {"seconds": found.get("seconds") or None}
@@ -52,8 +53,20 @@ class Form:
             found["init_noise_level"] = strength
         if "inpaint_audio" in found:
             found["inpaint"] = _regions(regions or "")
+        if adapters := [f"{name}:{value:g}" for name, value in strengths.items() if value]:
+            found["adapters"] = adapters
         whole: dict[str, Any] = {name: int(found[name]) for name in ("seed", "steps") if name in found}
         return {"prompt": "", **found, **whole}
+
+
+def adapters_of(jobs: Jobs) -> tuple[str, ...]:
+    """Return the names of all adapters that some model takes."""
+    return tuple(dict.fromkeys(name for served in jobs.served.values() for name in served.adapters))
+
+
+def strength_of(adapter: str) -> str:
+    """Return the name of the field with an adapter's strength."""
+    return f"strength of {adapter}"
 
 
 def form_of(jobs: Jobs) -> Form:
@@ -75,6 +88,9 @@ def form_of(jobs: Jobs) -> Form:
             fields["steps"] = gr.Number(own["steps"], label="Steps", precision=0)
             fields["cfg_scale"] = gr.Number(own["cfg_scale"], label="Guidance, 1 is none")
         fields["sampler"] = gr.Dropdown(list(get_args(SamplerName)), value=own["sampler"], label="Sampler")
+    with gr.Accordion("Adapters", open=False, visible=bool(adapters_of(jobs))):
+        for name in adapters_of(jobs):
+            fields[strength_of(name)] = gr.Slider(-2, 2, 0, step=0.05, label=f"Strength of {name}, 0 is without it")
     with gr.Accordion("Start from audio", open=False):
         fields["init_audio"] = _given("Audio to start from")
         fields["init_noise_level"] = gr.Slider(0.01, 1, 0.9, label="Strength: how much of it is replaced")

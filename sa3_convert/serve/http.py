@@ -13,7 +13,7 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from pydantic import BaseModel, create_model
+from pydantic import BaseModel, Field, create_model
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import cookie_parser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -121,6 +121,11 @@ async def _body(request: Request) -> bytes:
     return bytes(body)
 
 
+_ADAPTERS = (
+    "LoRAs by the names that /v1/models lists, in the order in which they are applied: NAME[:STRENGTH][@LOW-HIGH]"
+)
+
+
 def schema() -> dict[str, Any]:
     """Return the JSON schema of what is posted: a line of a batch, with ids in place of files, and the model."""
     hints = get_type_hints(GenerateRequest)
@@ -130,6 +135,7 @@ def schema() -> dict[str, Any]:
     }
     kinds["seed"] = int | Literal["random"], 0
     kinds["inpaint"] = list[tuple[float, float]], []
+    kinds["adapters"] = list[str], Field([], description=_ADAPTERS)
     kinds["model"] = str | None, None
     model: type[BaseModel] = create_model("Generate", __config__={"extra": "forbid"}, **kinds)
     return model.model_json_schema(ref_template="#/components/schemas/{model}")
@@ -267,6 +273,7 @@ def _add_figures(app: FastAPI, jobs: Jobs) -> None:
                 "recipe": manifest.recipe,
                 "engine": jobs.served[name].engine,
                 "chosen": jobs.served[name].chosen,
+                "adapters": list(jobs.served[name].adapters),
                 "sample_rate": layout.sample_rate,
                 "max_seconds": max_seconds(layout),
             }

@@ -24,6 +24,7 @@ from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.errors import InputError, Sa3Error, UsageError, told_by_system
 from sa3_convert.runtime.request import GenerateRequest
 from sa3_convert.runtime.setting_values import RANDOM
+from sa3_convert.serve.adapters import hidden, located
 from sa3_convert.serve.worker import Served, work
 from sa3_convert.system.files import sweep
 
@@ -196,9 +197,7 @@ class Jobs:
         model = next(iter(self.served)) if model is None else model
         if not isinstance(model, str) or model not in self.served:
             raise UsageError(f"There is no model {model!r}. There are: {', '.join(self.served)}.")
-        if "adapters" in settings:
-            raise UsageError("Adapters are files of this machine, which clients do not name.")
-        request = GenerateRequest.from_json(self._located(settings))
+        request = GenerateRequest.from_json(self.located(settings, model))
         if settings.get("seed") == RANDOM:
             settings = {**settings, "seed": request.seed}
         if not request.audio_files():  # else its file is opened, and that is for the worker
@@ -225,8 +224,11 @@ class Jobs:
                     return path
         raise UsageError("Given audio is named by the id of an upload, or of a generation that is done; this is none.")
 
-    def _located(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: str(self.audio(v)) if k in AUDIO and v is not None else v for k, v in settings.items()}
+    def located(self, settings: Mapping[str, Any], model: str) -> dict[str, Any]:
+        """Return settings with files for ids and names; UsageError if one stands for none."""
+        found = {k: str(self.audio(v)) if k in AUDIO and v is not None else v for k, v in settings.items()}
+        adapters = self.served[model].adapters
+        return found | {k: located(found[k], adapters) for k in ("adapters",) if k in found}
 
     async def upload(self, pieces: AsyncIterator[bytes]) -> str:
         """Keep what a client sends, undecoded, and return the id that it has from its content."""
@@ -287,11 +289,13 @@ class Jobs:
     async def _make(self, job: Job) -> None:
         job.state = "running"
         try:
-            located = self._located(job.settings)
+            settings = self.located(job.settings, job.model)
         except UsageError as error:  # what was given when it was asked for is gone
             self._ended(job, "failed", str(error))
             return
-        asked = {"id": job.id, "model": job.model, "settings": located, "output": str(job.path)}
+        # What files tell is told to clients, too: adapters by their names.
+        told = {name: value for name, value in job.settings.items() if name == "adapters"}
+        asked = {"id": job.id, "model": job.model, "settings": settings, "output": str(job.path), "told": told}
         heard, deaths = False, 0
         while not job.over:
             if self._worker is None:
@@ -330,8 +334,9 @@ class Jobs:
 
     def _ended(self, job: Job, state: State, sentence: str | None = None, **more: Any) -> None:
         self.counts[state] += 1
-        # A client knows no folders, and its audio by id.
-        job.end(state, sentence and sentence.replace(f"{self.folder}{os.sep}", ""), **more)
+        # A client knows no folders, its audio by id, and adapters by name.
+        sentence = sentence and hidden(sentence.replace(f"{self.folder}{os.sep}", ""), self.served[job.model].adapters)
+        job.end(state, sentence, **more)
 
     async def close(self) -> int:
         """Cancel what waits and runs, end the worker, and return how many were cancelled."""

@@ -15,7 +15,18 @@ from gradio import processing_utils
 from sa3_convert.errors import Sa3Error, UsageError
 from sa3_convert.serve.asked import flac_of, loudness_of, spectrogram_of
 from sa3_convert.serve.compare import Comparison
-from sa3_convert.serve.form import MOST, OTHERS, STAGES, Form, Values, form_of, progress, usual
+from sa3_convert.serve.form import (
+    MOST,
+    OTHERS,
+    STAGES,
+    Form,
+    Values,
+    adapters_of,
+    form_of,
+    progress,
+    strength_of,
+    usual,
+)
 from sa3_convert.serve.jobs import AUDIO, MAX_UPLOAD, Job, Jobs
 
 GLANCE = 0.05
@@ -178,6 +189,9 @@ class _Session:
         given = {name: one for name, one in self.form.fields.items() if name not in OTHERS}
         told = {**job.result["request"], **dict.fromkeys(AUDIO)}
         told |= {name: str(self.jobs.audio(job.settings[name])) for name in AUDIO if job.settings.get(name)}
+        told |= {strength_of(name): 0 for name in adapters_of(self.jobs)}
+        asked = (text.rpartition(":") for text in job.settings.get("adapters", ()))
+        told |= {strength_of(name): float(strength) for name, _, strength in asked}
         told["regions"] = ", ".join(f"{start:g}:{end:g}" for start, end in told["inpaint"])
         return {**{one: told[name] for name, one in given.items()}, self.form.fields["model"]: job.model}
 
@@ -235,12 +249,15 @@ def command_of(jobs: Jobs, job: Job) -> str:
             continue
         if name in AUDIO:
             value = jobs.audio(value)
+        elif name == "adapters":
+            name, value = "adapter", jobs.located(job.settings, job.model)[name]
         elif name == "cfg_interval":
             value = f"{value[0]:g}:{value[1]:g}"
         elif name == "dist_shift":
             rest = ",".join(f"{key}={number}" for key, number in value.items() if key != "type")
             value = f"{value['type']}:{rest}" if rest else value["type"]
-        each = [f"{start:g}:{end:g}" for start, end in value] if name == "inpaint" else [value]
+        each = [f"{start:g}:{end:g}" for start, end in value] if name == "inpaint" else value
+        each = each if isinstance(each, list) else [each]
         for one in each:
             # A prompt may begin with a dash.
             words += [f"--{name.replace('_', '-')}={one}"] if str(one).startswith("-") else [

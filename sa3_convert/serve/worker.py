@@ -10,13 +10,14 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sa3_convert.bundle.manifest import SLOTS_OF
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.errors import ConversionError, InputError, Sa3Error, told_by_system
 from sa3_convert.runtime.audio import AudioWriter, PcmStream, audio_writer, growing_wav
@@ -37,11 +38,14 @@ class Served:
     options: Mapping[str, Any]
     chosen: str | None = None
     """Why this engine, where nobody named one."""
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    """What can be asked for, by name."""
 
     def bytes(self) -> int:
         """Return how much its models take on disk; in memory it is at least that."""
         kind = KINDS[self.engine]
-        return sum(a.bytes for a in Bundle.open(self.path).manifest.artifacts if a.kind == kind)
+        kinds = (kind, SLOTS_OF[kind]) if self.adapters else (kind,)
+        return sum(a.bytes for a in Bundle.open(self.path).manifest.artifacts if a.kind in kinds)
 
 
 class _CancelledError(Exception):
@@ -106,7 +110,7 @@ class _Worker:
         pipeline, output = self._pipeline(asked["model"]), Path(asked["output"])
         request = GenerateRequest.from_json(asked["settings"]).resolved(pipeline.layout)
         rate, samples, peak = pipeline.layout.sample_rate, 0, 0.0
-        metadata = {"request": request.to_json(output.parent)} | pipeline.made_by()
+        metadata = {"request": request.to_json(output.parent) | asked["told"]} | pipeline.made_by()
         report, steps = None, 0
         stream = pipeline.stream(request)
         with _writer(output, pipeline, request, metadata, tell) as file, closing(stream) as events:

@@ -16,7 +16,7 @@ from sa3_convert.components import Component
 from sa3_convert.errors import BundleError, VerificationError
 from sa3_convert.ort import OrtSession
 from sa3_convert.passes import integers
-from sa3_convert.publish.export import Layout, export_bundles
+from sa3_convert.publish.export import ORT_INT8, Layout, export_bundles
 from sa3_convert.runtime.engines import EngineName, bundle_engine
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.placement import engine_for
@@ -163,7 +163,7 @@ def test_convert_makes_it_where_it_will_be_used(
 def test_an_export_has_it_only_when_asked_for(bundle: Bundle, tmp_path: Path, layout: Layout) -> None:
     export_bundles([bundle], tmp_path / "plain", layout)
     assert not [*(tmp_path / "plain").rglob("*.onnx*")]
-    export_bundles([bundle], tmp_path / "whole", layout, ort_int8=True)
+    export_bundles([bundle], tmp_path / "whole", layout, forms=[ORT_INT8])
     assert len([*(tmp_path / "whole").rglob("dit.*.onnx")]) == 3
     audio = [
         Pipeline.from_bundle(path, ENGINE, threads=2).generate(REQUEST).audio
@@ -174,7 +174,7 @@ def test_an_export_has_it_only_when_asked_for(bundle: Bundle, tmp_path: Path, la
 
 def test_a_bundle_without_it_is_not_exported_with_it(toy_int8: Bundle, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="--with-ort-int8"):
-        export_bundles([toy_int8], tmp_path / "out", "hub", ort_int8=True)
+        export_bundles([toy_int8], tmp_path / "out", "hub", forms=[ORT_INT8])
 
 
 def test_it_is_made_once_and_only_when_asked_for(converted: Convert, toy: Path, tmp_path: Path) -> None:

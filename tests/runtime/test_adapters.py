@@ -27,25 +27,23 @@ from sa3_convert.runtime.engines import EngineName, bundle_engine
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.request import GenerateRequest, located
 from sa3_convert.runtime.setting_values import AdapterRequest
-from tests.bundles import Convert
+from tests.bundles import RANK
 from tests.checkpoint.adapters import CONV, QKV, SECONDS, key, toy_adapter
 from tests.conftest import GOLDEN
 
 ADAPTERS = GOLDEN / "small" / "lora"
 """For a checkpoint of the same dimensions as the toy."""
-RANK = 8
 LAYERS = [QKV, CONV, SECONDS, "model.transformer.layers.1.ff.ff.0.proj", "model.to_timestep_embed.2"]
 
 
-@pytest.fixture(scope="module")
-def bundle(converted: Convert, toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return converted(toy, "fp32", tmp_path_factory.mktemp("slots"), adapter_slots=RANK)[0].bundle
+@pytest.fixture
+def bundle(toy_slots: Bundle) -> Bundle:
+    return toy_slots
 
 
-@pytest.fixture(scope="module")
-def int8(converted: Convert, toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    out = tmp_path_factory.mktemp("slots-int8")
-    return converted(toy, "int8", out, adapter_slots=RANK, with_ort_int8=True)[0].bundle
+@pytest.fixture
+def int8(toy_int8_slots: Bundle) -> Bundle:
+    return toy_int8_slots
 
 
 def adapters_of(bundle: Bundle, rank: int = RANK) -> Adapters:
@@ -119,7 +117,7 @@ def test_of_quantised_weights_norms_are_those_that_are_stored(
 ) -> None:
     """INT8 leaves 36 dB of this model; magnitudes over stored weights add nothing to that."""
     path = toy_adapter(tmp_path / "a.safetensors", toy, "bora", LAYERS)
-    engines: tuple[EngineName, ...] = ("mnn", "onnxruntime-int8")
+    engines: tuple[EngineName, ...] = ("mnn", "onnxruntime-int8", "onnxruntime-fp16")
     plain = [through_slots(int8, engine, Component.DIT, []) for engine in engines]
     adapted = [through_slots(int8, engine, Component.DIT, [AdapterRequest(path)]) for engine in engines]
     assert min(plain) > 30
@@ -139,7 +137,7 @@ def test_with_nothing_in_its_slots_a_quantised_model_is_the_plain_one(
 
 
 def test_what_a_bundle_has_is_verified(bundle: Bundle, int8: Bundle) -> None:
-    for one, engines in ((bundle, ["mnn"]), (int8, ["mnn", "onnxruntime-int8"])):
+    for one, engines in ((bundle, ["mnn"]), (int8, ["mnn", "onnxruntime-int8", "onnxruntime-fp16"])):
         result = verify_bundle(one, components=(Component.DIT,), quick=True)
         assert [verdict.engine for verdict in result.adapted] == engines
         assert result.passed
@@ -198,6 +196,49 @@ def test_a_pipeline_changes_adapters_from_one_generation_to_the_next(toy: Path, 
     assert ratio(expected, made[0.5]) > 80
 
 
+@pytest.mark.parametrize("kind", ["lora", "bora", "lora-xs"])
+def test_networks_take_adapters_with_a_bundle_and_without(
+    toy: Path, toy_fp32: Bundle, tmp_path: Path, kind: str
+) -> None:
+    path = toy_adapter(tmp_path / "a.safetensors", toy, kind, LAYERS)
+    request = GenerateRequest("pad", seconds=1.0, steps=1, seed=3)
+    with Pipeline.from_checkpoint(toy, loras=[f"{path}:0.5"]) as reference:
+        expected = reference.generate(request, allow=["clipping"]).report.latents
+    given = [AdapterRequest(path, 0.5)]
+    with Pipeline.from_bundle(toy_fp32.path, "torch", checkpoint=toy, adapters=given) as pipeline:
+        assert ratio(expected, pipeline.generate(request, allow=["clipping"]).report.latents) > 90
+    with Pipeline.from_checkpoint(toy) as pipeline:
+        plain = pipeline.generate(request, allow=["clipping"]).report.latents
+        pipeline.adapters = given
+        found = pipeline.generate(request, allow=["clipping"]).report.latents
+    assert ratio(expected, plain) < 30
+    assert ratio(expected, found) > 90
+
+
+def test_a_pipeline_with_adapters_is_of_an_engine_that_takes_them(
+    bundle: Bundle, int8: Bundle, toy_int8: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processor of this test would have the plain model run in integers by ONNX Runtime."""
+    monkeypatch.setattr("sa3_convert.runtime.placement.integer_products", lambda: "vnni")
+    given = [AdapterRequest(ADAPTERS / "lora.safetensors")]
+    for one, engine in ((int8, "onnxruntime-int8"), (bundle, "mnn")):
+        assert Pipeline.from_bundle(one.path, adapters=given).models.engine.name == engine
+    assert Pipeline.from_bundle(int8.path).models.engine.name == "onnxruntime-int8"
+    with pytest.raises(BundleError, match="--adapter-slots"):
+        Pipeline.from_bundle(toy_int8.path, adapters=given)
+
+
+def test_an_engine_without_slots_names_those_that_have_some(bundle: Bundle) -> None:
+    given = [AdapterRequest(ADAPTERS / "lora.safetensors")]
+    with pytest.raises(
+        BundleError, match=r"onnxruntime-int8\. Use --engine mnn or onnxruntime, convert .* --with-ort-int8"
+    ):
+        rank_of(bundle, "onnxruntime-int8")
+    request = GenerateRequest("pad", seconds=1.0, steps=1, adapters=tuple(given))
+    with Pipeline.from_bundle(bundle.path, "onnxruntime") as pipeline:
+        assert pipeline.generate(request, allow=["clipping"]).report.engine["engine"] == "onnxruntime"
+
+
 def test_an_interval_is_of_noise_levels(bundle: Bundle) -> None:
     path = ADAPTERS / "lora.safetensors"
 
@@ -244,7 +285,9 @@ def test_settings_keep_adapters() -> None:
         GenerateRequest.from_json({"prompt": "pad", "adapters": "a.st"})
 
 
-def test_the_command_line_applies_adapters_keeps_them_and_makes_the_same_again(bundle: Bundle, tmp_path: Path) -> None:
+def test_the_command_line_applies_adapters_keeps_them_and_makes_the_same_again(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     wanted = ["--prompt", "pad", "--seconds", "1", "--steps", "2"]
     adapter = ["--adapter", f"{ADAPTERS / 'lora.safetensors'}:0.5@0.2-1.0"]
 
@@ -254,6 +297,8 @@ def test_the_command_line_applies_adapters_keeps_them_and_makes_the_same_again(b
 
     plain, adapted = made("plain.wav", *wanted), made("adapted.wav", *wanted, *adapter)
     assert plain != adapted
+    plain_engine, adapted_engine = (line for line in capsys.readouterr().err.splitlines() if line.startswith("Engine "))
+    assert adapted_engine == f"{plain_engine.removesuffix('.')}, and its models take adapters."
     assert made("again.wav", "--from", str(tmp_path / "adapted.wav")) == adapted
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sa3_convert.components import Component
-from sa3_convert.errors import BackendError, UsageError
+from sa3_convert.errors import BackendError, BundleError, UsageError
 from sa3_convert.lab.doctor.results import Answer, Diagnosis, Outcome, ProbeResult, setting_name
 from sa3_convert.runtime import placement as module
 from sa3_convert.runtime.placement import (
@@ -167,7 +167,7 @@ def test_a_component_is_placed_once() -> None:
 
 def with_kinds(*kinds: str) -> Any:
     """Return all that is asked of a bundle: which kinds of models it has."""
-    return SimpleNamespace(model_kinds=set(kinds))
+    return SimpleNamespace(model_kinds=set(kinds), path="BUNDLE")
 
 
 ALL = ("mnn", "onnx", "onnx-int8")
@@ -201,6 +201,46 @@ def test_the_engine_of_a_processor_follows_from_facts(
     name, reason = engine_for(with_kinds(*kinds), "cpu", settings, before=before)
     assert name == chosen
     assert why in reason
+
+
+WITH_ADAPTERS = [
+    # The processor's instruction; kinds of models with slots; what made it before; what is chosen, and why.
+    (
+        "avx512_vnni",
+        ("mnn", "onnx", "onnx-int8"),
+        None,
+        "onnxruntime-int8",
+        "avx512_vnni), and its models take adapters",
+    ),
+    ("avx512_vnni", ("mnn", "onnx"), None, "mnn", "convert --with-ort-int8 --adapter-slots, and its models"),
+    (None, ("mnn", "onnx", "onnx-int8"), None, "mnn", "and its models take adapters"),
+    ("avx512_vnni", ("onnx",), None, "onnxruntime", "mnn take no adapters"),
+    ("avx512_vnni", ("mnn",), "onnxruntime-int8", "mnn", "its models take adapters"),
+    ("avx512_vnni", ("mnn", "onnx-int8"), "mnn", "mnn", "made again"),
+]
+
+
+@pytest.mark.parametrize(("instruction", "slotted", "before", "chosen", "why"), WITH_ADAPTERS)
+def test_with_adapters_an_engine_is_chosen_whose_models_take_them(
+    instruction: str | None,
+    slotted: tuple[str, ...],
+    before: str | None,
+    chosen: str,
+    why: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "integer_products", lambda: instruction)
+    bundle = with_kinds(*ALL, *(f"{kind}-slots" for kind in slotted))
+    name, reason = engine_for(bundle, before=before, adapters=True)
+    assert name == chosen
+    assert why in reason
+
+
+def test_where_no_models_take_adapters_none_is_chosen() -> None:
+    with pytest.raises(
+        BundleError, match=r"BUNDLE has no models that take adapters\. Convert again with --adapter-slots"
+    ):
+        engine_for(with_kinds(*ALL), adapters=True)
 
 
 def test_what_is_not_installed_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,9 @@
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,15 @@ class Serving(Client):
 
 @contextmanager
 def serving(
-    bundle: Bundle, folder: Path, token: str | None = None, queue: int = 8, keep_bytes: int = 1 << 40
+    bundle: Bundle,
+    folder: Path,
+    token: str | None = None,
+    queue: int = 8,
+    keep_bytes: int = 1 << 40,
+    adapters: Mapping[str, Path] | None = None,
 ) -> Iterator[Serving]:
-    served = {name: Served(bundle.path, "mnn", {"threads": 1}) for name in ("one", "two")}
+    one = Served(bundle.path, "mnn", {"threads": 1}, adapters=dict(adapters or {}))
+    served = {"one": one, "two": replace(one, adapters={})}
     jobs = Jobs(served, folder, queue=queue, keep_bytes=keep_bytes)
     with _listening("127.0.0.1", 0) as listening:
         run = server(jobs, "127.0.0.1", token, lambda _: None)
