@@ -81,6 +81,10 @@ class Contract:
 
 T = Length()
 
+SLOT_INPUTS: Final = ("adapter_inner", "adapter_outer")
+"""For each layer, one after the other, 1 + rank runs of numbers: of the first a factor less one for each input channel,
+then Aᵀ [channels, rank]; of the second a factor less one for each output channel, then Bᵀ [rank, channels]."""
+
 
 def _text_encoder(layout: "CheckpointLayout") -> Contract:
     assert layout.text_encoder is not None
@@ -148,7 +152,7 @@ class ComponentSpec:
     stack: str | None = None
     """Path of the network's blocks that run one after the other, each on the state that the one before leaves."""
     early_parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Of one that runs several times in a generation: parts that can be run ahead, and the inputs that they need."""
+    """Of one that runs several times in a generation: parts that can be run ahead, and inputs that they may take."""
 
 
 SPECS: Mapping[Component, ComponentSpec] = {
@@ -162,7 +166,10 @@ SPECS: Mapping[Component, ComponentSpec] = {
         False,
         False,
         "transformer.layers",
-        {"prepare": ("cross_attn_cond", "global_embed", "local_add_cond", "padding_mask"), "time": ("t",)},
+        {
+            "prepare": ("cross_attn_cond", "global_embed", "local_add_cond", "padding_mask", *SLOT_INPUTS),
+            "time": ("t", *SLOT_INPUTS),
+        },
     ),
     Component.DECODER: ComponentSpec(
         _decoder, ("pretransform.model.decoder.", "pretransform.model.bottleneck."), True, True
@@ -204,9 +211,6 @@ ADAPTED: Final = (Component.NUMBER_CONDITIONER, Component.DIT)
 """What adapters change."""
 MOST_RANK: Final = 256
 """Of slots; a rank of 1024 would be as large as the weights themselves."""
-SLOT_INPUTS: Final = ("adapter_inner", "adapter_outer")
-"""For each layer, one after the other, 1 + rank runs of numbers: of the first a factor less one for each input channel,
-then Aᵀ [channels, rank]; of the second a factor less one for each output channel, then Bᵀ [rank, channels]."""
 
 
 @dataclass(frozen=True, slots=True)

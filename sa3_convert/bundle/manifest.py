@@ -183,7 +183,7 @@ class Artifact(FileEntry):
         # A model's other file is loaded by a name that is made from its own: no other name would be what is checked.
         if self.companion is not None and self.companion.path != f"{self.path}{suffix}":
             raise ValueError(f"what belongs to {self.path} is not {self.companion.path}")
-        known = part_files(self.component, self.path) if self.kind == "onnx-int8" else {}
+        known = part_files(self.component, self.path) if self.kind in ("onnx-int8", "onnx-int8-slots") else {}
         if self.parts and [part.path for part in self.parts] != [*known]:
             raise ValueError(f"{self.parts[0].path} is no part of {self.path}")
         # Read alone, and only what has the hash; so it matters little where a hostile one leads.

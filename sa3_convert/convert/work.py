@@ -125,9 +125,12 @@ def ort_int8_stage(
 def ort_int8_slots_stage(
     slotted: Path, component: Component, layout: CheckpointLayout, rank: int, folder: Path, threads: int | None
 ) -> JudgedSlotNotes:
-    """Do the same with a reference that has slots, in one part; its low-rank branches stay float."""
+    """Do the same with a reference that has slots; its low-rank branches stay float."""
+    from sa3_convert.passes.split import write_parts
+
     precision = _in_integers(slotted, component, folder)
-    figures = _judged_integers(slotted, [folder / slotted.name], component, layout, threads, rank)
+    target = folder / slotted.name
+    figures = _judged_integers(slotted, write_parts(target, component) or [target], component, layout, threads, rank)
     return JudgedSlotNotes(precision=precision, rank=rank, **figures)
 
 

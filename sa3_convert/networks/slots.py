@@ -7,6 +7,7 @@ With zeros for all four it is the network itself. Parameters keep their names, s
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -41,8 +42,11 @@ class _SlottedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         rho, a, sigma, b = self._given.of(self._slot, x)
-        y = F.linear(x * (1 + rho), self.weight) * (1 + sigma) + (x @ a) @ b
-        return y if self.bias is None else y + self.bias
+        y, low = F.linear(x * (1 + rho), self.weight) * (1 + sigma), x @ a
+        if self.bias is not None:
+            # The bias is one more row of B: a pass over [B, N, rank], where its own sum would be one over [B, N, out].
+            low, b = F.pad(low, (0, 1), value=1.0), torch.cat((b, self.bias[None]))
+        return y + low @ b
 
 
 class _SlottedConv(nn.Conv1d):

@@ -84,19 +84,37 @@ def compute_in_integers(model: ir.Model, component: Component | None = None) -> 
     for node, x, weight, tensor in products:
         if x not in activations:
             activations[x] = _quantised(new, x, tensor.shape.numpy()[0], constants)
+            new.insert_before(node)
         if weight not in weights:
             weights[weight] = _stored(new, str(weight.name), tensor)
         (codes, tokens), (stored, scales) = activations[x], weights[weight]
-        result = node.outputs[0]
+        last, factor = _scaled(node)
+        result = last.outputs[0]
+        if factor is not None:
+            scales = new.node("Mul", [scales, factor], f"{result.name}.scales", shape=factor.shape)
         inputs = [codes, stored, constants.one, scales, constants.zero]
         scaled = ir.val(new.name(f"{result.name}.product"), result.dtype, result.shape)
         new.nodes.append(ir.node(_PRODUCT, inputs, domain=_CONTRIB, outputs=[scaled], name=scaled.name))
         # Without a name: it takes that of the result that it replaces.
         back = ir.node("Mul", [scaled, tokens], outputs=[ir.val(None, result.dtype, result.shape)], name=node.name)
-        new.insert_before(node)
-        ir.convenience.replace_nodes_and_values(graph, node, [node], [back], [result], back.outputs)
-        ir_tools.remove_unused(graph, [weight])
+        new.insert_before(last)
+        ir.convenience.replace_nodes_and_values(graph, last, [last], [back], [result], back.outputs)
+        ir_tools.remove_unused(graph, [weight] if last is node else [node.outputs[0]])
     return len(products)
+
+
+def _scaled(product: ir.Node) -> tuple[ir.Node, ir.Value | None]:
+    """Return what alone multiplies a product's results by a computed factor for each output, and that; else itself.
+
+    The factor is taken into the scales, where it costs no pass over the results.
+    """
+    result = product.outputs[0]
+    user = next((user for user, _ in result.uses()), None)
+    if len(result.uses()) == 1 and user is not None and user.op_type == "Mul" and not result.is_graph_output():
+        for one, factor in ir_tools.either_order(user):
+            if one is result and factor is not None and factor.producer() and len(factor.shape or ()) == 1:
+                return user, factor
+    return product, None
 
 
 def _factors(node: ir.Node) -> list[tuple[ir.Value, ir.Value, ir.TensorProtocol]]:

@@ -127,9 +127,10 @@ def _taken(part: Part, available: Arrays) -> Arrays:
 
 def _made(part: Part, feeds: Arrays, kept: list[tuple[Arrays, Arrays]]) -> Arrays:
     for known, made in kept:
-        if all(np.array_equal(known[name], array) for name, array in feeds.items()):
+        if all(known[name] is array or np.array_equal(known[name], array) for name, array in feeds.items()):
             return made
     made = part.run(feeds)
-    # Copies: a caller may change its arrays in place.
-    kept[:] = [*kept, ({name: array.copy() for name, array in feeds.items()}, made)][-_KEPT:]
+    # Copies, unless nobody can: a caller may change its arrays in place.
+    copies = {name: array.copy() if array.flags.writeable else array for name, array in feeds.items()}
+    kept[:] = [*kept, (copies, made)][-_KEPT:]
     return made

@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper
+from onnx_ir.passes.common import ShapeInferencePass
 
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.check.compare import verify_sessions
@@ -181,6 +182,48 @@ def test_what_is_no_rms_norm_stays(part: str, other: str) -> None:
 def test_mixing_twice_is_nothing() -> None:
     w = normal(128, 24)
     np.testing.assert_allclose(integers._mixed(integers._mixed(w)), w, atol=1e-6)
+
+
+SCALED = (
+    "(float[B, T, 48] x, float[8] s) => (float[B, T, 8] y) { one = Constant<value_float=1.0>() f = Add(s, one) %s }"
+)
+
+
+def scaled_by(product: str) -> ir.Model:
+    return ShapeInferencePass()(graph(SCALED % product, w=normal(48, 8))).model
+
+
+@pytest.mark.parametrize("product", ["p = MatMul(x, w) y = Mul(p, f)", "p = MatMul(x, w) y = Mul(f, p)"])
+def test_a_computed_factor_of_each_output_goes_into_the_scales(product: str) -> None:
+    model, feeds = scaled_by(product), {"x": normal(2, 5, 48), "s": normal(8, seed=1)}
+    (exact,) = run_ort(model, feeds)
+    assert compute_in_integers(model) == 1
+    (scaled,) = (node for node in model.graph if node.op_type == "MatMulIntegerToFloat")
+    assert scaled.inputs[3] is not None
+    assert scaled.inputs[3].producer().op_type == "Mul"  # type: ignore[union-attr]
+    # By its tokens' scales alone.
+    assert [user.op_type for user, _ in scaled.outputs[0].uses()] == ["Mul"]
+    assert model.graph.outputs[0].name == "y"
+    assert signal_to_noise_db(exact, run_integers(model, feeds)[0]) > 36
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        "p = MatMul(x, w) m = Mul(p, f) y = Add(m, p)",
+        "p = MatMul(x, w) y = Mul(p, p)",
+        "p = MatMul(x, w) y = Add(p, f)",
+        "p = MatMul(x, w) axes = Constant<value_ints=[0, 1]>() g = Unsqueeze(f, axes) y = Mul(p, g)",
+    ],
+)
+def test_what_is_no_factor_of_outputs_alone_stays_behind_the_product(product: str) -> None:
+    model, feeds = scaled_by(product), {"x": normal(2, 5, 48), "s": normal(8, seed=1)}
+    (exact,) = run_ort(model, feeds)
+    compute_in_integers(model)
+    (scaled,) = (node for node in model.graph if node.op_type == "MatMulIntegerToFloat")
+    assert scaled.inputs[3] is not None
+    assert scaled.inputs[3].producer() is None
+    assert signal_to_noise_db(exact, run_integers(model, feeds)[0]) > 30
 
 
 def test_what_a_component_keeps_stays_float() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from sa3_convert.bundle.manifest import ArtifactKind
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.check.bundle import verify_bundle
 from sa3_convert.check.inputs import sample_inputs
@@ -21,6 +22,7 @@ from sa3_convert.cli import app
 from sa3_convert.components import ADAPTED, SLOT_INPUTS, Component, contract
 from sa3_convert.errors import BundleError, CheckpointError, LoraError, UsageError
 from sa3_convert.networks.build import build_network
+from sa3_convert.ort import OrtSession
 from sa3_convert.runtime.adapters import Adapters, rank_of, stored_weights
 from sa3_convert.runtime.audio import read_audio
 from sa3_convert.runtime.engines import EngineName, bundle_engine
@@ -134,6 +136,25 @@ def test_with_nothing_in_its_slots_a_quantised_model_is_the_plain_one(
     assert not any(array.any() for array in empty.values())
     (slotted,) = session(int8.path, engine, Component.DIT).run({**feeds, **empty}).values()
     assert ratio(expected, slotted) == pytest.approx(ratio(expected, plain), abs=0.1)
+
+
+def test_the_integer_dit_with_slots_runs_in_parts_and_gives_the_bits_of_the_whole(
+    toy: Path, int8: Bundle, tmp_path: Path
+) -> None:
+    """Other adapters in the next step are heard, in what is computed ahead too."""
+    kind: ArtifactKind = "onnx-int8-slots"
+    parts = [Path(part.path).name for part in int8.artifact(Component.DIT, kind).parts]
+    assert parts == ["dit_slots.prepare.onnx", "dit_slots.time.onnx", "dit_slots.step.onnx"]
+    whole = OrtSession(int8.checked(Component.DIT, kind).path, threads=1, optimise=True)
+    path = toy_adapter(tmp_path / "a.safetensors", toy, "bora", [QKV, "model.transformer.layers.0.cross_attn.to_kv"])
+    adapters = adapters_of(int8)
+    feeds = dict(sample_inputs(Component.DIT, int8.layout, seed=0, latents=16).feeds)
+    outputs = []
+    for t, given in ((0.9, []), (0.5, [AdapterRequest(path)]), (0.5, []), (0.5, [AdapterRequest(path, 0.5)])):
+        fed = {**feeds, "t": np.array([t], np.float32), **adapters.composed(Component.DIT, given).feeds}
+        outputs.append(session(int8.path, "onnxruntime-int8", Component.DIT).run(fed)["out"])
+        np.testing.assert_array_equal(outputs[-1], whole.run(fed)["out"], strict=True)
+    assert min(np.abs(outputs[a] - outputs[b]).max() for a, b in ((1, 2), (1, 3), (2, 3))) > 1e-3
 
 
 def test_what_a_bundle_has_is_verified(bundle: Bundle, int8: Bundle) -> None:
