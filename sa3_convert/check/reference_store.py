@@ -1,5 +1,6 @@
 """Reference outputs, computed once and kept by what they depend on, in a folder of bounded size."""
 
+import contextlib
 import hashlib
 import os
 import re
@@ -40,8 +41,8 @@ class ReferenceStore:
     """
 
     def __init__(self, folder: Path, limit: int = DEFAULT_LIMIT) -> None:
-        self._folder = folder
-        self._limit = limit
+        self.folder = folder
+        self.limit = limit
         self.computed = 0
         """How many entries were not there and had to be computed."""
 
@@ -52,10 +53,11 @@ class ReferenceStore:
         """
         from safetensors.numpy import save
 
-        path = self._folder / f"{fingerprint(**parts, onnxruntime=version_of('onnxruntime'))}.safetensors"
+        path = self.folder / f"{fingerprint(**parts, onnxruntime=version_of('onnxruntime'))}.safetensors"
         found = _read(path)
         if found is not None:
-            os.utime(path)
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(path)
             return found
         arrays = dict(compute())
         self.computed += 1
@@ -64,12 +66,17 @@ class ReferenceStore:
         return arrays
 
     def _drop_oldest(self, newest: Path) -> None:
-        ours = (file for file in self._folder.iterdir() if _ENTRY.fullmatch(file.name))
+        ours = []
+        for file in self.folder.iterdir():
+            # Another process may have dropped it.
+            with contextlib.suppress(FileNotFoundError):
+                if _ENTRY.fullmatch(file.name):
+                    ours.append((file.stat().st_mtime, file.stat().st_size, file))
         total = 0
-        for file in sorted(ours, key=lambda file: file.stat().st_mtime, reverse=True):
-            total += file.stat().st_size
-            if total > self._limit and file != newest:
-                file.unlink()
+        for _, size, file in sorted(ours, reverse=True):
+            total += size
+            if total > self.limit and file != newest:
+                file.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> Arrays | None:

@@ -78,6 +78,8 @@ def verify(
     engine: EngineOption = "mnn",
     references: o.ReferencesOption = None,
     references_mib: ReferencesMibOption = 2048,
+    workers: o.WorkersOption = None,
+    scheduler: o.SchedulerOption = None,
     report_folder: ReportOption = None,
     since: SinceOption = None,
     backend: o.BackendOption = "cpu",
@@ -86,22 +88,16 @@ def verify(
     threads: o.ThreadsOption = None,
 ) -> None:
     """Compare every model of a bundle with its fp32 reference."""
-    if not full and any(option is not None for option in (prompts, seeds, seconds, case, references)):
-        raise UsageError("--prompts, --seeds, --seconds, --case and --references choose generations; add --full.")
     settings = {"backend": backend, "memory": memory, "precision": precision}
     usual = settings == {"backend": "cpu", "memory": "normal", "precision": "high"}
-    if not usual and (full or report_folder is not None):
-        raise UsageError("--backend, --memory and --precision are for `verify` without --full and --report.")
-    if since is not None and report_folder is None:
-        raise UsageError("--since says with what a report is compared; add --report DIR.")
-    cases = chosen_cases(prompts, seeds, seconds, case)
+    _refuse(full, usual, report_folder, since, (prompts, seeds, seconds, case, references, workers, scheduler))
+    chosen = chosen_cases(prompts, seeds, seconds, case)
     from sa3_convert.bundle.manifest import UNVERIFIED
     from sa3_convert.cli.console import open_told
     from sa3_convert.cli.full import ReportWriter, show_verification
 
     bundle = o.brought(bundle, offline)
     opened = open_told(bundle)
-    cases = cases if seconds is not None or case else _possible(cases, opened)
     reporting = None if report_folder is None else ReportWriter(report_folder, since)
     if checkpoint is not None and (full or report_folder is not None or not usual or bisecting):
         raise UsageError("--checkpoint compares sampled inputs on the CPU; give --component, --quick, --threads alone.")
@@ -111,9 +107,10 @@ def verify(
     if checkpoint is not None:
         findings = _against(opened, checkpoint, **how)
     elif full:
-        heard = {} if reporting is None else {"heard": reporting.hear}
-        more = {"cases": cases, "steps": steps, "engine": engine, "bisecting": bisecting is not False}
-        findings = _whole_generations(opened, references, references_mib << 20, **how, **more, **heard)
+        how |= {} if reporting is None else {"heard": reporting.hear}
+        cases = chosen if seconds is not None or case else _possible(chosen, opened)
+        how |= {"cases": cases, "steps": steps, "engine": engine, "bisecting": bisecting is not False}
+        findings = _whole_generations(opened, references, references_mib << 20, workers, scheduler, **how)
     else:
         findings = _sampled_inputs(opened, settings=None if usual else settings, bisecting=bool(bisecting), **how)
     o.write_figures(json_file, findings.to_data() | o.hub_origin(bundle))
@@ -123,6 +120,19 @@ def verify(
     findings.check()
 
 
+def _refuse(full: bool, usual: bool, report: Path | None, since: Path | None, generations: Sequence[object]) -> None:
+    """Refuse options that contradict each other."""
+    if not full and any(option is not None for option in generations):
+        raise UsageError(
+            "--prompts, --seeds, --seconds, --case, --references, --workers and --scheduler are about generations; add "
+            "--full."
+        )
+    if not usual and (full or report is not None):
+        raise UsageError("--backend, --memory and --precision are for `verify` without --full and --report.")
+    if since is not None and report is None:
+        raise UsageError("--since says with what a report is compared; add --report DIR.")
+
+
 def _possible(cases: "tuple[GenerationCase, ...]", bundle: "Bundle") -> "tuple[GenerationCase, ...]":
     """Return the cases that are no longer than a model can generate."""
     from sa3_convert.runtime.conditioning import max_seconds
@@ -130,16 +140,26 @@ def _possible(cases: "tuple[GenerationCase, ...]", bundle: "Bundle") -> "tuple[G
     return tuple(case for case in cases if case.seconds <= max_seconds(bundle.layout))
 
 
-def _whole_generations(bundle: "Bundle", references: Path | None, limit: int, **how: Any) -> "Verification":
+def _whole_generations(
+    bundle: "Bundle",
+    references: Path | None,
+    limit: int,
+    workers: int | None,
+    scheduler: str | None,
+    **how: Any,
+) -> "Verification":
     from sa3_convert.check.reference_store import ReferenceStore
     from sa3_convert.cli.full import shown_progress
     from sa3_convert.lab.generations.end_to_end import default_references
     from sa3_convert.lab.generations.full import verify_fully, workload
+    from sa3_convert.scheduling import threads_each
 
+    runner = o.runner_on(workers, scheduler)
     store = ReferenceStore(references or default_references(bundle), limit)
+    how["threads"] = how["threads"] or (workers and threads_each(workers))
     what = {name: how[name] for name in ("steps", "components", "quick")}
     with shown_progress(workload(bundle, how["cases"], **what)) as report:
-        return verify_fully(bundle, store=store, report=report, **how)
+        return verify_fully(bundle, store=store, report=report, runner=runner, **how)
 
 
 def _against(bundle: "Bundle", checkpoint: str, **how: Any) -> "Verification":

@@ -118,19 +118,25 @@ def _prepare(
     references: StagedPipeline, wanted: Collection[Component], cases: Sequence[GenerationCase], report: Progress
 ) -> None:
     """Have the references computed, model by model: each stage builds on those before."""
-    stages: list[tuple[Component, Callable[[GenerationCase], object]]] = [
-        (Component.TEXT_ENCODER, references.prompt_embedding),
-        (Component.NUMBER_CONDITIONER, references.seconds_embedding),
-        (Component.DIT, references.trajectory),
-        (Component.DECODER, references.audio),
-        (Component.ENCODER, references.latents),
-    ]
-    last = max((i for i, (component, _) in enumerate(stages) if component in wanted), default=-1)
-    for component, compute in stages[: last + 1]:
+    order = list(Component)
+    last = max((order.index(component) for component in wanted), default=-1)
+    for component in order[: last + 1]:
         for done, case in enumerate(cases):
             report(reference_stage(component), done, len(cases))
-            compute(case)
+            reference_of(references, component)(case)
     references.close()
+
+
+def reference_of(references: StagedPipeline, component: Component) -> Callable[[GenerationCase], object]:
+    """Return what computes the reference of a component in a case, those of the components before it being there."""
+    stages: dict[Component, Callable[[GenerationCase], object]] = {
+        Component.TEXT_ENCODER: references.prompt_embedding,
+        Component.NUMBER_CONDITIONER: references.seconds_embedding,
+        Component.DIT: references.trajectory,
+        Component.DECODER: references.audio,
+        Component.ENCODER: references.latents,
+    }
+    return stages[component]
 
 
 def _text_encoder(references: StagedPipeline, target: StagedPipeline, case: GenerationCase) -> Iterator[Observation]:

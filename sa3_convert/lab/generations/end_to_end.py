@@ -258,12 +258,13 @@ def measure_end_to_end(
     results = []
     for done, case in enumerate(cases):
         report(TARGET_AUDIO, done, len(cases))
-        results.append(_compared(references, target, case, heard))
+        results.append(compared(references, target, case, heard))
     target.close()
     return EndToEnd(tuple(results))
 
 
-def _compared(references: StagedPipeline, target: StagedPipeline, case: GenerationCase, heard: Heard) -> EndToEndCase:
+def compared(references: StagedPipeline, target: StagedPipeline, case: GenerationCase, heard: Heard) -> EndToEndCase:
+    """Return how far target and nudged reference are from the reference in one case."""
     sides = {"reference": (references, 0.0), "target": (target, 0.0), "chaos": (references, NUDGE)}
     paths = {side: pipeline.trajectory(case, nudge=nudge) for side, (pipeline, nudge) in sides.items()}
     audio = {side: pipeline.audio(case, nudge=nudge)[0] for side, (pipeline, nudge) in sides.items()}

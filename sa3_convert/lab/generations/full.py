@@ -33,6 +33,7 @@ from sa3_convert.lab.generations.end_to_end import (
     measure_end_to_end,
     staged_pipelines,
 )
+from sa3_convert.lab.generations.shared import AUDIBLE, Measured, on_workers
 from sa3_convert.lab.generations.trajectory import (
     FULL_CASES,
     STEPS,
@@ -45,6 +46,7 @@ from sa3_convert.lab.miniature.judge import Recognition, is_miniature, judged
 from sa3_convert.runtime.conditioning import lengths
 from sa3_convert.runtime.engines import KINDS, EngineName
 from sa3_convert.runtime.pipeline import Pipeline
+from sa3_convert.scheduling import Runner
 
 
 def _bisections(found: Mapping[Component, BisectResult]) -> dict[str, dict[str, Any]]:
@@ -154,9 +156,6 @@ def _cost(component: Component, latents: int) -> float:
     return run + per_latent * latents
 
 
-_AUDIBLE = {Component.TEXT_ENCODER, Component.NUMBER_CONDITIONER, Component.DIT, Component.DECODER}
-
-
 def verify_fully(
     bundle: Bundle,
     *,
@@ -170,6 +169,7 @@ def verify_fully(
     bisecting: bool = True,
     report: Progress = lambda what, done, total: None,
     heard: Heard = lambda case, side, audio: None,
+    runner: Runner | None = None,
 ) -> Verification:
     """Compare each model with its reference on sampled inputs and over whole generations, and generations end to end.
 
@@ -187,6 +187,7 @@ def verify_fully(
         bisecting: whether to bisect models that fall short.
         report: called as work goes on.
         heard: called with the audio that was generated end to end.
+        runner: of workers that measure in place of this process; they see the bundle, and the store, which must be.
 
     Raises:
         BundleError: a file is missing or is not what the manifest says, or the bundle cannot generate.
@@ -198,18 +199,40 @@ def verify_fully(
     """
     wanted = tuple(c for c in bundle.components if not components or c in components)
     with staged_pipelines(bundle, engine=engine, store=store, steps=steps, threads=threads) as (references, target):
-        fidelity = verify_bundle(bundle, components=wanted, quick=quick, threads=threads, store=store, progress=report)
-        generations = measure_components(references, target, cases, report, components=wanted)
-        findings = Verification.of(fidelity, engine=engine, generations=generations)
-        if set(wanted) >= _AUDIBLE:
-            heard_cases = end_to_end_cases(cases)
-            findings = replace(findings, end_to_end=measure_end_to_end(references, target, heard_cases, report, heard))
-            if is_miniature(bundle.layout):
-                sides: tuple[EngineName, ...] = ("onnxruntime", engine)
-                findings = replace(findings, recognitions=tuple(_recognised(bundle, s, steps, report) for s in sides))
+        how: dict[str, Any] = {"quick": quick, "threads": threads, "report": report, "heard": heard}
+        if runner is None:
+            measured = _measured_here(references, target, wanted, cases, store=store, **how)
+        else:
+            assert store is not None, "workers share references by a store"
+            measured = on_workers(runner, bundle, wanted, cases, store=store, engine=engine, steps=steps, **how)
+        fidelity, generations, end_to_end = measured
+        findings = Verification.of(fidelity, engine=engine, generations=generations, end_to_end=end_to_end)
+        if end_to_end is not None and is_miniature(bundle.layout):
+            sides: tuple[EngineName, ...] = ("onnxruntime", engine)
+            findings = replace(findings, recognitions=tuple(_recognised(bundle, s, steps, report) for s in sides))
         if bisecting:
             findings = with_bisections(bundle, findings, references, threads=threads, report=report)
     return findings
+
+
+def _measured_here(
+    references: StagedPipeline,
+    target: StagedPipeline,
+    wanted: tuple[Component, ...],
+    cases: Sequence[GenerationCase],
+    *,
+    quick: bool,
+    threads: int | None,
+    store: ReferenceStore | None,
+    report: Progress,
+    heard: Heard,
+) -> Measured:
+    how: dict[str, Any] = {"quick": quick, "threads": threads, "store": store, "progress": report}
+    fidelity = verify_bundle(target.bundle, components=wanted, **how)
+    generations = measure_components(references, target, cases, report, components=wanted)
+    if not set(wanted) >= AUDIBLE:
+        return fidelity, generations, None
+    return fidelity, generations, measure_end_to_end(references, target, end_to_end_cases(cases), report, heard)
 
 
 def _recognised(bundle: Bundle, engine: EngineName, steps: int, report: Progress) -> Recognition:

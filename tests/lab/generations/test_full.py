@@ -1,7 +1,10 @@
 """One call, or one command, finds out everything about a bundle."""
 
 import json
+import pickle
+import random
 import shlex
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,8 @@ from sa3_convert.bundle.reader import Bundle
 from sa3_convert.check.metrics import Fidelity
 from sa3_convert.check.reference_store import ReferenceStore
 from sa3_convert.components import Component, contract
-from sa3_convert.errors import BundleError, UsageError, VerificationError
-from sa3_convert.lab.generations import full
+from sa3_convert.errors import BundleError, ConversionError, UsageError, VerificationError
+from sa3_convert.lab.generations import full, shared
 from sa3_convert.lab.generations.distribution import (
     FREE_RUNNING,
     TEACHER_FORCED,
@@ -110,6 +113,54 @@ def test_a_second_verification_computes_no_reference_and_finds_the_same(
     findings = verify_fully(toy_int8, cases=CASES, steps=STEPS, quick=True, store=again, threads=2)
     assert again.computed == 0
     assert findings.to_data() == verified[0].to_data()
+
+
+def shuffled(tasks: Sequence[Any], run: Callable[..., Any]) -> Iterator[tuple[Any, Any]]:
+    """Run tasks as workers might: sent, and in an order that no more than their needs decide."""
+    tasks, run = pickle.loads(pickle.dumps((tasks, run)))
+    draw, done = random.Random(0), dict[str, Any]()
+    while ready := [t for t in tasks if t.name not in done and all(name in done for name in t.needs)]:
+        task = draw.choice(ready)
+        done[task.name] = pickle.loads(pickle.dumps(run(task, *(done[name] for name in task.needs))))
+        yield task, done[task.name]
+
+
+def test_workers_find_the_same_to_the_digit_whatever_they_do_first(
+    toy_int8: Bundle, store: Path, verified: tuple[Verification, Witness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared, "_held", [])
+    witness = Witness()
+    findings = verify_fully(
+        toy_int8,
+        cases=CASES,
+        steps=STEPS,
+        quick=True,
+        store=ReferenceStore(store),
+        threads=2,
+        report=witness.report,
+        heard=witness.hear,
+        runner=shuffled,  # type: ignore[arg-type]
+    )
+    assert findings.to_data() == verified[0].to_data()
+    assert witness.heard.keys() == verified[1].heard.keys()
+    assert all(np.array_equal(audio, verified[1].heard[what]) for what, audio in witness.heard.items())
+    assert len(shared._held) == 1
+    shared._held.pop()[1].close()
+
+
+def test_a_case_that_no_worker_comes_to_an_end_with_ends_a_verification(toy_int8: Bundle, store: Path) -> None:
+    def dying(tasks: Sequence[Any], run: object) -> Iterator[tuple[Any, Any]]:
+        yield tasks[0], ConversionError("Worker after worker ended.")
+
+    with pytest.raises(ConversionError, match="Worker after worker"):
+        verify_fully(toy_int8, cases=CASES, steps=STEPS, store=ReferenceStore(store), runner=dying)  # type: ignore[arg-type]
+
+
+def test_another_bundle_under_the_same_path_is_refused_by_a_worker(toy_int8: Bundle, store: Path) -> None:
+    how: dict[str, Any] = {"engine": "mnn", "steps": STEPS, "quick": True, "threads": 1}
+    staged = replace(shared.Staged.of(toy_int8, ReferenceStore(store), **how), hashes=("0" * 64,))
+    with pytest.raises(BundleError, match="is another bundle"):
+        shared._opened(staged)
 
 
 def test_one_component_can_be_looked_at_alone(toy_int8: Bundle, store: Path) -> None:
@@ -231,6 +282,7 @@ def test_the_command_shows_figures_and_how_to_have_the_worst_again(
     ("arguments", "message"),
     [
         (("verify", "--prompts", "0"), "add --full"),
+        (("verify", "--workers", "2"), "add --full"),
         (("verify", "--references", "x"), "add --full"),
         (("verify", "--full", "--prompts", "8"), "--prompts '8'"),
         (("verify", "--full", "--prompts", "zero"), "write for example 0,1,2,3,4,5,6,7"),
