@@ -7,12 +7,11 @@ READY := $(VENV)/.ready
 
 # The real thing: make convert CHECKPOINT="DIR_MUSIC DIR_SFX" RECIPE="int8 fp16" makes every pair, and of all of them
 # artifacts/published. A checkpoint may name recipes of its own: DIR_MEDIUM:medium,fp16
-CHECKPOINT ?=
+CHECKPOINT ?= sa3-convert/miniature
 RECIPE ?= int8 fp16
-BUNDLE ?= artifacts/toy-small-music-int8
-PROMPT ?= warm analog synth pad with slow attack, 90 BPM
-TOYS := small-music small-sfx
-TOY_BUNDLES := $(foreach variant,$(TOYS),artifacts/toy-$(variant)-int8 artifacts/toy-$(variant)-fp16)
+BUNDLE ?= artifacts/miniature-int8
+PROMPT ?= a plucked sawtooth tone at A5, then a snare drum at 130 bpm
+MINIATURES := artifacts/miniature-int8 artifacts/miniature-fp16
 REASON ?=
 
 .DEFAULT_GOAL := help
@@ -28,23 +27,22 @@ $(READY): pyproject.toml constraints.txt
 
 setup: $(READY) ## create .venv with everything that is needed
 
-convert: $(READY) ## convert CHECKPOINT="DIR…" (else toys) with RECIPE="int8 fp16", and make the published tree
-	@$(BIN)/python -m sa3_convert.cli.convert_all $(or $(CHECKPOINT),$(TOYS:%=--toy %)) $(RECIPE:%=--recipe %) \
-	  --folder artifacts
+convert: $(READY) ## convert CHECKPOINT="DIR…" (else the miniature) with RECIPE="int8 fp16", and make the published tree
+	@$(BIN)/python -m sa3_convert.cli.convert_all $(CHECKPOINT) $(RECIPE:%=--recipe %) --folder artifacts
 
 verify: $(READY) ## verify BUNDLE=… against ONNX Runtime
 	$(SA3) verify $(BUNDLE)
 
 run: $(READY) ## generate a WAV from BUNDLE=… with PROMPT=…
-	$(SA3) run $(BUNDLE) --prompt "$(PROMPT)" --seconds 10 -o $(BUNDLE).wav
+	$(SA3) run $(BUNDLE) --prompt "$(PROMPT)" -o $(BUNDLE).wav
 
-# One thread: on toy models more of them only wait for one another.
+# One thread: on small models more of them only wait for one another.
 DRIFT := --baseline tests/drift.json --no-speed --threads 1
-drift: $(READY) ## compare the toy bundles with the committed baseline
-	@failed=0; for bundle in $(TOY_BUNDLES); do $(SA3) drift $$bundle $(DRIFT) || failed=$$?; done; exit $$failed
+drift: $(READY) ## compare the miniature with the committed baseline
+	@failed=0; for bundle in $(MINIATURES); do $(SA3) drift $$bundle $(DRIFT) || failed=$$?; done; exit $$failed
 
-drift-update: $(READY) ## make the toy bundles the committed baseline, with REASON="…"
-	@for bundle in $(TOY_BUNDLES); do $(SA3) drift $$bundle $(DRIFT) --update --reason "$(REASON)" || exit; done
+drift-update: $(READY) ## make the miniature the committed baseline, with REASON="…"
+	@for bundle in $(MINIATURES); do $(SA3) drift $$bundle $(DRIFT) --update --reason "$(REASON)" || exit; done
 
 # A process per core, up to four, each with toy bundles of its own. Threads that wait for one another do not spin.
 test: $(READY) ## run the tests

@@ -14,6 +14,7 @@ import pytest
 import soundfile
 
 from sa3_convert.bundle.reader import Bundle
+from sa3_convert.checkpoint.variants import MINIATURE
 from tests.test_workflows import option_names
 
 ROOT = Path(__file__).parents[1]
@@ -94,7 +95,7 @@ def test_the_python_example_runs_as_it_stands(
 
 
 def demo(folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sa3_convert.cli.convert_all", "--toy", "small-music", "--recipe", "int8"]
+    command = [sys.executable, "-m", "sa3_convert.cli.convert_all", MINIATURE, "--recipe", "int8"]
     return subprocess.run(
         [*command, "--folder", str(folder)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=600
     )
@@ -113,7 +114,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_first_command_makes_a_verified_bundle_a_wav_and_the_tree_and_the_second_time_nothing(
     artifacts: Path,
 ) -> None:
-    bundle, published = Bundle.open(artifacts / "toy-small-music-int8"), Bundle.open(artifacts / "published")
+    bundle, published = Bundle.open(artifacts / "miniature-int8"), Bundle.open(artifacts / "published")
     bundle.check(kinds=("mnn", "onnx"))
     assert published.path == artifacts / "published" / "music" / "int8"
     for component in bundle.components:

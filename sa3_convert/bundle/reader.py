@@ -263,7 +263,7 @@ def _of_checkpoint(path: Path) -> str | None:
     recipe = "medium" if family_of(read_layout(path)) == "medium" else "int8"
     whole = path if path.name else path.absolute()
     checkpoint, out = (shlex.quote(str(name)) for name in (whole, whole.with_name(f"{whole.name}-{recipe}")))
-    how = '--prompt "warm analog synth pad" --seconds 10 -o out.wav'
+    how = '--prompt "warm analog synth pad" -o out.wav'
     return (
         f"{path} is a checkpoint, not a bundle. Convert it, and run what comes out:\n"
         f"  sa3-convert convert {checkpoint} --recipe {recipe} --out {out}\n"

@@ -25,7 +25,7 @@ from sa3_convert.checkpoint.tensors import (
     expected_text_encoder_tensors,
     is_leftover,
 )
-from sa3_convert.checkpoint.variants import PINNED, VARIANTS, Variant, name_of, recognise
+from sa3_convert.checkpoint.variants import MINIATURE, PINNED, VARIANTS, Variant, name_of, recognise
 from sa3_convert.components import Component, components_of
 from sa3_convert.errors import CheckpointError, UsageError
 from sa3_convert.hub.files import COMMIT, CachedSnapshot, HubId, cached_commit
@@ -247,6 +247,7 @@ def resolve_checkpoint(text: str) -> Path:
     Args:
         text: an existing path, or `org/name[@revision]` as fetched into the Hugging Face cache before. Without a
             revision the pinned one of a published variant is taken if it is there, else what `main` was when fetched.
+            The miniature's id is always there: it comes with this package.
 
     Raises:
         CheckpointError: there is no such path and no such cached checkpoint; the message says how to get it. Or a file
@@ -256,6 +257,8 @@ def resolve_checkpoint(text: str) -> Path:
     path = Path(text).expanduser()
     if text and path.exists():
         return path
+    if text == MINIATURE:
+        return Path(__file__).with_name("miniature")
     meant = HubId.parse(text)
     if meant is None or meant.folder:
         raise CheckpointError(f"Checkpoint {text!r} does not exist.{_hint(text)}")

@@ -14,6 +14,8 @@ Family = Literal["small", "medium"]
 Size = Literal["toy", "full"]
 Sampler = Literal["pingpong", "euler"]
 
+MINIATURE = "sa3-convert/miniature"
+"""What the very small trained model that comes with this package names as its own id."""
 SAMPLE_RATE = 44100
 LATENT_SAMPLES = 4096
 
@@ -217,12 +219,13 @@ def recognise(layout: CheckpointLayout) -> Variant | None:
 
 
 def name_of(layout: CheckpointLayout) -> str:
-    """Return the variant's name, or `custom-…` by construction and objective for a checkpoint that is none."""
+    """Return the variant's name, or `miniature`, or `custom-…` by construction; all by objective."""
     variant = recognise(layout)
     if variant is not None:
         return variant.name
     suffix = "-base" if layout.objective == "rectified_flow" else ""
-    return f"custom-{family_of(layout) or 'mixed'}{suffix}"
+    name = "miniature" if layout.source_id == MINIATURE else f"custom-{family_of(layout) or 'mixed'}"
+    return f"{name}{suffix}"
 
 
 def size_of(layout: CheckpointLayout) -> Literal["toy", "full", "custom"]:

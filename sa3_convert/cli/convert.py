@@ -118,7 +118,7 @@ def _make(request: "ConvertRequest", json_file: Path | None) -> None:
     if outcome.up_to_date:
         echo(f"{request.out} is up to date; nothing was done.")
     elif set(TEXT_TO_AUDIO) <= set(outcome.bundle.components):
-        echo_next("run", str(request.out), "--prompt", "warm analog synth pad", "--seconds", "10", "-o", "out.wav")
+        echo_next("run", str(request.out), "--prompt", "warm analog synth pad", "-o", "out.wav")
     elif request.checkpoint.layout.dit is None:
         echo_next("bundle", "export", str(request.out), "--to", f"{request.out}-published")
     else:

@@ -1,53 +1,50 @@
 """`make convert`: every checkpoint with every recipe into verified bundles, and these into one published tree.
 
-Without a checkpoint it is shown on toys with seeded weights, which are also heard. They make noise, not music; what
-they prove is the path.
+The miniature, the very small trained model that comes with this package, is also heard.
 """
 
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
+from sa3_convert.checkpoint.variants import MINIATURE
 from sa3_convert.cli.app import run as sa3_convert
 from sa3_convert.cli.echo import echo
 
-PROMPTS = {"small-music": "warm analog pad", "small-sfx": "footsteps on gravel"}
-SECONDS = "3"
-PUBLISHED = "published"
+SOUNDS: Final = {
+    "chord": "a plucked C major chord",
+    "drum": "a loud snare drum at 130 bpm, on the left",
+    "pair": "first a sine sweep going up, then white noise",
+}
+"""What the miniature is asked for, by what the WAV is called."""
+PUBLISHED: Final = "published"
 
 
 def convert_all(
+    checkpoints: Annotated[list[str], typer.Argument(metavar="CHECKPOINT[:RECIPE,…]…")],
     folder: Annotated[Path, typer.Option()],
     recipe: Annotated[list[str], typer.Option()],
-    checkpoints: Annotated[list[str] | None, typer.Argument(metavar="DIR[:RECIPE,…]…")] = None,
-    toy: Annotated[list[str] | None, typer.Option()] = None,
 ) -> None:
-    """Convert checkpoints into `folder`, with all recipes or their own, and toys of some variants; publish the bundles.
+    """Convert checkpoints into `folder`, with all recipes or their own, and publish the bundles.
 
     A second time only what has changed is done.
     """
-    bundles = []
-    for word in checkpoints or ():
+    bundles, heard = [], []
+    for word in checkpoints:
         # A folder's own name may have a colon: on Windows that of its drive.
         whole = ":" not in word or Path(word).is_dir()
         checkpoint, _, own = (word, "", "") if whole else word.rpartition(":")
-        bundles += [_converted(checkpoint, name, folder) for name in (own.split(",") if own else recipe)]
-    for variant in toy or ():
-        checkpoint = str(folder / f"toy-{variant}")
-        if not Path(checkpoint).exists():
-            _command("checkpoint", "synthesize", checkpoint, "--variant", variant, "--size", "toy")
-        made = [_converted(checkpoint, name, folder) for name in recipe]
+        made = [_converted(checkpoint, name, folder) for name in (own.split(",") if own else recipe)]
         bundles += made
-        for bundle in made:
-            _heard(bundle, PROMPTS.get(variant, "rain on a tin roof"))
+        if checkpoint == MINIATURE:
+            heard += [_heard(bundle, name, prompt) for bundle in made for name, prompt in SOUNDS.items()]
     published = str(folder / PUBLISHED)
     _command("bundle", "export", *map(str, bundles), "--to", published, "--force")
     echo(f"\nReady to be published: {published}. Bundles: {', '.join(map(str, bundles))}.")
-    if toy:
-        _farewell(bundles)
+    if heard:
+        _farewell(heard, bundles[0])
 
 
 def _converted(checkpoint: str, recipe: str, folder: Path) -> Path:
@@ -56,10 +53,12 @@ def _converted(checkpoint: str, recipe: str, folder: Path) -> Path:
     return bundle
 
 
-def _heard(bundle: Path, prompt: str) -> None:
-    wav = bundle.with_suffix(".wav")
+def _heard(bundle: Path, name: str, prompt: str) -> str:
+    """Generate a sound unless that was done since the bundle was made, and return what to say of it."""
+    wav = bundle.with_name(f"{bundle.name}-{name}.wav")
     if not wav.exists() or wav.stat().st_mtime < (bundle / "manifest.json").stat().st_mtime:
-        _command("run", str(bundle), "--prompt", prompt, "--seconds", SECONDS, "-o", str(wav), "--force")
+        _command("run", str(bundle), "--prompt", prompt, "-o", str(wav), "--force")
+    return f"  {wav}  {prompt}"
 
 
 def _command(*arguments: str) -> None:
@@ -69,9 +68,12 @@ def _command(*arguments: str) -> None:
         raise typer.Exit(code)
 
 
-def _farewell(bundles: Sequence[Path]) -> None:
-    echo("\nThe toy checkpoints have random weights, so what they make is noise; the path is the real one.")
-    echo("Listen to: " + ", ".join(str(bundle.with_suffix(".wav")) for bundle in bundles))
+def _farewell(heard: list[str], bundle: Path) -> None:
+    echo("\nListen to:")
+    for line in heard:
+        echo(line)
+    echo("They are of the miniature, a very small model of simple sounds. Another one of them:")
+    echo(f'  .venv/bin/sa3-convert run {bundle} --prompt "a siren, then a kick drum at 92 bpm" -o {bundle}-other.wav')
     echo("A real checkpoint (accept its licence on the hub first):")
     echo("  .venv/bin/sa3-convert checkpoint fetch stabilityai/stable-audio-3-small-music artifacts/small-music")
     echo('  make convert CHECKPOINT=artifacts/small-music RECIPE="int8 fp16"')

@@ -64,8 +64,7 @@ def show_verification(found: Verification, bundle: Path, references: Path | None
     if found.end_to_end is not None:
         stdout.print(render_end_to_end(found.end_to_end))
     for one in found.recognitions:
-        low, high = one.interval
-        stdout.print(f"{one.engine}: {one.recognised} of {one.of} sounds recognised ({low:.0%} to {high:.0%})")
+        stdout.print(one.judgement)
     for component, result in found.bisections.items():
         stdout.print(f"\n{component.value}, bisected at its worst case:")
         stdout.print(render_bisect(result))

@@ -134,10 +134,9 @@ def _refuse(full: bool, usual: bool, report: Path | None, since: Path | None, ge
 
 
 def _possible(cases: "tuple[GenerationCase, ...]", bundle: "Bundle") -> "tuple[GenerationCase, ...]":
-    """Return the cases that are no longer than a model can generate."""
-    from sa3_convert.runtime.conditioning import max_seconds
+    from sa3_convert.lab.generations.trajectory import possible_cases
 
-    return tuple(case for case in cases if case.seconds <= max_seconds(bundle.layout))
+    return possible_cases(cases, bundle.layout)
 
 
 def _whole_generations(

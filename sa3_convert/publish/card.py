@@ -18,7 +18,7 @@ import yaml
 from sa3_convert.bundle.manifest import MANIFEST, Manifest
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.bundle.table import markdown_code
-from sa3_convert.checkpoint.variants import VARIANTS, size_of
+from sa3_convert.checkpoint.variants import MINIATURE, VARIANTS, size_of
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
 from sa3_convert.hub.files import is_repository
@@ -45,6 +45,7 @@ _SYNTHETIC: Final = """\
 _LICENCE: Final = """\
 Stable Audio 3, and what is converted from it, is under the
 [Stability AI Community License](https://stability.ai/license)."""
+_MINIATURE: Final = "The miniature was trained by sa3-convert, and is under its licence, Apache-2.0."
 _GEMMA: Final = """\
 The text encoder is T5Gemma, under the [Gemma Terms of Use](https://ai.google.dev/gemma/terms). Both apply."""
 
@@ -150,8 +151,20 @@ def card(
     lines += ["## Repository structure", "", *_structure(manifests)]
     lines += ["## Usage", "", *_usage(manifests, name, usage)]
     lines += each("Provenance", lambda folder, manifest: _provenance(manifest, told[folder]))
-    lines += ["## Licences", "", _LICENCE, *([_GEMMA] if _generates(manifests) else [])]
+    lines += ["## Licences", "", *_licences(manifests)]
     return "\n".join([*lines, ""])
+
+
+def _licences(manifests: Mapping[str, Manifest]) -> Lines:
+    others = {folder: manifest for folder, manifest in manifests.items() if not is_miniature(manifest)}
+    lines = [_MINIATURE] if len(others) < len(manifests) else []
+    lines += [_LICENCE] if others else []
+    return [*lines, *([_GEMMA] if _generates(others) else [])]
+
+
+def is_miniature(manifest: Manifest) -> bool:
+    """Whether it is of the very small model that comes with this package, whose licence is this package's."""
+    return manifest.checkpoint.source == MINIATURE
 
 
 def _generates(manifests: Mapping[str, Manifest]) -> bool:
@@ -167,8 +180,12 @@ def _front_matter(manifests: Mapping[str, Manifest]) -> Lines:
     precisions = sorted({a.precision for m in found for a in m.artifacts if a.kind == "mnn" and a.precision})
     tags = ["mnn", "stable-audio-3", "audio-generation", *precisions]
     data: dict[str, Any] = {"base_model": sources, "base_model_relation": "quantized"} if sources else {}
-    data |= {"license": "other", "license_name": "stability-ai-community"}
-    data |= {"license_link": "https://stability.ai/license", "library_name": "mnn"}
+    if all(map(is_miniature, found)):
+        data["license"] = "apache-2.0"
+    else:
+        data |= {"license": "other", "license_name": "stability-ai-community"}
+        data["license_link"] = "https://stability.ai/license"
+    data["library_name"] = "mnn"
     data["pipeline_tag"] = "text-to-audio" if _generates(manifests) else "audio-to-audio"
     data["tags"] = [*tags, *(["synthetic-weights"] if any(map(_is_synthetic, found)) else [])]
     return ["---", yaml.safe_dump(data, sort_keys=False, allow_unicode=True).rstrip(), "---", ""]

@@ -72,7 +72,7 @@ def duration_of(layout: CheckpointLayout, audio: Iterable[AudioSource | None], r
     rate = layout.sample_rate
     samples = [_length(one, rate) for one in audio if one is not None]
     if not samples:
-        return DEFAULT_SECONDS
+        return min(DEFAULT_SECONDS, max_seconds(layout))
     seconds = max(samples) / rate
     if int(seconds * rate) < max(samples):
         seconds = math.nextafter(seconds, math.inf)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from sa3_convert.checkpoint.variants import MINIATURE
 from sa3_convert.cli import convert_all
 
 
@@ -43,13 +44,12 @@ def test_what_fails_ends_it_with_its_exit_code_and_nothing_is_published(monkeypa
     assert commands[-1][-1] == "out/sfx-int8"
 
 
-def test_toys_are_made_once_and_heard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    words = ("--recipe", "int8", "--folder", str(tmp_path), "--toy", "small-sfx")
-    commands, _ = called(monkeypatch, *words)
-    assert [command[0] for command in commands] == ["checkpoint", "convert", "run", "bundle"]
-    (tmp_path / "toy-small-sfx").mkdir()
-    commands, result = called(monkeypatch, *words)
-    assert [command[0] for command in commands] == ["convert", "run", "bundle"]
+def test_the_miniature_is_heard_and_it_is_told_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands, result = called(monkeypatch, "--recipe", "int8", "--folder", "out", MINIATURE)
+    sounds = len(convert_all.SOUNDS)
+    assert [command[0] for command in commands] == ["convert", *["run"] * sounds, "bundle"]
+    for name, prompt in convert_all.SOUNDS.items():
+        assert f"out/miniature-int8-{name}.wav  {prompt}" in result.stdout
     assert "make convert CHECKPOINT=" in result.stdout
 
 

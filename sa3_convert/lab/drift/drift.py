@@ -46,7 +46,7 @@ from sa3_convert.lab.drift.compare import (
 from sa3_convert.lab.generations.distribution import Distribution, GenerationFidelity, Observation, measure_components
 from sa3_convert.lab.generations.end_to_end import staged_pipelines
 from sa3_convert.lab.generations.full import Verification
-from sa3_convert.lab.generations.trajectory import STEPS, GenerationCase, all_cases
+from sa3_convert.lab.generations.trajectory import STEPS, GenerationCase, all_cases, possible_cases
 from sa3_convert.mnn.file.audit import audit
 from sa3_convert.mnn.file.storage import read_storage
 from sa3_convert.recipe import ComponentRecipe, Recipe
@@ -361,4 +361,6 @@ def cases_of(path: Path, bundle: Bundle, named: Sequence[str]) -> tuple[Generati
         return tuple(dict.fromkeys(GenerationCase.parse(name) for name in named))
     known = read_baseline(path)
     before = known.find(key_of(bundle)) if known else None
-    return tuple(GenerationCase.parse(name) for name in before.cases) if before else DEFAULT_CASES
+    if before:
+        return tuple(GenerationCase.parse(name) for name in before.cases)
+    return possible_cases(DEFAULT_CASES, bundle.layout)

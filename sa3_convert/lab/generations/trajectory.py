@@ -20,7 +20,7 @@ from sa3_convert.components import SPECS, Component
 from sa3_convert.convert.code_digest import code_digest
 from sa3_convert.errors import UsageError
 from sa3_convert.runtime.autoencode import encoded
-from sa3_convert.runtime.conditioning import Conditioning, conditioning, lengths
+from sa3_convert.runtime.conditioning import Conditioning, conditioning, lengths, max_seconds
 from sa3_convert.runtime.denoising import denoised
 from sa3_convert.runtime.engines import EngineName, OnHost
 from sa3_convert.runtime.noise import TorchGenerator
@@ -91,6 +91,11 @@ class GenerationCase:
 def all_cases(prompts: Sequence[int], seeds: Sequence[int], seconds: Sequence[float]) -> tuple[GenerationCase, ...]:
     """Return every combination."""
     return tuple(GenerationCase(p, s, n) for n in seconds for p in prompts for s in seeds)
+
+
+def possible_cases(cases: Iterable[GenerationCase], layout: CheckpointLayout) -> tuple[GenerationCase, ...]:
+    """Return the cases that are no longer than a model can generate."""
+    return tuple(case for case in cases if case.seconds <= max_seconds(layout))
 
 
 STEPS = 8

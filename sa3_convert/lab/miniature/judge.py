@@ -10,9 +10,10 @@ from pydantic.dataclasses import dataclass
 from sa3_convert.check.metrics import wilson
 from sa3_convert.check.results import FINITE, derived
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
+from sa3_convert.checkpoint.variants import MINIATURE
 from sa3_convert.lab.miniature.captions import caption
 from sa3_convert.lab.miniature.recognise import unlike
-from sa3_convert.lab.miniature.sounds import SOURCE_ID, Floats, Piece, sampled
+from sa3_convert.lab.miniature.sounds import Floats, Piece, sampled
 from sa3_convert.runtime.output_checks import CHECKS
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.request import GenerateRequest
@@ -39,10 +40,16 @@ class Recognition:
         """Share that is recognised, at least and at most: Wilson's interval of 95 %."""
         return wilson(self.recognised, self.of)
 
+    @property
+    def judgement(self) -> str:
+        """All of it in a sentence."""
+        low, high = self.interval
+        return f"On {self.engine} {self.recognised} of {self.of} sounds are recognised ({low:.0%} to {high:.0%})."
+
 
 def is_miniature(layout: CheckpointLayout) -> bool:
     """Whether it is the miniature, by what it names as its id: its sounds can be judged."""
-    return layout.source_id == SOURCE_ID
+    return layout.source_id == MINIATURE
 
 
 def prompts(count: int = PROMPTS) -> Iterator[tuple[Piece, str]]:

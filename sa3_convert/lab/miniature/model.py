@@ -18,8 +18,8 @@ from sa3_convert.checkpoint.tensors import (
     expected_tensors,
     expected_text_encoder_tensors,
 )
-from sa3_convert.checkpoint.variants import Variant, variant_named
-from sa3_convert.lab.miniature.sounds import SAMPLES, SOURCE_ID
+from sa3_convert.checkpoint.variants import MINIATURE, Variant, variant_named
+from sa3_convert.lab.miniature.sounds import SAMPLES
 
 WIDTH, LATENT_DIM, DEPTH, FF_MULT = 128, 112, 2, 2
 PATCH_SIZE: Final = 4096
@@ -60,7 +60,7 @@ def config(*, base: bool = False) -> dict[str, Any]:
     autoencoder["latent_dim"] = autoencoder["bottleneck"]["config"]["dim"] = model["io_channels"] = LATENT_DIM
     model["conditioning"]["cond_dim"] = TEXT_WIDTH
     prompt = model["conditioning"]["configs"][0]["config"]
-    prompt |= {"max_length": MAX_LENGTH, "repo_id": SOURCE_ID}
+    prompt |= {"max_length": MAX_LENGTH, "repo_id": MINIATURE}
     model["diffusion"]["config"] |= {
         "io_channels": LATENT_DIM,
         "embed_dim": DIT_WIDTH,

@@ -28,8 +28,6 @@ Kind = Literal["tone", "chord", "hit", "noise", "motion", "silence"]
 Side = Literal["left", "middle", "right"]
 Level = Literal["soft", "normal", "loud"]
 
-SOURCE_ID: Final = "sa3-convert/miniature"
-"""What the miniature names as its own id, by which it is known; there is nothing to download under it."""
 LATENTS: Final = 44
 SAMPLES: Final = LATENTS * LATENT_SAMPLES
 NOTES: Final = tuple(range(72, 90))

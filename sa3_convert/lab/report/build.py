@@ -173,6 +173,7 @@ def build_report(
         components=models,
         generations=generations,
         end_to_end=found.end_to_end,
+        recognitions=found.recognitions,
         bisections=tuple(_bisection(bundle, c, bisected[c], c in found.bisections) for c in Component if c in bisected),
         not_run=tuple(_not_run(bundle, found, bisected, has_audio)),
     )

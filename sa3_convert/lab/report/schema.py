@@ -11,6 +11,7 @@ from sa3_convert.check.results import Data, Decibels, Figures, Measurement, Spre
 from sa3_convert.components import Component
 from sa3_convert.lab.generations.distribution import Observation
 from sa3_convert.lab.generations.end_to_end import EndToEnd
+from sa3_convert.lab.miniature.judge import Recognition
 from sa3_convert.runtime.engines import EngineName
 
 Kind = Literal["sa3-convert verification"]
@@ -201,6 +202,8 @@ class Report(Data):
     components: tuple[ReportedModel, ...]
     generations: Generations | None
     end_to_end: EndToEnd | None
+    recognitions: tuple[Recognition, ...] = ()
+    """Of the miniature."""
     bisections: tuple[Bisection, ...]
     not_run: tuple[NotRun, ...]
 

@@ -136,7 +136,7 @@ def _lines(report: Report) -> Iterator[str]:
     if report.generations is not None:
         yield from _generations(report)
     if report.end_to_end is not None:
-        yield markdown_text(report.end_to_end.judgement)
+        yield markdown_text(" ".join([report.end_to_end.judgement, *(one.judgement for one in report.recognitions)]))
         yield ""
     yield from _changes(report)
     yield from _commands(report)

@@ -6,6 +6,7 @@ from sa3_convert.check.results import Figures, Measurement, Spread
 from sa3_convert.components import Component
 from sa3_convert.lab.generations.distribution import Observation
 from sa3_convert.lab.generations.end_to_end import AudioFidelity, Divergence, EndToEnd, EndToEndCase
+from sa3_convert.lab.miniature.judge import Recognition
 from sa3_convert.lab.report.schema import (
     Bisection,
     Generations,
@@ -144,6 +145,7 @@ def report(**changes: Any) -> Report:
             ),
         ),
         "end_to_end": end_to_end(),
+        "recognitions": (Recognition("mnn", 9, 10, ((NASTY, "silence"),)),),
         "bisections": (bisection(), bisection(Component.DECODER)),
         "not_run": (),
     }

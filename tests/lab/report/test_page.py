@@ -70,6 +70,13 @@ def test_cases_are_called_by_their_prompts_outside_of_commands(page: str) -> Non
     assert "“warm analog synth pad”, seed 0, 1 s, step 1" in read
 
 
+def test_what_was_recognised_is_told_with_what_was_not(page: str) -> None:
+    assert "On mnn 9 of 10 sounds are recognised (60% to 98%)." in page
+    assert f"{escape(samples.NASTY, quote=True)} (silence)." in page.replace("&#34;", "&quot;").replace(
+        "&#39;", "&#x27;"
+    )
+
+
 def test_the_models_files_are_there_with_their_hashes(page: str) -> None:
     assert f"<code>{'0f' * 32}</code>" in page
     assert page.index("decoder.mnn") > page.index("SHA-256 of the models")

@@ -13,6 +13,11 @@ def test_the_verdict_stands_first_and_a_row_for_each_model_follows() -> None:
     assert lines.index("### What changed") < lines.index("### The worst cases again")
 
 
+def test_what_was_recognised_is_told() -> None:
+    assert "On mnn 9 of 10 sounds are recognised" in render_summary(samples.report())
+    assert "recognised" not in render_summary(samples.report(recognitions=()))
+
+
 def test_worst_cases_have_their_commands_and_what_was_not_run_has_too() -> None:
     missing = NotRun(part="generations", what="Nothing was generated.", command="sa3-convert verify b --full")
     text = render_summary(samples.report(generations=None, end_to_end=None, not_run=(missing,)))
