@@ -19,7 +19,7 @@ from sa3_convert.lab.miniature.captions import caption
 from sa3_convert.lab.miniature.model import initial
 from sa3_convert.lab.miniature.sounds import LATENTS, Piece, render, sampled
 from sa3_convert.lab.miniature.text import Text
-from sa3_convert.lab.miniature.training import Report, Training
+from sa3_convert.lab.miniature.training import Loss, Report, Training
 from sa3_convert.networks.build import build_network
 from sa3_convert.runtime.sampling import sigmas
 from sa3_convert.system.files import atomic_path
@@ -41,10 +41,18 @@ class Examples:
     latents: Tensor
 
     @classmethod
-    def of(cls, autoencoder: Autoencoder, file: Path, count: int, seed: int, report: Report) -> "Examples":
+    def of(
+        cls,
+        autoencoder: Autoencoder,
+        file: Path,
+        count: int,
+        seed: int,
+        report: Report,
+        drawn: Callable[[np.random.Generator], Piece] = sampled,
+    ) -> "Examples":
         """Make so many, or take those that the file has."""
         random = np.random.default_rng(seed)
-        pieces = [sampled(random) for _ in range(count)]
+        pieces = [drawn(random) for _ in range(count)]
         if file.exists():
             return cls(pieces, load_file(file)["latents"])
         encoded = []
@@ -113,16 +121,21 @@ def train(
     training = Training(folder, "diffusion", network.trainable(), steps=steps, rate=_RATE, seed=seed)
     base = network.weights | training.run(lambda drawn: _loss(network, text, examples, drawn, _any_time), report)
     network = Diffusion(layout, {name: tensor.detach().clone() for name, tensor in base.items()})
+    training = Training(
+        folder, "few-steps", network.trainable(), steps=max(steps // 12, 1), rate=_FEW_STEPS_RATE, seed=seed + 1
+    )
+    few = training.run(few_steps_loss(network, text, examples), report)
+    return base, network.weights | few
+
+
+def few_steps_loss(network: Diffusion, text: Text, examples: Examples) -> Loss:
+    """Return the loss of the denoised estimate at the noise levels of the schedule of few steps."""
     levels = torch.from_numpy(sigmas(DEFAULTS["rf_denoiser"].steps)[:-1])
 
     def of_schedule(count: int, generator: torch.Generator) -> Tensor:
         return levels[torch.randint(len(levels), (count,), generator=generator)]
 
-    training = Training(
-        folder, "few-steps", network.trainable(), steps=max(steps // 12, 1), rate=_FEW_STEPS_RATE, seed=seed + 1
-    )
-    few = training.run(lambda drawn: _loss(network, text, examples, drawn, of_schedule, estimate=True), report)
-    return base, network.weights | few
+    return lambda drawn: _loss(network, text, examples, drawn, of_schedule, estimate=True)
 
 
 def _any_time(count: int, generator: torch.Generator) -> Tensor:

@@ -56,7 +56,8 @@ _ENVELOPE_SHARES: Final[dict[Envelope, float]] = {"steady": 0.6, "swelling": 0.2
 _ENVELOPE_SECONDS: Final = 1.0
 """From which on an envelope can be told."""
 _SIREN_SECONDS: Final = 1.5
-_INTERVALS: Final[dict[Chord, tuple[int, ...]]] = {"major": (0, 4, 7), "minor": (0, 3, 7)}
+_INTERVALS: Final[dict[str, tuple[int, ...]]] = {"major": (0, 4, 7), "minor": (0, 3, 7), "diminished": (0, 3, 6)}
+"""Of chords; diminished ones are what the adapter is trained on."""
 _STRETCHES: Final = 4
 """Of each noise, any of which is followed by any."""
 
@@ -103,11 +104,7 @@ def frequency(note: int) -> float:
 def notes_of(sound: Sound) -> list[int]:
     """Return the notes that sound together."""
     assert sound.note is not None
-    return [sound.note] if sound.kind == "tone" else [sound.note + step for step in _INTERVALS[_chord(sound.form)]]
-
-
-def _chord(form: str) -> Chord:
-    return "minor" if form == "minor" else "major"
+    return [sound.note] if sound.kind == "tone" else [sound.note + step for step in _INTERVALS[sound.form]]
 
 
 def render(piece: Piece, seed: int) -> Floats:

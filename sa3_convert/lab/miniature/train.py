@@ -16,12 +16,15 @@ from sa3_convert.checkpoint.synthetic import TOKENIZER_CONFIG
 from sa3_convert.checkpoint.tensor_file import WEIGHTS
 from sa3_convert.checkpoint.tensors import AUTOENCODER_PREFIX, TEXT_ENCODER_PREFIX
 from sa3_convert.lab.miniature import autoencoder, diffusion, text
+from sa3_convert.lab.miniature.adapter import train_adapter
 from sa3_convert.lab.miniature.model import config, layout, text_config
 from sa3_convert.lab.miniature.training import Report
 from sa3_convert.system.files import alone_in, atomic_folder
 
 FEW_STEPS, BASE, STATE = "miniature", "miniature-base", "training"
 """Folders that a training leaves: the form for few steps, the base form, and what a stopped one goes on from."""
+ADAPTER: Final = "diminished.safetensors"
+"""The LoRA that it leaves, for the form for few steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +33,16 @@ class Amount:
 
     text: int
     diffusion: int
+    adapter: int
     pieces: int
 
 
-WHOLE: Final = Amount(text=1200, diffusion=12000, pieces=20000)
-QUICK: Final = Amount(text=20, diffusion=24, pieces=32)
+WHOLE: Final = Amount(text=1200, diffusion=12000, adapter=600, pieces=20000)
+QUICK: Final = Amount(text=20, diffusion=24, adapter=4, pieces=32)
 
 
 def train(folder: Path, amount: Amount, *, seed: int, report: Report) -> None:
-    """Train, or go on, and write both forms as checkpoints of the published format into `folder`.
+    """Train, or go on, and write both forms as checkpoints of the published format into `folder`, and the adapter.
 
     Raises:
         UsageError: another training works in the folder, or something else stands there.
@@ -60,6 +64,8 @@ def train(folder: Path, amount: Amount, *, seed: int, report: Report) -> None:
         for name, flow in ((BASE, base), (FEW_STEPS, few)):
             with atomic_folder(folder / name, replace=True) as partial:
                 write(partial, shared | flow, tokenizer, base=name == BASE)
+        new = folder / ADAPTER
+        train_adapter(shape, few, reader, codec, new, state=state, steps=amount.adapter, seed=seed, report=report)
 
 
 def write(folder: Path, weights: Mapping[str, Tensor], tokenizer: str, *, base: bool) -> None:

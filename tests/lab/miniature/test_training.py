@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from sa3_convert.checkpoint.lora_file import LoraRequest
 from sa3_convert.checkpoint.reader import Checkpoint
+from sa3_convert.components import Component
 from sa3_convert.lab.miniature.autoencoder import Autoencoder, fitted
-from sa3_convert.lab.miniature.model import layout
+from sa3_convert.lab.miniature.model import DIT_DEPTH, layout
 from sa3_convert.lab.miniature.sounds import render, sampled
-from sa3_convert.lab.miniature.train import BASE, FEW_STEPS, QUICK, train
+from sa3_convert.lab.miniature.train import ADAPTER, BASE, FEW_STEPS, QUICK, train
 from sa3_convert.lab.miniature.training import Training
 from sa3_convert.runtime.output_checks import CHECKS
 from sa3_convert.runtime.pipeline import Pipeline
@@ -61,10 +63,12 @@ def test_the_autoencoder_begins_as_principal_components_that_bring_sounds_back()
 
 
 @pytest.mark.slow
-def test_a_quick_training_leaves_checkpoints_that_generate(tmp_path: Path) -> None:
+def test_a_quick_training_leaves_checkpoints_that_generate_and_an_adapter(tmp_path: Path) -> None:
     train(tmp_path, QUICK, seed=1, report=quiet)
     for name in (FEW_STEPS, BASE):
         Checkpoint.open(tmp_path / name)
         with Pipeline.from_checkpoint(tmp_path / name) as pipeline:
             made = pipeline.generate(GenerateRequest("a sine tone at A5", seconds=1.0), allow=CHECKS)
         assert np.isfinite(made.audio).all()
+    adapted = Checkpoint.open(tmp_path / FEW_STEPS).with_loras([LoraRequest(tmp_path / ADAPTER)])
+    assert adapted.layers_changed(adapted.loras[0]) == {Component.DIT: 9 * DIT_DEPTH}
