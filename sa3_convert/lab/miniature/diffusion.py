@@ -26,8 +26,10 @@ from sa3_convert.system.files import atomic_path
 
 _HALF: Final = 16
 _RATE: Final = 2e-3
-_FEW_STEPS_RATE: Final = 5e-4
+_FEW_STEPS_RATE: Final = 1e-3
 _SOFTEST: Final = 0.1
+_SOFTEST_ESTIMATE: Final = 0.01
+"""Energy of latents below which a piece counts less than a loud one; a click's is 0.01, a tone's 0.25."""
 _WITHOUT_PROMPT: Final = 0.1
 _INPAINTED: Final = 0.2
 _ENCODED_AT_ONCE: Final = 8
@@ -110,6 +112,7 @@ def train(
     folder: Path,
     *,
     steps: int,
+    few_steps: int,
     seed: int,
     report: Report,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -121,9 +124,8 @@ def train(
     training = Training(folder, "diffusion", network.trainable(), steps=steps, rate=_RATE, seed=seed)
     base = network.weights | training.run(lambda drawn: _loss(network, text, examples, drawn, _any_time), report)
     network = Diffusion(layout, {name: tensor.detach().clone() for name, tensor in base.items()})
-    training = Training(
-        folder, "few-steps", network.trainable(), steps=max(steps // 12, 1), rate=_FEW_STEPS_RATE, seed=seed + 1
-    )
+    learned = network.trainable()
+    training = Training(folder, "few-steps", learned, steps=few_steps, rate=_FEW_STEPS_RATE, seed=seed + 1)
     few = training.run(few_steps_loss(network, text, examples), report)
     return base, network.weights | few
 
@@ -167,8 +169,9 @@ def _loss(
     noisy = (1 - t[:, None, None]) * latents + t[:, None, None] * noise
     made = network.velocity(noisy, t, prompt, seconds, _kept(latents, generator))
     # A soft sound counts as much as a loud one.
-    error = (made - (noise - latents)).pow(2).mean((1, 2)) / (latents.pow(2).mean((1, 2)) + _SOFTEST)
-    return (error * t.pow(2) * 2 if estimate else error).mean()
+    softest = _SOFTEST_ESTIMATE if estimate else _SOFTEST
+    error = (made - (noise - latents)).pow(2).mean((1, 2)) / (latents.pow(2).mean((1, 2)) + softest)
+    return (error * t.pow(2) if estimate else error).mean()
 
 
 def _kept(latents: Tensor, generator: torch.Generator) -> Tensor:

@@ -33,12 +33,13 @@ class Amount:
 
     text: int
     diffusion: int
+    few_steps: int
     adapter: int
     pieces: int
 
 
-WHOLE: Final = Amount(text=1200, diffusion=12000, adapter=600, pieces=20000)
-QUICK: Final = Amount(text=20, diffusion=24, adapter=4, pieces=32)
+WHOLE: Final = Amount(text=1200, diffusion=12000, few_steps=5000, adapter=600, pieces=20000)
+QUICK: Final = Amount(text=20, diffusion=24, few_steps=2, adapter=4, pieces=32)
 
 
 def train(folder: Path, amount: Amount, *, seed: int, report: Report) -> None:
@@ -59,7 +60,8 @@ def train(folder: Path, amount: Amount, *, seed: int, report: Report) -> None:
         codec = autoencoder.Autoencoder(shape, sounds)
         examples = diffusion.Examples.of(codec, state / "latents.safetensors", amount.pieces, seed, report)
         reader = text.Text(shape, words, tokenizer)
-        base, few = diffusion.train(shape, reader, examples, state, steps=amount.diffusion, seed=seed, report=report)
+        steps = {"steps": amount.diffusion, "few_steps": amount.few_steps}
+        base, few = diffusion.train(shape, reader, examples, state, **steps, seed=seed, report=report)
         shared = {AUTOENCODER_PREFIX + name: tensor for name, tensor in sounds.items()} | words
         for name, flow in ((BASE, base), (FEW_STEPS, few)):
             with atomic_folder(folder / name, replace=True) as partial:
