@@ -174,8 +174,8 @@ def _generates(manifests: Mapping[str, Manifest]) -> bool:
 
 def _front_matter(manifests: Mapping[str, Manifest]) -> Lines:
     found = manifests.values()
-    # Random weights are quantised from nobody's model.
-    trained = (m.checkpoint.source for m in found if not _is_synthetic(m))
+    # Random weights are quantised from nobody's model, and the miniature is on no hub.
+    trained = (m.checkpoint.source for m in found if not (_is_synthetic(m) or is_miniature(m)))
     sources = sorted({source for source in trained if is_repository(source)})
     precisions = sorted({a.precision for m in found for a in m.artifacts if a.kind == "mnn" and a.precision})
     tags = ["mnn", "stable-audio-3", "audio-generation", *precisions]

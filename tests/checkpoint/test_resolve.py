@@ -1,11 +1,14 @@
+import tomllib
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
-from sa3_convert.checkpoint.reader import resolve_checkpoint
-from sa3_convert.checkpoint.variants import VARIANTS
+from sa3_convert.checkpoint.lora_file import LoraRequest
+from sa3_convert.checkpoint.reader import Checkpoint, resolve_checkpoint
+from sa3_convert.checkpoint.variants import MINIATURE, VARIANTS
 from sa3_convert.errors import CheckpointError
+from sa3_convert.lab.miniature.train import ADAPTER
 from tests.checkpoint.test_hub import NEEDED, fill_cache
 from tests.hub.server import COMMIT
 
@@ -100,3 +103,17 @@ def test_a_damaged_blob_is_named_before_it_is_used(small_toy: Path, cache: Path,
     blob.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(CheckpointError, match=f"{blob.name} is damaged"):
         resolve_checkpoint(ID)
+
+
+def test_the_miniature_is_there_by_its_id_in_an_installed_package_too() -> None:
+    folder = resolve_checkpoint(MINIATURE)
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.variant_name == "miniature"
+    checkpoint.with_loras([LoraRequest(folder / ADAPTER)])
+    assert sum(file.stat().st_size for file in folder.rglob("*")) < 12_000_000
+    configuration = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+    shipped = configuration["tool"]["setuptools"]["package-data"]["sa3_convert.checkpoint"]
+    here = folder.parent
+    assert {path for pattern in shipped for path in here.glob(pattern) if path.is_file()} == {
+        path for path in folder.rglob("*") if path.is_file()
+    }

@@ -17,7 +17,7 @@ import sa3_convert.cli.app as cli
 from sa3_convert.bundle.manifest import MANIFEST, Manifest
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.checkpoint.published import published_layout
-from sa3_convert.checkpoint.variants import VARIANTS
+from sa3_convert.checkpoint.variants import MINIATURE, VARIANTS
 from sa3_convert.components import Component
 from sa3_convert.errors import InputError, UsageError
 from sa3_convert.publish.card import card, dots, placed
@@ -335,6 +335,22 @@ def test_the_front_matter_names_the_model_and_the_licence(tmp_path: Path) -> Non
     assert data["base_model_relation"] == "quantized"
     assert (data["license"], data["library_name"], data["pipeline_tag"]) == ("other", "mnn", "text-to-audio")
     assert {"mnn", "int8"} <= set(data["tags"])
+
+
+def test_the_miniature_is_under_our_own_licence_and_nobody_s_model(tmp_path: Path) -> None:
+    plain = make_bundle(tmp_path).manifest
+    origin = plain.checkpoint.model_copy(update={"source": MINIATURE})
+    ours = plain.model_copy(update={"checkpoint": origin})
+    text = card({"": ours})
+    data = yaml.safe_load(text.split("---\n")[1])
+    assert data["license"] == "apache-2.0"
+    assert "base_model" not in data
+    assert "stability.ai" not in text
+    assert "Gemma Terms" not in text
+    both = card({"a": ours, "b": plain})
+    assert yaml.safe_load(both.split("---\n")[1])["license"] == "other"
+    assert "Apache-2.0" in both
+    assert "Gemma Terms" in both
 
 
 def test_an_autoencoder_alone_is_no_text_to_audio(tmp_path: Path) -> None:
