@@ -74,7 +74,7 @@ class Examples:
 
 
 def _shares(pieces: Sequence[Piece]) -> Tensor:
-    """Return how often each piece is drawn [N]: what depends on the place in time is learned late, and drawn oftener."""
+    """Return how often each piece is drawn [N]: what changes with the place in time is learned late."""
     timed = [len(piece.sounds) > 1 or piece.sounds[0].kind in ("hit", "motion") for piece in pieces]
     return torch.where(torch.tensor(timed), _OFTENER, 1.0)
 
