@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 CHECKPOINT ?= sa3-convert/miniature
 RECIPE ?= int8 fp16
 BUNDLE ?= artifacts/miniature-int8
-PROMPT ?= a plucked sawtooth tone at A5, then a snare drum at 130 bpm
+PROMPT ?= a swelling sawtooth tone at A5
 MINIATURES := artifacts/miniature-int8 artifacts/miniature-fp16
 REASON ?=
 

@@ -56,7 +56,7 @@ Outcomes = Generator[tuple[_Task, _Result | Sa3Error], None, None]
 class Runner(Protocol):
     """Runs tasks: `in_this_process`, or `on_dask` with what connects it."""
 
-    def __call__(self, tasks: Sequence[_Task], run: Callable[..., _Result]) -> "Outcomes[_Task, _Result]":
+    def __call__(self, tasks: Sequence[_Task], run: Callable[..., _Result]) -> Outcomes[_Task, _Result]:
         """Run tasks; `run` takes one, and the result of each that it needs."""
         ...
 
@@ -75,7 +75,7 @@ _WAIT: Final = 60
 """Seconds for a scheduler to be reached, or a worker to come."""
 
 
-def in_this_process(tasks: Sequence[_Task], run: Callable[..., _Result]) -> "Outcomes[_Task, _Result]":
+def in_this_process(tasks: Sequence[_Task], run: Callable[..., _Result]) -> Outcomes[_Task, _Result]:
     """Run tasks one after the other, each when it is asked for; what one raises ends them all."""
     done: dict[str, _Result] = {}
     for task in tasks:
@@ -114,7 +114,7 @@ def simulated(tasks: Sequence[Task], workers: int) -> Simulated:
     return Simulated(seconds, work / (workers * seconds) if seconds else 1.0, max(chain.values(), default=0.0))
 
 
-def on_dask(connect: Connect, tasks: Sequence[_Task], run: Callable[..., _Result]) -> "Outcomes[_Task, _Result]":
+def on_dask(connect: Connect, tasks: Sequence[_Task], run: Callable[..., _Result]) -> Outcomes[_Task, _Result]:
     """Run tasks on workers, each where there is memory for it, and yield them as they are done.
 
     What a task raises is its outcome, and that of those that need it. A worker that dies costs its task one of few
@@ -150,7 +150,7 @@ def _gone() -> tuple[type[BaseException], ...]:
 
 def _round(
     client: "Client", todo: Sequence[_Task], done: dict[str, _Result | Sa3Error], run: Callable[..., _Result]
-) -> "Outcomes[_Task, _Result]":
+) -> Outcomes[_Task, _Result]:
     """Run what is not done, until it is or the scheduler is gone.
 
     Dask blames a death on all that its worker had before it. So each task that is blamed runs once more, alone.

@@ -16,7 +16,7 @@ from sa3_convert.cli.echo import echo
 SOUNDS: Final = {
     "chord": "a plucked C major chord",
     "drum": "a loud snare drum at 130 bpm, on the left",
-    "pair": "first a sine sweep going up, then white noise",
+    "siren": "a siren on the right",
 }
 """What the miniature is asked for, by what the WAV is called."""
 PUBLISHED: Final = "published"
@@ -73,7 +73,7 @@ def _farewell(heard: list[str], bundle: Path) -> None:
     for line in heard:
         echo(line)
     echo("They are of the miniature, a very small model of simple sounds. Another one of them:")
-    echo(f'  .venv/bin/sa3-convert run {bundle} --prompt "a siren, then a kick drum at 92 bpm" -o {bundle}-other.wav')
+    echo(f'  .venv/bin/sa3-convert run {bundle} --prompt "a kick drum at 92 bpm" -o {bundle}-other.wav')
     echo("A real checkpoint (accept its licence on the hub first):")
     echo("  .venv/bin/sa3-convert checkpoint fetch stabilityai/stable-audio-3-small-music artifacts/small-music")
     echo('  make convert CHECKPOINT=artifacts/small-music RECIPE="int8 fp16"')

@@ -18,11 +18,12 @@ import yaml
 from sa3_convert.bundle.manifest import MANIFEST, Manifest
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.bundle.table import markdown_code
-from sa3_convert.checkpoint.variants import MINIATURE, VARIANTS, size_of
+from sa3_convert.checkpoint.variants import VARIANTS, size_of
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
 from sa3_convert.hub.files import is_repository
 from sa3_convert.publish.contract import least_mnn
+from sa3_convert.publish.licences import generates, is_miniature, licences
 from sa3_convert.publish.measured import ReadBench, ReadReport, Report, SelfTest, by_bundle, one_report
 from sa3_convert.publish.tables import (
     Lines,
@@ -42,12 +43,6 @@ _SYNTHETIC: Final = """\
 > **These are not the published weights.** They are random numbers in the shapes of {what}, made to test the tools: what
 > comes out is noise, and no figure here says anything about the published model.
 """
-_LICENCE: Final = """\
-Stable Audio 3, and what is converted from it, is under the
-[Stability AI Community License](https://stability.ai/license)."""
-_MINIATURE: Final = "The miniature was trained by sa3-convert, and is under its licence, Apache-2.0."
-_GEMMA: Final = """\
-The text encoder is T5Gemma, under the [Gemma Terms of Use](https://ai.google.dev/gemma/terms). Both apply."""
 
 
 def placed(bundles: Sequence[Bundle]) -> dict[str, Manifest]:
@@ -151,25 +146,8 @@ def card(
     lines += ["## Repository structure", "", *_structure(manifests)]
     lines += ["## Usage", "", *_usage(manifests, name, usage)]
     lines += each("Provenance", lambda folder, manifest: _provenance(manifest, told[folder]))
-    lines += ["## Licences", "", *_licences(manifests)]
+    lines += ["## Licences", "", *licences(manifests.values())]
     return "\n".join([*lines, ""])
-
-
-def _licences(manifests: Mapping[str, Manifest]) -> Lines:
-    others = {folder: manifest for folder, manifest in manifests.items() if not is_miniature(manifest)}
-    lines = [_MINIATURE] if len(others) < len(manifests) else []
-    lines += [_LICENCE] if others else []
-    return [*lines, *([_GEMMA] if _generates(others) else [])]
-
-
-def is_miniature(manifest: Manifest) -> bool:
-    """Whether it is of the very small model that comes with this package, whose licence is this package's."""
-    return manifest.checkpoint.source == MINIATURE
-
-
-def _generates(manifests: Mapping[str, Manifest]) -> bool:
-    """Tell whether one is more than an autoencoder alone."""
-    return any(manifest.layout.dit is not None for manifest in manifests.values())
 
 
 def _front_matter(manifests: Mapping[str, Manifest]) -> Lines:
@@ -186,7 +164,7 @@ def _front_matter(manifests: Mapping[str, Manifest]) -> Lines:
         data |= {"license": "other", "license_name": "stability-ai-community"}
         data["license_link"] = "https://stability.ai/license"
     data["library_name"] = "mnn"
-    data["pipeline_tag"] = "text-to-audio" if _generates(manifests) else "audio-to-audio"
+    data["pipeline_tag"] = "text-to-audio" if generates(manifests.values()) else "audio-to-audio"
     data["tags"] = [*tags, *(["synthetic-weights"] if any(map(_is_synthetic, found)) else [])]
     return ["---", yaml.safe_dump(data, sort_keys=False, allow_unicode=True).rstrip(), "---", ""]
 
@@ -194,7 +172,7 @@ def _front_matter(manifests: Mapping[str, Manifest]) -> Lines:
 def _title(manifests: Mapping[str, Manifest]) -> Lines:
     variants = list(dict.fromkeys(m.variant for m in manifests.values() if m.variant in VARIANTS))
     lines = [" ".join(["# Stable Audio 3", *([", ".join(variants)] if variants else []), "for MNN"]), ""]
-    what = "Text to audio" if _generates(manifests) else "An audio autoencoder"
+    what = "Text to audio" if generates(manifests.values()) else "An audio autoencoder"
     lines += [f"{what} on devices, converted and quantised by sa3-convert.", ""]
     if synthetic := [m for m in manifests.values() if _is_synthetic(m)]:
         what = ", ".join(markdown_code(label) for label in dict.fromkeys(m.label for m in synthetic))

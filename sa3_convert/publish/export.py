@@ -27,8 +27,8 @@ from sa3_convert.checkpoint.variants import published_names
 from sa3_convert.components import Component
 from sa3_convert.errors import BundleError, UsageError
 from sa3_convert.publish.card import card as card_text
-from sa3_convert.publish.card import is_miniature
 from sa3_convert.publish.contract import CONTRACT, contract_of
+from sa3_convert.publish.licences import notice
 from sa3_convert.publish.measured import ReadBench, ReadReport, by_bundle
 from sa3_convert.publish.names import (
     SHARED,
@@ -55,19 +55,6 @@ FORMS: Final[Mapping[ArtifactKind, str]] = {
     SLOTS: "that take adapters. Convert again with --adapter-slots 16.",
 }
 """What is written only when asked for, being large and for no client but ours; what a bundle without it is told."""
-_NOTICE: Final = """\
-Converted and quantised from Stable Audio 3 by sa3-convert; the weights were changed by that.
-
-This Stability AI Model is licensed under the Stability AI Community License, Copyright © Stability AI Ltd. All Rights
-Reserved. The licence: https://stability.ai/license
-Powered by Stability AI
-
-The text encoder is T5Gemma. Gemma is provided under and subject to the Gemma Terms of Use found at
-ai.google.dev/gemma/terms
-"""
-_NOTICE_OF_MINIATURE: Final = """\
-The miniature was trained, converted and quantised by sa3-convert, and is under its licence, Apache-2.0.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,9 +207,7 @@ def _planned(placed: Sequence[_Placed], golden: Golden, describe: Callable[[Sequ
     for root in dict.fromkeys(one.root for one in placed):
         of_root = [one for one in placed if one.root == root]
         export.texts.update({_joined(root, name): text for name, text in describe(of_root).items()})
-        ours = {is_miniature(one.bundle.manifest) for one in of_root}
-        notices = [text for text, own in ((_NOTICE, False), (_NOTICE_OF_MINIATURE, True)) if own in ours]
-        export.texts[_joined(root, "NOTICE")] = "\n".join(notices).encode()
+        export.texts[_joined(root, "NOTICE")] = notice([one.bundle.manifest for one in of_root]).encode()
         export.texts[_joined(root, SUMS)] = export.sums(root).encode()
     return export
 
