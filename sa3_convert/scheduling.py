@@ -229,10 +229,9 @@ def _require_memory(tasks: Sequence[Task], largest: float) -> None:
 
 def scheduler(address: str, tell: Tell) -> Connect:
     """Return what connects to a scheduler that somebody started."""
+    from distributed import Client
 
     def connect(tasks: Sequence[Task]) -> "contextlib.AbstractContextManager[Client]":
-        from distributed import Client
-
         try:
             client = Client(address, timeout=_WAIT, set_as_default=False)
         except (OSError, ValueError) as error:
@@ -260,12 +259,11 @@ def local_workers(count: int, tell: Tell) -> Connect:
 
     No more than there are processors, or tasks: what is beyond that only takes memory.
     """
+    import dask
+    from distributed import Client, LocalCluster
 
     @contextlib.contextmanager
     def connect(tasks: Sequence[Task]) -> "Iterator[Client]":
-        import dask
-        from distributed import Client, LocalCluster
-
         workers = min(count, usable_processors(), len(tasks))
         if workers < min(count, len(tasks)):
             tell(f"This machine has {usable_processors()} processors; so many workers are started.")

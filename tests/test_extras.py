@@ -64,7 +64,8 @@ def third_party(path: Path) -> Iterator[str]:
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(SOURCE)))
 def test_a_room_imports_what_its_extra_brings(path: Path) -> None:
     room = room_of(path)
-    more = {"serve": LAB | SERVE, "lab/sweep": LAB | CLUSTER}.get(room, LAB if room.startswith("lab/") else set())
+    beside = {"serve": LAB | SERVE, "lab/sweep": LAB | CLUSTER, "scheduling": CLUSTER}
+    more = beside.get(room, LAB if room.startswith("lab/") else set())
     assert set(third_party(path)) <= CORE | more
 
 

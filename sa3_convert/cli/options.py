@@ -202,8 +202,6 @@ def runner_on(workers: int | None, scheduler: str | None) -> "Runner | None":
         raise UsageError("--workers starts workers here, --scheduler takes those of a scheduler. Give one of them.")
     if workers is None and scheduler is None:
         return None
-    import distributed  # noqa: F401
-
     from sa3_convert import scheduling as s
     from sa3_convert.cli.echo import echo
 

@@ -22,6 +22,8 @@ import sa3_convert
 import sa3_convert.cli.app as cli
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.errors import Sa3Error
+from sa3_convert.lab.drift.baseline import read_baseline, write_baseline
+from sa3_convert.lab.drift.drift import key_of
 
 ODD = (
     *("", "folder", "missing", "garbage", "empty", "some.json", "fifo", "loop", "dangling", "garbage/x", "locked"),
@@ -141,7 +143,11 @@ def place(tmp_path: Path, toy_int8: Bundle, toy: Path, monkeypatch: pytest.Monke
     Path("locked").mkdir(mode=0)
     Path("BUNDLE").symlink_to(toy_int8.path)
     Path("CHECKPOINT").symlink_to(toy)
-    Path("BASELINE").write_bytes((Path(__file__).parents[1] / "drift.json").read_bytes())
+    kept = read_baseline(Path(__file__).parents[1] / "drift.json")
+    assert kept is not None
+    variant, recipe, size = key_of(toy_int8)
+    own = kept.bundles[0].model_copy(update={"variant": variant, "recipe": recipe, "size": size})
+    write_baseline(Path("BASELINE"), kept.replacing(own))
 
     def work(*_: object, **__: object) -> None:
         raise WorkedError("worked")

@@ -46,7 +46,8 @@ def changed(before: dict[str, str], package: Path) -> set[str]:
 
 STORED = {"mnn", "verify", "split", "slots"}
 """Stages that spell a graph for MNN: one of them to emulate it in half arithmetic."""
-JUDGING = {"verify", "ort-int8", "onnx-fp16", "split", "slots", "ort-int8-slots"}
+HALVES = {"onnx-fp16", "onnx-fp16-slots"}
+JUDGING = {"verify", "ort-int8", "split", "slots", "ort-int8-slots"} | HALVES
 """Stages that compare a model with its reference."""
 INTEGERS = {"ort-int8", "ort-int8-slots"}
 EXPORTING = {"export", "export-slots"}
@@ -68,7 +69,7 @@ def test_every_stage_is_followed() -> None:
             JUDGING | {"round"},
         ),
         ("passes/fp16_safe.py", r"^_LARGEST_CONSTANT.*= ", r"\g<0>1 + ", STORED),
-        ("passes/pipeline.py", r"^_EXTERNAL_FROM_BYTES.*= ", r"\g<0>1 + ", STORED | INTEGERS | {"onnx-fp16"}),
+        ("passes/pipeline.py", r"^_EXTERNAL_FROM_BYTES.*= ", r"\g<0>1 + ", STORED | INTEGERS | HALVES),
         ("check/half.py", r"^def pass_through.*\n", r"\g<0>    print()\n", {"verify", "split"}),
         ("mnn/worker.py", r"^def _refuse.*\n", r"\g<0>    print()\n", {"mnn", "split", "slots"}),
         ("networks/layers.py", r"^MASKED.*= ", r"\g<0>1 + ", EXPORTING | {"round"}),

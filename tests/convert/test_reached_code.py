@@ -45,7 +45,7 @@ def watched(calls: set[tuple[str, str]]) -> Iterator[None]:
 
 BESIDE = {("sa3_convert.system.log", "_Keep"), ("sa3_convert.system.files", "_Descriptor")}
 """What runs whatever a stage does: it takes in what is logged, and lets go of what nobody holds any more."""
-SLOTS = {"export-slots", "slots", "ort-int8-slots"}
+SLOTS = {"export-slots", "slots", "ort-int8-slots", "onnx-fp16-slots"}
 
 
 @pytest.mark.parametrize(

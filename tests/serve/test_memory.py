@@ -39,7 +39,7 @@ class Worked:
         """Make the piece; return whether its model was loaded for it, and the samples."""
         self._number += 1
         output = self._folder / f"{self._number}.wav"
-        self._worker._make({"id": "a", "model": model, "settings": PIECE, "output": str(output)})
+        self._worker._make({"id": "a", "model": model, "settings": PIECE, "output": str(output), "told": {}})
         told: list[dict[str, Any]] = []
         while self._heard.poll():
             told.append(json.loads(self._heard.recv_bytes()))
