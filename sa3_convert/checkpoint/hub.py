@@ -10,7 +10,7 @@ from sa3_convert.checkpoint.config import CONFIG, TEXT_ENCODER_FOLDER
 from sa3_convert.checkpoint.json_file import read_json
 from sa3_convert.checkpoint.reader import SOURCE, TOKENIZER, Checkpoint
 from sa3_convert.checkpoint.tensor_file import INDEX, WEIGHTS, shard_names
-from sa3_convert.checkpoint.variants import PINNED
+from sa3_convert.checkpoint.variants import MINIATURE, PINNED
 from sa3_convert.errors import UsageError
 from sa3_convert.hub.client import HubClient, Note
 from sa3_convert.hub.download import Download, Progress, explained, source_of
@@ -56,14 +56,16 @@ def fetch(
         endpoint: address of the hub; by default what HF_ENDPOINT says.
 
     Raises:
-        UsageError: the id is malformed, the folder is not empty, the disk is too small, or another process downloads
-            to the same folder.
+        UsageError: the id is malformed or the miniature's, the folder is not empty, the disk is too small, or another
+            process downloads to the same folder.
         HubError: the hub cannot be reached, refuses, or lacks a file; or what came is not what the hub names.
         CheckpointError: it is not a sound checkpoint.
 
     """
     if not is_repository(hub_id):
         raise UsageError(f"{hub_id!r} is no hub id; give org/name, for example stabilityai/stable-audio-3-small-music.")
+    if hub_id == MINIATURE:
+        raise UsageError(f"{hub_id} comes with this package. Name it where a checkpoint is named: convert {hub_id}")
     client = HubClient(hub_id, endpoint, note)
     with explained(hub_id):
         target = Path(os.path.realpath(folder))

@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from sa3_convert.checkpoint.hub import Fetched, fetch
 from sa3_convert.checkpoint.reader import Checkpoint, Source
 from sa3_convert.checkpoint.synthetic import synthesize
-from sa3_convert.checkpoint.variants import VARIANTS
+from sa3_convert.checkpoint.variants import MINIATURE, VARIANTS
 from sa3_convert.errors import CheckpointError, HubError, UsageError
 from sa3_convert.hub import client as hub_client
 from tests.hub.server import COMMIT, Hub, digest_of, serve
@@ -243,6 +243,12 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UsageError, match="not empty"):
         fetch(ID, tmp_path)
+
+
+def test_what_comes_with_the_package_is_not_downloaded(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="comes with this package"):
+        fetch(MINIATURE, tmp_path / "there")
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("text", ["toy", "a/b/c", "../x", "http://x/y", "a/b@c", ""])
