@@ -41,6 +41,10 @@ RECORDS: Mapping[tuple[str, str, str], Mapping[str, Outcome]] = {
 """By version of MNN, backend, and kind of processor."""
 
 
+_SPORADIC: Final = frozenset({"resize-linear"})
+"""What some processes show and others do not, in some environments none at all: not to have seen it proves nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Changes:
     """How a diagnosis differs from a record."""
@@ -79,5 +83,5 @@ def changes(diagnosis: Diagnosis) -> Changes | None:
     return Changes(
         version,
         {probe: outcome for probe, outcome in found.items() if record.get(probe) != outcome},
-        tuple(probe for probe in record if probe in tried and probe not in found),
+        tuple(probe for probe in record if probe in tried - _SPORADIC and probe not in found),
     )
