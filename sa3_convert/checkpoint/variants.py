@@ -218,13 +218,18 @@ def recognise(layout: CheckpointLayout) -> Variant | None:
     return None
 
 
+def is_miniature(layout: CheckpointLayout) -> bool:
+    """Whether it is the very small model that comes with this package, by what it names as its own id."""
+    return layout.source_id == MINIATURE
+
+
 def name_of(layout: CheckpointLayout) -> str:
     """Return the variant's name, or `miniature`, or `custom-…` by construction; all by objective."""
     variant = recognise(layout)
     if variant is not None:
         return variant.name
     suffix = "-base" if layout.objective == "rectified_flow" else ""
-    name = "miniature" if layout.source_id == MINIATURE else f"custom-{family_of(layout) or 'mixed'}"
+    name = "miniature" if is_miniature(layout) else f"custom-{family_of(layout) or 'mixed'}"
     return f"{name}{suffix}"
 
 

@@ -95,6 +95,7 @@ def verify(
     from sa3_convert.bundle.manifest import UNVERIFIED
     from sa3_convert.cli.console import open_told
     from sa3_convert.cli.full import ReportWriter, show_verification
+    from sa3_convert.lab.generations.trajectory import possible_cases
 
     bundle = o.brought(bundle, offline)
     opened = open_told(bundle)
@@ -108,7 +109,7 @@ def verify(
         findings = _against(opened, checkpoint, **how)
     elif full:
         how |= {} if reporting is None else {"heard": reporting.hear}
-        cases = chosen if seconds is not None or case else _possible(chosen, opened)
+        cases = chosen if seconds is not None or case else possible_cases(chosen, opened.layout)
         how |= {"cases": cases, "steps": steps, "engine": engine, "bisecting": bisecting is not False}
         findings = _whole_generations(opened, references, references_mib << 20, workers, scheduler, **how)
     else:
@@ -131,12 +132,6 @@ def _refuse(full: bool, usual: bool, report: Path | None, since: Path | None, ge
         raise UsageError("--backend, --memory and --precision are for `verify` without --full and --report.")
     if since is not None and report is None:
         raise UsageError("--since says with what a report is compared; add --report DIR.")
-
-
-def _possible(cases: "tuple[GenerationCase, ...]", bundle: "Bundle") -> "tuple[GenerationCase, ...]":
-    from sa3_convert.lab.generations.trajectory import possible_cases
-
-    return possible_cases(cases, bundle.layout)
 
 
 def _whole_generations(

@@ -18,12 +18,12 @@ import yaml
 from sa3_convert.bundle.manifest import MANIFEST, Manifest
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.bundle.table import markdown_code
-from sa3_convert.checkpoint.variants import VARIANTS, size_of
+from sa3_convert.checkpoint.variants import VARIANTS, is_miniature, size_of
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
 from sa3_convert.hub.files import is_repository
 from sa3_convert.publish.contract import least_mnn
-from sa3_convert.publish.licences import generates, is_miniature, licences
+from sa3_convert.publish.licences import generates, licences
 from sa3_convert.publish.measured import ReadBench, ReadReport, Report, SelfTest, by_bundle, one_report
 from sa3_convert.publish.tables import (
     Lines,
@@ -153,12 +153,12 @@ def card(
 def _front_matter(manifests: Mapping[str, Manifest]) -> Lines:
     found = manifests.values()
     # Random weights are quantised from nobody's model, and the miniature is on no hub.
-    trained = (m.checkpoint.source for m in found if not (_is_synthetic(m) or is_miniature(m)))
+    trained = (m.checkpoint.source for m in found if not (_is_synthetic(m) or is_miniature(m.layout)))
     sources = sorted({source for source in trained if is_repository(source)})
     precisions = sorted({a.precision for m in found for a in m.artifacts if a.kind == "mnn" and a.precision})
     tags = ["mnn", "stable-audio-3", "audio-generation", *precisions]
     data: dict[str, Any] = {"base_model": sources, "base_model_relation": "quantized"} if sources else {}
-    if all(map(is_miniature, found)):
+    if all(is_miniature(m.layout) for m in found):
         data["license"] = "apache-2.0"
     else:
         data |= {"license": "other", "license_name": "stability-ai-community"}

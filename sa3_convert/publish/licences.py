@@ -4,7 +4,7 @@ from collections.abc import Collection
 from typing import Final
 
 from sa3_convert.bundle.manifest import Manifest
-from sa3_convert.checkpoint.variants import MINIATURE
+from sa3_convert.checkpoint.variants import is_miniature
 
 _LICENCE: Final = """\
 Stable Audio 3, and what is converted from it, is under the
@@ -29,7 +29,7 @@ The miniature was trained, converted and quantised by sa3-convert, and is under 
 
 def licences(manifests: Collection[Manifest]) -> list[str]:
     """Return what a card says, in Markdown."""
-    others = [manifest for manifest in manifests if not is_miniature(manifest)]
+    others = [manifest for manifest in manifests if not is_miniature(manifest.layout)]
     lines = [_MINIATURE] if len(others) < len(manifests) else []
     lines += [_LICENCE] if others else []
     return [*lines, *([_GEMMA] if generates(others) else [])]
@@ -37,13 +37,8 @@ def licences(manifests: Collection[Manifest]) -> list[str]:
 
 def notice(manifests: Collection[Manifest]) -> str:
     """Return the text of the NOTICE."""
-    ours = {is_miniature(manifest) for manifest in manifests}
+    ours = {is_miniature(manifest.layout) for manifest in manifests}
     return "\n".join(text for text, own in ((_NOTICE, False), (_NOTICE_OF_MINIATURE, True)) if own in ours)
-
-
-def is_miniature(manifest: Manifest) -> bool:
-    """Whether it is of the very small model that comes with this package, whose licence is this package's."""
-    return manifest.checkpoint.source == MINIATURE
 
 
 def generates(manifests: Collection[Manifest]) -> bool:

@@ -1,6 +1,7 @@
 """Tables of a card: how fast, how close and how stored. What nobody measured is left out, and so is an empty table."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -37,6 +38,15 @@ def side_by_side(header: str, columns: Mapping[str, Mapping[str, str | None]]) -
     return table([header, *columns], [row for row in rows if any(cell is not None for cell in row[1:])])
 
 
+_SLOTTED: Final = (
+    "They are run in place of those without, and take LoRAs as two more inputs: other ones, or other strengths, "
+    "in every step, with nothing loaded anew. `sa3-convert run … --adapter FILE:0.8` does; `contract.json` tells "
+    "apps where the numbers of each layer go, and how they follow from a file's. Ratios are the worst with "
+    "nothing in the slots and with two kinds of adapters."
+)
+"""What a card says below the models that take LoRAs."""
+
+
 def adapters(manifest: Manifest) -> Lines:
     """Return the models that take LoRAs as inputs, and how they are used."""
     header = ["file", "rank", "layers", "size", "stored as", "worst ratio"]
@@ -47,17 +57,7 @@ def adapters(manifest: Manifest) -> Lines:
             ratio = None if one.fidelity is None else _db(one.fidelity.signal_to_noise_db)
             layers = str(len(slots(one.component, manifest.layout)))
             rows.append([markdown_code(one.path), str(one.rank), layers, bytes_of, one.precision, ratio])
-    what = (
-        "They are run in place of those without, and take LoRAs as two more inputs: other ones, or other strengths, in "
-    )
-    what += (
-        "every step, with nothing loaded anew. `sa3-convert run … --adapter FILE:0.8` does; `contract.json` tells apps "
-    )
-    what += (
-        "where the numbers of each layer go, and how they follow from a file's. Ratios are the worst with nothing in "
-    )
-    what += "the slots and with two kinds of adapters."
-    return [*table(header, rows), what, ""] if rows else []
+    return [*table(header, rows), _SLOTTED, ""] if rows else []
 
 
 def speed(bench: Bench) -> Lines:

@@ -1,7 +1,7 @@
 """Many generations: checked as a whole before the first, resumable after the last that was done.
 
-`results.jsonl` beside the files gets one line per generation that
-was finished or rejected. A generation counts as done when such a line holds exactly its settings and its file is whole.
+`results.jsonl` beside the files gets one line per generation that was finished or rejected. A generation counts as done
+when such a line holds exactly its settings and its file is whole.
 """
 
 import contextlib

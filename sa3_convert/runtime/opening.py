@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from sa3_convert.bundle.manifest import ArtifactKind
 from sa3_convert.bundle.reader import Bundle
-from sa3_convert.components import components_of
+from sa3_convert.components import Component, components_of
 from sa3_convert.errors import BundleError
 from sa3_convert.runtime.engines import KINDS, EngineName, TorchEngine
 from sa3_convert.runtime.pipeline import Pipeline
@@ -51,11 +52,12 @@ class Opening:
 
             return _BESIDE_WEIGHTS + 4 * _numbers(Checkpoint.open(self.path))
         manifest = Bundle.open(self.path).manifest
+        own: ArtifactKind = KINDS.get(self.engine, "onnx")
         sizes = {
             kind: sum(file.bytes for a in manifest.artifacts if a.kind == kind for file in a.files)
-            for kind in (KINDS.get(self.engine, "onnx"), "onnx")
+            for kind in (own, "onnx")
         }
-        stored = sizes[KINDS.get(self.engine, "onnx")]
+        stored = sizes[own]
         # A bundle that came without references does not say how many numbers it has: four bits each, at the least.
         unpacked = stored if self.options.get("memory") == "low" else sizes["onnx"] or 8 * stored
         return _BESIDE_WEIGHTS + stored + unpacked
@@ -70,15 +72,27 @@ def _numbers(checkpoint: "Checkpoint") -> int:
 
 def made_by(pipeline: Pipeline) -> dict[str, Any]:
     """Return what audio files tell about the models that were opened."""
-    engine = pipeline.models.engine
-    if not isinstance(engine, TorchEngine) or pipeline.manifest is not None:
-        return pipeline.made_by()
-    checkpoint = engine.checkpoint
-    loras = [{"name": o.file.path.name, "sha256": o.file.sha256, "strength": o.strength} for o in checkpoint.loras]
-    models = {component.value: checkpoint.digest(component) for component in components_of(checkpoint.layout)}
-    settings = {name: value for name, value in engine.settings.items() if name != "threads"}
-    variant = {"variant": checkpoint.variant_name} | ({"loras": loras} if loras else {})
-    return variant | {"recipe": None, "models": models, "engine": settings}
+    engine, manifest = pipeline.models.engine, pipeline.manifest
+    models: Mapping[Component, str]
+    if manifest is not None:
+        kind = KINDS.get(engine.name)
+        variant, recipe = manifest.variant, manifest.recipe if kind else None
+        loras = [{"name": lora.name, "sha256": lora.sha256, "strength": lora.strength} for lora in manifest.loras]
+        files = {a.component: a.sha256 for a in manifest.artifacts if a.component and a.kind == kind}
+        models = files if kind else manifest.checkpoint.digests
+    else:
+        assert isinstance(engine, TorchEngine)
+        checkpoint = engine.checkpoint
+        variant, recipe = checkpoint.variant_name, None
+        loras = [{"name": o.file.path.name, "sha256": o.file.sha256, "strength": o.strength} for o in checkpoint.loras]
+        models = {component: checkpoint.digest(component) for component in components_of(checkpoint.layout)}
+    return {
+        "variant": variant,
+        **({"loras": loras} if loras else {}),
+        "recipe": recipe,
+        "models": {component.value: digest for component, digest in models.items()},
+        "engine": {name: value for name, value in engine.settings.items() if name != "threads"},
+    }
 
 
 _held: list[tuple[Opening, Mapping[str, Any], Pipeline]] = []

@@ -21,7 +21,7 @@ from sa3_convert.runtime.adapters import Slotted, slotted_models, slotted_networ
 from sa3_convert.runtime.autoencode import Bottleneck
 from sa3_convert.runtime.conditioning import Conditioning, Encodings, Lengths, given_audio, inpaint_mask
 from sa3_convert.runtime.denoising import denoised, velocity_of
-from sa3_convert.runtime.engines import KINDS, Engine, EngineName, bundle_engine, checkpoint_parts
+from sa3_convert.runtime.engines import Engine, EngineName, bundle_engine, checkpoint_parts
 from sa3_convert.runtime.events import AudioChunk, Event, Generation, Notes, Report, Started, Stepped
 from sa3_convert.runtime.levels import level
 from sa3_convert.runtime.loop import closed
@@ -269,20 +269,6 @@ class Pipeline:
         if (rest := leveller.finish()).size:
             yield AudioChunk(done, rest)
         yield Report(settings, sizes, host(latents), notes.seconds, self.models.engine.settings, tuple(notes.warnings))
-
-    def made_by(self) -> dict[str, Any]:
-        """Return what audio files tell about the models of the bundle that was opened."""
-        assert self.manifest is not None
-        manifest, kind = self.manifest, KINDS.get(self.models.engine.name)
-        loras = [{"name": lora.name, "sha256": lora.sha256, "strength": lora.strength} for lora in manifest.loras]
-        files = {a.component: a.sha256 for a in manifest.artifacts if a.component and a.kind == kind}
-        return {
-            "variant": manifest.variant,
-            **({"loras": loras} if loras else {}),
-            "recipe": manifest.recipe if kind else None,
-            "models": {c.value: d for c, d in (files if kind else manifest.checkpoint.digests).items()},
-            "engine": {name: value for name, value in self.models.engine.settings.items() if name != "threads"},
-        }
 
     def tokens(self, prompt: str) -> Tokens:
         """Return the token ids of a prompt."""

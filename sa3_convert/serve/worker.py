@@ -23,6 +23,7 @@ from sa3_convert.errors import ConversionError, InputError, Sa3Error, told_by_sy
 from sa3_convert.runtime.audio import AudioWriter, PcmStream, audio_writer, growing_wav
 from sa3_convert.runtime.engines import KINDS, EngineName
 from sa3_convert.runtime.events import AudioChunk, Report, Started, Stepped
+from sa3_convert.runtime.opening import made_by
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.request import GenerateRequest, ResolvedRequest
 from sa3_convert.system.files import write_text
@@ -110,7 +111,7 @@ class _Worker:
         pipeline, output = self._pipeline(asked["model"]), Path(asked["output"])
         request = GenerateRequest.from_json(asked["settings"]).resolved(pipeline.layout)
         rate, samples, peak = pipeline.layout.sample_rate, 0, 0.0
-        metadata = {"request": request.to_json(output.parent) | asked["told"]} | pipeline.made_by()
+        metadata = {"request": request.to_json(output.parent) | asked["told"]} | made_by(pipeline)
         report, steps = None, 0
         stream = pipeline.stream(request)
         with _writer(output, pipeline, request, metadata, tell) as file, closing(stream) as events:

@@ -340,7 +340,8 @@ def test_the_front_matter_names_the_model_and_the_licence(tmp_path: Path) -> Non
 def test_the_miniature_is_under_our_own_licence_and_nobody_s_model(tmp_path: Path) -> None:
     plain = make_bundle(tmp_path).manifest
     origin = plain.checkpoint.model_copy(update={"source": MINIATURE})
-    ours = plain.model_copy(update={"checkpoint": origin})
+    layout = replace(plain.layout, source_id=MINIATURE)
+    ours = plain.model_copy(update={"checkpoint": origin, "layout": layout})
     text = card({"": ours})
     data = yaml.safe_load(text.split("---\n")[1])
     assert data["license"] == "apache-2.0"

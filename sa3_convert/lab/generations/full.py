@@ -13,6 +13,7 @@ from sa3_convert.check.bundle import verify_bundle
 from sa3_convert.check.inputs import lengths_of, samples_for
 from sa3_convert.check.reference_store import ReferenceStore
 from sa3_convert.check.results import FINITE, BundleFidelity, Progress, advice, derived, reference_stage, sampled_stage
+from sa3_convert.checkpoint.variants import is_miniature
 from sa3_convert.components import Component
 from sa3_convert.lab.bisect.bisect import bisect_bundle
 from sa3_convert.lab.bisect.walk import BisectResult
@@ -42,7 +43,7 @@ from sa3_convert.lab.generations.trajectory import (
     case_feeds,
     end_to_end_cases,
 )
-from sa3_convert.lab.miniature.judge import Recognition, is_miniature, judged
+from sa3_convert.lab.miniature.judge import Recognition, judged
 from sa3_convert.runtime.conditioning import lengths
 from sa3_convert.runtime.engines import KINDS, EngineName
 from sa3_convert.runtime.pipeline import Pipeline

@@ -9,8 +9,6 @@ from pydantic.dataclasses import dataclass
 
 from sa3_convert.check.metrics import wilson
 from sa3_convert.check.results import FINITE, derived
-from sa3_convert.checkpoint.dimensions import CheckpointLayout
-from sa3_convert.checkpoint.variants import MINIATURE
 from sa3_convert.lab.miniature.captions import caption
 from sa3_convert.lab.miniature.recognise import unlike
 from sa3_convert.lab.miniature.sounds import Floats, Piece, sampled
@@ -45,11 +43,6 @@ class Recognition:
         """All of it in a sentence."""
         low, high = self.interval
         return f"On {self.engine} {self.recognised} of {self.of} sounds are recognised ({low:.0%} to {high:.0%})."
-
-
-def is_miniature(layout: CheckpointLayout) -> bool:
-    """Whether it is the miniature, by what it names as its id: its sounds can be judged."""
-    return layout.source_id == MINIATURE
 
 
 def prompts(count: int = PROMPTS) -> Iterator[tuple[Piece, str]]:

@@ -54,11 +54,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("references")
 
 
-@pytest.fixture(scope="module")
-def verified(toy_int8: Bundle, store: Path) -> tuple[Verification, Witness]:
+def witnessed(bundle: Bundle, store: Path, **how: Any) -> tuple[Verification, Witness]:
     witness = Witness()
     findings = verify_fully(
-        toy_int8,
+        bundle,
         cases=CASES,
         steps=STEPS,
         quick=True,
@@ -66,8 +65,14 @@ def verified(toy_int8: Bundle, store: Path) -> tuple[Verification, Witness]:
         threads=2,
         report=witness.report,
         heard=witness.hear,
+        **how,
     )
     return findings, witness
+
+
+@pytest.fixture(scope="module")
+def verified(toy_int8: Bundle, store: Path) -> tuple[Verification, Witness]:
+    return witnessed(toy_int8, store)
 
 
 def with_floor(findings: Verification, component: Component, floor_db: float) -> Verification:
@@ -129,18 +134,7 @@ def test_workers_find_the_same_to_the_digit_whatever_they_do_first(
     toy_int8: Bundle, store: Path, verified: tuple[Verification, Witness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shared, "_held", [])
-    witness = Witness()
-    findings = verify_fully(
-        toy_int8,
-        cases=CASES,
-        steps=STEPS,
-        quick=True,
-        store=ReferenceStore(store),
-        threads=2,
-        report=witness.report,
-        heard=witness.hear,
-        runner=shuffled,  # type: ignore[arg-type]
-    )
+    findings, witness = witnessed(toy_int8, store, runner=shuffled)
     assert findings.to_data() == verified[0].to_data()
     assert witness.heard.keys() == verified[1].heard.keys()
     assert all(np.array_equal(audio, verified[1].heard[what]) for what, audio in witness.heard.items())
