@@ -196,12 +196,13 @@ def components_of(layout: "CheckpointLayout") -> tuple[Component, ...]:
 def contract(component: Component, layout: "CheckpointLayout", rank: int | None = None) -> Contract:
     """Return the I/O contract of a component; UsageError if a checkpoint of this layout has none.
 
-    With a rank it is that of the model with slots, which takes adapters of up to this rank as two more inputs.
+    With a rank it is that of the model with slots, which takes adapters of up to this rank as two more inputs; what
+    adapters do not change has none.
     """
     if component not in components_of(layout):
         raise UsageError(f"This checkpoint holds an autoencoder alone; it has no component {component.value!r}.")
     plain = SPECS[component].contract(layout)
-    if rank is None:
+    if rank is None or component not in ADAPTED:
         return plain
     ports = [Port(name, "float32", (size,)) for name, size in slot_sizes(component, layout, rank).items()]
     return replace(plain, inputs=(*plain.inputs, *ports))

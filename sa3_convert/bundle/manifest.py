@@ -285,6 +285,17 @@ class Manifest(_Data):
             raise ValueError(f"the layout has no {', '.join(sorted(str(component) for component in foreign))}")
         return self
 
+    def models(
+        self, kind: ArtifactKind, *, split: bool = False, slots: bool = False
+    ) -> dict[Component, tuple[Artifact, ...]]:
+        """Return the models of a kind; in place of the plain ones those with slots, or the DiT in parts, if wanted."""
+        kinds = (kind, SLOTS_OF[kind]) if slots else (kind,)
+        found: dict[Component, tuple[Artifact, ...]]
+        found = {a.component: (a,) for one in kinds for a in self.artifacts if a.kind == one and a.component}
+        if split:
+            found[Component.DIT] = tuple(a for one in SPLIT_KINDS for a in self.artifacts if a.kind == one)
+        return found
+
     @property
     def is_foreign(self) -> bool:
         """Whether it was made up for models that came without one."""

@@ -142,9 +142,9 @@ class Target:
         if self.chosen is not None and self.options["backend"] == "cpu":
             tell_engine(self.engine, "cpu", self.chosen)
 
-    def metadata(self, pipeline: Pipeline) -> dict[str, Any]:
+    def metadata(self, pipeline: Pipeline, *, adapters: bool) -> dict[str, Any]:
         """Return what files tell about the models that made them: those that were opened."""
-        return made_by(pipeline) | (hub_origin(self.bundle) if pipeline.manifest is not None else {})
+        return made_by(pipeline, adapters=adapters) | (hub_origin(self.bundle) if pipeline.manifest is not None else {})
 
 
 class _Writer(Protocol):
@@ -178,7 +178,7 @@ def generate(
     entries: list[dict[str, Any]] = []
     rejected: list[str] = []
     with PeakMemory() as device, _opened(target, keep_loaded=len(requests) > 1) as pipeline:
-        made_by = target.metadata(pipeline)
+        made_by = target.metadata(pipeline, adapters=bool(requests[0].adapters))
         if origin:
             _check_origin(target, made_by, origin)
         asked = [request.resolved(pipeline.layout) for request in requests]
@@ -282,7 +282,9 @@ def generate_batch(
     codes: list[int] = []
     with _opened(target, keep_loaded=keep_loaded) as pipeline:
         how = (target.sample_format, target.dither, target.allow)
-        options = BatchOptions(target.output, *how, target.metadata(pipeline), reads, target.force)
+        used = {bool(item.request.adapters) for item in items}
+        plain, adapted = (target.metadata(pipeline, adapters=a) if a in used else None for a in (False, True))
+        options = BatchOptions(target.output, *how, plain, adapted, reads, target.force)
         workers = None if runner is None else Workers(runner, target.opening)
         with (
             progress("generating") as tick,

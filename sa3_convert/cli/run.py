@@ -144,7 +144,7 @@ CheckpointOption = Annotated[
 SplitOption = Annotated[
     bool,
     o.runtime(
-        "--split-dit", help="MNN: compute once what stays the same in all steps; needs `convert --with-split-dit`."
+        "--split-dit", help="MNN: compute once what all steps share; needs `convert --with-split-dit`, no --adapter."
     ),
 ]
 PlaceOption = Annotated[
@@ -165,7 +165,6 @@ FromOption = Annotated[
         callback=paths.reads,
     ),
 ]
-
 
 AdapterOption = Annotated[
     list[str] | None,
@@ -304,7 +303,8 @@ def _chosen(context: Context, bundle: Path, origin: Mapping[str, Any], adapters:
     how = context.params
     made = origin.get("engine", {})
     made = made if made.get("backend") == how["backend"] else {}
-    again = {"memory": made.get("memory"), "precision": made.get("precision"), "split_dit": made.get("dit") == "split"}
+    split = made.get("dit") == "split" and not adapters
+    again = {"memory": made.get("memory"), "precision": made.get("precision"), "split_dit": split}
     again = {
         name: value
         for name, value in again.items()

@@ -46,10 +46,16 @@ class BatchOptions:
     allow: tuple[str, ...] = ()
     metadata: Mapping[str, Any] | None = None
     """Written into every file, beside its settings."""
+    adapted: Mapping[str, Any] | None = None
+    """In its place, where adapters take part."""
     reads: tuple[Named, ...] = ()
     """What must not be written over, besides the audio that the batch itself names."""
     force: bool = False
     """Replace files that no batch of this folder has made."""
+
+    def told(self, item: BatchItem, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the file of a generation tells of itself."""
+        return {**((self.adapted if item.request.adapters else self.metadata) or {}), "request": request}
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +145,7 @@ def run_batch(
         for item, request in zip(items, settings, strict=True):
             if item.output not in recorded and not options.force:
                 with in_line(f"Line {item.line}", {}):
-                    check_replaceable(folder / item.output, {**(options.metadata or {}), "request": request})
+                    check_replaceable(folder / item.output, options.told(item, request))
         found: dict[int, BatchResult] = {}
         memory = 0 if workers is None else workers.opening.memory_bytes()
         todo: list[Line] = []
@@ -189,7 +195,9 @@ def _made(pipeline: Pipeline, todo: Sequence[Line], workers: Workers | None) -> 
     folder = todo[0].options.folder
     # What a worker that died has left is removed at the end; if this process dies, by its parent.
     writing_into(folder)
-    run = partial(_generate_there, workers.opening.elsewhere(), made_by(pipeline))
+    used = {bool(line.item.request.adapters) for line in todo}
+    models = {adapters: made_by(pipeline, adapters=adapters) for adapters in used}
+    run = partial(_generate_there, workers.opening.elsewhere(), models)
     try:
         with contextlib.closing(workers.runner([line.elsewhere() for line in todo], run)) as outcomes:
             for line, outcome in outcomes:
@@ -207,7 +215,7 @@ def _arrived(line: Line, outcome: "BatchResult | Sa3Error", folder: Path) -> Bat
     return BatchResult(item.line, item.output, line.request, error=str(outcome), exit_code=outcome.exit_code)
 
 
-def _generate_there(opening: Opening, models: Mapping[str, Any], line: Line) -> BatchResult:
+def _generate_there(opening: Opening, models: Mapping[bool, Mapping[str, Any]], line: Line) -> BatchResult:
     """Generate where models stay loaded from one line to the next."""
     return _generate(held(opening, models), line)
 
@@ -253,7 +261,7 @@ def _generated(pipeline: Pipeline, line: Line) -> BatchResult:
             pipeline.layout.sample_rate,
             sample_format=options.sample_format,
             dither=options.dither,
-            metadata={**(options.metadata or {}), "request": request},
+            metadata=options.told(item, request),
             loop=item.request.loop is not None,
         ) as writer:
             for event in pipeline.stream(item.request, allow=options.allow):

@@ -76,6 +76,7 @@ class MnnEngine(OnHost):
 
     layout: CheckpointLayout
     files: Mapping[Component, CheckedFile]
+    """Of a component in parts, the last."""
     threads: int | None = None
     """None is one per usable core."""
     memory: Level = "normal"
@@ -274,9 +275,16 @@ ENGINE_OPTIONS: Mapping[EngineName, tuple[str, ...]] = {
     "torch": ("threads", "padding", "precision", "backend", "checkpoint", "loras"),
 }
 
+_NO_SLOTS_IN_PARTS = "The DiT in parts takes no adapters. Leave --split-dit away, or merge them with `convert --lora`."
+
 
 def kinds_of(name: EngineName, *, split: bool = False, adapters: bool = False) -> set[ArtifactKind]:
-    """Return the kinds of files that an engine opens in a bundle; adapters of some types need the plain weights."""
+    """Return the kinds of files that an engine opens in a bundle; adapters of some types need the plain weights.
+
+    UsageError if the DiT in parts shall take adapters.
+    """
+    if split and adapters:
+        raise UsageError(_NO_SLOTS_IN_PARTS)
     kind = KINDS.get(name)
     if kind is None:
         return {"tokenizer"}
@@ -312,10 +320,10 @@ def bundle_engine(
             FILE[:STRENGTH].
         check: compare the files with the manifest first, once per open bundle; without it they still have to stay
             what they are from now on.
-        rank: of the slots for adapters that its models shall have; None is models without.
+        rank: of the slots for adapters that its models shall have, where adapters change them; None is without.
 
     Raises:
-        UsageError: no such engine, an option that it does not have, or torch without a checkpoint.
+        UsageError: no such engine, an option that it does not have, parts with slots, or torch without a checkpoint.
         BundleError: files are missing or are not what the manifest says.
         CheckpointError: the checkpoint is incomplete, damaged, or not the one that the bundle was made from.
         BackendError: torch is not installed.
@@ -327,35 +335,27 @@ def bundle_engine(
         raise UsageError(f"Engine {name} has no option {unknown[0]!r}. It has: {', '.join(ENGINE_OPTIONS[name])}.")
     if name == "torch":
         return replace(_torch_engine(bundle, options, check=check), rank=rank)
-    kind = KINDS[name] if rank is None else SLOTS_OF[KINDS[name]]
+    settings = dict(options)
+    if (split := settings.pop("split", False)) and rank is not None:
+        raise UsageError(_NO_SLOTS_IN_PARTS)
+    models = bundle.manifest.models(KINDS[name], split=split, slots=rank is not None)
+    if split and SPLIT_KINDS[-1] not in {part.kind for part in models[Component.DIT]}:
+        raise BundleError(f"Bundle {bundle.path} has no DiT in parts. Convert again with --with-split-dit.")
     if check:
         bundle.check((), kinds=())
-    files = {
-        artifact.component: bundle.checked(artifact.component, kind, contents=check)
-        for artifact in bundle.manifest.artifacts
-        if artifact.component is not None and artifact.kind == kind
-    }
+    opened = {c: tuple(bundle.checked(c, one.kind, contents=check) for one in own) for c, own in models.items()}
+    files = {component: own[-1] for component, own in opened.items()}
     if name == "mnn":
-        settings = dict(options)
-        split = settings.pop("split", False) and rank is None
-        parts = _parts(bundle, check=check) if split else None
-        judged = {c: bundle.artifact(c, SPLIT_KINDS[-1] if split and c is Component.DIT else kind) for c in files}
-        right_at_low = frozenset(c for c, artifact in judged.items() if artifact.lowest_precision == "low")
+        parts = opened[Component.DIT] if split else None
+        right_at_low = frozenset(c for c, own in models.items() if own[-1].lowest_precision == "low")
         return MnnEngine(bundle.layout, files, parts=parts, right_at_low=right_at_low, rank=rank, **settings)
     if name in MADE_BY and not files:
         raise BundleError(
             f"Bundle {bundle.path} has nothing for the engine {name}. Convert again with {MADE_BY[name]}."
         )
-    parts = bundle.checked_parts(Component.DIT, kind, contents=check) if Component.DIT in files else ()
-    return OrtEngine(bundle.layout, files, parts=parts, name=name, rank=rank, **options)
-
-
-def _parts(bundle: Bundle, *, check: bool) -> tuple[CheckedFile, ...]:
-    """Return those that the bundle has: of older conversions there are two."""
-    listed = {artifact.kind for artifact in bundle.manifest.artifacts}
-    if SPLIT_KINDS[-1] not in listed:
-        raise BundleError(f"Bundle {bundle.path} has no DiT in parts. Convert again with --with-split-dit.")
-    return tuple(bundle.checked(Component.DIT, kind, contents=check) for kind in SPLIT_KINDS if kind in listed)
+    dit = models.get(Component.DIT, ())
+    parts = tuple(part for one in dit for part in bundle.checked_parts(Component.DIT, one.kind, contents=check))
+    return OrtEngine(bundle.layout, files, parts=parts, name=name, rank=rank, **settings)
 
 
 def _torch_engine(bundle: Bundle, options: Mapping[str, Any], *, check: bool) -> TorchEngine:

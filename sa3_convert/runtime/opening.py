@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sa3_convert.bundle.manifest import ArtifactKind
 from sa3_convert.bundle.reader import Bundle
-from sa3_convert.components import Component, components_of
+from sa3_convert.components import components_of
 from sa3_convert.errors import BundleError
-from sa3_convert.runtime.engines import KINDS, EngineName, TorchEngine
+from sa3_convert.runtime.engines import KINDS, EngineName, MnnEngine, OrtEngine, TorchEngine
 from sa3_convert.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -70,22 +70,26 @@ def _numbers(checkpoint: "Checkpoint") -> int:
     return sum(math.prod(entry.shape) for entry in entries)
 
 
-def made_by(pipeline: Pipeline) -> dict[str, Any]:
-    """Return what audio files tell about the models that were opened."""
-    engine, manifest = pipeline.models.engine, pipeline.manifest
-    models: Mapping[Component, str]
+def made_by(pipeline: Pipeline, *, adapters: bool = False) -> dict[str, Any]:
+    """Return what audio files tell about the models that make them, with adapters or without.
+
+    Of a component in parts it is the last that is named; of torch it is the weights.
+    """
+    engine, manifest = pipeline.engine(adapters=adapters), pipeline.manifest
+    if isinstance(engine, TorchEngine):
+        checkpoint = engine.checkpoint
+        models = {component: checkpoint.digest(component) for component in components_of(checkpoint.layout)}
+    else:
+        assert isinstance(engine, MnnEngine | OrtEngine)
+        models = {component: file.sha256 for component, file in engine.files.items()}
     if manifest is not None:
-        kind = KINDS.get(engine.name)
-        variant, recipe = manifest.variant, manifest.recipe if kind else None
+        variant, recipe = manifest.variant, manifest.recipe if engine.name in KINDS else None
         loras = [{"name": lora.name, "sha256": lora.sha256, "strength": lora.strength} for lora in manifest.loras]
-        files = {a.component: a.sha256 for a in manifest.artifacts if a.component and a.kind == kind}
-        models = files if kind else manifest.checkpoint.digests
     else:
         assert isinstance(engine, TorchEngine)
-        checkpoint = engine.checkpoint
-        variant, recipe = checkpoint.variant_name, None
-        loras = [{"name": o.file.path.name, "sha256": o.file.sha256, "strength": o.strength} for o in checkpoint.loras]
-        models = {component: checkpoint.digest(component) for component in components_of(checkpoint.layout)}
+        variant, recipe = engine.checkpoint.variant_name, None
+        merged = engine.checkpoint.loras
+        loras = [{"name": o.file.path.name, "sha256": o.file.sha256, "strength": o.strength} for o in merged]
     return {
         "variant": variant,
         **({"loras": loras} if loras else {}),
@@ -95,12 +99,16 @@ def made_by(pipeline: Pipeline) -> dict[str, Any]:
     }
 
 
-_held: list[tuple[Opening, Mapping[str, Any], Pipeline]] = []
+_held: list[tuple[Opening, Mapping[bool, Mapping[str, Any]], Pipeline]] = []
 """What this process has opened last, and what it said of its models."""
 
 
-def held(opening: Opening, models: Mapping[str, Any]) -> Pipeline:
+def held(opening: Opening, models: Mapping[bool, Mapping[str, Any]]) -> Pipeline:
     """Return a pipeline that this process keeps with its models loaded, until it is asked for another one.
+
+    Args:
+        opening: how it is opened.
+        models: what `made_by` has told of them where the command was given, with adapters or without.
 
     Raises:
         BundleError: here stand other models under this path than those that `made_by` has told of.
@@ -110,7 +118,7 @@ def held(opening: Opening, models: Mapping[str, Any]) -> Pipeline:
         while _held:
             _held.pop()[2].close()
         pipeline = opening.open(keep_loaded=True)
-        if made_by(pipeline) != models:
+        if any(made_by(pipeline, adapters=adapters) != told for adapters, told in models.items()):
             raise BundleError(f"On this worker, {opening.path} holds other models than where the command was given.")
         _held.append((opening, models, pipeline))
     return _held[0][2]

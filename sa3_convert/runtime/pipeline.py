@@ -95,7 +95,8 @@ class Pipeline:
             window: see the class.
             adapters: LoRAs to begin with; with some, "auto" is an engine whose models take them.
             **options: of the engine: `threads`; for MNN `memory`, `precision` (low goes to models that are right with
-                it, normal to the others), `backend` and `split` (run the DiT that `convert --with-split-dit` makes);
+                it, normal to the others), `backend` and `split` (run the DiT that `convert --with-split-dit` makes,
+                which takes no adapters);
                 for torch `checkpoint`, the folder that the bundle was made from, `padding`, and `precision` (normal
                 computes products in halves).
 
@@ -177,6 +178,10 @@ class Pipeline:
 
     def _adapters_of(self, request: GenerateRequest) -> Sequence[AdapterRequest]:
         return request.adapters or self.adapters
+
+    def engine(self, *, adapters: bool) -> Engine:
+        """Return what runs generations, with adapters or without; BundleError if there are no models with slots."""
+        return self.slotted().models.engine if adapters else self.models.engine
 
     def slotted(self) -> Slotted:
         """Return the models that take adapters; BundleError if there are none."""
@@ -268,7 +273,8 @@ class Pipeline:
         check.finish(sizes.samples)
         if (rest := leveller.finish()).size:
             yield AudioChunk(done, rest)
-        yield Report(settings, sizes, host(latents), notes.seconds, self.models.engine.settings, tuple(notes.warnings))
+        engine = self.engine(adapters=bool(self._adapters_of(settings)))
+        yield Report(settings, sizes, host(latents), notes.seconds, engine.settings, tuple(notes.warnings))
 
     def tokens(self, prompt: str) -> Tokens:
         """Return the token ids of a prompt."""

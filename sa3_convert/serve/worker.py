@@ -111,7 +111,8 @@ class _Worker:
         pipeline, output = self._pipeline(asked["model"]), Path(asked["output"])
         request = GenerateRequest.from_json(asked["settings"]).resolved(pipeline.layout)
         rate, samples, peak = pipeline.layout.sample_rate, 0, 0.0
-        metadata = {"request": request.to_json(output.parent) | asked["told"]} | made_by(pipeline)
+        made = made_by(pipeline, adapters=bool(request.adapters))
+        metadata = {"request": request.to_json(output.parent) | asked["told"]} | made
         report, steps = None, 0
         stream = pipeline.stream(request)
         with _writer(output, pipeline, request, metadata, tell) as file, closing(stream) as events:

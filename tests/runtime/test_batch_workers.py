@@ -43,7 +43,7 @@ def opened(small: Parts, monkeypatch: pytest.MonkeyPatch) -> list[Pipeline]:
     monkeypatch.setattr(Opening, "open", open_one)
     monkeypatch.setattr(Opening, "memory_bytes", lambda self: 7)
     for module in ("opening", "batch"):
-        monkeypatch.setattr(f"sa3_convert.runtime.{module}.made_by", lambda _: MODELS)
+        monkeypatch.setattr(f"sa3_convert.runtime.{module}.made_by", lambda *_, **__: MODELS)
     monkeypatch.setattr(room, "_held", [])
     return found
 
@@ -144,10 +144,12 @@ def test_other_models_under_the_path_are_refused_and_another_bundle_takes_the_pl
     small: Parts, opened: list[Pipeline]
 ) -> None:
     with pytest.raises(BundleError, match="holds other models"):
-        room.held(OPENING, {"models": {"dit": "1"}})
-    first = room.held(OPENING, MODELS)
-    assert room.held(Opening(Path("bundle"), "mnn", {}), MODELS) is first
-    assert room.held(Opening(Path("other"), "mnn", {}), MODELS) is not first
+        room.held(OPENING, {False: {"models": {"dit": "1"}}})
+    with pytest.raises(BundleError, match="holds other models"):
+        room.held(OPENING, {False: MODELS, True: {"models": {"dit": "1"}}})
+    first = room.held(OPENING, {False: MODELS})
+    assert room.held(Opening(Path("bundle"), "mnn", {}), {False: MODELS}) is first
+    assert room.held(Opening(Path("other"), "mnn", {}), {False: MODELS}) is not first
     assert len(room._held) == 1
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.cli import app
+from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
 from sa3_convert.runtime.audio import read_metadata
 from sa3_convert.runtime.pipeline import Pipeline
@@ -65,6 +66,7 @@ def test_the_samples_are_those_of_run_and_names_stand_for_files(
     assert (made[0] != made[2]).any()
     files = [json.loads((served.folder / f"{job}.json").read_text()), read_metadata(served.folder / f"{job}.wav")]
     assert [found["request"]["adapters"] for found in files] == [list(asked)] * 2
+    assert {found["models"]["dit"] for found in files} == {toy_slots.artifact(Component.DIT, "mnn-slots").sha256}
     assert "secret" not in json.dumps([files, told, served.events(job)])
 
 
