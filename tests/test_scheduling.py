@@ -7,7 +7,7 @@ import pytest
 
 from sa3_convert import scheduling
 from sa3_convert.errors import BackendError, InputError, Sa3Error
-from sa3_convert.scheduling import in_this_process, local_workers, on_dask, simulated
+from sa3_convert.scheduling import Latest, in_this_process, local_workers, on_dask, simulated
 from tests.played import quick, runs, silent, task
 
 distributed = pytest.importorskip("distributed")
@@ -98,3 +98,29 @@ def test_a_scheduler_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(scheduling, "_WAIT", 1)
     with pytest.raises(BackendError, match="No scheduler answers at tcp"):
         list(on_dask(scheduling.scheduler("tcp://127.0.0.1:1", silent), [task("a", tmp_path)], quick))
+
+
+def test_what_was_opened_last_stays_until_another_takes_its_place() -> None:
+    said: list[str] = []
+    latest = Latest[str, str]()
+
+    def opened(name: str, *, fails: bool = False) -> str:
+        def open_it(stack: contextlib.ExitStack) -> str:
+            stack.callback(said.append, f"closed {name}")
+            if fails:
+                raise InputError(name)
+            said.append(f"opened {name}")
+            return name.upper()
+
+        return latest.of(name, open_it)
+
+    assert [opened("a"), opened("a"), opened("b")] == ["A", "A", "B"]
+    assert said == ["opened a", "closed a", "opened b"]
+    with pytest.raises(InputError):
+        opened("c", fails=True)
+    # Nothing of it is left, nor taken for it.
+    assert said[3:] == ["closed b", "closed c"]
+    assert opened("c") == "C"
+    latest.close()
+    latest.close()
+    assert said[5:] == ["opened c", "closed c"]

@@ -208,6 +208,11 @@ class Artifact(FileEntry):
         """The file and what belongs to it."""
         return tuple(entry for entry in (self, self.companion, *self.parts, self.table) if entry is not None)
 
+    @property
+    def total_bytes(self) -> int:
+        """How large they are together."""
+        return sum(entry.bytes for entry in self.files)
+
     def moved(self, path: str) -> Self:
         """Return it at another place of the bundle, and what belongs to it beside it."""
 
@@ -295,6 +300,11 @@ class Manifest(_Data):
         if split:
             found[Component.DIT] = tuple(a for one in SPLIT_KINDS for a in self.artifacts if a.kind == one)
         return found
+
+    def opened_bytes(self, kind: ArtifactKind, *, split: bool = False, adapters: bool = False) -> int:
+        """Return how large the models of a kind are that are opened: with adapters those that have slots, too."""
+        sets = [self.models(kind, split=split), *([self.models(kind, slots=True)] if adapters else [])]
+        return sum({a.path: a.total_bytes for models in sets for own in models.values() for a in own}.values())
 
     @property
     def is_foreign(self) -> bool:

@@ -209,7 +209,7 @@ def _speed(row: BenchRow | None) -> str:
 def _row(bundle: Bundle, components: Sequence[Component]) -> list[str]:
     models = {component: bundle.artifact(component) for component in bundle.components}
     cells = [_cell(models[component]) if component in models else "–" for component in components]
-    total = sum(_bytes(model) for model in models.values())
+    total = sum(model.total_bytes for model in models.values())
     return [
         markdown_text(bundle.manifest.label),
         f"`{bundle.manifest.recipe}`",
@@ -220,7 +220,7 @@ def _row(bundle: Bundle, components: Sequence[Component]) -> list[str]:
 
 
 def _cell(model: Artifact) -> str:
-    size = f"{_bytes(model) / 2**20:.1f} MiB"
+    size = f"{model.total_bytes / 2**20:.1f} MiB"
     return size if model.fidelity is None else f"{size}, {model.fidelity.signal_to_noise_db:.1f} dB"
 
 
@@ -229,7 +229,3 @@ def _right_at_low(models: Mapping[Component, Artifact]) -> str:
     if all(model.half_db is None for model in models.values()):
         return "–"
     return ", ".join(c.value for c, model in models.items() if model.lowest_precision == "low") or "none"
-
-
-def _bytes(model: Artifact) -> int:
-    return sum(entry.bytes for entry in model.files)

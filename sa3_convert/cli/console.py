@@ -172,7 +172,7 @@ def bundle_rows(bundle: Bundle) -> list[dict[str, Any]]:
         {
             "component": artifact.component.value,
             "precision": artifact.precision,
-            "bytes": sum(entry.bytes for entry in artifact.files),
+            "bytes": artifact.total_bytes,
             "signal_to_noise_db": artifact.fidelity.signal_to_noise_db,
             "floor_db": artifact.floor_db,
             "cosine": artifact.fidelity.cosine,

@@ -87,7 +87,7 @@ def dots(manifests: Mapping[str, Manifest], reports: Sequence[ReadReport]) -> li
         ratios |= {model.component: model.spread.worst for model in report.models} if report is not None else {}
         for component, artifact in models_of(manifest).items():
             if component in ratios:
-                size = sum(entry.bytes for entry in artifact.files)
+                size = artifact.total_bytes
                 found.append(Dot(folder or manifest.label, component.value, size, ratios[component]))
     return found
 
@@ -203,12 +203,10 @@ def _facts(manifest: Manifest) -> dict[str, str | None]:
         "least MNN": least_mnn(manifest) if any(a.target_mnn for a in models.values()) else None,
         "sample rate": f"{layout.sample_rate} Hz, {layout.autoencoder.audio_channels} channels",
         "longest audio": f"{layout.sample_size} samples ({layout.sample_size / layout.sample_rate:.0f} s)",
-        "all models": size(sum(entry.bytes for a in models.values() for entry in a.files)),
+        "all models": size(sum(a.total_bytes for a in models.values())),
     }
     return facts | {
-        component.value: ", ".join(
-            [size(sum(entry.bytes for entry in artifact.files)), *([artifact.precision] if artifact.precision else [])]
-        )
+        component.value: ", ".join([size(artifact.total_bytes), *([artifact.precision] if artifact.precision else [])])
         for component, artifact in models.items()
     }
 

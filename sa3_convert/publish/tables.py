@@ -53,7 +53,7 @@ def adapters(manifest: Manifest) -> Lines:
     rows: list[list[str | None]] = []
     for one in manifest.artifacts:
         if one.component is not None and one.rank is not None and one.kept_at is None:
-            bytes_of = size(sum(entry.bytes for entry in one.files))
+            bytes_of = size(one.total_bytes)
             ratio = None if one.fidelity is None else _db(one.fidelity.signal_to_noise_db)
             layers = str(len(slots(one.component, manifest.layout)))
             rows.append([markdown_code(one.path), str(one.rank), layers, bytes_of, one.precision, ratio])
@@ -243,7 +243,7 @@ def storage(manifest: Manifest) -> Lines:
         [
             component.value,
             *(size(totals[component][kind]["bytes"]) if kind in totals[component] else None for kind in kinds),
-            size(sum(entry.bytes for entry in artifact.files)),
+            size(artifact.total_bytes),
         ]
         for component, artifact in models.items()
     ]

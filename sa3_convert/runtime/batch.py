@@ -147,7 +147,8 @@ def run_batch(
                 with in_line(f"Line {item.line}", {}):
                     check_replaceable(folder / item.output, options.told(item, request))
         found: dict[int, BatchResult] = {}
-        memory = 0 if workers is None else workers.opening.memory_bytes()
+        adapters = any(item.request.adapters for item in items)
+        memory = 0 if workers is None else workers.opening.memory_bytes(adapters=adapters)
         todo: list[Line] = []
         for item, request in zip(items, settings, strict=True):
             known = recorded.get(item.output)

@@ -1,22 +1,20 @@
 """How a pipeline is opened, as data: another process opens the same one with it, and holds it from work to work."""
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
-from sa3_convert.bundle.manifest import ArtifactKind
 from sa3_convert.bundle.reader import Bundle
-from sa3_convert.components import components_of
+from sa3_convert.components import ADAPTED, components_of
 from sa3_convert.errors import BundleError
 from sa3_convert.runtime.engines import KINDS, EngineName, MnnEngine, OrtEngine, TorchEngine
 from sa3_convert.runtime.pipeline import Pipeline
+from sa3_convert.scheduling import BESIDE_WEIGHTS, Latest
 
 if TYPE_CHECKING:
     from sa3_convert.checkpoint.reader import Checkpoint
-
-_BESIDE_WEIGHTS: Final = 1 << 30
-"""Bytes that a generation takes beside its weights; 0.3 to 0.8 GiB were measured, from 10 to 120 seconds of audio."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,28 +43,29 @@ class Opening:
             options["loras"] = tuple(str(Path(text).absolute()) for text in loras)
         return replace(self, path=self.path.absolute(), options=options)
 
-    def memory_bytes(self) -> int:
-        """Return how much memory it takes with all its models loaded: weights as stored and unpacked, and work."""
+    def memory_bytes(self, *, adapters: bool = False) -> int:
+        """Return how much memory it takes with all its models loaded: weights as stored and unpacked, and work.
+
+        With adapters models with slots are loaded beside those without.
+        """
         if self.of_checkpoint:
             from sa3_convert.checkpoint.reader import Checkpoint
 
-            return _BESIDE_WEIGHTS + 4 * _numbers(Checkpoint.open(self.path))
+            return BESIDE_WEIGHTS + 4 * _numbers(Checkpoint.open(self.path), adapters)
         manifest = Bundle.open(self.path).manifest
-        own: ArtifactKind = KINDS.get(self.engine, "onnx")
-        sizes = {
-            kind: sum(file.bytes for a in manifest.artifacts if a.kind == kind for file in a.files)
-            for kind in (own, "onnx")
-        }
-        stored = sizes[own]
+        stored = manifest.opened_bytes(
+            KINDS.get(self.engine, "onnx"), split=bool(self.options.get("split")), adapters=adapters
+        )
         # A bundle that came without references does not say how many numbers it has: four bits each, at the least.
-        unpacked = stored if self.options.get("memory") == "low" else sizes["onnx"] or 8 * stored
-        return _BESIDE_WEIGHTS + stored + unpacked
+        numbers = manifest.opened_bytes("onnx", adapters=adapters) or 8 * stored
+        return BESIDE_WEIGHTS + stored + (stored if self.options.get("memory") == "low" else numbers)
 
 
-def _numbers(checkpoint: "Checkpoint") -> int:
+def _numbers(checkpoint: "Checkpoint", adapters: bool) -> int:
     import math
 
-    entries = (e for c in components_of(checkpoint.layout) for e in checkpoint.stored(c).values())
+    networks = (*components_of(checkpoint.layout), *(ADAPTED if adapters else ()))
+    entries = (entry for component in networks for entry in checkpoint.stored(component).values())
     return sum(math.prod(entry.shape) for entry in entries)
 
 
@@ -99,8 +98,7 @@ def made_by(pipeline: Pipeline, *, adapters: bool = False) -> dict[str, Any]:
     }
 
 
-_held: list[tuple[Opening, Mapping[bool, Mapping[str, Any]], Pipeline]] = []
-"""What this process has opened last, and what it said of its models."""
+_held = Latest[tuple[Opening, Mapping[bool, Mapping[str, Any]]], Pipeline]()
 
 
 def held(opening: Opening, models: Mapping[bool, Mapping[str, Any]]) -> Pipeline:
@@ -114,11 +112,11 @@ def held(opening: Opening, models: Mapping[bool, Mapping[str, Any]]) -> Pipeline
         BundleError: here stand other models under this path than those that `made_by` has told of.
 
     """
-    if not _held or _held[0][:2] != (opening, models):
-        while _held:
-            _held.pop()[2].close()
-        pipeline = opening.open(keep_loaded=True)
+
+    def open_it(stack: contextlib.ExitStack) -> Pipeline:
+        pipeline = stack.enter_context(opening.open(keep_loaded=True))
         if any(made_by(pipeline, adapters=adapters) != told for adapters, told in models.items()):
             raise BundleError(f"On this worker, {opening.path} holds other models than where the command was given.")
-        _held.append((opening, models, pipeline))
-    return _held[0][2]
+        return pipeline
+
+    return _held.of((opening, models), open_it)

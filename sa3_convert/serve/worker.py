@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from sa3_convert.bundle.manifest import SLOTS_OF
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.errors import ConversionError, InputError, Sa3Error, told_by_system
 from sa3_convert.runtime.audio import AudioWriter, PcmStream, audio_writer, growing_wav
@@ -44,9 +43,7 @@ class Served:
 
     def bytes(self) -> int:
         """Return how much its models take on disk; in memory it is at least that."""
-        kind = KINDS[self.engine]
-        kinds = (kind, SLOTS_OF[kind]) if self.adapters else (kind,)
-        return sum(a.bytes for a in Bundle.open(self.path).manifest.artifacts if a.kind in kinds)
+        return Bundle.open(self.path).manifest.opened_bytes(KINDS[self.engine], adapters=bool(self.adapters))
 
 
 class _CancelledError(Exception):

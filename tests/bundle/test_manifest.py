@@ -4,15 +4,26 @@ import json
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sa3_convert.bundle.manifest import MANIFEST, Artifact, CheckpointOrigin, FileEntry, LoraEntry, Manifest, as_text
+from sa3_convert.bundle.manifest import (
+    MANIFEST,
+    SPLIT_KINDS,
+    Artifact,
+    ArtifactKind,
+    CheckpointOrigin,
+    FileEntry,
+    LoraEntry,
+    Manifest,
+    as_text,
+)
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.checkpoint.config import read_layout
-from sa3_convert.components import Component
+from sa3_convert.components import ADAPTED, Component
 from sa3_convert.errors import BundleError
 from tests.conftest import GOLDEN
 
@@ -55,6 +66,42 @@ def make_bundle(
     bundle = Bundle(folder, manifest)
     bundle.write()
     return bundle
+
+
+def with_forms(bundle: Bundle) -> Manifest:
+    """Return a manifest that also has slots, the DiT in parts, and a file of weights beside the DiT with slots."""
+
+    def form(kind: ArtifactKind, component: Component, size: int, **more: Any) -> Artifact:
+        path, sha256 = f"{component.value}-{kind}.mnn", "0" * 64
+        if beside := more.pop("beside", None):
+            more["companion"] = FileEntry(path=f"{path}.weight", sha256=sha256, bytes=beside)
+        return Artifact(path=path, sha256=sha256, bytes=size, kind=kind, component=component, **more)
+
+    forms = (
+        *(form(kind, Component.DIT, size) for kind, size in zip(SPLIT_KINDS, (10, 20, 40), strict=True)),
+        form("mnn-slots", Component.DIT, 100, rank=4, beside=1000),
+        form("mnn-slots", Component.NUMBER_CONDITIONER, 200, rank=4),
+    )
+    return bundle.manifest.model_copy(update={"artifacts": (*bundle.manifest.artifacts, *forms)})
+
+
+def test_models_with_slots_or_in_parts_take_the_place_of_the_plain_ones(tmp_path: Path) -> None:
+    manifest = with_forms(make_bundle(tmp_path))
+    plain, parts, slots = manifest.models("mnn"), manifest.models("mnn", split=True), manifest.models("mnn", slots=True)
+    assert {c: [a.kind for a in own] for c, own in plain.items()} == {one: ["mnn"] for one in Component}
+    assert [a.kind for a in parts[Component.DIT]] == [*SPLIT_KINDS]
+    assert {c for c, own in slots.items() if own != plain[c]} == set(ADAPTED)
+    assert {c for c, own in parts.items() if own != plain[c]} == {Component.DIT}
+
+
+def test_what_is_opened_is_counted_once_with_the_files_beside(tmp_path: Path) -> None:
+    manifest = with_forms(make_bundle(tmp_path))
+    sizes = {c: own[0].bytes for c, own in manifest.models("mnn").items()}
+    whole = sum(sizes.values())
+    assert manifest.opened_bytes("mnn") == whole
+    assert manifest.opened_bytes("mnn", adapters=True) == whole + 1100 + 200
+    assert manifest.opened_bytes("mnn", split=True) == whole - sizes[Component.DIT] + 70
+    assert manifest.opened_bytes("onnx", adapters=True) == 0
 
 
 def test_only_a_tokenizer_has_a_table(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from sa3_convert.runtime.batch_file import read_batch
 from sa3_convert.runtime.engines import EngineName
 from sa3_convert.runtime.opening import Opening
 from sa3_convert.runtime.pipeline import Pipeline
-from sa3_convert.scheduling import Estimate
+from sa3_convert.scheduling import BESIDE_WEIGHTS, Estimate, Latest
 from tests.runtime.conftest import Parts
 from tests.runtime.fakes import FakeEngine, decode, pipeline
 
@@ -41,10 +41,10 @@ def opened(small: Parts, monkeypatch: pytest.MonkeyPatch) -> list[Pipeline]:
         return found[-1]
 
     monkeypatch.setattr(Opening, "open", open_one)
-    monkeypatch.setattr(Opening, "memory_bytes", lambda self: 7)
+    monkeypatch.setattr(Opening, "memory_bytes", lambda self, adapters: 7)
     for module in ("opening", "batch"):
         monkeypatch.setattr(f"sa3_convert.runtime.{module}.made_by", lambda *_, **__: MODELS)
-    monkeypatch.setattr(room, "_held", [])
+    monkeypatch.setattr(room, "_held", Latest[Any, Any]())
     return found
 
 
@@ -150,7 +150,7 @@ def test_other_models_under_the_path_are_refused_and_another_bundle_takes_the_pl
     first = room.held(OPENING, {False: MODELS})
     assert room.held(Opening(Path("bundle"), "mnn", {}), {False: MODELS}) is first
     assert room.held(Opening(Path("other"), "mnn", {}), {False: MODELS}) is not first
-    assert len(room._held) == 1
+    assert len(opened) == 4
 
 
 def test_half_a_file_of_a_worker_that_died_is_removed(play: Play, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_memory_is_that_of_all_models_and_of_the_work(
         kind: sum(e.bytes for a in toy_int8.manifest.artifacts if a.kind == kind for e in a.files)
         for kind in ("mnn", "onnx")
     }
-    weights = Opening(toy if engine == "torch" else toy_int8.path, engine, options).memory_bytes() - (1 << 30)
+    weights = Opening(toy if engine == "torch" else toy_int8.path, engine, options).memory_bytes() - BESIDE_WEIGHTS
     assert {
         ("mnn", "normal"): sizes["mnn"] + sizes["onnx"],
         ("mnn", "low"): 2 * sizes["mnn"],

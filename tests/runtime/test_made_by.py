@@ -12,12 +12,14 @@ from sa3_convert.components import ADAPTED, Component
 from sa3_convert.errors import UsageError
 from sa3_convert.runtime.audio import read_metadata
 from sa3_convert.runtime.engines import bundle_engine, kinds_of
-from sa3_convert.runtime.opening import made_by
+from sa3_convert.runtime.opening import Opening, made_by
 from sa3_convert.runtime.pipeline import Pipeline
+from sa3_convert.serve.worker import Served
 from tests.bundles import RANK
 from tests.conftest import GOLDEN
 
 LORA = GOLDEN / "small" / "lora" / "lora.safetensors"
+KINDS = ("mnn", "mnn-slots", "onnx-slots")
 SHORT = {"prompt": "pad", "seconds": 1, "steps": 1}
 
 
@@ -68,6 +70,17 @@ def test_of_a_checkpoint_it_is_the_weights(toy: Path, toy_fp32: Bundle) -> None:
     with Pipeline.from_checkpoint(toy) as alone, Pipeline.from_bundle(toy_fp32.path, "torch", checkpoint=toy) as both:
         told = [made_by(one, adapters=adapters)["models"] for one in (alone, both) for adapters in (False, True)]
     assert told == [{c.value: digest for c, digest in toy_fp32.manifest.checkpoint.digests.items()}] * 4
+
+
+def test_memory_is_that_of_models_with_slots_too(toy: Path, toy_slots: Bundle) -> None:
+    sizes = {kind: sum(a.total_bytes for a in toy_slots.manifest.artifacts if a.kind == kind) for kind in KINDS}
+    for options, more in (({}, sizes["mnn-slots"] + sizes["onnx-slots"]), ({"memory": "low"}, 2 * sizes["mnn-slots"])):
+        opening = Opening(toy_slots.path, "mnn", options)
+        assert opening.memory_bytes(adapters=True) - opening.memory_bytes() == more > 0
+    alone = Opening(toy, "torch", {})
+    assert alone.memory_bytes(adapters=True) > alone.memory_bytes()
+    for adapters, wanted in (({}, sizes["mnn"]), ({"warm": LORA}, sizes["mnn"] + sizes["mnn-slots"])):
+        assert Served(toy_slots.path, "mnn", {}, adapters=adapters).bytes() == wanted
 
 
 def test_parts_take_no_adapters(toy_slots: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

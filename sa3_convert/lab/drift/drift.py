@@ -66,7 +66,7 @@ _STATISTICS: Mapping[Statistic, Callable[[Sequence[float]], float]] = {
 def storage_figures(bundle: Bundle, recipe: Recipe) -> Iterator[Figure]:
     """Yield size and storage of each `.mnn`."""
     for component in bundle.components:
-        size = sum(entry.bytes for entry in bundle.artifact(component).files)
+        size = bundle.artifact(component).total_bytes
         yield Figure(
             component=component,
             kind="size",

@@ -21,11 +21,7 @@ from sa3_convert.lab.generations.distribution import QUANTITIES, Distribution, G
 from sa3_convert.lab.generations.end_to_end import TARGET, EndToEnd, EndToEndCase, Heard, compared, staged_pipelines
 from sa3_convert.lab.generations.trajectory import GenerationCase, StagedPipeline, end_to_end_cases
 from sa3_convert.runtime.engines import EngineName
-from sa3_convert.scheduling import Estimate, Runner
-
-_BESIDE_WEIGHTS: Final = 1 << 30
-"""Bytes that a run takes beside weights, of both sides."""
-
+from sa3_convert.scheduling import BESIDE_WEIGHTS, Estimate, Latest, Runner
 
 AUDIBLE: Final = {Component.TEXT_ENCODER, Component.NUMBER_CONDITIONER, Component.DIT, Component.DECODER}
 """What generations end to end need."""
@@ -152,11 +148,9 @@ def _parts(bundle: Bundle, wanted: Sequence[Component], cases: Sequence[Generati
 
 def _taken(bundle: Bundle) -> Estimate:
     """Return what a part takes at the most: the largest model on both sides, as stored and unpacked."""
-    sizes = {
-        component: sum(e.bytes for a in bundle.manifest.artifacts if a.component is component for e in a.files)
-        for component in bundle.components
-    }
-    return Estimate(1.0, _BESIDE_WEIGHTS + 3 * max(sizes.values()))
+    artifacts = bundle.manifest.artifacts
+    largest = max(sum(a.total_bytes for a in artifacts if a.component is one) for one in bundle.components)
+    return Estimate(1.0, BESIDE_WEIGHTS + 3 * largest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,19 +177,16 @@ class _Run:
 
 
 _Open = tuple[Bundle, ReferenceStore, StagedPipeline, StagedPipeline]
-_held: list[tuple[Staged, contextlib.ExitStack, _Open]] = []
-"""What this process has opened last."""
+_held = Latest[Staged, _Open]()
 
 
 def _opened(staged: Staged) -> _Open:
-    if not _held or _held[0][0] != staged:
-        while _held:
-            _held.pop()[1].close()
+    def open_it(stack: contextlib.ExitStack) -> _Open:
         bundle = Bundle.open(staged.bundle)
         if hashes_of(bundle) != staged.hashes:
             raise BundleError(f"On this worker, {staged.bundle} is another bundle than where the command was given.")
-        stack, store = contextlib.ExitStack(), ReferenceStore(staged.references, staged.limit)
+        store = ReferenceStore(staged.references, staged.limit)
         how: dict[str, Any] = {"engine": staged.engine, "steps": staged.steps, "threads": staged.threads}
-        pipelines = stack.enter_context(staged_pipelines(bundle, store=store, **how))
-        _held.append((staged, stack, (bundle, store, *pipelines)))
-    return _held[0][2]
+        return bundle, store, *stack.enter_context(staged_pipelines(bundle, store=store, **how))
+
+    return _held.of(staged, open_it)

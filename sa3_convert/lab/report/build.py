@@ -217,7 +217,7 @@ def _model(bundle: Bundle, found: Verification, verdict: Verdict) -> ReportedMod
         worst_case=worst,
         replay=bisect_command(bundle.path, verdict.component, worst),
         cases=verdict.measurements,
-        bytes=sum(entry.bytes for entry in artifact.files),
+        bytes=artifact.total_bytes,
         files=tuple(ModelFile(path=entry.path, bytes=entry.bytes, sha256=entry.sha256) for entry in artifact.files),
         stored=_stored(artifact),
     )
@@ -230,7 +230,7 @@ def _stored(artifact: Artifact) -> tuple[StoredType, ...]:
     types = artifact.storage["types"]
     sizes = {name: total["bytes"] for name, total in types.items()}
     sizes["scales"] = sum(total["scale_bytes"] for total in types.values())
-    sizes["structure"] = sum(entry.bytes for entry in artifact.files) - sum(sizes.values())
+    sizes["structure"] = artifact.total_bytes - sum(sizes.values())
     ranked = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
     return tuple(StoredType(type=name, bytes=size) for name, size in ranked if size > 0)
 

@@ -31,6 +31,7 @@ from sa3_convert.lab.generations.distribution import (
 from sa3_convert.lab.generations.end_to_end import staged_pipelines
 from sa3_convert.lab.generations.full import Verification, verify_fully, with_bisections, workload
 from sa3_convert.lab.generations.trajectory import FULL_CASES, GenerationCase, all_cases, case_feeds, end_to_end_cases
+from sa3_convert.scheduling import Latest
 
 CASES = all_cases((0, 4), (1,), (0.5, 1.0))
 STEPS = 2
@@ -133,13 +134,12 @@ def shuffled(tasks: Sequence[Any], run: Callable[..., Any]) -> Iterator[tuple[An
 def test_workers_find_the_same_to_the_digit_whatever_they_do_first(
     toy_int8: Bundle, store: Path, verified: tuple[Verification, Witness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared, "_held", [])
+    monkeypatch.setattr(shared, "_held", held := Latest[Any, Any]())
     findings, witness = witnessed(toy_int8, store, runner=shuffled)
     assert findings.to_data() == verified[0].to_data()
     assert witness.heard.keys() == verified[1].heard.keys()
     assert all(np.array_equal(audio, verified[1].heard[what]) for what, audio in witness.heard.items())
-    assert len(shared._held) == 1
-    shared._held.pop()[1].close()
+    held.close()
 
 
 def test_a_case_that_no_worker_comes_to_an_end_with_ends_a_verification(toy_int8: Bundle, store: Path) -> None:
