@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
+from sa3_convert.arrays import Floats
 from sa3_convert.checkpoint.lora_file import LoraFile, LoraRequest, bind, read_lora
 from sa3_convert.checkpoint.tensor_file import TensorFile
 from sa3_convert.errors import LoraError, UsageError
@@ -52,23 +55,24 @@ class Lora:
         if "U" in factors:
             left, right = factors["U"], factors["V"]
         else:
-            left, right = singular_bases(unadapted.flatten(1), self.file.rank)
+            import torch
+
+            bases = singular_bases(unadapted.flatten(1).numpy(), self.file.rank)
+            left, right = map(torch.from_numpy, bases)
         return left @ factors["M_xs"] @ right.T
 
 
-def singular_bases(weight: "Tensor", rank: int) -> "tuple[Tensor, Tensor]":
+def singular_bases(weight: Floats, rank: int) -> tuple[Floats, Floats]:
     """Return the first left and right singular vectors of a weight, [fan_out, rank] and [fan_in, rank].
 
     Each left vector's largest value is positive; otherwise their signs would be the linear algebra library's choice.
     Computed in float64 and rounded: where singular values lie close together, a decomposition in float32 turns its
     vectors by more than float32's rounding, and in another way on every machine.
     """
-    import torch
-
-    left, _, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    left, _, right = np.linalg.svd(weight.astype(np.float64), full_matrices=False)
     left, right = left[:, :rank], right[:rank].T
-    signs = left.gather(0, left.abs().argmax(dim=0, keepdim=True)).sign()
-    return (left * signs).float(), (right * signs).float()
+    signs = np.sign(np.take_along_axis(left, np.abs(left).argmax(axis=0)[np.newaxis], axis=0))
+    return (left * signs).astype(np.float32), (right * signs).astype(np.float32)
 
 
 def open_loras(requests: Sequence[LoraRequest], weights: TensorFile, checkpoint: str) -> tuple[Lora, ...]:

@@ -23,6 +23,7 @@ from sa3_convert.arrays import Arrays, Floats, Session, constant
 from sa3_convert.bundle.manifest import SLOTS_OF
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
+from sa3_convert.checkpoint.lora import singular_bases
 from sa3_convert.checkpoint.lora_file import LoraFile, bind, read_lora
 from sa3_convert.checkpoint.tensors import expected_tensors
 from sa3_convert.checkpoint.variants import name_of
@@ -86,7 +87,7 @@ class _Weight:
         if not kind.bases_of_weight:
             outer, inner = factors["lora_B"], factors["lora_A"]
         else:
-            left, right = (factors["U"], factors["V"]) if "U" in factors else _bases(weight(), lora.rank)
+            left, right = (factors["U"], factors["V"]) if "U" in factors else singular_bases(weight(), lora.rank)
             outer, inner = left @ factors["M_xs"], right.T
         self.outer = np.concatenate((self.outer, outer * scale), axis=1)
         self.inner = np.concatenate((self.inner, inner))
@@ -123,14 +124,6 @@ class _Weight:
         part = outer[slot.outer * (rank + 1) :]
         part[: slot.fan_out] = self.rows - 1
         part[slot.fan_out : slot.fan_out * (rank + 1)].reshape(rank, slot.fan_out)[:k] = self.outer.T
-
-
-def _bases(weight: Floats, rank: int) -> tuple[Floats, Floats]:
-    """Return the first left and right singular vectors of a weight, as `checkpoint.lora.singular_bases` does."""
-    left, _, right = np.linalg.svd(weight.astype(np.float64), full_matrices=False)
-    left, right = left[:, :rank], right[:rank].T
-    signs = np.sign(np.take_along_axis(left, np.abs(left).argmax(axis=0)[np.newaxis], axis=0))
-    return (left * signs).astype(np.float32), (right * signs).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
