@@ -10,7 +10,7 @@ import os
 import signal
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Protocol, TypeVar
 
 from sa3_convert.errors import BackendError, ConversionError, InputError, Sa3Error, told_by_system
 from sa3_convert.system.machine import available_memory, default_threads, usable_processors
@@ -83,25 +83,37 @@ _WAIT: Final = 60
 
 
 class Latest(Generic[_Key, _Value]):
-    """What a worker has opened last: the next task with the same key finds it, another key takes its place."""
+    """What a worker has opened last: the next task with the same key finds it, another key takes its place.
+
+    Of all kinds a process keeps one: a task's memory is for that task alone.
+    """
+
+    kinds: "ClassVar[list[Latest[Any, Any]]]" = []
 
     def __init__(self) -> None:
-        self._key: _Key | None = None
+        self.kinds.append(self)
+        self._opened: tuple[_Key, _Value] | None = None
         self._kept = contextlib.ExitStack()
 
     def of(self, key: _Key, open_it: Callable[[contextlib.ExitStack], _Value]) -> _Value:
         """Return what was opened with a key; what had another one is closed before this is opened."""
-        if self._key is None or self._key != key:
-            self.close()
+        if self._opened is None or self._opened[0] != key:
+            let_go()
             with contextlib.ExitStack() as stack:
-                self._value = open_it(stack)
-                self._key, self._kept = key, stack.pop_all()
-        return self._value
+                self._opened = key, open_it(stack)
+                self._kept = stack.pop_all()
+        return self._opened[1]
 
     def close(self) -> None:
         """Close what is kept."""
-        self._key = None
+        self._opened = None
         self._kept.close()
+
+
+def let_go() -> None:
+    """Close what this process keeps, of whichever kind."""
+    for kind in Latest.kinds:
+        kind.close()
 
 
 def in_this_process(tasks: Sequence[_Task], run: Callable[..., _Result]) -> Outcomes[_Task, _Result]:

@@ -64,7 +64,7 @@ def third_party(path: Path) -> Iterator[str]:
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(SOURCE)))
 def test_a_room_imports_what_its_extra_brings(path: Path) -> None:
     room = room_of(path)
-    beside = {"serve": LAB | SERVE, "lab/sweep": LAB | CLUSTER, "scheduling": CLUSTER}
+    beside = {"serve": LAB | SERVE, "lab/common": LAB | CLUSTER, "scheduling": CLUSTER}
     more = beside.get(room, LAB if room.startswith("lab/") else set())
     assert set(third_party(path)) <= CORE | more
 

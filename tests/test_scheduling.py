@@ -1,13 +1,14 @@
 """Tasks in this process and on Dask: the same results, and what becomes of workers that die."""
 
 import contextlib
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from sa3_convert import scheduling
 from sa3_convert.errors import BackendError, InputError, Sa3Error
-from sa3_convert.scheduling import Latest, in_this_process, local_workers, on_dask, simulated
+from sa3_convert.scheduling import Latest, in_this_process, let_go, local_workers, on_dask, simulated
 from tests.played import quick, runs, silent, task
 
 distributed = pytest.importorskip("distributed")
@@ -124,3 +125,19 @@ def test_what_was_opened_last_stays_until_another_takes_its_place() -> None:
     latest.close()
     latest.close()
     assert said[5:] == ["opened c", "closed c"]
+
+
+def test_of_all_kinds_a_process_keeps_one() -> None:
+    said: list[str] = []
+
+    def opened(stack: contextlib.ExitStack, name: str) -> str:
+        stack.callback(said.append, f"{name} closed")
+        return name
+
+    first, second = Latest[str, str](), Latest[str, str]()
+    first.of("a", partial(opened, name="a"))
+    second.of("a", partial(opened, name="b"))
+    assert said == ["a closed"]
+    let_go()
+    let_go()
+    assert said == ["a closed", "b closed"]

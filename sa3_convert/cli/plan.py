@@ -11,11 +11,16 @@ from sa3_convert.bundle.overlap import require_apart
 from sa3_convert.cli import options as o
 from sa3_convert.cli import paths
 from sa3_convert.cli.echo import echo, echo_next
+from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
 from sa3_convert.system.streams import is_stream
 
 if TYPE_CHECKING:
+    from sa3_convert.lab.common import Common
     from sa3_convert.lab.planner.planner import Target
+    from sa3_convert.lab.planner.sensitivity import Sensitivity
+    from sa3_convert.recipe import ScaleType
+    from sa3_convert.scheduling import Runner
 
 OutOption = Annotated[
     Path, Option(metavar="FILE.yaml", help="The recipe; - is standard output.", callback=paths.writes)
@@ -40,6 +45,8 @@ def plan(
     scales: ScalesOption = "fp16",
     recipe: o.RecipeOption = o.DEFAULT_RECIPE,
     lora: o.LoraOption = None,
+    workers: o.WorkersOption = None,
+    scheduler: o.SchedulerOption = None,
     cache: CacheOption = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Say what would be measured, and stop.")] = False,
     json_file: o.JsonOption = None,
@@ -50,8 +57,11 @@ def plan(
     Each layer's sensitivity is measured, and the best precisions are chosen for a size or a fidelity.
     """
     target = _target(target_mib, min_snr)
-    from sa3_convert.cli.console import planned_rows, planned_table, progress, stdout
-    from sa3_convert.lab.planner.planner import layers_to_measure, measure, passes_to_run, plan_component
+    runner = o.runner_on(workers, scheduler)
+    from sa3_convert.cli.console import planned_rows, planned_table, stdout
+    from sa3_convert.lab.common import Common
+    from sa3_convert.lab.planner.measuring import CASES, layers_to_measure
+    from sa3_convert.lab.planner.planner import plan_component
     from sa3_convert.recipe import recipe_file
     from sa3_convert.system.files import write_text
 
@@ -61,20 +71,12 @@ def plan(
     opened = o.open_checkpoint(checkpoint, lora)
     folder = o.cache_of(cache, out)
     if dry_run:
-        layers, passes = layers_to_measure(opened, component), passes_to_run(component)
+        layers, passes = layers_to_measure(opened, component), len(CASES[component])
         o.write_figures(json_file, {"component": component, "layers": list(layers), "passes": passes})
         echo(f"{component.value}: {len(layers)} layers would be measured in {passes} backward passes.")
         echo(f"The results are kept in {folder}.")
         return
-    with progress(f"{component.value}: preparing") as tick:
-        sensitivity = measure(
-            opened,
-            component,
-            scales,
-            folder,
-            lambda what, done, total: tick(f"{component.value}: {what}", done, total),
-            threads,
-        )
+    sensitivity = measured(Common.of(opened, folder, lora, threads=threads), component, scales, runner)
     made = plan_component(opened, component, base.for_component(component), sensitivity, target, by)
     changed = {
         "name": re.sub("[^a-z0-9._-]+", "-", out.stem.lower()).lstrip("._-")[:100] or "planned",
@@ -90,6 +92,23 @@ def plan(
         loras = (word for text in lora or () for word in ("--lora", text))
         folder = out.with_suffix("") if out.suffix else out.with_name(f"{out.name}-bundle")
         echo_next("convert", checkpoint, *loras, "--recipe", str(out), "--out", str(folder))
+
+
+def measured(
+    common: "Common", component: Component, scales: "ScaleType", runner: "Runner | None" = None
+) -> "Sensitivity":
+    """Return a component's sensitivities, and show how far measuring is; `runner` is of workers, None is none."""
+    from sa3_convert.cli.console import progress
+    from sa3_convert.lab.planner.measuring import measure
+    from sa3_convert.scheduling import in_this_process
+
+    name = component.value
+    with progress(f"{name}: preparing") as tick:
+
+        def told(what: str, done: int, of: int) -> None:
+            tick(f"{name}: {what}", done, of)
+
+        return measure(common, component, scales, told, runner or in_this_process)
 
 
 def _target(target_mib: float | None, min_snr: float | None) -> "Target":

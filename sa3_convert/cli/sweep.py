@@ -11,15 +11,18 @@ from typer import Exit, Option
 from sa3_convert.cli import options as o
 from sa3_convert.cli import paths
 from sa3_convert.cli.echo import echo
+from sa3_convert.cli.plan import measured
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
 
 if TYPE_CHECKING:
+    from sa3_convert.lab.common import Common
     from sa3_convert.lab.planner.sensitivity import Sensitivity
     from sa3_convert.lab.sweep.points import Point
     from sa3_convert.lab.sweep.result import Sweep
-    from sa3_convert.lab.sweep.tasks import Common, Task
+    from sa3_convert.lab.sweep.tasks import Task
     from sa3_convert.recipe import Recipe
+    from sa3_convert.scheduling import Runner
 
 FIGURES = "sweep.json"
 BUDGET_RECIPE = Path("small")
@@ -66,23 +69,22 @@ def sweep(
     _refuse(out, sizes, component or ())
     from sa3_convert.cli.console import progress, stdout, sweep_plan_table, sweep_table
     from sa3_convert.convert.plan import chosen_components
+    from sa3_convert.lab.common import Common, Store
     from sa3_convert.lab.sweep.points import of_own_names, of_recipes
-    from sa3_convert.lab.sweep.store import Store
     from sa3_convert.lab.sweep.sweep import run_sweep, whole_recipe, write
-    from sa3_convert.lab.sweep.tasks import Common, tasks_for, to_do
+    from sa3_convert.lab.sweep.tasks import tasks_for, to_do
     from sa3_convert.scheduling import in_this_process
     from sa3_convert.system.files import write_text
 
     if store:
         Store(store)
     opened = o.open_checkpoint(checkpoint, lora)
-    folder = o.cache_of(cache, out).absolute()
-    loras = tuple(str(Path(text).absolute()) for text in lora or ())
-    common = Common(opened.folder.absolute(), folder, loras, store, threads)
+    folder = o.cache_of(cache, out)
+    common = Common.of(opened, folder, lora, store=store, threads=threads)
     chosen = chosen_components(opened.layout, component or ())
     label = f"within-{budget_mib:g}" if budget_mib is not None else ""
     points = of_recipes([o.open_recipe(one) for one in recipe or ()], chosen)
-    points += _planned(common, chosen, sizes, budget_mib, label, measure=not dry_run)
+    points += _planned(common, chosen, sizes, budget_mib, label, None if dry_run else runner or in_this_process)
     of_own_names(points)
     if dry_run:
         tasks = to_do(points, tasks_for([point for point in points if not point.problem], common))
@@ -148,39 +150,25 @@ def _planned(
     sizes: str | None,
     budget_mib: float | None,
     label: str,
-    *,
-    measure: bool,
+    runner: "Runner | None",
 ) -> "list[Point]":
     """Return what is planned for sizes and for a budget, unless nothing may be measured for it."""
     from sa3_convert.lab.sweep.points import of_sizes, parse_sizes, shares_of, unplanned
 
     mib = parse_sizes(sizes) if sizes is not None else []
     base = o.open_recipe(o.DEFAULT_RECIPE)
-    if not measure:
+    if runner is None:
         wanted = {f"{size:g}": size for size in mib}
         shares = shares_of(common.open(), chosen, base) if budget_mib is not None else {}
         share = {one: {label: (budget_mib or 0) * part} for one, part in shares.items()}
         return [point for one in chosen for point in unplanned(one, base, wanted | share.get(one, {}))]
     if not mib and budget_mib is None:
         return []
-    known = {one: _sensitivity(common, one) for one in chosen}
+    known = {one: measured(common, one, "fp16", runner) for one in chosen}
     found = [point for one in chosen for point in of_sizes(common.open(), one, base, known[one], mib)]
     if budget_mib is not None:
         found += _within(common, o.open_recipe(BUDGET_RECIPE), known, budget_mib, label)
     return found
-
-
-def _sensitivity(common: "Common", component: Component) -> "Sensitivity":
-    from sa3_convert.cli.console import progress
-    from sa3_convert.lab.planner.planner import measure
-
-    name = component.value
-    with progress(f"{name}: preparing") as tick:
-
-        def told(what: str, done: int, of: int) -> None:
-            tick(f"{name}: {what}", done, of)
-
-        return measure(common.open(), component, "fp16", common.cache, told, common.threads)
 
 
 def _within(

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 PLANNED: Final = "weights.safetensors"
 """What rounding leaves, of a layer or in all."""
 ENTRY: Final = "entry.json"
-_UNFINISHED: Final = "unfinished"
+UNFINISHED: Final = "unfinished"
+"""Where parts of a result are until it is whole, each key in a folder of its own."""
 MAX_ENTRY_BYTES: Final = 16 * 2**20
 """Of `entry.json`, which has some kilobytes."""
 
@@ -163,15 +164,15 @@ class StageCache:
 
     def parts(self, key: str, tell: Callable[[int, int], None]) -> "Parts":
         """Return where a stage with this key keeps what it has finished of its result."""
-        return Parts(StageCache(self.root / _UNFINISHED), key, tell)
+        return Parts(StageCache(self.root / UNFINISHED), key, tell)
 
     def forget(self, key: str) -> None:
         """Remove the parts of a stage with this key."""
-        shutil.rmtree(self.root / _UNFINISHED / key, ignore_errors=True)
+        shutil.rmtree(self.root / UNFINISHED / key, ignore_errors=True)
 
     def sweep(self) -> None:
         """Remove what processes that are gone have left."""
-        for folder in (*self.root.glob("*/"), *self.root.glob(f"{_UNFINISHED}/*/")):
+        for folder in (*self.root.glob("*/"), *self.root.glob(f"{UNFINISHED}/*/")):
             sweep(folder)
 
 

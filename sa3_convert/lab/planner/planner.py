@@ -1,62 +1,34 @@
 """From a checkpoint and a size (or a fidelity) to a recipe: measure, allocate, write down."""
 
-import contextlib
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
 
 from sa3_convert.check.inputs import sample_inputs
 from sa3_convert.components import TOKEN_TABLE, Component
-from sa3_convert.convert.code_digest import code_digest
-from sa3_convert.convert.plan import stage_keys
-from sa3_convert.convert.stages import ComponentJob
 from sa3_convert.errors import UsageError
 from sa3_convert.lab.planner.allocation import Allocation, Option, allocate, smallest_for_error
-from sa3_convert.lab.planner.sensitivity import (
-    Curvatures,
-    LayerSensitivity,
-    Sensitivity,
-    all_grids,
-    measure_curvature,
-    priced,
-)
+from sa3_convert.lab.planner.measuring import CASES, layers_to_measure
+from sa3_convert.lab.planner.sensitivity import Sensitivity
 from sa3_convert.networks.build import build_network
 from sa3_convert.recipe import ComponentRecipe, LayerRule, Rounding, ScaleType, WeightScheme
-from sa3_convert.rounding.grid import one_thread
 from sa3_convert.rounding.network import CALIBRATION_SEED, stored_embedding
-from sa3_convert.system.sealed import fingerprint, read_sealed, write_sealed
 
 if TYPE_CHECKING:
     from sa3_convert.checkpoint.reader import Checkpoint
 
-Tick = Callable[[str, int, int], None]
-"""(what, done, of how many)."""
 By = Literal["layer", "role"]
 """What gets one precision: a layer, or all layers whose names differ in numbers only."""
 
 WORST_CASE_MARGIN_DB: Final = 6
 """A plan predicts the mean over inputs; a floor holds for the worst of them."""
-_CASES: Final = {
-    Component.TEXT_ENCODER: tuple((seed, 0) for seed in range(12)),
-    Component.NUMBER_CONDITIONER: tuple((seed, 0) for seed in range(16)),
-    # Twice the sampler's noise levels, at lengths from a second up: what tokens share weighs more in short ones.
-    Component.DIT: tuple((seed, (96, 8, 32)[seed % 3]) for seed in range(16)),
-    Component.DECODER: tuple((seed, 32) for seed in range(4)),
-    Component.ENCODER: tuple((seed, 32) for seed in range(4)),
-}
-
-
 _TABLE_CASES: Final = 4
-_PRICES: Final = TypeAdapter(dict[str, LayerSensitivity])
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,42 +66,6 @@ class BitPlan:
     def size(self) -> int:
         """Predicted bytes of the whole model."""
         return self.allocation.size + self.fixed_bytes
-
-
-def passes_to_run(component: Component) -> int:
-    """Return how many backward passes a measurement takes."""
-    return len(_CASES[component])
-
-
-def measure(
-    checkpoint: "Checkpoint", component: Component, scales: ScaleType, cache: Path, tick: Tick, threads: int | None
-) -> Sensitivity:
-    """Return the sensitivities of a component, measured now or kept from before; an interrupted measurement resumes."""
-    keys = stage_keys(ComponentJob(checkpoint, component, ComponentRecipe(floor_db=1)))
-    code = code_digest(sample_inputs, layers_to_measure, measure_curvature, _priced)
-    key = fingerprint(export=keys["export"], cases=_CASES[component], code=code)
-    folder = cache / "sensitivity"
-    kept = folder / f"{component.value}-{key[:16]}-{scales}.json"
-    with contextlib.suppress(OSError, ValueError):
-        return Sensitivity.model_validate_json(read_sealed(kept))
-    if threads:
-        torch.set_num_threads(threads)
-    samples = [
-        sample_inputs(component, checkpoint.layout, seed=CALIBRATION_SEED + seed, latents=latents)
-        for seed, latents in _CASES[component]
-    ]
-    curvatures = measure_curvature(
-        build_network(component, checkpoint.layout, checkpoint.state(component)),
-        layers_to_measure(checkpoint, component),
-        samples,
-        folder / f"{component.value}-{key[:16]}.safetensors",
-        lambda done, total: tick("measuring", done, total),
-    )
-    layers = _priced(checkpoint, component, scales, curvatures, kept.with_suffix(".partial"), tick)
-    sensitivity = Sensitivity(fingerprint=key, scales=scales, layers=layers)
-    write_sealed(kept, sensitivity.model_dump_json(indent=1).encode())
-    kept.with_suffix(".partial").unlink(missing_ok=True)
-    return sensitivity
 
 
 def plan_component(
@@ -183,7 +119,7 @@ def table_error(checkpoint: "Checkpoint", base: ComponentRecipe) -> float:
     component = Component.TEXT_ENCODER
     network = build_network(component, checkpoint.layout, checkpoint.state(component))
     shares = []
-    for seed, _ in _CASES[component][:_TABLE_CASES]:
+    for seed, _ in CASES[component][:_TABLE_CASES]:
         sample = sample_inputs(component, checkpoint.layout, seed=CALIBRATION_SEED + seed, latents=0)
         feeds = [torch.from_numpy(np.ascontiguousarray(array)) for array in sample.feeds.values()]
         with torch.no_grad():
@@ -258,39 +194,3 @@ def scheme_of(
     bits, block = common
     assert bits is not None
     return WeightScheme(bits=bits, block_size=block, rounding=rounding, scales=scales, layers=rules)
-
-
-def layers_to_measure(checkpoint: "Checkpoint", component: Component) -> dict[str, str]:
-    """Return the parameter name by layer name of every plain linear and convolution."""
-    return {
-        name.removesuffix(".weight"): name
-        for name, entry in checkpoint.stored(component).items()
-        if name.endswith(".weight") and len(entry.shape) >= 2 and name != TOKEN_TABLE
-    }
-
-
-def _priced(
-    checkpoint: "Checkpoint", component: Component, scales: ScaleType, curvatures: Curvatures, partial: Path, tick: Tick
-) -> dict[str, LayerSensitivity]:
-    """Price every precision of every layer, keeping each at once; a layer per processor, being too small to share."""
-    layers = _kept_prices(partial)
-    state = checkpoint.state(component)
-    weights = layers_to_measure(checkpoint, component)
-    missing = [layer for layer in weights if layer not in layers]
-    with one_thread() as threads, ThreadPoolExecutor(threads) as pool:
-        work = pool.map(
-            lambda layer: priced(state[weights[layer]].numpy(), curvatures[layer], all_grids(scales)), missing
-        )
-        for layer, sensitivity in zip(missing, work, strict=True):
-            layers[layer] = sensitivity
-            write_sealed(partial, _PRICES.dump_json(layers))
-            tick("rounding", len(layers), len(weights))
-    return {layer: layers[layer] for layer in weights}
-
-
-def _kept_prices(partial: Path) -> dict[str, LayerSensitivity]:
-    """Return what an interrupted run left; nothing if that is of no use."""
-    try:
-        return _PRICES.validate_json(read_sealed(partial))
-    except (OSError, ValueError):
-        return {}

@@ -1,7 +1,7 @@
 """What rounding each layer costs at the component's output, measured, and how much single weights move it."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -9,8 +9,7 @@ from typing import Final
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from sa3_convert.arrays import Floats
@@ -18,15 +17,11 @@ from sa3_convert.check.inputs import Region, Sample
 from sa3_convert.lab.planner.allocation import Option
 from sa3_convert.recipe import FloatType, ScaleType
 from sa3_convert.rounding.grid import Grid, round_least_squares
-from sa3_convert.system.sealed import read_sealed, write_sealed
 
 SAMPLED_ROWS: Final = 32
 """Output channels per layer, evenly spread, for which single weights are told apart."""
 _ROWS: Final = "rows/"
 _TOTAL: Final = "total/"
-_DONE: Final = "done"
-_LARGEST: Final = 4 << 30
-"""Bytes of kept rows; the largest network has some hundred MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,28 +51,18 @@ def sampled_rows(weight: Floats) -> Floats:
     return weight[:: max(1, len(weight) // SAMPLED_ROWS)]
 
 
-def measure_curvature(
-    network: nn.Module,
-    weights: Mapping[str, str],
-    samples: Sequence[Sample],
-    kept: Path,
-    tick: Callable[[int, int], None],
-) -> Curvatures:
-    """Return the mean over samples of one backward pass each; what is in the file `kept` is not run twice."""
-    sums, done = _read(kept, weights)
-    for index, sample in enumerate(samples):
-        tick(index, len(samples))
-        if index < done:
-            continue
-        sums = _add(sums, _squared_gradients(network, weights, sample, index))
-        _write(kept, sums, index + 1)
-    tick(len(samples), len(samples))
-    share = np.float32(1 / len(samples))
-    return {layer: Curvature(c.rows * share, c.total / len(samples)) for layer, c in sums.items()}
+def curvatures_of(network: nn.Module, weights: Mapping[str, str], sample: Sample, seed: int) -> Curvatures:
+    """Return (∂(vᵀy)/∂W)² / ‖y‖² for one probe v, by one backward pass.
 
+    Each gradient is reduced and freed as soon as it is there.
 
-def _squared_gradients(network: nn.Module, weights: Mapping[str, str], sample: Sample, seed: int) -> Curvatures:
-    """Return (∂(vᵀy)/∂W)² / ‖y‖² for one probe v; each gradient is reduced and freed as soon as it is there."""
+    Args:
+        network: of which no parameter requires a gradient.
+        weights: parameter names by layer name.
+        sample: what it runs on.
+        seed: of the probe, whose elements are 1 or -1.
+
+    """
     found: Curvatures = {}
     hooks = []
     for layer, name in weights.items():
@@ -110,26 +95,29 @@ def _judged(output: torch.Tensor, region: Region) -> torch.Tensor:
     return output.narrow(region.axis, region.start, stop - region.start)
 
 
-def _add(first: Curvatures, second: Curvatures) -> Curvatures:
-    if not first:
-        return second
-    return {layer: Curvature(first[layer].rows + c.rows, first[layer].total + c.total) for layer, c in second.items()}
+def mean_of(samples: Iterable[Curvatures]) -> Curvatures:
+    """Return the mean over samples; the same samples in the same order give the same bits."""
+    each = iter(samples)
+    sums, count = next(each), 1
+    for own in each:
+        sums = {layer: Curvature(c.rows + own[layer].rows, c.total + own[layer].total) for layer, c in sums.items()}
+        count += 1
+    share = np.float32(1 / count)
+    return {layer: Curvature(c.rows * share, c.total / count) for layer, c in sums.items()}
 
 
-def _write(path: Path, sums: Curvatures, done: int) -> None:
-    tensors = {_ROWS + layer: np.ascontiguousarray(c.rows) for layer, c in sums.items()}
-    totals = {_TOTAL + layer: np.array(c.total) for layer, c in sums.items()}
-    write_sealed(path, save(tensors | totals | {_DONE: np.array(done)}))
+def write_curvatures(path: Path, curvatures: Curvatures) -> None:
+    """Write a safetensors file, whose name is a result's in the stage cache, which holds it to its hash."""
+    tensors = {_ROWS + layer: np.ascontiguousarray(c.rows) for layer, c in curvatures.items()}
+    totals = {_TOTAL + layer: np.array(c.total) for layer, c in curvatures.items()}
+    save_file(tensors | totals, path)
 
 
-def _read(path: Path, weights: Mapping[str, str]) -> tuple[Curvatures, int]:
-    """Return what an interrupted measurement left; nothing if there is no such file or it is of no use."""
-    try:
-        kept = load(read_sealed(path, _LARGEST))
-        found = {layer: Curvature(kept[_ROWS + layer].copy(), float(kept[_TOTAL + layer])) for layer in weights}
-        return found, int(kept[_DONE])
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
-        return {}, 0
+def read_curvatures(path: Path) -> Curvatures:
+    """Read what `write_curvatures` has written."""
+    kept = load_file(path)
+    layers = [name.removeprefix(_ROWS) for name in kept if name.startswith(_ROWS)]
+    return {layer: Curvature(kept[_ROWS + layer], float(kept[_TOTAL + layer])) for layer in layers}
 
 
 BLOCKS: Final = (None, 128, 64, 32)

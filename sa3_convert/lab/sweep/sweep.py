@@ -4,12 +4,13 @@ import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sa3_convert.lab.planner.planner import layers_to_measure
+from sa3_convert.lab.common import Common
+from sa3_convert.lab.planner.measuring import layers_to_measure
 from sa3_convert.lab.report.theme import standalone
 from sa3_convert.lab.sweep.page import frontier_figure, page
 from sa3_convert.lab.sweep.points import Point
 from sa3_convert.lab.sweep.result import Measured, Sweep, sweep_of
-from sa3_convert.lab.sweep.tasks import Common, Ran, Task, run_task, tasks_for
+from sa3_convert.lab.sweep.tasks import Ran, Task, run_task, tasks_for
 from sa3_convert.recipe import Recipe
 from sa3_convert.scheduling import Runner, in_this_process
 from sa3_convert.system.files import write_text

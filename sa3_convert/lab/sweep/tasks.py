@@ -8,55 +8,24 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Any, Final
 
 from sa3_convert.bundle.manifest import Fidelity
 from sa3_convert.components import Component
-from sa3_convert.convert.cache import FidelityNotes, StageCache
+from sa3_convert.convert.cache import CachedResult, FidelityNotes, StageCache
 from sa3_convert.convert.conversion import make_stage
 from sa3_convert.convert.plan import estimate, stage_keys
 from sa3_convert.convert.stages import STAGES, ComponentJob, StageKeys
 from sa3_convert.errors import Sa3Error, told_by_system
+from sa3_convert.lab.common import Common
 from sa3_convert.lab.sweep.points import Point
-from sa3_convert.lab.sweep.store import Store
 from sa3_convert.mnn.compatibility import mnn_version, target_for
 from sa3_convert.recipe import ComponentRecipe
-from sa3_convert.scheduling import Estimate
+from sa3_convert.scheduling import Estimate, let_go
 from sa3_convert.system.machine import machine
-
-if TYPE_CHECKING:
-    from sa3_convert.checkpoint.reader import Checkpoint
 
 JUDGED: Final = "verify"
 """The stage whose result is a point."""
-
-
-@dataclass(frozen=True, slots=True)
-class Common:
-    """What the tasks of a sweep share, wherever they run."""
-
-    folder: Path
-    """The checkpoint, which every worker sees here."""
-    cache: Path
-    """A folder that every worker sees, or one of each worker's own, beside a store."""
-    loras: tuple[str, ...] = ()
-    store: str = ""
-    """The address of what keeps results for all workers; none where they share the cache."""
-    threads: int | None = None
-
-    def open(self) -> "Checkpoint":
-        """Open the checkpoint."""
-        return _opened(self.folder, self.loras)
-
-
-@cache
-def _opened(folder: Path, loras: tuple[str, ...]) -> "Checkpoint":
-    from sa3_convert.checkpoint.lora_file import LoraRequest
-    from sa3_convert.checkpoint.reader import Checkpoint
-
-    return Checkpoint.open(folder).with_loras([LoraRequest.parse(text) for text in loras])
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +127,8 @@ def _upstream(keys: StageKeys, stage: str = JUDGED) -> list[str]:
 def run_task(task: Task, *before: Ran) -> Ran:
     """Run a task where this is called; what the user can mend is in its result, after problems of what it needs."""
     started = time.perf_counter()
+    # Its memory is all that it may take; what a worker holds of other work would come beside it.
+    let_go()
     place = str(machine()["processor"]), mnn_version()
     for earlier in before:
         if earlier.problem:
@@ -174,20 +145,14 @@ def run_task(task: Task, *before: Ran) -> Ran:
 
 def _made(task: Task) -> tuple[int, Fidelity | None]:
     """Find or make a task's result and all that it reads; returns bytes and fidelity where it judges a model."""
-    job, stages = task.job(), StageCache(task.common.cache)
-    store = Store(task.common.store) if task.common.store else None
+    job = task.job()
     keys = stage_keys(job)
     for name in _upstream(keys, task.stage):
-        stage, key = STAGES[name], keys[name]
-        found = stages.find(name, key, stage.notes)
-        if found is None and store is not None:
-            store.bring(name, key, stages)
-            found = stages.find(name, key, stage.notes)
-        if found is None:
-            found = make_stage(job, name, key, stages, lambda done, of: None)
-        if store is not None:
-            store.take(name, key, stages)
-        job.results[name] = found
+
+        def make(stages: StageCache, name: str = name) -> CachedResult[Any]:
+            return make_stage(job, name, keys[name], stages, lambda done, of: None)
+
+        job.results[name] = task.common.found_or_made(name, keys[name], STAGES[name].notes, make)
     notes = job.results[task.stage].notes
     if not isinstance(notes, FidelityNotes):
         return 0, None

@@ -12,7 +12,9 @@ from sa3_convert.checkpoint.reader import Checkpoint
 from sa3_convert.checkpoint.synthetic import synthesize
 from sa3_convert.components import TOKEN_TABLE, Component
 from sa3_convert.errors import UsageError
-from sa3_convert.lab.planner.planner import Target, layers_to_measure, measure, plan_component
+from sa3_convert.lab.common import Common
+from sa3_convert.lab.planner.measuring import layers_to_measure, measure
+from sa3_convert.lab.planner.planner import Target, plan_component
 from sa3_convert.lab.planner.sensitivity import Sensitivity
 from sa3_convert.networks.build import build_network
 from sa3_convert.recipe import ComponentRecipe, Rounding, WeightScheme, load_recipe
@@ -35,7 +37,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sensitivity(checkpoint: Checkpoint, cache: Path) -> Sensitivity:
-    return measure(checkpoint, Component.TEXT_ENCODER, "fp16", cache, lambda *_: None, threads=2)
+    return measure(Common(checkpoint.folder, cache, threads=2), Component.TEXT_ENCODER, "fp16", lambda *_: None)
 
 
 def test_every_layer_is_measured_at_every_precision(checkpoint: Checkpoint, sensitivity: Sensitivity) -> None:
@@ -54,7 +56,9 @@ def test_more_bits_cost_more_and_err_less(sensitivity: Sensitivity) -> None:
 
 def test_a_second_plan_measures_nothing(checkpoint: Checkpoint, cache: Path, sensitivity: Sensitivity) -> None:
     ticks: list[str] = []
-    again = measure(checkpoint, Component.TEXT_ENCODER, "fp16", cache, lambda what, *_: ticks.append(what), threads=2)
+    again = measure(
+        Common(checkpoint.folder, cache, threads=2), Component.TEXT_ENCODER, "fp16", lambda what, *_: ticks.append(what)
+    )
     assert again == sensitivity
     assert ticks == []
 
@@ -154,26 +158,26 @@ def test_an_interrupted_pricing_goes_on_where_it_was(checkpoint: Checkpoint, tmp
         if what == "rounding":
             raise KeyboardInterrupt
 
-    component, ticks = Component.NUMBER_CONDITIONER, []
+    component, common, ticks = Component.NUMBER_CONDITIONER, Common(checkpoint.folder, tmp_path, threads=1), []
     with pytest.raises(KeyboardInterrupt):
-        measure(checkpoint, component, "fp16", tmp_path, interrupt, threads=1)
+        measure(common, component, "fp16", interrupt)
     (partial,) = tmp_path.glob("sensitivity/*.partial")
     partial.write_text("{damaged")
-    made = measure(checkpoint, component, "fp16", tmp_path, lambda *tick: ticks.append(tick), threads=1)
+    made = measure(common, component, "fp16", lambda *tick: ticks.append(tick))
     assert made.layers.keys() == layers_to_measure(checkpoint, component).keys()
     assert not partial.exists()
 
 
 def test_a_changed_digit_in_kept_measurements_is_measured_again(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    component = Component.NUMBER_CONDITIONER
-    made = measure(checkpoint, component, "fp16", tmp_path, lambda *_: None, threads=1)
+    component, common = Component.NUMBER_CONDITIONER, Common(checkpoint.folder, tmp_path, threads=1)
+    made = measure(common, component, "fp16", lambda *_: None)
     (kept,) = tmp_path.glob("sensitivity/*.json")
     kept.write_text(kept.read_text().replace('"error": ', '"error": 1', 1))
     ticks: list[object] = []
-    assert measure(checkpoint, component, "fp16", tmp_path, lambda *tick: ticks.append(tick), threads=1) == made
+    assert measure(common, component, "fp16", lambda *tick: ticks.append(tick)) == made
     assert ticks
     ticks.clear()
-    assert measure(checkpoint, component, "fp16", tmp_path, lambda *tick: ticks.append(tick), threads=1) == made
+    assert measure(common, component, "fp16", lambda *tick: ticks.append(tick)) == made
     assert not ticks
 
 

@@ -10,9 +10,11 @@ from sa3_convert.checkpoint.reader import Checkpoint
 from sa3_convert.cli import app as cli
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
+from sa3_convert.lab.common import Common
 from sa3_convert.lab.generations.end_to_end import measure_end_to_end, staged_pipelines
 from sa3_convert.lab.generations.trajectory import GenerationCase
-from sa3_convert.lab.planner.planner import layers_to_measure, measure, table_error
+from sa3_convert.lab.planner.measuring import layers_to_measure, measure
+from sa3_convert.lab.planner.planner import table_error
 from sa3_convert.lab.planner.sensitivity import LayerSensitivity, Sensitivity
 from sa3_convert.lab.sweep import harm
 from sa3_convert.lab.sweep.budget import within
@@ -34,8 +36,8 @@ def checkpoint(toy: Path) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def known(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[Component, Sensitivity]:
-    cache = tmp_path_factory.mktemp("cache")
-    return {one: measure(checkpoint, one, "fp16", cache, lambda *_: None, 1) for one in CHOSEN}
+    common = Common(checkpoint.folder, tmp_path_factory.mktemp("cache"), threads=1)
+    return {one: measure(common, one, "fp16", lambda *_: None) for one in CHOSEN}
 
 
 def test_the_plans_fit_together_into_the_budget(checkpoint: Checkpoint, known: dict[Component, Sensitivity]) -> None:

@@ -14,10 +14,11 @@ import pytest
 
 from sa3_convert import scheduling
 from sa3_convert.components import Component
+from sa3_convert.lab.common import Common
 from sa3_convert.lab.sweep.points import of_recipes
 from sa3_convert.lab.sweep.result import Sweep
 from sa3_convert.lab.sweep.sweep import run_sweep
-from sa3_convert.lab.sweep.tasks import Common, Ran, Task
+from sa3_convert.lab.sweep.tasks import Ran, Task
 from sa3_convert.recipe import load_recipe, own_recipes
 from sa3_convert.scheduling import in_this_process, on_dask
 from tests.played import quick, runs, silent, task

@@ -13,11 +13,12 @@ from sa3_convert.cli import app as cli
 from sa3_convert.components import Component
 from sa3_convert.convert.cache import StageCache
 from sa3_convert.convert.stages import ComponentJob
+from sa3_convert.lab.common import Common
 from sa3_convert.lab.sweep import tasks as room
 from sa3_convert.lab.sweep.points import Point
 from sa3_convert.lab.sweep.result import Sweep
 from sa3_convert.lab.sweep.sweep import recipe_of, run_sweep
-from sa3_convert.lab.sweep.tasks import Common, Ran, Task, run_task, tasks_for
+from sa3_convert.lab.sweep.tasks import Ran, Task, run_task, tasks_for
 from sa3_convert.recipe import load_recipe, recipe_file
 from sa3_convert.scheduling import in_this_process
 from sa3_convert.system.files import alone_in
@@ -86,6 +87,18 @@ def test_a_worker_with_another_mnn_makes_its_own_and_says_so(
     assert found.mixed
     assert not found.missing
     assert {path.name for path in (tmp_path / "verify").iterdir()} > {"other-verify"}
+
+
+def test_workers_without_a_common_folder_share_what_they_make(toy: Path, points: list[Point], tmp_path: Path) -> None:
+    pytest.importorskip("fsspec")
+    address = f"file://{tmp_path}/kept"
+    first = run_sweep(Common(toy, tmp_path / "a", store=address), points)
+    entries = {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "kept").glob("*/*/entry.json")}
+    second = run_sweep(Common(toy, tmp_path / "b", store=address), points)
+    assert [p.fidelity for p in first.points] == [p.fidelity for p in second.points]
+    assert {p.parent.name: p.stat().st_mtime_ns for p in (tmp_path / "kept").glob("*/*/entry.json")} == entries
+    # What is brought has the times of its making elsewhere in it, but nothing was made: it took no time.
+    assert sum(point.seconds for point in second.points) < sum(point.seconds for point in first.points)
 
 
 def test_what_fails_is_missing_with_its_reason_and_the_rest_is_there(

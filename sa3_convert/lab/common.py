@@ -1,22 +1,81 @@
-"""Results of stages on an object store, or on anything else that fsspec reaches, for workers without a common folder.
+"""What tasks of the laboratory share wherever they run: the checkpoint, and where results are found and left.
 
-A store keeps what the stage cache keeps, under the same names. An object store has no renaming: the entry, which lists
-the files with their hashes, is written last, so a result is whole or not there. What is brought is held to its hashes
-by the cache that it comes into, and counts as absent where it differs.
+Workers without a common folder share results by a store: an object store, or anything else that fsspec reaches. It
+keeps what the stage cache keeps, under the same names. An object store has no renaming: the entry, which lists the
+files with their hashes, is written last, so a result is whole or not there. What is brought is held to its hashes by
+the cache that it comes into, and counts as absent where it differs.
 """
 
 import contextlib
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from sa3_convert.convert.cache import ENTRY, MAX_ENTRY_BYTES, StageCache
+from sa3_convert.convert.cache import ENTRY, MAX_ENTRY_BYTES, CachedResult, Notes, StageCache
 from sa3_convert.errors import InputError, UsageError
 from sa3_convert.system.files import partial_folder, take_name
 from sa3_convert.system.untrusted import parse_json
 
+if TYPE_CHECKING:
+    from sa3_convert.checkpoint.reader import Checkpoint
+
+N = TypeVar("N", bound=Notes)
 _LARGEST: Final = 64 << 30
 """Bytes of a file that is brought."""
+
+
+@dataclass(frozen=True, slots=True)
+class Common:
+    """What tasks share, wherever they run."""
+
+    folder: Path
+    """The checkpoint, which every worker sees here."""
+    cache: Path
+    """A folder that every worker sees, or one of each worker's own, beside a store."""
+    loras: tuple[str, ...] = ()
+    store: str = ""
+    """The address of what keeps results for all workers; none where they share the cache."""
+    threads: int | None = None
+
+    @classmethod
+    def of(cls, checkpoint: "Checkpoint", cache: Path, loras: Sequence[str] | None, **how: Any) -> "Common":
+        """Return the same for processes that may stand in other folders."""
+        paths = tuple(str(Path(text).absolute()) for text in loras or ())
+        return cls(checkpoint.folder.absolute(), cache.absolute(), paths, **how)
+
+    def open(self) -> "Checkpoint":
+        """Open the checkpoint."""
+        return _opened(self.folder, self.loras)
+
+    def find(self, stage: str, key: str, notes: type[N]) -> CachedResult[N] | None:
+        """Return a result that the cache has whole, or the store."""
+        stages = StageCache(self.cache)
+        found = stages.find(stage, key, notes)
+        if found is None and self.store:
+            Store(self.store).bring(stage, key, stages)
+            found = stages.find(stage, key, notes)
+        return found
+
+    def found_or_made(
+        self, stage: str, key: str, notes: type[N], make: "Callable[[StageCache], CachedResult[N]]"
+    ) -> CachedResult[N]:
+        """Return a result, made if nobody has it, and leave it for all workers."""
+        stages = StageCache(self.cache)
+        found = self.find(stage, key, notes) or make(stages)
+        if self.store:
+            Store(self.store).take(stage, key, stages)
+        return found
+
+
+@cache
+def _opened(folder: Path, loras: tuple[str, ...]) -> "Checkpoint":
+    from sa3_convert.checkpoint.lora_file import LoraRequest
+    from sa3_convert.checkpoint.reader import Checkpoint
+
+    return Checkpoint.open(folder).with_loras([LoraRequest.parse(text) for text in loras])
 
 
 class Store:

@@ -7,10 +7,7 @@ import pytest
 
 from sa3_convert.convert.cache import ENTRY, Notes, StageCache
 from sa3_convert.errors import UsageError
-from sa3_convert.lab.sweep.points import Point
-from sa3_convert.lab.sweep.store import Store
-from sa3_convert.lab.sweep.sweep import run_sweep
-from sa3_convert.lab.sweep.tasks import Common
+from sa3_convert.lab.common import Store
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -108,14 +105,3 @@ def test_an_object_store(ours: StageCache, theirs: StageCache, monkeypatch: pyte
 def test_an_address_that_nothing_knows_is_refused() -> None:
     with pytest.raises(UsageError, match="--store nothing://here"):
         Store("nothing://here")
-
-
-def test_workers_without_a_common_folder_share_what_they_make(toy: Path, points: list[Point], tmp_path: Path) -> None:
-    address = f"file://{tmp_path}/kept"
-    first = run_sweep(Common(toy, tmp_path / "a", store=address), points)
-    entries = {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "kept").glob("*/*/entry.json")}
-    second = run_sweep(Common(toy, tmp_path / "b", store=address), points)
-    assert [p.fidelity for p in first.points] == [p.fidelity for p in second.points]
-    assert {p.parent.name: p.stat().st_mtime_ns for p in (tmp_path / "kept").glob("*/*/entry.json")} == entries
-    # What is brought has the times of its making elsewhere in it, but nothing was made: it took no time.
-    assert sum(point.seconds for point in second.points) < sum(point.seconds for point in first.points)
