@@ -111,6 +111,7 @@ class _Stages:
 
     def end(self) -> None:
         self._finished += self._work.get(self._what, 0)
+        self._bar.update(self._task, completed=self._finished)
         if self._what and not stderr.is_terminal:
             stderr.print(f"{self._what:<50} {time.monotonic() - self._began:7.1f} s")
         self._what = ""

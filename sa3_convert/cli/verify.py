@@ -152,7 +152,7 @@ def _whole_generations(
     store = ReferenceStore(references or default_references(bundle), limit)
     how["threads"] = how["threads"] or (workers and threads_each(workers))
     what = {name: how[name] for name in ("steps", "components", "quick")}
-    with shown_progress(workload(bundle, how["cases"], **what)) as report:
+    with shown_progress(workload(bundle, how["cases"], on_workers=runner is not None, **what)) as report:
         return verify_fully(bundle, store=store, report=report, runner=runner, **how)
 
 

@@ -1,6 +1,6 @@
 """The sensitivities of a component: a backward pass for each sample, wherever it runs, then every precision's price.
 
-Passes leave what they find, tens to hundreds of MB, in the stage cache, under a hash of all that it depends on. It is
+Passes leave what they find, tens of MB, in the stage cache, under a hash of all that it depends on. It is
 added up in the order of the samples, so nothing depends on where a pass ran, or on which was done first.
 """
 

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from rich.progress import Progress as Bar
 
 import sa3_convert.cli.app as cli
 from sa3_convert.arrays import Arrays
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.check.metrics import Fidelity
 from sa3_convert.check.reference_store import ReferenceStore
+from sa3_convert.cli.full import _Stages
 from sa3_convert.components import Component, contract
 from sa3_convert.errors import BundleError, ConversionError, UsageError, VerificationError
 from sa3_convert.lab.generations import full, shared
@@ -112,6 +114,21 @@ def test_all_work_is_planned(toy_int8: Bundle, verified: tuple[Verification, Wit
     assert all(cost >= 0 for cost in planned.values())
 
 
+def test_the_bar_ends_where_all_is_done(toy_int8: Bundle, verified: tuple[Verification, Witness]) -> None:
+    work = workload(toy_int8, CASES, steps=STEPS, quick=True)
+    with Bar(disable=True) as bar:
+        stages = _Stages(bar, work)
+        for what, count in verified[1].stages.items():
+            stages.show(what, 0, count)
+        stages.end()
+        assert bar.tasks[0].completed == pytest.approx(bar.tasks[0].total)
+
+
+def test_a_component_alone_is_no_work_end_to_end(toy_int8: Bundle) -> None:
+    planned = workload(toy_int8, CASES, steps=STEPS, quick=True, components=(Component.DECODER,))
+    assert not any(stage.startswith("end to end") for stage in planned)
+
+
 def test_a_second_verification_computes_no_reference_and_finds_the_same(
     toy_int8: Bundle, store: Path, verified: tuple[Verification, Witness]
 ) -> None:
@@ -137,6 +154,7 @@ def test_workers_find_the_same_to_the_digit_whatever_they_do_first(
     monkeypatch.setattr(shared, "_held", held := Latest[Any, Any]())
     findings, witness = witnessed(toy_int8, store, runner=shuffled)
     assert findings.to_data() == verified[0].to_data()
+    assert set(witness.stages) == set(workload(toy_int8, CASES, steps=STEPS, quick=True, on_workers=True))
     assert witness.heard.keys() == verified[1].heard.keys()
     assert all(np.array_equal(audio, verified[1].heard[what]) for what, audio in witness.heard.items())
     held.close()

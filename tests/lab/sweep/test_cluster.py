@@ -5,8 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -21,35 +20,12 @@ from sa3_convert.lab.sweep.sweep import run_sweep
 from sa3_convert.lab.sweep.tasks import Ran, Task
 from sa3_convert.recipe import load_recipe, own_recipes
 from sa3_convert.scheduling import in_this_process, on_dask
+from tests.clusters import ADDRESS, cluster
 from tests.played import quick, runs, silent, task
 from tests.processes import ended
 
 pytest.importorskip("distributed")
 pytestmark = pytest.mark.slow
-
-PORT = 39787
-ADDRESS = f"tcp://127.0.0.1:{PORT}"
-
-
-@contextmanager
-def cluster(*worker: str, workers: int = 1) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Start a scheduler and workers; yields the scheduler and then the workers."""
-    programs: list[tuple[str, ...]] = [("dask_scheduler", "--host", ADDRESS)]
-    programs += [("dask_worker", ADDRESS, "--no-nanny", "--nthreads", "1", *worker)] * workers
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", f"distributed.cli.{program}", "--no-dashboard", *words],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        for program, *words in programs
-    ]
-    try:
-        yield started
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
 
 
 def test_a_scheduler_that_was_started_again_is_asked_for_what_is_missing(tmp_path: Path) -> None:
