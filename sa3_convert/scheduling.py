@@ -3,6 +3,7 @@ the tasks whose results it reads, and what it takes.
 """
 
 import contextlib
+import faulthandler
 import heapq
 import importlib.util
 import math
@@ -78,6 +79,9 @@ _CONNECTIONS: Final = 5
 """How often a scheduler may go away before what is left is given up."""
 _DEATHS: Final = 1
 """Workers, of those that are started here, that a task may take with it and be tried again beside others."""
+_PATIENCE: Final = 20
+"""How many times what a task is estimated to take it may take on a worker, beside an hour."""
+_HOUR: Final = 3600.0
 _WAIT: Final = 60
 """Seconds for a scheduler to be reached, or a worker to come."""
 
@@ -88,7 +92,7 @@ class Latest(Generic[_Key, _Value]):
     Of all kinds a process keeps one: a task's memory is for that task alone.
     """
 
-    kinds: "ClassVar[list[Latest[Any, Any]]]" = []
+    kinds: ClassVar[list["Latest[Any, Any]"]] = []
 
     def __init__(self) -> None:
         self.kinds.append(self)
@@ -206,11 +210,12 @@ def _round(
         if errors := [one for one in before if isinstance(one, Sa3Error)]:
             return client.submit(_passed_on, errors[0], key=(task.name, len(futures)), pure=False)
         resources = {MEMORY: task.takes.memory_bytes} if limited else None
-        return client.submit(run, task, *before, key=(task.name, len(futures)), resources=resources, pure=False)
+        work = (_within, _limit(task), run, task, *before)
+        return client.submit(*work, key=(task.name, len(futures)), resources=resources, pure=False)
 
     def finished(task: _Task, future: Any) -> tuple[_Task, _Result | Sa3Error]:
         error = future.exception()
-        done[task.name] = future.result() if error is None else _lost(error)
+        done[task.name] = future.result() if error is None else _lost(task, error)
         return task, done[task.name]
 
     for task in todo:
@@ -230,14 +235,33 @@ def _passed_on(error: Sa3Error) -> None:
     raise error
 
 
-def _lost(error: BaseException) -> Sa3Error:
+def _limit(task: Task) -> float:
+    return _HOUR + _PATIENCE * task.takes.seconds
+
+
+def _within(seconds: float, run: Callable[..., _Result], task: Task, *before: object) -> _Result:
+    """Run a task, and end this process when so many seconds are over: nothing else stops what hangs in a library.
+
+    Standard error, a worker's log, then has the lines where each thread was.
+    """
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        return run(task, *before)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _lost(task: Task, error: BaseException) -> Sa3Error:
     """Return what is said of a task whose workers died, or that failed."""
     from distributed import KilledWorker
 
     if isinstance(error, Sa3Error):
         return error
     if isinstance(error, KilledWorker):
-        return ConversionError("Worker after worker ended while it ran there; was there memory for it?")
+        return ConversionError(
+            "Worker after worker ended while it ran there; was there memory for it? One that comes to no end within "
+            f"{_limit(task) / _HOUR:.1f} hours is ended, too, and its log says where."
+        )
     known = told_by_system(error) if isinstance(error, Exception) else None
     return known or Sa3Error(repr(error))
 

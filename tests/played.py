@@ -36,6 +36,8 @@ def quick(task: Played, *before: int) -> int:
         raise InputError("refused is no such file")
     if task.name == "full":
         raise OSError(errno.ENOSPC, "No space left on device")
+    if task.name == "hangs":
+        time.sleep(600)
     if task.name.startswith("slow"):
         time.sleep(0.2)
     return len(before)

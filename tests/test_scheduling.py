@@ -1,6 +1,8 @@
 """Tasks in this process and on Dask: the same results, and what becomes of workers that die."""
 
 import contextlib
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -141,3 +143,30 @@ def test_of_all_kinds_a_process_keeps_one() -> None:
     let_go()
     let_go()
     assert said == ["a closed", "b closed"]
+
+
+def test_a_process_that_comes_to_no_end_with_a_task_is_ended_and_tells_where(tmp_path: Path) -> None:
+    def within(seconds: float, name: str) -> subprocess.CompletedProcess[str]:
+        lines = [
+            "import time; from pathlib import Path",
+            "from sa3_convert.scheduling import _within; from tests.played import quick, task",
+            f"print(_within({seconds}, quick, task({name!r}, Path({str(tmp_path)!r}))))",
+            "time.sleep(1)",
+        ]
+        return subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+
+    in_time = within(0.9, "a")
+    assert (in_time.returncode, in_time.stdout, in_time.stderr) == (0, "0\n", "")
+    hung = within(0.5, "hangs")
+    assert hung.returncode == 1
+    assert "played.py" in hung.stderr
+    assert "in quick" in hung.stderr
+
+
+@pytest.mark.slow
+def test_a_task_that_hangs_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling, "_limit", lambda _: 10.0)
+    tasks = [task("hangs", tmp_path), task("after", tmp_path, "hangs"), *(task(f"a{n}", tmp_path) for n in range(4))]
+    found = {one.name: outcome for one, outcome in on_dask(local_workers(2, silent), tasks, quick)}
+    assert {name for name, outcome in found.items() if isinstance(outcome, Sa3Error)} == {"hangs", "after"}
+    assert "comes to no end within 0.0 hours" in str(found["hangs"])

@@ -156,7 +156,7 @@ def run_batch(
             if known is not None and known.request == wanted and _is_whole(folder / item.output, known):
                 found[item.line] = known
             else:
-                todo.append(Line(item, request, options, Estimate(request["seconds"] or 0.0, memory)))
+                todo.append(Line(item, request, options, Estimate(_seconds(request, memory), memory)))
         outcomes = stack.enter_context(contextlib.closing(_made(pipeline, todo, workers)))
         yield from _in_order(items, found, outcomes, options)
 
@@ -232,6 +232,11 @@ def _judged(result: BatchResult, audio: Mapping[str, BatchResult], options: Batc
         (options.folder / result.output).unlink(missing_ok=True)
         return BatchResult(result.line, result.output, result.request, error=str(error), exit_code=error.exit_code)
     return result
+
+
+def _seconds(request: Mapping[str, Any], memory: int) -> float:
+    """Return about how long a generation with models of this size takes on two cores: 0.1 s a step, second and GiB."""
+    return 0.1 * (memory / 2**30) * float(request["steps"] or 1) * float(request["seconds"] or 1)
 
 
 def _check_place(folder: Path, name: str) -> None:

@@ -91,7 +91,7 @@ def on_workers(
         raise VerificationError("There are no cases to generate.")
     staged = Staged.of(bundle, store, **how)
     stages: dict[str, list[Part]] = {}
-    for part in _parts(bundle, wanted, cases):
+    for part in _parts(bundle, wanted, cases, staged.steps):
         stages.setdefault(part.stage, []).append(part)
     found = _found(runner, staged, stages, report)
     sampled: list[BundleFidelity] = [found[part] for own in stages.values() for part in own if part.what == "sampled"]
@@ -126,31 +126,39 @@ def _found(runner: Runner, staged: Staged, stages: Mapping[str, Sequence[Part]],
     return found
 
 
-def _parts(bundle: Bundle, wanted: Sequence[Component], cases: Sequence[GenerationCase]) -> list[Part]:
+def _parts(bundle: Bundle, wanted: Sequence[Component], cases: Sequence[GenerationCase], steps: int) -> list[Part]:
     """Return all parts in an order in which each follows what it needs."""
-    takes = _taken(bundle)
-    parts = [Part("sampled", sampled_stage(one, "mnn"), one, None, takes) for one in wanted]
+    memory = _memory(bundle)
+    parts = [Part("sampled", sampled_stage(one, "mnn"), one, None, _taken(memory, 10, 60)) for one in wanted]
     chain = list(Component)[: max(list(Component).index(one) for one in wanted) + 1]
     for before, one in zip([None, *chain], chain, strict=False):
         for case in cases:
             needs = () if before is None else (f"{reference_stage(before)}, {case.name}",)
-            parts.append(Part("reference", reference_stage(one), one, case, takes, needs))
+            taken = _taken(memory, steps, case.seconds)
+            parts.append(Part("reference", reference_stage(one), one, case, taken, needs))
     for quantity in (q for q in QUANTITIES if q.component in wanted):
         for case in quantity.distinct(cases):
             needs = (f"{reference_stage(quantity.component)}, {case.name}",)
-            parts.append(Part("observed", quantity.name, quantity.component, case, takes, needs))
+            taken = _taken(memory, steps, case.seconds)
+            parts.append(Part("observed", quantity.name, quantity.component, case, taken, needs))
     if set(wanted) >= AUDIBLE:
         for case in end_to_end_cases(cases):
             needs = (f"{reference_stage(Component.DECODER)}, {case.name}",)
-            parts.append(Part("end to end", TARGET, Component.DECODER, case, takes, needs))
+            taken = _taken(memory, 3 * steps, case.seconds)
+            parts.append(Part("end to end", TARGET, Component.DECODER, case, taken, needs))
     return parts
 
 
-def _taken(bundle: Bundle) -> Estimate:
-    """Return what a part takes at the most: the largest model on both sides, as stored and unpacked."""
+def _taken(memory: int, steps: int, seconds: float) -> Estimate:
+    """Return what a part takes at the most, on two cores: 0.1 s a step, second of audio and GiB."""
+    return Estimate(0.1 * (memory / 2**30) * steps * seconds, memory)
+
+
+def _memory(bundle: Bundle) -> int:
+    """Return the bytes that a part takes at the most: the largest model on both sides, as stored and unpacked."""
     artifacts = bundle.manifest.artifacts
     largest = max(sum(a.total_bytes for a in artifacts if a.component is one) for one in bundle.components)
-    return Estimate(1.0, BESIDE_WEIGHTS + 3 * largest)
+    return BESIDE_WEIGHTS + 3 * largest
 
 
 @dataclass(frozen=True, slots=True)
