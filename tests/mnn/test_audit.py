@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
@@ -242,6 +243,19 @@ def test_a_convolution_whose_weight_is_computed_is_refused(converter: Converter,
     graph = save_graph(tmp_path / "computed.onnx", nodes, inputs, ["out"], constants)
     with pytest.raises(ConversionError, match=r"layer out: its weight .* is computed when it runs"):
         audit(stored(converter, graph, *INT4), integers(4))
+
+
+def test_a_kernel_that_a_caller_gives_is_no_weight_of_the_model(converter: Converter, tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "own"], ["y"]),
+        helper.make_node("Add", ["factors", "one"], ["gain"]),
+        helper.make_node("Reshape", ["gain", "shape"], ["kernel"]),
+        helper.make_node("Conv", ["y", "kernel"], ["out"], group=16),
+    ]
+    constants = {"own": gaussian(8, 8), "one": np.float32(1), "shape": np.array([16, 1, 1])}
+    inputs = {"x": (TensorProto.FLOAT, [1, 16, 8]), "factors": (TensorProto.FLOAT, [16])}
+    graph = save_graph(tmp_path / "given.onnx", nodes, inputs, ["out"], constants)
+    audit(stored(converter, graph, *INT4), integers(4))
 
 
 def test_a_convolution_without_weights_is_refused(converter: Converter, graph: Path) -> None:

@@ -125,14 +125,17 @@ def _scheme_faults(name: str, weight: WeightStorage, scheme: WeightScheme, block
 
 
 def _hidden_weight_faults(storage: ModelStorage, flow: "_Flow", recipe: ComponentRecipe) -> Iterator[str]:
-    """Yield layers without weights of their own, and products with a constant that the converter left alone."""
+    """Yield layers without weights of their own, and products with a constant that the converter left alone.
+
+    Kernels that a caller gives, as those of adapters, are no weights of the model.
+    """
     for operator in storage.operators:
         name = layer_name(operator.name)
         bits = None if recipe.weights is None else recipe.weights.for_layer(name)[0]
         if operator.type in _LAYERS and operator.weight is None:
             if len(operator.inputs) < 2:
                 yield f"layer {name}: holds no weights"
-            elif bits is not None:
+            elif bits is not None and not flow.is_given(operator, 1):
                 yield f"layer {name}: its weight {operator.inputs[1]} is computed when it runs, not stored as int{bits}"
         elif operator.type in _PRODUCTS and bits is not None:
             for constant in filter(None, (flow.constant(operator, index) for index in (0, 1))):
@@ -196,6 +199,25 @@ class _Flow:
                 return found
             name = maker.inputs[0]
         return None
+
+    def is_given(self, operator: OperatorStorage, index: int) -> bool:
+        """Whether an operator's input follows from the model's inputs, with no constants but numbers and shapes."""
+        waiting, seen = [operator.inputs[index]], set[str]()
+        while waiting:
+            name = waiting.pop()
+            if name in seen:
+                continue
+            seen.add(name)
+            constant, maker = self._constants.get((operator.graph, name)), self._makers.get((operator.graph, name))
+            if constant is not None:
+                is_shape = constant.type in ("int32", "int64") and len(constant.shape) == 1
+                if constant.elements > 1 and not is_shape:
+                    return False
+            elif maker is None or maker.weight is not None or maker.parameters:
+                return False
+            else:
+                waiting += maker.inputs
+        return True
 
     def token_tables(self) -> Iterator[TokenTable]:
         """Yield two-dimensional constants with rows of more than one number that are looked up by no constant."""
