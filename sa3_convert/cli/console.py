@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from sa3_convert.checkpoint.lora import Lora
     from sa3_convert.lab.planner.planner import BitPlan
     from sa3_convert.lab.sweep.points import Point
-    from sa3_convert.lab.sweep.result import Sweep
+    from sa3_convert.lab.sweep.result import Measured, Sweep
     from sa3_convert.lab.sweep.tasks import Task
     from sa3_convert.runtime.engines import Engine
 
@@ -293,7 +293,9 @@ def planned_rows(plan: "BitPlan") -> list[dict[str, Any]]:
 
 def sweep_table(sweep: "Sweep") -> Table:
     """Return the points of a sweep, and which of them are worth keeping."""
-    table = grid(f"{sweep.checkpoint}, {sweep.variant}", ("point",), ("MiB", "worst dB", "predicted"), ("recipe",))
+    whole = ("in generations", "spectra dB") if sweep.generated else ()
+    figures = ("MiB", "worst dB", "predicted", *whole)
+    table = grid(f"{sweep.checkpoint}, {sweep.variant}", ("point",), figures, ("recipe",))
     for point in sweep.points:
         known = point.bytes is not None and point.fidelity is not None
         table.add_row(
@@ -301,9 +303,15 @@ def sweep_table(sweep: "Sweep") -> Table:
             f"{point.bytes / 2**20:.2f}" if point.bytes is not None else "missing",
             f"{point.fidelity.signal_to_noise_db:.1f}" if point.fidelity is not None else "",
             "" if point.predicted_db is None else f"{point.predicted_db:.1f}",
+            *(_in_generations(point) if whole else ()),
             (point.recipe or "beaten by another") if known else "",
         )
     return table
+
+
+def _in_generations(point: "Measured") -> tuple[str, str]:
+    found = point.generations
+    return ("", "") if found is None else (f"{found.worst_db:.1f}", f"{found.spectra_db:.2f}")
 
 
 def sweep_plan_table(points: "Sequence[Point]", tasks: "Mapping[str, Sequence[Task]]", cache: Path) -> Table:

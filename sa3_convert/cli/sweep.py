@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sa3_convert.lab.sweep.points import Point
     from sa3_convert.lab.sweep.result import Sweep
     from sa3_convert.lab.sweep.tasks import Task
+    from sa3_convert.lab.sweep.whole import Suite
     from sa3_convert.recipe import Recipe
     from sa3_convert.scheduling import Runner
 
@@ -37,6 +38,10 @@ RecipesOption = Annotated[
 BudgetOption = Annotated[
     float | None, Option(min=0.01, max=1e6, help="Share so many MiB among all components by what hurts the end result.")
 ]
+FullOption = Annotated[
+    bool, Option("--full", help="Also compare whole generations with each point, the others as in int8.")
+]
+CasesOption = Annotated[list[str] | None, Option(metavar=o.CASE, help="With --full this generation only; repeatable.")]
 StoreOption = Annotated[
     str,
     Option(metavar="ADDRESS", help="Keep results here, too: s3://BUCKET/FOLDER, or what fsspec has."),
@@ -50,6 +55,8 @@ def sweep(
     sizes: SizesOption = None,
     recipe: RecipesOption = None,
     budget_mib: BudgetOption = None,
+    full: FullOption = False,
+    case: CasesOption = None,
     lora: o.LoraOption = None,
     workers: o.WorkersOption = None,
     scheduler: o.SchedulerOption = None,
@@ -66,15 +73,13 @@ def sweep(
     if sizes is None and not recipe and budget_mib is None:
         raise UsageError("Give --sizes FROM:TO:STEP with one --component, --recipe, or --budget-mib.")
     runner = o.runner_on(workers, scheduler)
-    _refuse(out, sizes, component or ())
-    from sa3_convert.cli.console import progress, stdout, sweep_plan_table, sweep_table
+    _refuse(out, sizes, component or (), case, full=full)
+    from sa3_convert.cli.console import stdout, sweep_plan_table, sweep_table
     from sa3_convert.convert.plan import chosen_components
     from sa3_convert.lab.common import Common, Store
     from sa3_convert.lab.sweep.points import of_own_names, of_recipes
-    from sa3_convert.lab.sweep.sweep import run_sweep, whole_recipe, write
     from sa3_convert.lab.sweep.tasks import tasks_for, to_do
     from sa3_convert.scheduling import in_this_process
-    from sa3_convert.system.files import write_text
 
     if store:
         Store(store)
@@ -84,22 +89,19 @@ def sweep(
     chosen = chosen_components(opened.layout, component or ())
     label = f"within-{budget_mib:g}" if budget_mib is not None else ""
     points = of_recipes([o.open_recipe(one) for one in recipe or ()], chosen)
+    suite = _suite(common, case, runner) if full else None
     points += _planned(common, chosen, sizes, budget_mib, label, None if dry_run else runner or in_this_process)
     of_own_names(points)
     if dry_run:
         tasks = to_do(points, tasks_for([point for point in points if not point.problem], common))
         stdout.print(sweep_plan_table(points, tasks, folder))
         _tell_time([task for own in tasks.values() for task in own], workers or 1)
+        if suite is not None:
+            echo(f"Then {len(suite.cases)} generations with each point, which take what `verify --full` takes.")
         return
     with _alone_in(out):
-        with progress(f"{len(points)} points") as tick:
-            told = partial(tick, f"{len(points)} points")
-            found = run_sweep(common, points, runner or in_this_process, lambda _, __, *done: told(*done))
-        write(found, points, o.open_recipe(o.DEFAULT_RECIPE), out)
-        if whole := whole_recipe(found, points, o.open_recipe(BUDGET_RECIPE), label):
-            write_text(out / f"{label}.yaml", whole.to_yaml())
-        for file in (out / FIGURES, json_file):
-            o.write_figures(file, found.model_dump(mode="json", by_alias=True))
+        found = _swept(common, points, runner or in_this_process, suite)
+        _write_down(found, points, label, out, json_file)
     stdout.print(sweep_table(found))
     _tell_end(found, out)
 
@@ -116,6 +118,17 @@ def _alone_in(out: Path) -> Iterator[None]:
         raise UsageError(f"Another sweep into {out} is under way. Wait for it, or name another folder.") from None
 
 
+def _write_down(found: "Sweep", points: "Sequence[Point]", label: str, out: Path, json_file: Path | None) -> None:
+    from sa3_convert.lab.sweep.sweep import whole_recipe, write
+    from sa3_convert.system.files import write_text
+
+    write(found, points, o.open_recipe(o.DEFAULT_RECIPE), out)
+    if whole := whole_recipe(found, points, o.open_recipe(BUDGET_RECIPE), label):
+        write_text(out / f"{label}.yaml", whole.to_yaml())
+    for file in (out / FIGURES, json_file):
+        o.write_figures(file, found.model_dump(mode="json", by_alias=True))
+
+
 def _tell_end(found: "Sweep", out: Path) -> None:
     """Say what is missing, and end with what is worst of it."""
     if found.mixed:
@@ -127,7 +140,34 @@ def _tell_end(found: "Sweep", out: Path) -> None:
         raise Exit(max(point.exit_code for point in found.missing))
 
 
-def _refuse(out: Path, sizes: str | None, chosen: Sequence[Component]) -> None:
+def _suite(common: "Common", case: Sequence[str] | None, runner: "Runner | None") -> "Suite":
+    from sa3_convert.cli.verify import chosen_cases
+    from sa3_convert.lab.generations.trajectory import possible_cases
+    from sa3_convert.lab.sweep.whole import Suite
+
+    chosen = chosen_cases(None, None, None, case)
+    cases = chosen if case else possible_cases(chosen, common.open().layout)
+    suite = Suite(common, o.open_recipe(o.DEFAULT_RECIPE), cases, runner)
+    suite.require()
+    return suite
+
+
+def _swept(common: "Common", points: "Sequence[Point]", runner: "Runner", suite: "Suite | None") -> "Sweep":
+    from sa3_convert.cli.console import progress
+    from sa3_convert.lab.sweep.sweep import run_sweep
+    from sa3_convert.lab.sweep.whole import with_generations
+
+    with progress(f"{len(points)} points") as tick:
+        told = partial(tick, f"{len(points)} points")
+        found = run_sweep(common, points, runner, lambda _, __, *done: told(*done))
+        return found if suite is None else with_generations(suite, points, found, tick)
+
+
+def _refuse(
+    out: Path, sizes: str | None, chosen: Sequence[Component], case: Sequence[str] | None, *, full: bool
+) -> None:
+    if case and not full:
+        raise UsageError("--case is about generations; add --full.")
     if sizes is not None and len(chosen) != 1:
         raise UsageError("--sizes are of one component. Name it: --component dit.")
     if out.is_dir() and any(out.iterdir()) and not (out / FIGURES).is_file():

@@ -205,7 +205,7 @@ class EndToEnd:
     @derived
     def chaos_ratio(self) -> float:
         """Mean spectral distance of the target over that of the nudged reference."""
-        return _spectra([c.target for c in self.cases]) / max(_spectra([c.chaos for c in self.cases]), 1e-9)
+        return mean_spectra([c.target for c in self.cases]) / max(mean_spectra([c.chaos for c in self.cases]), 1e-9)
 
     @derived
     def judgement(self) -> str:
@@ -214,20 +214,22 @@ class EndToEnd:
         over = "In the one generation" if len(self.cases) == 1 else f"Over {len(self.cases)} generations"
         target, chaos = [case.target for case in self.cases], [case.chaos for case in self.cases]
         figures = (
-            f"{over} the target's spectra are {_spectra(target):.2f} dB from the reference's (cosine of the latents "
-            f"{_cosine(target):z.5f}); the reference itself, its noise nudged by {self.nudge:g}, {_spectra(chaos):.2f} "
-            f"dB ({_cosine(chaos):z.5f})."
+            f"{over} the target's spectra are {mean_spectra(target):.2f} dB from the reference's (cosine of the "
+            f"latents {mean_cosine(target):z.5f}); the reference itself, its noise nudged by {self.nudge:g}, "
+            f"{mean_spectra(chaos):.2f} dB ({mean_cosine(chaos):z.5f})."
         )
         if ratio <= 1:
             return f"{figures} The conversion changes less than such a nudge does: chance alone does as much."
         return f"{figures} The conversion changes {ratio:.1f} times as much as such a nudge does."
 
 
-def _spectra(divergences: Sequence[Divergence]) -> float:
+def mean_spectra(divergences: Sequence[Divergence]) -> float:
+    """Return the mean spectral distance, in dB."""
     return math.fsum(d.audio.mean_spectral_distance_db for d in divergences) / len(divergences)
 
 
-def _cosine(divergences: Sequence[Divergence]) -> float:
+def mean_cosine(divergences: Sequence[Divergence]) -> float:
+    """Return the mean cosine of latents."""
     return math.fsum(d.latent_cosine for d in divergences) / len(divergences)
 
 

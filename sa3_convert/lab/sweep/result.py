@@ -16,6 +16,23 @@ from sa3_convert.lab.sweep.points import Point
 from sa3_convert.lab.sweep.tasks import Ran, Task
 
 
+class Whole(Data):
+    """What came of whole generations with a point's model, the other components by one recipe."""
+
+    worst_db: float
+    """Worst signal-to-noise ratio of the point's component, given what the reference gives it, over all generations."""
+    worst_case: str
+    """Where that was."""
+    spectra_db: float
+    """Mean spectral distance from prompt to audio, from the reference's."""
+    chaos_db: float
+    """The same of the reference itself, its noise nudged."""
+    latent_cosine: float
+    """Mean cosine of the latents at the end."""
+    others: str
+    """The recipe of the other components."""
+
+
 class Measured(Data):
     """One component by one recipe."""
 
@@ -28,6 +45,8 @@ class Measured(Data):
     predicted_bytes: int | None = None
     predicted_db: float | None = None
     """Mean over inputs, of what was planned by measured sensitivities."""
+    generations: Whole | None = None
+    """Where they were asked for."""
     on_frontier: bool = False
     """Whether no other point of its component is at least as small and as good."""
     recipe: str | None = None
@@ -65,6 +84,11 @@ class Sweep(Data):
         return found
 
     @property
+    def generated(self) -> bool:
+        """Whether points went through whole generations."""
+        return any(point.generations is not None for point in self.points)
+
+    @property
     def missing(self) -> list[Measured]:
         """The points that could not be had."""
         return [point for point in self.points if point.problem]
@@ -83,13 +107,16 @@ def sweep_of(
         _measured(point, layers[point.component], [ran[task.name] for task in tasks.get(point.name, ())])
         for point in points
     ]
-    best = frontier(found)
     places = {(point.processor, point.mnn) for point in found if not point.problem}
-    kept = (
-        point.model_copy(update={"on_frontier": True, "recipe": f"{point.name}.yaml"}) if point.name in best else point
-        for point in found
-    )
-    return Sweep(checkpoint=checkpoint, variant=variant, points=tuple(kept), mixed=len(places) > 1)
+    return Sweep(checkpoint=checkpoint, variant=variant, points=with_frontier(found), mixed=len(places) > 1)
+
+
+def with_frontier(points: Sequence[Measured]) -> tuple[Measured, ...]:
+    """Return points that say whether they are worth keeping, and the file that makes those."""
+    best = frontier(points)
+    places = {name: {"on_frontier": True, "recipe": f"{name}.yaml"} for name in best}
+    neither = {"on_frontier": False, "recipe": None}
+    return tuple(point.model_copy(update=places.get(point.name, neither)) for point in points)
 
 
 def _measured(point: Point, layers: Sequence[str], ran: Sequence[Ran]) -> Measured:
@@ -116,7 +143,7 @@ def frontier(points: Sequence[Measured]) -> set[str]:
     """Return the names of points that no other one of their component beats: at least as small, at least as good."""
     best: set[str] = set()
     reached: dict[Component, float] = {}
-    had = [(p.bytes, -p.fidelity.signal_to_noise_db, p) for p in points if p.bytes and p.fidelity]
+    had = [(p.bytes, -p.fidelity.signal_to_noise_db, p) for p in points if p.bytes and p.fidelity and not p.problem]
     for _, worse, point in sorted(had, key=lambda one: one[:2]):
         if -worse > reached.get(point.component, float("-inf")):
             reached[point.component] = -worse

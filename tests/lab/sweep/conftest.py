@@ -1,20 +1,12 @@
-"""A toy, and what it is tried by."""
+"""What a toy is tried by."""
 
 from pathlib import Path
 
 import pytest
 
-from sa3_convert.checkpoint.synthetic import synthesize
 from sa3_convert.components import Component
 from sa3_convert.lab.sweep.points import Point, of_recipes
 from sa3_convert.recipe import load_recipe, recipe_file
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sweep") / "toy"
-    synthesize(folder, "small-music", "toy", 0, "gaussian")
-    return folder
 
 
 @pytest.fixture(scope="module")
