@@ -77,7 +77,7 @@ def test_an_option_means_the_same_in_every_command(option: str) -> None:
 
 def test_a_case_is_written_alike_in_every_command() -> None:
     found = {n: p.metavar for n, c in COMMANDS.items() for p in c.params if "--case" in p.opts}
-    assert found == dict.fromkeys(("verify", "bisect", "drift"), "'prompt=P seed=S seconds=D'")
+    assert found == dict.fromkeys(("verify", "bisect", "drift", "sweep"), "'prompt=P seed=S seconds=D'")
 
 
 def test_a_shell_completes_commands() -> None:
