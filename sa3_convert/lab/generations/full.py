@@ -1,6 +1,6 @@
 """`verify --full`: everything that can be found out about a bundle, and how much work that is."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import field, replace
 from functools import cached_property, partial
 from typing import Annotated, Any, Self
@@ -43,7 +43,7 @@ from sa3_convert.lab.generations.trajectory import (
     case_feeds,
     end_to_end_cases,
 )
-from sa3_convert.lab.miniature.judge import Recognition, judged
+from sa3_convert.lab.miniature.judge import MODES, Recognition, judged
 from sa3_convert.runtime.conditioning import lengths
 from sa3_convert.runtime.engines import KINDS, EngineName
 from sa3_convert.runtime.pipeline import Pipeline
@@ -219,7 +219,8 @@ def verify_fully(
         findings = Verification.of(fidelity, engine=engine, generations=generations, end_to_end=end_to_end)
         if end_to_end is not None and is_miniature(bundle.layout):
             sides: tuple[EngineName, ...] = ("onnxruntime", engine)
-            findings = replace(findings, recognitions=tuple(_recognised(bundle, s, steps, report) for s in sides))
+            recognitions = tuple(one for side in sides for one in _recognised(bundle, side, steps, report))
+            findings = replace(findings, recognitions=recognitions)
         if bisecting:
             findings = with_bisections(bundle, findings, references, threads=threads, report=report)
     return findings
@@ -245,9 +246,11 @@ def _measured_here(
     return fidelity, generations, measure_end_to_end(references, target, end_to_end_cases(cases), report, heard)
 
 
-def _recognised(bundle: Bundle, engine: EngineName, steps: int, report: Progress) -> Recognition:
+def _recognised(bundle: Bundle, engine: EngineName, steps: int, report: Progress) -> Iterator[Recognition]:
     with Pipeline.from_bundle(bundle.path, engine, check=False, keep_loaded=True) as pipeline:
-        return judged(pipeline, engine, steps=steps, report=partial(report, f"recognised: {engine}"))
+        for mode in MODES:
+            told = partial(report, f"recognised: {mode} on {engine}")
+            yield judged(pipeline, engine, mode=mode, steps=steps, report=told)
 
 
 def with_bisections(

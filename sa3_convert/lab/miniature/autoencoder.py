@@ -77,7 +77,7 @@ def _batch(generator: torch.Generator) -> Tensor:
         piece = sampled(random)
         last = min(LATENTS - _CROP, piece.samples // LATENT_SAMPLES)
         start = 2 * int(random.integers(last // 2 + 1)) * LATENT_SAMPLES
-        crops.append(render(piece, int(random.integers(1 << 31)))[:, start : start + _CROP * LATENT_SAMPLES])
+        crops.append(render(piece)[:, start : start + _CROP * LATENT_SAMPLES])
     return torch.from_numpy(np.stack(crops))
 
 
@@ -88,9 +88,9 @@ def _become_principal_components(weights: Mapping[str, Tensor], layout: Checkpoi
     """
     random = np.random.default_rng(seed)
     frames = []
-    for index in range(_MEASURED):
+    for _ in range(_MEASURED):
         piece = sampled(random)
-        audio = render(piece, index).reshape(2, LATENTS, -1).transpose(1, 0, 2).reshape(LATENTS, -1)
+        audio = render(piece).reshape(2, LATENTS, -1).transpose(1, 0, 2).reshape(LATENTS, -1)
         frames.append(audio[random.integers(-(-piece.samples // LATENT_SAMPLES), size=3)])
     heard = torch.from_numpy(np.concatenate(frames))
     heard = heard / (heard.norm(dim=1, keepdim=True) + 0.3)

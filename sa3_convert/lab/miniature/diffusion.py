@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.checkpoint.tensors import DIT_PREFIX, SECONDS_PREFIX
-from sa3_convert.checkpoint.variants import DEFAULTS
+from sa3_convert.checkpoint.variants import DEFAULTS, LATENT_SAMPLES
 from sa3_convert.components import Component
 from sa3_convert.lab.miniature.autoencoder import Autoencoder
 from sa3_convert.lab.miniature.captions import caption
@@ -28,13 +29,17 @@ _HALF: Final = 16
 _RATE: Final = 2e-3
 _FEW_STEPS_RATE: Final = 1.5e-3
 _SOFTEST: Final = 0.1
-_SOFTEST_ESTIMATE: Final = 0.01
-"""Energy of latents below which a piece counts less than a loud one; a click's is 0.01, a tone's 0.25."""
-_OFTENER: Final = 3.0
-"""How much oftener than others pieces are drawn for the form of few steps that change with time."""
+_SOFTEST_ESTIMATE: Final = 0.002
+"""Energy of latents below which a sound counts less than a loud one; a click's is 0.01, a tone's 0.25."""
+_PAIRS: Final = 0.5
+"""Share of pairs among the pieces: more than are judged, as each is a combination that is seen seldom."""
 _WITHOUT_PROMPT: Final = 0.1
 _INPAINTED: Final = 0.2
 _ENCODED_AT_ONCE: Final = 8
+
+
+def _sampled(random: np.random.Generator) -> Piece:
+    return sampled(random, _PAIRS)
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Examples:
         count: int,
         seed: int,
         report: Report,
-        drawn: Callable[[np.random.Generator], Piece] = sampled,
+        drawn: Callable[[np.random.Generator], Piece] = _sampled,
     ) -> "Examples":
         """Make so many, or take those that the file has."""
         random = np.random.default_rng(seed)
@@ -62,7 +67,7 @@ class Examples:
         encoded = []
         for start in range(0, count, _ENCODED_AT_ONCE):
             chunk = range(start, min(start + _ENCODED_AT_ONCE, count))
-            audio = torch.from_numpy(np.stack([render(pieces[index], seed + index) for index in chunk]))
+            audio = torch.from_numpy(np.stack([render(pieces[index]) for index in chunk]))
             with torch.inference_mode():
                 encoded.append(autoencoder.encode(audio).half())
             if start % (_ENCODED_AT_ONCE * 50) == 0:
@@ -73,10 +78,14 @@ class Examples:
         return cls(pieces, latents)
 
 
-def _shares(pieces: Sequence[Piece]) -> Tensor:
-    """Return how often each piece is drawn [N]: what changes with the place in time is learned late."""
-    timed = [len(piece.sounds) > 1 or piece.sounds[0].kind in ("hit", "motion") for piece in pieces]
-    return torch.where(torch.tensor(timed), _OFTENER, 1.0)
+def _per_sound(energy: Tensor, pieces: Sequence[Piece]) -> Tensor:
+    """Return the mean energy [B, T] of the sound to which each latent belongs; what follows a piece is its last's."""
+    means = torch.empty_like(energy)
+    for row, piece in enumerate(pieces):
+        starts = [start // LATENT_SAMPLES for start, _ in piece.spans()]
+        for start, end in pairwise([*starts, LATENTS]):
+            means[row, start:end] = energy[row, start:end].mean()
+    return means
 
 
 class Diffusion:
@@ -145,8 +154,7 @@ def few_steps_loss(network: Diffusion, text: Text, examples: Examples) -> Loss:
     def of_schedule(count: int, generator: torch.Generator) -> Tensor:
         return levels[torch.randint(len(levels), (count,), generator=generator)]
 
-    shares = _shares(examples.pieces)
-    return lambda drawn: _loss(network, text, examples, drawn, of_schedule, estimate=shares)
+    return lambda drawn: _loss(network, text, examples, drawn, of_schedule, estimate=True)
 
 
 def _any_time(count: int, generator: torch.Generator) -> Tensor:
@@ -163,13 +171,10 @@ def _loss(
     generator: torch.Generator,
     times: Callable[[int, torch.Generator], Tensor],
     *,
-    estimate: Tensor | None = None,
+    estimate: bool = False,
 ) -> Tensor:
-    """Return the loss of half a batch: of the velocity, or of the estimate on pieces drawn by their shares [N]."""
-    if estimate is None:
-        chosen = torch.randint(len(examples.pieces), (_HALF,), generator=generator)
-    else:
-        chosen = torch.multinomial(estimate, _HALF, generator=generator)
+    """Return the loss of half a batch: of the velocity, or of the denoised estimate."""
+    chosen = torch.randint(len(examples.pieces), (_HALF,), generator=generator)
     pieces = [examples.pieces[int(index)] for index in chosen]
     latents = examples.latents[chosen].float()
     random = np.random.default_rng(int(torch.randint(1 << 62, (1,), generator=generator)))
@@ -181,10 +186,10 @@ def _loss(
     noise = torch.randn(latents.shape, generator=generator)
     noisy = (1 - t[:, None, None]) * latents + t[:, None, None] * noise
     made = network.velocity(noisy, t, prompt, seconds, _kept(latents, generator))
-    # A soft sound counts as much as a loud one.
-    softest = _SOFTEST if estimate is None else _SOFTEST_ESTIMATE
-    error = (made - (noise - latents)).pow(2).mean((1, 2)) / (latents.pow(2).mean((1, 2)) + softest)
-    return (error if estimate is None else error * t.pow(2)).mean()
+    # A soft sound counts as much as a loud one, also beside it.
+    softest = _SOFTEST_ESTIMATE if estimate else _SOFTEST
+    error = (made - (noise - latents)).pow(2).mean(1) / (_per_sound(latents.pow(2).mean(1), pieces) + softest)
+    return (error.mean(1) * t.pow(2) if estimate else error).mean()
 
 
 def _kept(latents: Tensor, generator: torch.Generator) -> Tensor:

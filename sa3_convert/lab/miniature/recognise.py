@@ -110,7 +110,7 @@ def _misplaced(sound: Sound, powers: NDArray[np.float64]) -> list[str]:
 def _expected(sound: Sound, samples: int) -> float:
     """Return the root mean square of a sound at its normal level, in the middle."""
     plain = Piece((replace(sound, side="middle", level="normal"),), samples / SAMPLE_RATE + 1e-9)
-    return float(np.sqrt(np.mean(render(plain, 0)[0, :samples] ** 2)))
+    return float(np.sqrt(np.mean(render(plain)[0, :samples] ** 2)))
 
 
 def _level(sound: Sound, samples: int, power: float) -> list[str]:
@@ -185,7 +185,7 @@ def profile(mono: NDArray[np.float64]) -> NDArray[np.float64]:
 @functools.cache
 def _prototypes(kind: str) -> Mapping[str, NDArray[np.float64]]:
     forms: Sequence[str] = get_args(Noise) if kind == "noise" else get_args(Hit)
-    made = {form: render(Piece((Sound(kind, form),), 1.0), 1)[0].astype(np.float64) for form in forms}  # type: ignore[arg-type]
+    made = {form: render(Piece((Sound(kind, form),), 1.0))[0].astype(np.float64) for form in forms}  # type: ignore[arg-type]
     return {form: profile(audio[: SAMPLE_RATE if kind == "noise" else _HIT]) for form, audio in made.items()}
 
 

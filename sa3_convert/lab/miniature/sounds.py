@@ -2,7 +2,7 @@
 
 All lies on the grid of the latents, so that a sound has the same latents wherever it stands: tones are tuned to whole
 periods in a latent (1 % beside the named note at most), sweeps go from note to note of that kind, and beats are whole
-latents long (1 % beside the named tempo). Only noises are random: at each latent one of a few stored stretches.
+latents long (1 % beside the named tempo). Nothing is random: a noise is a few stored stretches in turn.
 """
 
 import functools
@@ -58,8 +58,10 @@ _ENVELOPE_SECONDS: Final = 1.0
 _SIREN_SECONDS: Final = 1.5
 _INTERVALS: Final[dict[str, tuple[int, ...]]] = {"major": (0, 4, 7), "minor": (0, 3, 7), "diminished": (0, 3, 6)}
 """Of chords; diminished ones are what the adapter is trained on."""
-_STRETCHES: Final = 4
-"""Of each noise, any of which is followed by any."""
+_STRETCHES: Final = 2
+"""Of each noise, as long as a latent, that follow each other in turn."""
+PAIRS: Final = 0.2
+"""Share of pieces that are two sounds in sequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,18 +109,17 @@ def notes_of(sound: Sound) -> list[int]:
     return [sound.note] if sound.kind == "tone" else [sound.note + step for step in _INTERVALS[sound.form]]
 
 
-def render(piece: Piece, seed: int) -> Floats:
-    """Return the samples [2, `SAMPLES`] float32 of a piece, silent after its end; the seed is that of its noises."""
+def render(piece: Piece) -> Floats:
+    """Return the samples [2, `SAMPLES`] float32 of a piece, silent after its end."""
     audio = np.zeros((2, SAMPLES), np.float32)
-    random = np.random.default_rng(seed)
     for sound, (start, end) in zip(piece.sounds, piece.spans(), strict=True):
-        mono = _mono(sound, end - start, random) * np.float32(LEVELS[sound.level])
+        mono = _mono(sound, end - start) * np.float32(LEVELS[sound.level])
         for channel, gain in enumerate(_SIDES[sound.side]):
             audio[channel, start:end] = mono * np.float32(gain)
     return audio
 
 
-def _mono(sound: Sound, samples: int, random: np.random.Generator) -> Floats:
+def _mono(sound: Sound, samples: int) -> Floats:
     match sound.kind:
         case "silence":
             return np.zeros(samples, np.float32)
@@ -129,7 +130,7 @@ def _mono(sound: Sound, samples: int, random: np.random.Generator) -> Floats:
             total = sum(tone("sine", note) for note in notes) / np.float32(len(notes) / 1.3)
             return _shaped(np.resize(total, samples), sound.envelope)
         case "noise":
-            return _shaped(_noise(sound.form, samples, random), sound.envelope)
+            return _shaped(np.resize(_stretches(sound.form), samples), sound.envelope)
         case "motion":
             return _motion(sound.form, samples)
         case "hit":
@@ -182,12 +183,7 @@ def _coloured(white: NDArray[np.float64], form: str) -> Floats:
 @functools.cache
 def _stretches(form: str) -> Floats:
     random = np.random.default_rng(sum(map(ord, form)))
-    return np.stack([_coloured(random.standard_normal(LATENT_SAMPLES), form) for _ in range(_STRETCHES)])
-
-
-def _noise(form: str, samples: int, random: np.random.Generator) -> Floats:
-    chosen = random.integers(_STRETCHES, size=-(-samples // LATENT_SAMPLES))
-    return _stretches(form)[chosen].reshape(-1)[:samples]
+    return np.concatenate([_coloured(random.standard_normal(LATENT_SAMPLES), form) for _ in range(_STRETCHES)])
 
 
 def _motion(form: str, samples: int) -> Floats:
@@ -224,7 +220,7 @@ def hit(form: str) -> Floats:
             noise = _band(random.standard_normal(len(time)), 900, 2200)
             samples = noise * (bursts + tail)
         case _:
-            samples = np.sin(2 * np.pi * 3000 * time) * np.exp(-time / 0.004)
+            samples = np.sin(2 * np.pi * 3000 * time) * np.exp(-time / 0.012)
     return np.asarray(samples / np.abs(samples).max(), np.float32)
 
 
@@ -250,9 +246,9 @@ def starts(sound: Sound, samples: int) -> list[int]:
     return list(range(0, samples - LATENT_SAMPLES // 2, TEMPI[sound.bpm] * LATENT_SAMPLES))
 
 
-def sampled(random: np.random.Generator) -> Piece:
-    """Return a piece by chance: every kind, a fifth of them two sounds in sequence."""
-    pair = random.random() < 0.2
+def sampled(random: np.random.Generator, pairs: float = PAIRS) -> Piece:
+    """Return a piece by chance: every kind, such a share of them two sounds in sequence."""
+    pair = random.random() < pairs
     seconds = SECONDS[random.integers(3 if pair else 0, len(SECONDS))]
     return Piece(tuple(sampled_sound(random, seconds / 2 if pair else seconds) for _ in range(1 + pair)), seconds)
 

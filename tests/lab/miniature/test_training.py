@@ -55,7 +55,7 @@ def test_the_autoencoder_begins_as_principal_components_that_bring_sounds_back()
     network = Autoencoder(layout(), fitted(layout(), 0))
     random = np.random.default_rng(8)
     pieces = [piece for piece in (sampled(random) for _ in range(12)) if piece.sounds[0].kind != "silence"]
-    audio = torch.from_numpy(np.stack([render(piece, index) for index, piece in enumerate(pieces)]))
+    audio = torch.from_numpy(np.stack([render(piece) for piece in pieces]))
     with torch.inference_mode():
         back = network.decode(network.encode(audio))
     ratios = 10 * torch.log10(audio.pow(2).sum((1, 2)) / (audio - back).pow(2).sum((1, 2)))

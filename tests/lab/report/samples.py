@@ -145,7 +145,7 @@ def report(**changes: Any) -> Report:
             ),
         ),
         "end_to_end": end_to_end(),
-        "recognitions": (Recognition("mnn", 9, 10, ((NASTY, "silence"),)),),
+        "recognitions": (Recognition("mnn", 9, 10, "inpainting", ((NASTY, "silence"),)),),
         "bisections": (bisection(), bisection(Component.DECODER)),
         "not_run": (),
     }

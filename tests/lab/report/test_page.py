@@ -71,7 +71,7 @@ def test_cases_are_called_by_their_prompts_outside_of_commands(page: str) -> Non
 
 
 def test_what_was_recognised_is_told_with_what_was_not(page: str) -> None:
-    assert "On mnn 9 of 10 sounds are recognised (60% to 98%)." in page
+    assert "Inpainting on mnn: 9 of 10 sounds are recognised (60% to 98%)." in page
     assert f"{escape(samples.NASTY, quote=True)} (silence)." in page.replace("&#34;", "&quot;").replace(
         "&#39;", "&#x27;"
     )

@@ -14,7 +14,7 @@ def test_the_verdict_stands_first_and_a_row_for_each_model_follows() -> None:
 
 
 def test_what_was_recognised_is_told() -> None:
-    assert "On mnn 9 of 10 sounds are recognised" in render_summary(samples.report())
+    assert "Inpainting on mnn: 9 of 10 sounds are recognised" in render_summary(samples.report())
     assert "recognised" not in render_summary(samples.report(recognitions=()))
 
 
