@@ -1,5 +1,8 @@
 """`convert`: a checkpoint into a bundle of verified models."""
 
+import contextlib
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -9,10 +12,11 @@ from sa3_convert.cli import options as o
 from sa3_convert.cli import paths
 from sa3_convert.cli.echo import echo, echo_next
 from sa3_convert.components import MOST_RANK, TEXT_TO_AUDIO
-from sa3_convert.errors import VerificationError
+from sa3_convert.errors import Sa3Error, UsageError, VerificationError
 
 if TYPE_CHECKING:
     from sa3_convert.convert.plan import ConvertRequest
+    from sa3_convert.scheduling import Runner
 
 _more, _how = o.panel("More in the bundle"), o.panel("How to work")
 
@@ -58,6 +62,8 @@ def convert(
     with_split_dit: SplitDitOption = False,
     adapter_slots: SlotsOption = None,
     threads: o.ThreadsOption = None,
+    workers: o.WorkersOption = None,
+    scheduler: o.SchedulerOption = None,
     dry_run: DryRunOption = False,
     force: ForceOption = False,
     json_file: o.JsonOption = None,
@@ -66,6 +72,9 @@ def convert(
 
     What is up to date is not redone.
     """
+    runner = o.runner_on(workers, scheduler)
+    if runner is not None and force:
+        raise UsageError("--force redoes in this process what workers did. Leave --workers and --scheduler out.")
     from sa3_convert.cli import console
     from sa3_convert.convert.plan import ConvertRequest, plan
     from sa3_convert.lab.doctor.results import check_conversion
@@ -100,14 +109,35 @@ def convert(
         o.write_figures(json_file, console.plan_data(request, planned))
         console.stdout.print(console.plan_table(request, planned))
     else:
-        _make(request, json_file)
+        _make(request, json_file, partial(_make_stages, request, runner, workers, lora or ()))
 
 
-def _make(request: "ConvertRequest", json_file: Path | None) -> None:
+def _make_stages(request: "ConvertRequest", runner: "Runner | None", workers: int | None, loras: Sequence[str]) -> None:
+    """Make what is missing in the cache on workers, if there are any, several components at once."""
+    if runner is None:
+        return
+    from sa3_convert.cli.console import show_stage
+    from sa3_convert.convert.conversion import StageEvent
+    from sa3_convert.convert.plan import plan
+    from sa3_convert.lab.common import Common
+    from sa3_convert.lab.sweep.tasks import make, tasks_of
+    from sa3_convert.scheduling import threads_each
+
+    threads = request.threads or (workers and threads_each(workers))
+    common = Common.of(request.checkpoint, request.cache, loras, threads=threads)
+    with contextlib.closing(runner(tasks_of(plan(request), common), make)) as outcomes:
+        for task, outcome in outcomes:
+            if isinstance(outcome, Sa3Error):
+                raise outcome
+            show_stage(StageEvent(task.component, task.stage, "done", outcome))
+
+
+def _make(request: "ConvertRequest", json_file: Path | None, on_workers: Callable[[], None]) -> None:
     from sa3_convert.cli import console
     from sa3_convert.convert.conversion import convert as make_bundle
 
     try:
+        on_workers()
         outcome = make_bundle(request, console.show_stage, console.show_dropped)
     except VerificationError as error:
         without = " Models for onnxruntime-int8 are left out with --no-ort-int8." if request.with_ort_int8 else ""

@@ -1,4 +1,4 @@
-"""What a sweep consists of: stages of conversions, each named by the hash that the stage cache uses.
+"""What a sweep, or one conversion, consists of: stages, each named by the hash that the stage cache uses.
 
 A task carries what it needs to be run anywhere: on another processor or with another MNN it finds nothing in the cache
 that it may use, makes what it reads itself, and says where it ran.
@@ -14,12 +14,12 @@ from sa3_convert.bundle.manifest import Fidelity
 from sa3_convert.components import Component
 from sa3_convert.convert.cache import CachedResult, FidelityNotes, StageCache
 from sa3_convert.convert.conversion import make_stage
-from sa3_convert.convert.plan import estimate, stage_keys
+from sa3_convert.convert.plan import ConversionPlan, estimate, stage_keys
 from sa3_convert.convert.stages import STAGES, ComponentJob, StageKeys
 from sa3_convert.errors import Sa3Error, told_by_system
 from sa3_convert.lab.common import Common
 from sa3_convert.lab.sweep.points import Point
-from sa3_convert.mnn.compatibility import mnn_version, target_for
+from sa3_convert.mnn.compatibility import MnnVersion, mnn_version, target_for
 from sa3_convert.recipe import ComponentRecipe
 from sa3_convert.scheduling import Estimate, let_go
 from sa3_convert.system.machine import machine
@@ -40,11 +40,15 @@ class Task:
     needs: tuple[str, ...]
     """Names of tasks whose results this reads."""
     takes: Estimate
+    target_mnn: MnnVersion | None = None
+    """The oldest MNN to be right on; None is the oldest that reads the recipe's types."""
+    rank: int | None = None
+    """Of the slots for adapters."""
 
     def job(self) -> ComponentJob:
         """Open the component."""
-        target = target_for(self.recipe, None)
-        return ComponentJob(self.common.open(), self.component, self.recipe, target, self.common.threads)
+        target = target_for(self.recipe, self.target_mnn)
+        return ComponentJob(self.common.open(), self.component, self.recipe, target, self.common.threads, self.rank)
 
     def is_done(self) -> bool:
         """Whether the cache has its result."""
@@ -113,6 +117,40 @@ def _tasks(point: Point, common: Common) -> list[Task]:
         )
         for stage in _upstream(keys)
     ]
+
+
+def tasks_of(plan: ConversionPlan, common: Common) -> list[Task]:
+    """Return the stages that a conversion has to run, in an order in which they can."""
+    found = []
+    for step in plan.steps:
+        job, names = step.job, {stage: f"{stage}-{step.component.value}-{key}" for stage, key in step.keys.items()}
+        found += [
+            Task(
+                name=names[stage],
+                stage=stage,
+                common=common,
+                component=step.component,
+                recipe=job.recipe,
+                needs=tuple(names[read] for read in STAGES[stage].reads if read in step.todo),
+                takes=estimate((stage,), step.reference_bytes, job.recipe),
+                target_mnn=job.target_mnn,
+                rank=job.rank,
+            )
+            for stage in step.todo
+        ]
+    return found
+
+
+def make(task: Task, *_: float) -> float:
+    """Make a task's result where this is called, and return the seconds that it took.
+
+    Raises:
+        Sa3Error: it could not be made.
+
+    """
+    started = time.perf_counter()
+    _made(task)
+    return time.perf_counter() - started
 
 
 def _upstream(keys: StageKeys, stage: str = JUDGED) -> list[str]:
