@@ -46,8 +46,9 @@ def test_a_stage_that_fails_on_a_worker_ends_the_conversion_with_its_error(
 ) -> None:
     pytest.importorskip("distributed")
     recipe = tmp_path / "strict.yaml"
+    decoder = {"weights": {"bits": 8}, "floor_db": 120}
     recipe.write_text(
-        "schema: 1\nname: strict\ndescription: Out of reach.\ncomponents:\n  decoder:\n    weights: {bits: 8}\n    floor_db: 120\n"
+        json.dumps({"schema": 1, "name": "strict", "description": "Out of reach.", "components": {"decoder": decoder}})
     )
     arguments = ("--recipe", str(recipe), "--component", "decoder", "--no-ort-int8", "--workers", "2")
     assert cli.run(["convert", str(toy), "--out", str(tmp_path / "out"), *arguments]) == 6
