@@ -293,7 +293,7 @@ def planned_rows(plan: "BitPlan") -> list[dict[str, Any]]:
 
 def sweep_table(sweep: "Sweep") -> Table:
     """Return the points of a sweep, and which of them are worth keeping."""
-    whole = ("in generations", "spectra dB") if sweep.generated else ()
+    whole = (*("in generations", "spectra dB") * sweep.generated, *("recognised",) * sweep.recognises)
     figures = ("MiB", "worst dB", "predicted", *whole)
     table = grid(f"{sweep.checkpoint}, {sweep.variant}", ("point",), figures, ("recipe",))
     for point in sweep.points:
@@ -303,15 +303,17 @@ def sweep_table(sweep: "Sweep") -> Table:
             f"{point.bytes / 2**20:.2f}" if point.bytes is not None else "missing",
             f"{point.fidelity.signal_to_noise_db:.1f}" if point.fidelity is not None else "",
             "" if point.predicted_db is None else f"{point.predicted_db:.1f}",
-            *(_in_generations(point) if whole else ()),
+            *_in_generations(point)[: len(whole)],
             (point.recipe or "beaten by another") if known else "",
         )
     return table
 
 
-def _in_generations(point: "Measured") -> tuple[str, str]:
+def _in_generations(point: "Measured") -> tuple[str, str, str]:
     found = point.generations
-    return ("", "") if found is None else (f"{found.worst_db:.1f}", f"{found.spectra_db:.2f}")
+    if found is None:
+        return "", "", ""
+    return f"{found.worst_db:.1f}", f"{found.spectra_db:.2f}", "" if found.recognised is None else f"{found.recognised}"
 
 
 def sweep_plan_table(points: "Sequence[Point]", tasks: "Mapping[str, Sequence[Task]]", cache: Path) -> Table:

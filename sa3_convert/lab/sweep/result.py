@@ -31,6 +31,8 @@ class Whole(Data):
     """Mean cosine of the latents at the end."""
     others: str
     """The recipe of the other components."""
+    recognised: int | None = None
+    """Of the miniature: how many of its prompts are recognised in what the bundle makes."""
 
 
 class Measured(Data):
@@ -87,6 +89,11 @@ class Sweep(Data):
     def generated(self) -> bool:
         """Whether points went through whole generations."""
         return any(point.generations is not None for point in self.points)
+
+    @property
+    def recognises(self) -> bool:
+        """Whether sounds in them were counted, as they are of the miniature."""
+        return any(point.generations is not None and point.generations.recognised is not None for point in self.points)
 
     @property
     def missing(self) -> list[Measured]:

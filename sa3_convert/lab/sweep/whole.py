@@ -18,6 +18,7 @@ from sa3_convert.lab.generations.end_to_end import mean_cosine, mean_spectra
 from sa3_convert.lab.generations.full import verify_fully
 from sa3_convert.lab.generations.shared import AUDIBLE
 from sa3_convert.lab.generations.trajectory import STEPS, GenerationCase
+from sa3_convert.lab.miniature.judge import MODES
 from sa3_convert.lab.sweep.points import Point
 from sa3_convert.lab.sweep.result import Sweep, Whole, with_frontier
 from sa3_convert.recipe import Recipe
@@ -120,6 +121,7 @@ def _figures(suite: Suite, point: Point, bundle: Bundle, report: Report) -> Whol
         if one.name != FREE_RUNNING and component_of(one.name) is point.component
     ]
     worst = min(own, key=lambda one: one.worst)
+    heard = [one for one in found.recognitions if (one.engine, one.mode) == (found.engine, MODES[0])]
     target, chaos = ([getattr(c, side) for c in found.end_to_end.cases] for side in ("target", "chaos"))
     return Whole(
         worst_db=worst.worst,
@@ -128,4 +130,5 @@ def _figures(suite: Suite, point: Point, bundle: Bundle, report: Report) -> Whol
         chaos_db=mean_spectra(chaos),
         latent_cosine=mean_cosine(target),
         others=suite.base.name,
+        recognised=next((one.recognised for one in heard), None),
     )

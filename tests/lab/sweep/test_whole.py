@@ -1,19 +1,24 @@
 """Points judged by whole generations of a toy."""
 
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from sa3_convert.bundle.manifest import Fidelity
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.cli import app as cli
+from sa3_convert.cli.console import sweep_table
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError, VerificationError
 from sa3_convert.lab.common import Common
 from sa3_convert.lab.generations.trajectory import GenerationCase
 from sa3_convert.lab.sweep import whole
+from sa3_convert.lab.sweep.page import page
 from sa3_convert.lab.sweep.points import of_recipes
 from sa3_convert.lab.sweep.result import Measured, Sweep, Whole
 from sa3_convert.lab.sweep.whole import Suite, with_generations
@@ -65,7 +70,8 @@ def test_a_point_that_fails_there_is_missing_and_the_others_are_there(
     def fails(suite: Suite, point: Any, report: Any) -> Whole:
         if point is points[0]:
             raise VerificationError("It came to nothing.")
-        return Whole(worst_db=1.0, worst_case="x", spectra_db=1.0, chaos_db=1.0, latent_cosine=1.0, others="int8")
+        figures = {"worst_db": 1.0, "spectra_db": 1.0, "chaos_db": 1.0, "latent_cosine": 1.0}
+        return Whole(worst_case="x", others="int8", recognised=141, **figures)
 
     monkeypatch.setattr(whole, "_kept_or_made", fails)
     fidelity = Fidelity(signal_to_noise_db=30, cosine=1.0, max_abs_error=0.0)
@@ -81,6 +87,12 @@ def test_a_point_that_fails_there_is_missing_and_the_others_are_there(
     assert [point.on_frontier for point in found.points] == [False, True]
     assert found.points[0].recipe is None
     assert found.points[1].generations is not None
+    told = Console(record=True, width=120, file=io.StringIO())
+    told.print(sweep_table(found))
+    assert re.search(r"recognised .*141", told.export_text(), re.DOTALL)
+    html = page(found)
+    assert '<th scope="col">recognised</th>' in html
+    assert "<td>141</td>" in html
 
 
 def test_what_cannot_be_gone_through_is_refused(
