@@ -191,6 +191,9 @@ def _slotted(value: ir.Value, base: ir.Value | None, branch: ir.Value | None) ->
         if joined is None or len(joined.inputs) != 2:
             return None
         outer, bias = joined.inputs
+        # A small one was folded into a row, a large one was not.
+        row = ir_tools.produced(bias, "Unsqueeze")
+        bias = bias if row is None else row.inputs[0]
     narrow, place = ir_tools.produced(low, "MatMul"), value.producer()
     if narrow is None or narrow.inputs[0] is not scaled.inputs[0] or place is None:
         return None
