@@ -130,7 +130,10 @@ def _make_stages(request: "ConvertRequest", runner: "Runner | None", workers: in
 
     threads = request.threads or (workers and threads_each(workers))
     common = Common.of(request.checkpoint, request.cache, loras, threads=threads)
-    with contextlib.closing(runner(tasks_of(plan(request), common), make)) as outcomes:
+    tasks = tasks_of(plan(request), common)
+    if tasks:
+        echo(f"{len(tasks)} stages for workers; a line for each when it is done.", err=True)
+    with contextlib.closing(runner(tasks, make)) as outcomes:
         for task, outcome in outcomes:
             if isinstance(outcome, Sa3Error):
                 raise outcome
