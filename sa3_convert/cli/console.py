@@ -293,7 +293,7 @@ def planned_rows(plan: "BitPlan") -> list[dict[str, Any]]:
 
 def sweep_table(sweep: "Sweep") -> Table:
     """Return the points of a sweep, and which of them are worth keeping."""
-    whole = (*("in generations", "spectra dB") * sweep.generated, *("recognised",) * sweep.recognises)
+    whole = (*("in generations", "spectra dB (nudged)") * sweep.generated, *("recognised",) * sweep.recognises)
     figures = ("MiB", "worst dB", "predicted", *whole)
     table = grid(f"{sweep.checkpoint}, {sweep.variant}", ("point",), figures, ("recipe",))
     for point in sweep.points:
@@ -313,7 +313,8 @@ def _in_generations(point: "Measured") -> tuple[str, str, str]:
     found = point.generations
     if found is None:
         return "", "", ""
-    return f"{found.worst_db:.1f}", f"{found.spectra_db:.2f}", "" if found.recognised is None else f"{found.recognised}"
+    spectra = f"{found.spectra_db:.2f} ({found.chaos_db:.2f})"
+    return f"{found.worst_db:.1f}", spectra, "" if found.recognised is None else f"{found.recognised}"
 
 
 def sweep_plan_table(points: "Sequence[Point]", tasks: "Mapping[str, Sequence[Task]]", cache: Path) -> Table:
