@@ -14,7 +14,7 @@ from sa3_convert.checkpoint.synthetic import synthesize
 from sa3_convert.cli import console
 from sa3_convert.components import Component
 from sa3_convert.convert import conversion
-from sa3_convert.lab.planner import planner
+from sa3_convert.lab.planner import measuring, planner
 from sa3_convert.recipe import load_recipe, recipe_file
 
 ODD = 'it\'s a "bundle" $HOME'
@@ -84,7 +84,7 @@ def test_after_a_plan_comes_its_conversion(
 ) -> None:
     chosen = load_recipe(recipe_file(Path("int8"))).for_component(Component.DIT)
     made = SimpleNamespace(recipe=chosen, size=1, predicted_db=40.0, bound_db=41.0)
-    monkeypatch.setattr(planner, "measure", lambda *_: {})
+    monkeypatch.setattr(measuring, "measure", lambda *_: {})
     monkeypatch.setattr(planner, "plan_component", lambda *_: made)
     monkeypatch.setattr(console, "planned_rows", lambda _: [])
     monkeypatch.setattr(console, "planned_table", lambda *_: "")

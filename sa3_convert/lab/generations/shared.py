@@ -117,6 +117,8 @@ def _found(runner: Runner, staged: Staged, stages: Mapping[str, Sequence[Part]],
     found: dict[Part, Any] = {}
     with contextlib.closing(runner([part for own in stages.values() for part in own], _Run(staged))) as outcomes:
         for stage, own in stages.items():
+            # Also told of is a stage that was done while others were.
+            report(stage, 0, len(own))
             while (done := sum(part in found for part in own)) < len(own):
                 report(stage, done, len(own))
                 part, outcome = next(outcomes)
