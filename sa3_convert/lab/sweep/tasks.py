@@ -102,43 +102,35 @@ def _tasks(point: Point, common: Common) -> list[Task]:
     checkpoint = common.open()
     job = ComponentJob(checkpoint, point.component, point.recipe, target_for(point.recipe, None), common.threads)
     keys = stage_keys(job)
-    names = {stage: f"{stage}-{point.component.value}-{key}" for stage, key in keys.items()}
     shapes = (entry.shape for entry in checkpoint.stored(point.component).values())
-    reference_bytes = 4 * sum(math.prod(shape) for shape in shapes)
-    return [
-        Task(
-            name=names[stage],
-            stage=stage,
-            common=common,
-            component=point.component,
-            recipe=point.recipe,
-            needs=tuple(names[read] for read in STAGES[stage].reads if read in names),
-            takes=estimate((stage,), reference_bytes, point.recipe),
-        )
-        for stage in _upstream(keys)
-    ]
+    return _stages(job, keys, _upstream(keys), 4 * sum(math.prod(shape) for shape in shapes), common)
 
 
 def tasks_of(plan: ConversionPlan, common: Common) -> list[Task]:
     """Return the stages that a conversion has to run, in an order in which they can."""
-    found = []
-    for step in plan.steps:
-        job, names = step.job, {stage: f"{stage}-{step.component.value}-{key}" for stage, key in step.keys.items()}
-        found += [
-            Task(
-                name=names[stage],
-                stage=stage,
-                common=common,
-                component=step.component,
-                recipe=job.recipe,
-                needs=tuple(names[read] for read in STAGES[stage].reads if read in step.todo),
-                takes=estimate((stage,), step.reference_bytes, job.recipe),
-                target_mnn=job.target_mnn,
-                rank=job.rank,
-            )
-            for stage in step.todo
-        ]
-    return found
+    return [
+        task for step in plan.steps for task in _stages(step.job, step.keys, step.todo, step.reference_bytes, common)
+    ]
+
+
+def _stages(
+    job: ComponentJob, keys: StageKeys, stages: Sequence[str], reference_bytes: int, common: Common
+) -> list[Task]:
+    names = {stage: f"{stage}-{job.component.value}-{keys[stage]}" for stage in stages}
+    return [
+        Task(
+            name=name,
+            stage=stage,
+            common=common,
+            component=job.component,
+            recipe=job.recipe,
+            needs=tuple(names[read] for read in STAGES[stage].reads if read in names),
+            takes=estimate((stage,), reference_bytes, job.recipe),
+            target_mnn=job.target_mnn,
+            rank=job.rank,
+        )
+        for stage, name in names.items()
+    ]
 
 
 def make(task: Task, *_: float) -> float:

@@ -20,7 +20,7 @@ from sa3_convert.lab.generations.shared import AUDIBLE
 from sa3_convert.lab.generations.trajectory import STEPS, GenerationCase
 from sa3_convert.lab.miniature.judge import MODES
 from sa3_convert.lab.sweep.points import Point
-from sa3_convert.lab.sweep.result import Sweep, Whole, with_frontier
+from sa3_convert.lab.sweep.result import Measured, Sweep, Whole, with_frontier
 from sa3_convert.recipe import Recipe
 from sa3_convert.scheduling import Runner
 from sa3_convert.system.files import partial_folder
@@ -71,19 +71,18 @@ class Suite:
 def with_generations(suite: Suite, points: Sequence[Point], found: Sweep, report: Report) -> Sweep:
     """Return a sweep whose points went through whole generations; one that fails there is missing, and says why."""
     by_name = {point.name: point for point in points}
-    judged = []
-    for measured in found.points:
-        if not measured.problem:
-            try:
-                whole = _kept_or_made(suite, by_name[measured.name], report)
-            except Sa3Error as error:
-                update: dict[str, object] = {"problem": str(error), "exit_code": error.exit_code}
-            else:
-                update = {"generations": whole}
-            judged.append(measured.model_copy(update=update))
-        else:
-            judged.append(measured)
-    return found.model_copy(update={"points": with_frontier(judged)})
+
+    def judged(measured: Measured) -> Measured:
+        if measured.problem:
+            return measured
+        update: dict[str, object]
+        try:
+            update = {"generations": _kept_or_made(suite, by_name[measured.name], report)}
+        except Sa3Error as error:
+            update = {"problem": str(error), "exit_code": error.exit_code}
+        return measured.model_copy(update=update)
+
+    return found.model_copy(update={"points": with_frontier([judged(one) for one in found.points])})
 
 
 def _kept_or_made(suite: Suite, point: Point, report: Report) -> Whole:
