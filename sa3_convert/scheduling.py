@@ -319,6 +319,18 @@ def threads_each(workers: int) -> int:
     return max(1, default_threads() // workers)
 
 
+@contextlib.contextmanager
+def _environment_restored() -> Iterator[None]:
+    """Put this process's environment back in the end: Dask sets its workers' variables here before it starts them."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
 def local_workers(count: int, tell: Tell) -> Connect:
     """Return what starts workers on this machine, which share its processors and its memory.
 
@@ -345,6 +357,7 @@ def local_workers(count: int, tell: Tell) -> Connect:
         }
         has_dashboard = importlib.util.find_spec("bokeh") is not None
         with (
+            _environment_restored(),
             dask.config.set(settings),
             LocalCluster(
                 host="127.0.0.1",

@@ -1,6 +1,7 @@
 """Tasks in this process and on Dask: the same results, and what becomes of workers that die."""
 
 import contextlib
+import os
 import subprocess
 import sys
 from functools import partial
@@ -45,7 +46,9 @@ def test_local_workers_give_what_this_process_gives(tmp_path: Path) -> None:
     tasks = [task("a", tmp_path), *(task(f"b{n}", tmp_path, "a") for n in range(6)), task("bug", tmp_path)]
     tasks += [task("unlucky", tmp_path, "a"), task("deadly", tmp_path), task("after", tmp_path, "deadly", "a")]
     tasks += [task("refused", tmp_path), task("full", tmp_path)]
+    before = dict(os.environ)
     found = {one.name: outcome for one, outcome in on_dask(local_workers(2, silent), tasks, quick)}
+    assert dict(os.environ) == before
     sound = tasks[:7]
     assert [(one, found[one.name]) for one in sound] == list(in_this_process(sound, quick))
     # A worker died under it once, and it was run again; more often where another death took its result along.

@@ -19,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from sa3_convert.arrays import Arrays, Floats, Session, constant
+from sa3_convert.arrays import Arrays, Doubles, Floats, Session, constant
 from sa3_convert.bundle.manifest import SLOTS_OF
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
@@ -64,31 +64,34 @@ class _Opened:
 
 @dataclass(slots=True)
 class _Weight:
-    """V as a model with slots computes it."""
+    """V as a model with slots computes it.
+
+    In float64, and rounded when it is written: products of float32 end in other bits with another number of threads.
+    """
 
     slot: Slot
-    rows: Floats
-    columns: Floats
-    outer: Floats
+    rows: Doubles
+    columns: Doubles
+    outer: Doubles
     """B [out, k]."""
-    inner: Floats
+    inner: Doubles
     """A [k, in]."""
 
     @classmethod
     def plain(cls, slot: Slot) -> "_Weight":
-        rows, columns = np.ones(slot.fan_out, np.float32), np.ones(slot.fan_in, np.float32)
-        empty = np.empty((slot.fan_out, 0), np.float32), np.empty((0, slot.fan_in), np.float32)
-        return cls(slot, rows, columns, *empty)
+        fan_out, fan_in = slot.fan_out, slot.fan_in
+        return cls(slot, np.ones(fan_out), np.ones(fan_in), np.empty((fan_out, 0)), np.empty((0, fan_in)))
 
     def apply(self, adapter: _Opened, layer: str, strength: float, weight: Callable[[], Floats]) -> None:
         """Apply an adapter, which calls the layer so, after those before it."""
         lora, factors = adapter.file, adapter.of(layer)
-        kind, scale = lora.type, np.float32(lora.scale(layer, strength))
+        kind, scale = lora.type, lora.scale(layer, strength)
+        outer: Doubles | Floats
         if not kind.bases_of_weight:
             outer, inner = factors["lora_B"], factors["lora_A"]
         else:
             left, right = (factors["U"], factors["V"]) if "U" in factors else singular_bases(weight(), lora.rank)
-            outer, inner = left @ factors["M_xs"], right.T
+            outer, inner = left.astype(np.float64) @ factors["M_xs"], right.T
         self.outer = np.concatenate((self.outer, outer * scale), axis=1)
         self.inner = np.concatenate((self.inner, inner))
         if kind.rows is not None:
@@ -98,8 +101,8 @@ class _Weight:
             factor = factors[kind.columns].ravel() / (np.linalg.norm(self._whole(weight), axis=0) + _NORM_EPS)
             self.columns, self.inner = self.columns * factor, self.inner * factor
 
-    def _whole(self, weight: Callable[[], Floats]) -> Floats:
-        whole = weight() * self.columns
+    def _whole(self, weight: Callable[[], Floats]) -> Doubles:
+        whole: Doubles = weight() * self.columns
         whole *= self.rows[:, np.newaxis]
         whole += self.outer @ self.inner
         return whole
@@ -112,7 +115,7 @@ class _Weight:
         u, values, v = np.linalg.svd(first @ second.T)
         root = np.sqrt(values[:rank])
         self.outer, self.inner = left @ (u[:, :rank] * root), (right @ (v[:rank].T * root)).T
-        energies = values.astype(np.float64) ** 2
+        energies = values**2
         return float(energies.sum()), float(energies[rank:].sum())
 
     def write(self, rank: int, inner: Floats, outer: Floats) -> None:
