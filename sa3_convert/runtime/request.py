@@ -41,7 +41,7 @@ from sa3_convert.runtime.sampling import SamplerName, sigmas
 from sa3_convert.runtime.setting_values import AUDIO, SHIFTS, AdapterRequest, read_value, shown
 
 MAX_STEPS = 1000
-_DEFAULT_INIT_NOISE = 0.9
+DEFAULT_INIT_NOISE = 0.9
 _MOST_PADDING = 600
 _SOFTEST = -60
 _SLOWEST, _FASTEST, _MOST_BEATS = 10, 1000, 1000
@@ -229,7 +229,7 @@ class GenerateRequest:
             "sampler": model.sampler,
             "cfg_scale": model.guidance,
             "dist_shift": shift,
-            "init_noise_level": 1.0 if self.init_audio is None else _DEFAULT_INIT_NOISE,
+            "init_noise_level": 1.0 if self.init_audio is None else DEFAULT_INIT_NOISE,
         }
         return ResolvedRequest(**values | {key: value for key, value in defaults.items() if values[key] is None})
 

@@ -22,6 +22,7 @@ from sa3_convert.lab.miniature.sounds import LATENTS, Piece, render, sampled
 from sa3_convert.lab.miniature.text import Text
 from sa3_convert.lab.miniature.training import Loss, Report, Training
 from sa3_convert.networks.build import build_network
+from sa3_convert.runtime.request import DEFAULT_INIT_NOISE
 from sa3_convert.runtime.sampling import sigmas
 from sa3_convert.system.files import atomic_path
 
@@ -35,6 +36,10 @@ _PAIRS: Final = 0.5
 """Share of pairs among the pieces: more than are judged, as each is a combination that is seen seldom."""
 _WITHOUT_PROMPT: Final = 0.1
 _INPAINTED: Final = 0.2
+_BEGUN: Final = 0.15
+"""Share of the examples of few steps that begin as audio to audio does, from another piece under noise."""
+_BEGUN_AT: Final = (0.8, 0.95)
+"""Noise levels of these."""
 _ENCODED_AT_ONCE: Final = 8
 
 
@@ -148,13 +153,14 @@ def train(
 
 
 def few_steps_loss(network: Diffusion, text: Text, examples: Examples) -> Loss:
-    """Return the loss of the denoised estimate at the noise levels of the schedule of few steps."""
-    levels = torch.from_numpy(sigmas(DEFAULTS["rf_denoiser"].steps)[:-1])
+    """Return the loss of the denoised estimate at the noise levels of the schedules of few steps."""
+    steps = DEFAULTS["rf_denoiser"].steps
+    levels = torch.from_numpy(np.concatenate((sigmas(steps)[:-1], sigmas(steps, DEFAULT_INIT_NOISE)[1:-1])))
 
-    def of_schedule(count: int, generator: torch.Generator) -> Tensor:
+    def of_schedules(count: int, generator: torch.Generator) -> Tensor:
         return levels[torch.randint(len(levels), (count,), generator=generator)]
 
-    return lambda drawn: _loss(network, text, examples, drawn, of_schedule, estimate=True)
+    return lambda drawn: _loss(network, text, examples, drawn, of_schedules, estimate=True)
 
 
 def _any_time(count: int, generator: torch.Generator) -> Tensor:
@@ -173,7 +179,7 @@ def _loss(
     *,
     estimate: bool = False,
 ) -> Tensor:
-    """Return the loss of half a batch: of the velocity, or of the denoised estimate."""
+    """Return the loss of half a batch: of the velocity, or of the denoised estimate, also from another piece."""
     chosen = torch.randint(len(examples.pieces), (_HALF,), generator=generator)
     pieces = [examples.pieces[int(index)] for index in chosen]
     latents = examples.latents[chosen].float()
@@ -182,14 +188,19 @@ def _loss(
         prompt = text.network(*text.tokens([caption(piece, random) for piece in pieces]))
     prompt = prompt * (torch.rand(_HALF, 1, 1, generator=generator) >= _WITHOUT_PROMPT)
     seconds = torch.tensor([piece.seconds for piece in pieces])
-    t = times(_HALF, generator)
+    t, begun = times(_HALF, generator)[:, None, None], latents
+    if estimate:
+        another = torch.rand(_HALF, 1, 1, generator=generator) < _BEGUN
+        low, high = _BEGUN_AT
+        t = torch.where(another, low + (high - low) * torch.rand(_HALF, 1, 1, generator=generator), t)
+        begun = torch.where(another, latents.roll(1, 0), latents)
     noise = torch.randn(latents.shape, generator=generator)
-    noisy = (1 - t[:, None, None]) * latents + t[:, None, None] * noise
-    made = network.velocity(noisy, t, prompt, seconds, _kept(latents, generator))
+    noisy = (1 - t) * begun + t * noise
+    made = network.velocity(noisy, t[:, 0, 0], prompt, seconds, _kept(latents, generator))
+    wrong = noisy - t * made - latents if estimate else made - (noise - latents)
     # A soft sound counts as much as a loud one, also beside it.
-    softest = _SOFTEST_ESTIMATE if estimate else _SOFTEST
-    error = (made - (noise - latents)).pow(2).mean(1) / (_per_sound(latents.pow(2).mean(1), pieces) + softest)
-    return (error.mean(1) * t.pow(2) if estimate else error).mean()
+    energy = _per_sound(latents.pow(2).mean(1), pieces) + (_SOFTEST_ESTIMATE if estimate else _SOFTEST)
+    return (wrong.pow(2).mean(1) / energy).mean()
 
 
 def _kept(latents: Tensor, generator: torch.Generator) -> Tensor:
