@@ -1,6 +1,7 @@
 """`verify`: what a bundle really is."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -145,7 +146,7 @@ def _whole_generations(
     from sa3_convert.check.reference_store import ReferenceStore
     from sa3_convert.cli.full import shown_progress
     from sa3_convert.lab.generations.end_to_end import default_references
-    from sa3_convert.lab.generations.full import verify_fully, workload
+    from sa3_convert.lab.generations.full import recognised, verify_fully, workload
     from sa3_convert.scheduling import threads_each
 
     runner = o.runner_on(workers, scheduler)
@@ -153,7 +154,11 @@ def _whole_generations(
     how["threads"] = how["threads"] or (workers and threads_each(workers))
     what = {name: how[name] for name in ("steps", "components", "quick")}
     with shown_progress(workload(bundle, how["cases"], on_workers=runner is not None, **what)) as report:
-        return verify_fully(bundle, store=store, report=report, runner=runner, **how)
+        found = verify_fully(bundle, store=store, report=report, runner=runner, **how)
+        if found.end_to_end is None:
+            return found
+        heard = recognised(bundle, ("onnxruntime", found.engine), steps=how["steps"], report=report)
+    return replace(found, recognitions=heard)
 
 
 def _against(bundle: "Bundle", checkpoint: str, **how: Any) -> "Verification":

@@ -1,6 +1,6 @@
 """`verify --full`: everything that can be found out about a bundle, and how much work that is."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import field, replace
 from functools import cached_property, partial
 from typing import Annotated, Any, Self
@@ -43,7 +43,7 @@ from sa3_convert.lab.generations.trajectory import (
     case_feeds,
     end_to_end_cases,
 )
-from sa3_convert.lab.miniature.judge import MODES, Recognition, judged
+from sa3_convert.lab.miniature.judge import MODES, Mode, Recognition, judged
 from sa3_convert.runtime.conditioning import lengths
 from sa3_convert.runtime.engines import KINDS, EngineName
 from sa3_convert.runtime.pipeline import Pipeline
@@ -217,10 +217,6 @@ def verify_fully(
             measured = on_workers(runner, bundle, wanted, cases, store=store, engine=engine, steps=steps, **how)
         fidelity, generations, end_to_end = measured
         findings = Verification.of(fidelity, engine=engine, generations=generations, end_to_end=end_to_end)
-        if end_to_end is not None and is_miniature(bundle.layout):
-            sides: tuple[EngineName, ...] = ("onnxruntime", engine)
-            recognitions = tuple(one for side in sides for one in _recognised(bundle, side, steps, report))
-            findings = replace(findings, recognitions=recognitions)
         if bisecting:
             findings = with_bisections(bundle, findings, references, threads=threads, report=report)
     return findings
@@ -246,11 +242,22 @@ def _measured_here(
     return fidelity, generations, measure_end_to_end(references, target, end_to_end_cases(cases), report, heard)
 
 
-def _recognised(bundle: Bundle, engine: EngineName, steps: int, report: Progress) -> Iterator[Recognition]:
-    with Pipeline.from_bundle(bundle.path, engine, check=False, keep_loaded=True) as pipeline:
-        for mode in MODES:
-            told = partial(report, f"recognised: {mode} on {engine}")
-            yield judged(pipeline, engine, mode=mode, steps=steps, report=told)
+def recognised(
+    bundle: Bundle,
+    engines: Sequence[EngineName],
+    modes: Sequence[Mode] = MODES,
+    *,
+    steps: int = STEPS,
+    report: Progress = lambda what, done, total: None,
+) -> tuple[Recognition, ...]:
+    """Return what is recognised in what engines make of the miniature's bundle; of another model's nothing can be."""
+    found = []
+    for engine in engines if is_miniature(bundle.layout) else ():
+        with Pipeline.from_bundle(bundle.path, engine, check=False, keep_loaded=True) as pipeline:
+            for mode in modes:
+                told = partial(report, f"recognised: {mode} on {engine}")
+                found.append(judged(pipeline, engine, mode=mode, steps=steps, report=told))
+    return tuple(found)
 
 
 def with_bisections(

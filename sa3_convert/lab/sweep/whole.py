@@ -15,7 +15,7 @@ from sa3_convert.errors import Sa3Error, UsageError
 from sa3_convert.lab.common import Common
 from sa3_convert.lab.generations.distribution import FREE_RUNNING, component_of
 from sa3_convert.lab.generations.end_to_end import mean_cosine, mean_spectra
-from sa3_convert.lab.generations.full import verify_fully
+from sa3_convert.lab.generations.full import recognised, verify_fully
 from sa3_convert.lab.generations.shared import AUDIBLE
 from sa3_convert.lab.generations.trajectory import STEPS, GenerationCase
 from sa3_convert.lab.miniature.judge import MODES
@@ -120,7 +120,7 @@ def _figures(suite: Suite, point: Point, bundle: Bundle, report: Report) -> Whol
         if one.name != FREE_RUNNING and component_of(one.name) is point.component
     ]
     worst = min(own, key=lambda one: one.worst)
-    heard = [one for one in found.recognitions if (one.engine, one.mode) == (found.engine, MODES[0])]
+    heard = recognised(bundle, [found.engine], MODES[:1], report=report)
     target, chaos = ([getattr(c, side) for c in found.end_to_end.cases] for side in ("target", "chaos"))
     return Whole(
         worst_db=worst.worst,

@@ -31,8 +31,13 @@ from sa3_convert.lab.generations.distribution import (
     Observation,
 )
 from sa3_convert.lab.generations.end_to_end import staged_pipelines
-from sa3_convert.lab.generations.full import Verification, verify_fully, with_bisections, workload
+from sa3_convert.lab.generations.full import Verification, recognised, verify_fully, with_bisections, workload
 from sa3_convert.lab.generations.trajectory import FULL_CASES, GenerationCase, all_cases, case_feeds, end_to_end_cases
+from sa3_convert.lab.miniature.judge import MODES, Mode, Recognition
+from sa3_convert.runtime.engines import EngineName
+from sa3_convert.runtime.output_checks import CHECKS
+from sa3_convert.runtime.pipeline import Pipeline
+from sa3_convert.runtime.request import GenerateRequest
 from sa3_convert.scheduling import Latest
 
 CASES = all_cases((0, 4), (1,), (0.5, 1.0))
@@ -255,6 +260,21 @@ def test_a_cases_inputs_are_what_the_component_takes(toy_int8: Bundle, store: Pa
         assert all(str(feeds[port.name].dtype) == port.dtype for port in ports)
         with pytest.raises(UsageError, match="--step"):
             case_feeds(references, component, CASES[0], None if step else 0)
+
+
+def test_only_the_miniature_is_heard_by_each_engine_in_each_mode(
+    toy_int8: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def quickly(pipeline: Pipeline, engine: str, *, mode: Mode, steps: int, **_: Any) -> Recognition:
+        audio = pipeline.generate(GenerateRequest("a tone", seconds=1, steps=1), allow=CHECKS).audio
+        return Recognition(engine, steps, audio.shape[-1], mode)
+
+    monkeypatch.setattr(full, "judged", quickly)
+    engines: tuple[EngineName, ...] = ("onnxruntime", "mnn")
+    assert recognised(toy_int8, engines) == ()
+    monkeypatch.setattr(full, "is_miniature", lambda layout: layout == toy_int8.layout)
+    found = recognised(toy_int8, engines, MODES[:2], steps=4)
+    assert found == tuple(Recognition(engine, 4, 44100, mode) for engine in engines for mode in MODES[:2])
 
 
 def test_an_engine_that_the_bundle_has_nothing_for_is_refused(toy_int8: Bundle) -> None:
