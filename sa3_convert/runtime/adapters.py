@@ -224,7 +224,8 @@ class Adapters:
         return Composed({name: constant(array) for name, array in feeds.items()}, db)
 
     def _require_finite(self, weight: _Weight, active: Sequence[tuple[_Opened, float]]) -> None:
-        if not all(np.isfinite(part).all() for part in (weight.rows, weight.columns, weight.outer, weight.inner)):
+        parts = (weight.rows, weight.columns, weight.outer, weight.inner)
+        if not all(np.isfinite(part.astype(np.float32)).all() for part in parts):
             raise LoraError(f"{weight.slot.layer} is not finite with {_names(active)}.")
 
 

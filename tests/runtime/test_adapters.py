@@ -383,6 +383,18 @@ def test_a_damaged_adapter_is_refused_before_a_model_is_loaded(
         assert not pipeline.models._kept
 
 
+def test_what_is_finite_in_float64_alone_is_refused(toy: Path, bundle: Bundle, tmp_path: Path) -> None:
+    path = toy_adapter(tmp_path / "a.safetensors", toy, "dora-rows", LAYERS)
+
+    def magnified(found: dict[str, Any]) -> dict[str, Any]:
+        numbers = {"lora_B": 1e30, "lora_A": 1e-30}
+        return {n: np.full(v.shape, numbers.get(n.split(".")[-1], 3e38), np.float32) for n, v in found.items()}
+
+    _replace(path, magnified, adapter_type="dora-rows")
+    with pytest.raises(LoraError, match="is not finite with"):
+        adapters_of(bundle).composed(Component.DIT, [AdapterRequest(path)])
+
+
 def test_an_adapter_that_changes_while_it_is_used_is_read_again(toy: Path, bundle: Bundle, tmp_path: Path) -> None:
     path = toy_adapter(tmp_path / "a.safetensors", toy)
     adapters, request = adapters_of(bundle), AdapterRequest(path)
