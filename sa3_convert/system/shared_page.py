@@ -77,9 +77,14 @@ class Page:
 
     def read(self) -> PageRead:
         """Return what stands in the page: in the parent, what the child wrote last."""
-        deadline, in_hand, names, folders = self._HEAD.unpack(self._memory[: self._HEAD.size])
+        before, after = b"", self._memory[: self._SIZE]
+        # What is copied while the child writes may be of two states, and half a deadline is a time long past. The child
+        # writes for an instant: what two copies agree in stood there.
+        while before != after:
+            before, after = after, self._memory[: self._SIZE]
+        deadline, in_hand, names, folders = self._HEAD.unpack(after[: self._HEAD.size])
         texts = [
-            [os.fsdecode(part) for part in self._memory[start : start + size].split(b"\0") if part]
+            [os.fsdecode(part) for part in after[start : start + size].split(b"\0") if part]
             for start, size in ((self._NAMES, names), (self._FOLDERS, folders))
         ]
         return PageRead(deadline, in_hand, texts[0], [Path(text) for text in texts[1]])

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from sa3_convert.system.shared_page import Page
 from sa3_convert.system.supervisor import working_on
 
 _PROGRAM = """
@@ -124,6 +126,28 @@ def test_a_file_that_takes_longer_than_its_limit_is_given_up(tmp_path: Path) -> 
     code, complaint = ended("with working_on('tokenizer.json', seconds=0.3): time.sleep(60)", tmp_path)
     assert (code, "tokenizer.json took far longer" in complaint) == (3, True)
     assert time.monotonic() - before < 20
+
+
+def test_a_page_that_is_copied_while_it_is_written_is_copied_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Page()
+    monkeypatch.setattr(page, "wakes", os.open(os.devnull, os.O_WRONLY))
+    empty = page._memory[:]
+    page.take("tokenizer.json", 30.0)
+    # The lower half of a deadline and the upper one of none: long past, though nothing is in hand.
+    torn = page._memory[:4] + empty[4:]
+    assert 0 < struct.unpack_from("d", torn)[0] < 1e-300
+    monkeypatch.setattr(page, "_memory", Copies([torn, empty, empty]))
+    assert page.read().deadline == 0
+
+
+class Copies:
+    """Memory that gives one copy after the other."""
+
+    def __init__(self, copies: list[bytes]) -> None:
+        self._copies = copies
+
+    def __getitem__(self, part: slice) -> bytes:
+        return self._copies.pop(0)[part]
 
 
 def test_a_file_that_takes_more_memory_than_its_limit_fails_to_get_it(tmp_path: Path) -> None:
