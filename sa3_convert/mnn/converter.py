@@ -15,7 +15,7 @@ from sa3_convert.mnn.file.contents import ModelStorage
 from sa3_convert.mnn.file.flatbuffer import WEIGHTS, weight_path
 from sa3_convert.mnn.file.storage import content_digest, read_storage
 from sa3_convert.mnn.isolated import TIMEOUT_SECONDS, WORKER, last_lines, run_worker
-from sa3_convert.mnn.layer_rules import apply_rules, read_layers, scheme_flags
+from sa3_convert.mnn.layer_rules import scheme_flags
 from sa3_convert.mnn.onnx_input import OnnxInput, Ports, read_onnx_input
 from sa3_convert.recipe import ComponentRecipe
 from sa3_convert.system.files import atomic_pair
@@ -128,23 +128,14 @@ def _first_pass(
     folder: Path,
     storing: Sequence[str] = (),
 ) -> str:
-    flags = ["-f", "ONNX", "--modelFile", str(source.path), "--MNNModel", str(made), *storing]
     scheme = recipe.weights
-    if scheme is None:
-        output = converter.run([*flags, *(["--fp16"] if recipe.floats == "fp16" else [])], folder)
-        _check_written(made, output)
-        return output
-    listed = folder / "layers.json"
-    output = converter.run([*flags, *scheme_flags(scheme, listed)], folder)
+    if scheme is not None:
+        stored = scheme_flags(scheme, source.outputs, folder)
+    else:
+        stored = ["--fp16"] if recipe.floats == "fp16" else []
+    flags = ["-f", "ONNX", "--modelFile", str(source.path), "--MNNModel", str(made)]
+    output = converter.run([*flags, *storing, *stored], folder)
     _check_written(made, output)
-    read_layers(listed)
-    if scheme.layers:
-        wanted = folder / "layers-by-rule.json"
-        apply_rules(scheme, listed, wanted)
-        made.unlink()
-        weight_path(made).unlink(missing_ok=True)
-        output = converter.run([*flags, *scheme_flags(scheme, wanted)], folder)
-        _check_written(made, output)
     return output
 
 

@@ -1,12 +1,12 @@
 """A recipe's weight scheme as MNN's converter takes it: flags for all layers, and a file for single ones.
 
-When the file that `--compressionParamsFile` names does not exist, the converter writes one that lists every layer it
-quantises. That list is the only sure one (a bias that follows a MatMul, for instance, gives the layer its name), so
-rules are matched against it.
+The converter names a layer after an output of the ONNX graph: its own, or that of a bias that follows, which MNN merges
+into it. So the file has an entry for all outputs that a rule matches; those that no layer is named after are passed
+over, and what became of each layer is audited.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,53 +29,45 @@ def layer_name(operator: str) -> str:
     return operator.removesuffix(LINEAR_SUFFIX).removesuffix(LIFTED_SUFFIX).removesuffix(BIAS_SUFFIX)
 
 
-def scheme_flags(scheme: WeightScheme, layers: Path) -> list[str]:
-    """Return the converter's flags for a scheme; `layers` is read if it exists, else the converter writes it."""
-    return [
+def scheme_flags(scheme: WeightScheme, outputs: Iterable[str], folder: Path) -> list[str]:
+    """Return the converter's flags for a scheme; rules for single layers are written into `folder`.
+
+    Args:
+        scheme: what is asked for.
+        outputs: names of all outputs of nodes of the ONNX graph.
+        folder: where the converter finds what does not fit on a command line.
+
+    """
+    flags = [
         "--weightQuantBits",
         str(scheme.bits),
         # The help says that the default is symmetric; it is not. Words instead of 0 and 1 all mean symmetric.
         f"--weightQuantAsymmetric={0 if scheme.symmetric else 1}",
         "--weightQuantBlock",
         str(scheme.block_size or _NO_BLOCK),
-        "--compressionParamsFile",
-        str(layers),
         *(["--weightQuantScaleBit", "16"] if scheme.scales == "fp16" else []),
     ]
+    layers = [
+        _layer(name + suffix, scheme) for name in outputs if _ruled(name, scheme) for suffix in ("", LINEAR_SUFFIX)
+    ]
+    if layers:
+        rules = folder / "layers.json"
+        algorithm = {"type": "QUANTIZE", "quantParams": {"layer": layers}}
+        rules.write_text(json.dumps({"version": "0.0.0", "forGuide": True, "algo": [algorithm]}), encoding="utf-8")
+        flags += ["--compressionParamsFile", str(rules)]
+    return flags
 
 
-def read_layers(path: Path) -> list[dict[str, Any]]:
-    """Return the quantised layers as the converter listed them; a graph with nothing to quantise is an error."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        layers = [layer for algorithm in found.get("algo", ()) for layer in algorithm["quantParams"].get("layer", ())]
-        names = [layer["opName"] for layer in layers]
-    except FileNotFoundError:
-        names = []
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConversionError(
-            f"MNN's converter listed the quantised layers in a form that is not known: {error!r}."
-        ) from None
-    if not names:
-        raise ConversionError(
-            "The recipe asks for quantised weights, but MNN finds no layer to quantise in this graph. "
-            "Leave `weights` out of this component's recipe."
-        )
-    return layers
+def _ruled(output: str, scheme: WeightScheme) -> bool:
+    name = layer_name(output)
+    return any(rule.matches(name) for rule in scheme.layers)
 
 
-def apply_rules(scheme: WeightScheme, listed: Path, wanted: Path) -> None:
-    """Write to `wanted` the converter's list of layers with each layer's bits and block as the rules say."""
-    content = json.loads(listed.read_text(encoding="utf-8"))
-    layers = read_layers(listed)
-    check_rules(scheme, [layer_name(layer["opName"]) for layer in layers])
-    for algorithm in content["algo"]:
-        for layer in algorithm["quantParams"]["layer"]:
-            bits, block = scheme.for_layer(layer_name(layer["opName"]))
-            for weight in layer["weight"]:
-                # No bits at all means floating point to the converter.
-                weight.update(bits=bits or 0, blockSize=block or _NO_BLOCK, asymmetric=not scheme.symmetric)
-    wanted.write_text(json.dumps(content), encoding="utf-8")
+def _layer(operator: str, scheme: WeightScheme) -> dict[str, Any]:
+    bits, block = scheme.for_layer(layer_name(operator))
+    # No bits at all means floating point to the converter.
+    weight = {"bits": bits or 0, "blockSize": block or _NO_BLOCK, "asymmetric": not scheme.symmetric}
+    return {"opName": operator, "weight": [{"name": operator, **weight}]}
 
 
 def check_rules(scheme: WeightScheme, names: Sequence[str]) -> None:

@@ -50,6 +50,8 @@ class OnnxInput:
 
     path: Path
     ports: Ports
+    outputs: tuple[str, ...]
+    """Of all its nodes."""
     bytes: int
     """Of the file and its external data."""
 
@@ -69,7 +71,8 @@ def read_onnx_input(path: Path) -> OnnxInput:
         raise ConversionError(f"{path} cannot be read: {error}.") from None
     if not model.opset_import or not model.graph.output:
         raise ConversionError(f"{path} is truncated: it holds no complete graph. Export it again.")
-    return OnnxInput(path, _ports(path, model), path.stat().st_size + _external_bytes(path, model))
+    outputs = tuple(name for node in model.graph.node for name in node.output)
+    return OnnxInput(path, _ports(path, model), outputs, path.stat().st_size + _external_bytes(path, model))
 
 
 def _ports(path: Path, model: "ModelProto") -> Ports:

@@ -234,12 +234,8 @@ class _Inputs:
     """A linear's inputs in both networks, [positions, in] per sample; the first `fitted` samples are fitted on."""
 
     def __init__(self, original: list[Tensor], rounded: list[Tensor], fitted: int) -> None:
-        self._fit = original[:fitted], rounded[:fitted]
+        self._moments = InputMoments.of(torch.cat(original[:fitted]), torch.cat(rounded[:fitted]))
         self._original, self._rounded = torch.cat(original[fitted:]), torch.cat(rounded[fitted:])
-
-    @cached_property
-    def _moments(self) -> InputMoments:
-        return InputMoments.of(*(torch.cat(inputs) for inputs in self._fit))
 
     def rounded(self, linears: Mapping[str, nn.Module], grids: Mapping[str, Grid], name: str) -> RoundedLinear:
         """Return what becomes of one linear: the better of two ways on the samples to check with."""

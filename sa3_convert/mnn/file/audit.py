@@ -64,7 +64,10 @@ def audit(storage: ModelStorage, recipe: ComponentRecipe) -> AuditSummary:
     hidden = list(_hidden_weight_faults(storage, flow, recipe))
     if scheme is not None:
         if not layers and not hidden:
-            raise ConversionError(f"{storage.path.name} has no layers with weights, but the recipe quantises weights.")
+            raise ConversionError(
+                f"{storage.path.name} has no layers with weights, but the recipe quantises weights. "
+                "Leave `weights` out of this component's recipe."
+            )
         if layers:
             check_rules(scheme, [name for name, _ in layers])
     tables = list(flow.token_tables())
