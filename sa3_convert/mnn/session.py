@@ -23,7 +23,7 @@ from sa3_convert.mnn.file.contents import ModelStorage
 from sa3_convert.mnn.file.storage import read_storage
 from sa3_convert.system.checked_files import named
 from sa3_convert.system.log import capture_stdout
-from sa3_convert.system.machine import default_threads, flushed_subnormals
+from sa3_convert.system.machine import default_threads, flushed_subnormals, short_slices
 from sa3_convert.system.supervisor import working_on
 
 Level = Literal["normal", "high", "low"]
@@ -190,7 +190,7 @@ class MnnSession:
                 tensor.copyFrom(self._host_tensor(np.full(tensor.getShape(), _UNWRITTEN[dtype], dtype)))
             for name, array in feeds.items():
                 self._input_tensor(name).copyFrom(self._host_tensor(np.ascontiguousarray(array)))
-            with capture_stdout() as captured, flushed_subnormals():
+            with capture_stdout() as captured, flushed_subnormals(), short_slices():
                 code = self._interpreter.runSession(self._session)
             self._note(captured.lines)
             if code != 0:
@@ -202,7 +202,7 @@ class MnnSession:
 
     def _load(self, path: Path, config: Mapping[str, object], *, low_memory: bool) -> tuple[Any, Any]:
         # MNN's threads start here and keep what is set.
-        with capture_stdout() as captured, flushed_subnormals():
+        with capture_stdout() as captured, flushed_subnormals(), short_slices():
             try:
                 interpreter = self._mnn.Interpreter(str(path))
                 if low_memory:

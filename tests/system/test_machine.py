@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,17 @@ import psutil
 import pytest
 
 import sa3_convert
-from sa3_convert.system.machine import available_memory, default_threads, integer_products, machine, usable_processors
+from sa3_convert.system.machine import (
+    _OWN_ATTRIBUTES,
+    _SLICE,
+    _scheduled,
+    available_memory,
+    default_threads,
+    integer_products,
+    machine,
+    short_slices,
+    usable_processors,
+)
 
 
 @pytest.fixture
@@ -121,3 +132,24 @@ def test_threads_of_torch_sleep_while_they_wait_unless_the_user_says_otherwise(
     said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
     assert policy is None or f"OMP_WAIT_POLICY = '{policy}'" in said
     assert spins is None or f"GOMP_SPINCOUNT = '{spins}'" in said
+
+
+def own_slice() -> tuple[int, int]:
+    """Return this thread's nice value and its slice in nanoseconds."""
+    attributes = _scheduled()
+    if attributes is None:
+        pytest.skip("this system does not tell slices")
+    _, _, _, nice, _, nanoseconds, _, _ = _OWN_ATTRIBUTES.unpack(attributes)
+    return nice, nanoseconds
+
+
+def test_slices_are_short_in_a_block_and_in_threads_that_it_starts() -> None:
+    nice, before = own_slice()
+    within: list[tuple[int, int]] = []
+    assert before > _SLICE
+    with short_slices():
+        assert own_slice() == (nice, _SLICE)
+        thread = threading.Thread(target=lambda: within.append(own_slice()))
+        thread.start()
+        thread.join()
+    assert (own_slice(), within) == ((nice, before), [(nice, _SLICE)])
