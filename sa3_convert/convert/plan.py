@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 _GIB: Final = 2**30
 _LEAST_MEMORY: Final = 0.6
 """GiB of a process with torch and ONNX Runtime in it and a toy to convert."""
+_IN_ONE_FILE: Final = 2000e6 / 2**30
+"""GiB of float weights that MNN's converter keeps in the model; more of them stand in a file beside it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,11 @@ def estimate(stages: Iterable[str], reference_bytes: int, recipe: ComponentRecip
     seconds = sum(cost.start_seconds + cost.seconds_per_gib * size for cost in costs)
     if recipe.weights is not None and recipe.weights.rounding == "least_squares":
         seconds += sum(cost.least_squares_per_gib * size for cost in costs)
-    memory = (min(c.start_memory, _LEAST_MEMORY + 4 * size) + c.memory_per_gib * size for c in costs)
+    held = min(size, _IN_ONE_FILE)
+    memory = (
+        min(c.start_memory, _LEAST_MEMORY + 4 * size) + c.memory_per_gib * size + c.converter_memory_per_gib * held
+        for c in costs
+    )
     return Estimate(seconds, round(max(memory, default=0.0) * _GIB))
 
 

@@ -104,6 +104,8 @@ class StageCost:
     start_seconds: float = 1.0
     start_memory: float = 1.0
     """GiB of true-size components; toys take less."""
+    converter_memory_per_gib: float = 0.0
+    """GiB that MNN's converter takes beyond that for weights that it holds in one file, which are at most 2000 MB."""
     least_squares_per_gib: float = 0.0
     """Seconds that rounding by least squares adds."""
     scratch: int = 0
@@ -173,7 +175,7 @@ STAGES: Final[Mapping[str, Stage]] = {
             tools=("torch",),
             depends=lambda job: job.origin() | job.storage(),
             applies=lambda job: job.recipe.compensates,
-            cost=StageCost(170, 1.2, start_memory=3.4),
+            cost=StageCost(200, 1.2, start_memory=3.4),
         ),
         Stage(
             name="mnn",
@@ -184,7 +186,7 @@ STAGES: Final[Mapping[str, Stage]] = {
             tools=("MNN", "onnx-ir"),
             depends=ComponentJob.storage,
             leaves={"mnn": "{}.mnn"},
-            cost=StageCost(18, 0.3, least_squares_per_gib=27, scratch=2),
+            cost=StageCost(18, 0.3, converter_memory_per_gib=3.3, least_squares_per_gib=24, scratch=2),
         ),
         Stage(
             name="verify",
@@ -195,7 +197,7 @@ STAGES: Final[Mapping[str, Stage]] = {
             tools=("MNN", "onnx-ir", "onnxruntime"),
             depends=lambda job: {"floor_db": job.recipe.floor_db},
             judges="mnn",
-            cost=StageCost(10, 1.1, start_memory=1.5, scratch=1),
+            cost=StageCost(17, 1.1, start_memory=1.5, scratch=1),
         ),
         Stage(
             name="ort-int8",
@@ -232,7 +234,7 @@ STAGES: Final[Mapping[str, Stage]] = {
             applies=lambda job: bool(SPECS[job.component].early_parts),
             asked=lambda request: request.with_split_dit,
             leaves={kind: f"{{}}_{kind.removeprefix('mnn-')}.mnn" for kind in SPLIT_KINDS},
-            cost=StageCost(40, 1.1, start_seconds=4, start_memory=1.5, scratch=3),
+            cost=StageCost(40, 1.1, start_seconds=4, start_memory=1.5, converter_memory_per_gib=2.5, scratch=3),
         ),
         Stage(
             name="export-slots",
@@ -256,7 +258,7 @@ STAGES: Final[Mapping[str, Stage]] = {
             depends=lambda job: job.storage() | {"floor_db": job.recipe.floor_db},
             applies=_gets_slots,
             leaves={"mnn-slots": "{}_slots.mnn"},
-            cost=StageCost(60, 1.1, start_memory=1.5, scratch=3),
+            cost=StageCost(60, 1.1, start_memory=1.5, converter_memory_per_gib=2.5, scratch=3),
         ),
         Stage(
             name="ort-int8-slots",
