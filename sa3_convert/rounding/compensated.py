@@ -204,10 +204,12 @@ class _BlockRounding:
         whole: dict[str, nn.Module] = {}
         for group in self._groups:
             reached = [first for first, *_ in reaching(self._block, group[0], [(x, *rest) for x, rest in calls])]
-            inputs = _Inputs(self._originals.pop(group[0]), [x.flatten(0, -2) for x in reached], self._fitted)
+            original = self._originals.pop(group[0])
             linears = {f"{self._name}.{path}": self._block.get_submodule(path) for path in group}
             grids = {name: grid for name in linears if (grid := grid_of(name)) is not None}
-            made += in_parallel(partial(inputs.rounded, linears, grids), grids)
+            if grids:
+                inputs = _Inputs(original, [x.flatten(0, -2) for x in reached], self._fitted)
+                made += in_parallel(partial(inputs.rounded, linears, grids), grids)
             for linear in made[len(made) - len(grids) :]:
                 _replace(linears[linear.name], linear)
             for path, module in zip(group, linears.values(), strict=True):

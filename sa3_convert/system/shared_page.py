@@ -77,11 +77,11 @@ class Page:
 
     def read(self) -> PageRead:
         """Return what stands in the page: in the parent, what the child wrote last."""
-        before, after = b"", self._memory[: self._SIZE]
+        before, after = b"", self._memory[:]
         # What is copied while the child writes may be of two states, and half a deadline is a time long past. The child
         # writes for an instant: what two copies agree in stood there.
         while before != after:
-            before, after = after, self._memory[: self._SIZE]
+            before, after = after, self._memory[:]
         deadline, in_hand, names, folders = self._HEAD.unpack(after[: self._HEAD.size])
         texts = [
             [os.fsdecode(part) for part in after[start : start + size].split(b"\0") if part]

@@ -7,6 +7,7 @@ import select
 import stat
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,21 @@ def test_a_rule_changes_the_layers_that_it_matches_and_no_other(source: Path, tm
         f"{LAYERS[0]}__matmul_converted": ("int8", None),
         f"{LAYERS[1]}__matmul_converted": ("int4", 32),
     }
+
+
+def test_rules_for_layers_cost_no_second_conversion(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[Sequence[str]] = []
+    run = Converter.run
+
+    def counted(converter: Converter, flags: Sequence[str], folder: Path) -> str:
+        runs.append(flags)
+        return run(converter, flags, folder)
+
+    monkeypatch.setattr(Converter, "run", counted)
+    mnn_from_onnx(source, tmp_path / "out.mnn", with_rules(LayerRule(match="up", bits=4)))
+    assert len(runs) == 1
 
 
 def test_a_rule_without_bits_keeps_the_layer_float(source: Path, tmp_path: Path) -> None:

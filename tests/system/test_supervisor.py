@@ -130,7 +130,6 @@ def test_a_file_that_takes_longer_than_its_limit_is_given_up(tmp_path: Path) -> 
 
 def test_a_page_that_is_copied_while_it_is_written_is_copied_again(monkeypatch: pytest.MonkeyPatch) -> None:
     page = Page()
-    monkeypatch.setattr(page, "wakes", os.open(os.devnull, os.O_WRONLY))
     empty = page._memory[:]
     page.take("tokenizer.json", 30.0)
     # The lower half of a deadline and the upper one of none: long past, though nothing is in hand.
