@@ -51,9 +51,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def answering(head: str, body: bytes = b"") -> Raw:
-    """Return what sends one answer as it is; `%d` in the head stands for the body's length."""
-    start = head.replace("%d", str(len(body))).replace("\n", "\r\n").encode("latin-1", "replace")
-    return lambda connection: connection.sendall(start + b"\r\n\r\n" + body)
+    """Return what sends one answer as it is and says that the connection ends; `%d` stands for the body's length.
+
+    Unsaid, a client would sometimes use the connection again before it learns that it was closed.
+    """
+    start = f"{head.replace('%d', str(len(body)))}\nConnection: close\n\n".replace("\n", "\r\n")
+    return lambda connection: connection.sendall(start.encode("latin-1", "replace") + body)
 
 
 def ok(body: bytes) -> Raw:
