@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -17,6 +18,7 @@ from sa3_convert.system.streams import is_stream
 
 if TYPE_CHECKING:
     from sa3_convert.lab.common import Common
+    from sa3_convert.lab.planner.measuring import Part
     from sa3_convert.lab.planner.planner import Target
     from sa3_convert.lab.planner.sensitivity import Sensitivity
     from sa3_convert.recipe import ScaleType
@@ -60,7 +62,7 @@ def plan(
     runner = o.runner_on(workers, scheduler)
     from sa3_convert.cli.console import planned_rows, planned_table, stdout
     from sa3_convert.lab.common import Common
-    from sa3_convert.lab.planner.measuring import CASES, layers_to_measure
+    from sa3_convert.lab.planner.measuring import CASES, layers_to_measure, to_measure
     from sa3_convert.lab.planner.planner import plan_component
     from sa3_convert.recipe import recipe_file
     from sa3_convert.system.files import write_text
@@ -70,13 +72,15 @@ def plan(
     base = o.open_recipe(recipe)
     opened = o.open_checkpoint(checkpoint, lora)
     folder = o.cache_of(cache, out)
+    common = Common.of(opened, folder, lora, threads=threads)
     if dry_run:
         layers, passes = layers_to_measure(opened, component), len(CASES[component])
         o.write_figures(json_file, {"component": component, "layers": list(layers), "passes": passes})
         echo(f"{component.value}: {len(layers)} layers would be measured in {passes} backward passes.")
+        tell_measuring(to_measure(common, component, scales), workers or 1)
         echo(f"The results are kept in {folder}.")
         return
-    sensitivity = measured(Common.of(opened, folder, lora, threads=threads), component, scales, runner)
+    sensitivity = measured(common, component, scales, runner)
     made = plan_component(opened, component, base.for_component(component), sensitivity, target, by)
     changed = {
         "name": re.sub("[^a-z0-9._-]+", "-", out.stem.lower()).lstrip("._-")[:100] or "planned",
@@ -109,6 +113,17 @@ def measured(
             tick(f"{name}: {what}", done, of)
 
         return measure(common, component, scales, told, runner or in_this_process)
+
+
+def tell_measuring(parts: "Sequence[Part]", workers: int) -> None:
+    """Say how long what is left to measure takes."""
+    from sa3_convert.scheduling import simulated
+
+    if parts:
+        minutes = simulated(parts, workers).seconds / 60
+        echo(f"Measuring what rounding costs: {len(parts)} parts, about {minutes:.1f} min.")
+    else:
+        echo("What rounding costs was measured before.")
 
 
 def _target(target_mib: float | None, min_snr: float | None) -> "Target":

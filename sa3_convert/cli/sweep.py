@@ -11,7 +11,7 @@ from typer import Exit, Option
 from sa3_convert.cli import options as o
 from sa3_convert.cli import paths
 from sa3_convert.cli.echo import echo
-from sa3_convert.cli.plan import measured
+from sa3_convert.cli.plan import measured, tell_measuring
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from sa3_convert.lab.planner.sensitivity import Sensitivity
     from sa3_convert.lab.sweep.points import Point
     from sa3_convert.lab.sweep.result import Sweep
-    from sa3_convert.lab.sweep.tasks import Task
     from sa3_convert.lab.sweep.whole import Suite
     from sa3_convert.recipe import Recipe
     from sa3_convert.scheduling import Runner
@@ -74,11 +73,10 @@ def sweep(
         raise UsageError("Give --sizes FROM:TO:STEP with one --component, --recipe, or --budget-mib.")
     runner = o.runner_on(workers, scheduler)
     _refuse(out, sizes, component or (), case, full=full)
-    from sa3_convert.cli.console import stdout, sweep_plan_table, sweep_table
+    from sa3_convert.cli.console import stdout, sweep_table
     from sa3_convert.convert.plan import chosen_components
     from sa3_convert.lab.common import Common, Store
     from sa3_convert.lab.sweep.points import of_own_names, of_recipes
-    from sa3_convert.lab.sweep.tasks import tasks_for, to_do
     from sa3_convert.scheduling import in_this_process
 
     if store:
@@ -93,11 +91,7 @@ def sweep(
     points += _planned(common, chosen, sizes, budget_mib, label, None if dry_run else runner or in_this_process)
     of_own_names(points)
     if dry_run:
-        tasks = to_do(points, tasks_for([point for point in points if not point.problem], common))
-        stdout.print(sweep_plan_table(points, tasks, folder))
-        _tell_time([task for own in tasks.values() for task in own], workers or 1)
-        if suite is not None:
-            echo(f"Then {len(suite.cases)} generations with each point, which take what `verify --full` takes.")
+        _tell_plan(common, points, () if sizes is None and budget_mib is None else chosen, suite, workers or 1)
         return
     with _alone_in(out):
         found = _swept(common, points, runner or in_this_process, suite)
@@ -174,14 +168,26 @@ def _refuse(
         raise UsageError(f"{out} holds something else than a sweep. Name a folder that is empty or not there.")
 
 
-def _tell_time(tasks: "Sequence[Task]", workers: int) -> None:
+def _tell_plan(
+    common: "Common", points: "Sequence[Point]", measured: Sequence[Component], suite: "Suite | None", workers: int
+) -> None:
+    """Say what is left to measure and to make, and how long it takes."""
+    from sa3_convert.cli.console import stdout, sweep_plan_table
+    from sa3_convert.lab.planner.measuring import to_measure
+    from sa3_convert.lab.sweep.tasks import tasks_for, to_do
     from sa3_convert.scheduling import simulated
 
-    found = simulated(tasks, workers)
+    own = to_do(points, tasks_for([point for point in points if not point.problem], common))
+    stdout.print(sweep_plan_table(points, own, common.cache))
+    if measured:
+        tell_measuring([part for one in measured for part in to_measure(common, one, "fp16")], workers)
+    found = simulated([task for tasks in own.values() for task in tasks], workers)
     echo(
         f"On {workers} worker{'s'[: workers > 1]} about {found.seconds / 60:.1f} min, {found.efficiency:.0%} of it "
         f"at work; tasks that follow one another take {found.longest_chain / 60:.1f} min on any number of them."
     )
+    if suite is not None:
+        echo(f"Then {len(suite.cases)} generations with each point, which take what `verify --full` takes.")
 
 
 def _planned(

@@ -5,7 +5,6 @@ import ctypes
 import importlib.metadata
 import os
 import platform
-import struct
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -110,11 +109,24 @@ def flushed_subnormals() -> Iterator[None]:
 
 _SET_ATTRIBUTES: Final = {"x86_64": 314, "aarch64": 274}
 """Linux's number of `sched_setattr(2)`; that of `sched_getattr` is the next."""
-_OWN_ATTRIBUTES: Final = struct.Struct("=IIQiIQQQ")
-"""Its size, policy, flags, nice value, priority, slice in nanoseconds, and two numbers of real-time policies."""
 _POLICIES_WITH_SLICES: Final = (0, 3)
 _SLICE: Final = 100_000
 """Nanoseconds: the shortest that Linux gives."""
+
+
+class _Schedule(ctypes.Structure):
+    """Linux's `struct sched_attr`."""
+
+    _fields_ = (
+        ("size", ctypes.c_uint32),
+        ("policy", ctypes.c_uint32),
+        ("flags", ctypes.c_uint64),
+        ("nice", ctypes.c_int32),
+        ("priority", ctypes.c_uint32),
+        ("slice", ctypes.c_uint64),
+        ("deadline", ctypes.c_uint64),
+        ("period", ctypes.c_uint64),
+    )
 
 
 @contextlib.contextmanager
@@ -124,33 +136,30 @@ def short_slices() -> Iterator[None]:
     MNN's threads yield while they wait for one another. Who yields gives its slice away, milliseconds as a rule, and
     beside busy processes its turn with it. Done on Linux alone, where it knows slices (6.12).
     """
-    before = _scheduled()
-    if before is not None:
-        _schedule(before, _SLICE)
+    before = _schedule()
+    if not before.slice or before.policy not in _POLICIES_WITH_SLICES:
+        yield
+        return
+    within = _Schedule.from_buffer_copy(before)
+    within.slice = _SLICE
+    _set_schedule(within)
     try:
         yield
     finally:
-        if before is not None:
-            _schedule(before, 0)
+        _set_schedule(before)
 
 
-def _scheduled() -> bytes | None:
-    """Return how this thread is scheduled; None where slices are not known."""
-    number = _SET_ATTRIBUTES.get(platform.machine()) if sys.platform == "linux" else None
-    if number is None:
-        return None
-    attributes = ctypes.create_string_buffer(_OWN_ATTRIBUTES.size)
-    if _c_library().syscall(number + 1, 0, attributes, _OWN_ATTRIBUTES.size, 0):
-        return None
-    _, policy, *_, slice_, _, _ = _OWN_ATTRIBUTES.unpack(attributes.raw)
-    return attributes.raw if slice_ and policy in _POLICIES_WITH_SLICES else None
+def _schedule() -> _Schedule:
+    """Return how this thread is scheduled; zeros where the system does not tell."""
+    found = _Schedule()
+    if sys.platform == "linux" and (number := _SET_ATTRIBUTES.get(platform.machine())) is not None:
+        _c_library().syscall(number + 1, 0, ctypes.byref(found), ctypes.sizeof(found), 0)
+    return found
 
 
-def _schedule(attributes: bytes, nanoseconds: int) -> None:
-    """Change a thread's slice; 0 is the system's. What is refused stays as it is."""
-    parts = list(_OWN_ATTRIBUTES.unpack(attributes))
-    parts[5] = nanoseconds
-    _c_library().syscall(_SET_ATTRIBUTES[platform.machine()], 0, _OWN_ATTRIBUTES.pack(*parts), 0)
+def _set_schedule(wanted: _Schedule) -> None:
+    """Change how this thread is scheduled; what is refused stays as it is."""
+    _c_library().syscall(_SET_ATTRIBUTES[platform.machine()], 0, ctypes.byref(wanted), 0)
 
 
 @dataclass(frozen=True, slots=True)

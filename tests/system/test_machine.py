@@ -12,9 +12,9 @@ import pytest
 
 import sa3_convert
 from sa3_convert.system.machine import (
-    _OWN_ATTRIBUTES,
     _SLICE,
-    _scheduled,
+    _schedule,
+    _set_schedule,
     available_memory,
     default_threads,
     integer_products,
@@ -136,11 +136,10 @@ def test_threads_of_torch_sleep_while_they_wait_unless_the_user_says_otherwise(
 
 def own_slice() -> tuple[int, int]:
     """Return this thread's nice value and its slice in nanoseconds."""
-    attributes = _scheduled()
-    if attributes is None:
+    found = _schedule()
+    if not found.slice:
         pytest.skip("this system does not tell slices")
-    _, _, _, nice, _, nanoseconds, _, _ = _OWN_ATTRIBUTES.unpack(attributes)
-    return nice, nanoseconds
+    return found.nice, found.slice
 
 
 def test_slices_are_short_in_a_block_and_in_threads_that_it_starts() -> None:
@@ -153,3 +152,21 @@ def test_slices_are_short_in_a_block_and_in_threads_that_it_starts() -> None:
         thread.start()
         thread.join()
     assert (own_slice(), within) == ((nice, before), [(nice, _SLICE)])
+
+
+def test_a_slice_that_the_user_chose_is_given_back() -> None:
+    nice, before = own_slice()
+    found: list[tuple[int, int]] = []
+
+    def with_a_slice_of_its_own() -> None:
+        chosen = _schedule()
+        chosen.slice = before + 500_000
+        _set_schedule(chosen)
+        with short_slices():
+            pass
+        found.append(own_slice())
+
+    thread = threading.Thread(target=with_a_slice_of_its_own)
+    thread.start()
+    thread.join()
+    assert found == [(nice, before + 500_000)]

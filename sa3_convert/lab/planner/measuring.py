@@ -1,15 +1,14 @@
 """The sensitivities of a component: a backward pass for each sample, wherever it runs, then every precision's price.
 
-Passes leave what they find, tens of MB, in the stage cache, under a hash of all that it depends on. It is
-added up in the order of the samples, so nothing depends on where a pass ran, or on which was done first.
+Both are done in parts, which leave what they find in the stage cache, under a hash of all that it depends on. It is
+put together in the order of samples and layers, so nothing depends on where a part was done, or on which was first.
 """
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -19,14 +18,14 @@ from torch import nn
 
 from sa3_convert.check.inputs import sample_inputs
 from sa3_convert.components import TOKEN_TABLE, Component
-from sa3_convert.convert.cache import UNFINISHED, Notes, StageCache
+from sa3_convert.convert.cache import UNFINISHED, CachedResult, Notes, StageCache
 from sa3_convert.convert.code_digest import code_digest
 from sa3_convert.convert.plan import stage_keys
 from sa3_convert.convert.stages import ComponentJob
 from sa3_convert.errors import BackendError, InputError, Sa3Error
 from sa3_convert.lab.common import Common
 from sa3_convert.lab.planner.sensitivity import (
-    Curvatures,
+    SAMPLED_ROWS,
     LayerSensitivity,
     Sensitivity,
     all_grids,
@@ -38,7 +37,7 @@ from sa3_convert.lab.planner.sensitivity import (
 )
 from sa3_convert.networks.build import build_network
 from sa3_convert.recipe import ComponentRecipe, ScaleType
-from sa3_convert.rounding.grid import one_thread
+from sa3_convert.rounding.grid import in_parallel
 from sa3_convert.rounding.network import CALIBRATION_SEED
 from sa3_convert.scheduling import Estimate, Latest, Runner, in_this_process
 from sa3_convert.system.sealed import fingerprint, read_sealed, write_sealed
@@ -60,37 +59,100 @@ CASES: Final = {
 """(seed, latents) of each sample."""
 _STAGE: Final = "curvature"
 _FILE: Final = "curvature.safetensors"
+_PRICED: Final = "prices.json"
 _PRICES: Final = TypeAdapter(dict[str, LayerSensitivity])
 _SECONDS_PER_GIB: Final = 20.0
 """Of a backward pass, on two cores."""
+_LAYERS_AT_ONCE: Final = 16
+"""That are priced before it is kept: some seconds of work."""
+_SECONDS_PER_LAYER: Final = 0.15
+_SECONDS_PER_NUMBER: Final = 1.7e-6
+"""Of a sampled weight in all precisions, on two cores."""
 _BESIDE_WEIGHTS: Final = 3 << 30
 """Bytes of activations, gradients and the process, of true-size components."""
 _OF_TOYS: Final = 600 << 20
 _held = Latest[tuple[Common, Component], nn.Module]()
 
 
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """One backward pass of a component."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part(ABC):
+    """A part of a measurement that any worker can do."""
 
     common: Common
     component: Component
-    number: int
-    """Of the sample."""
     key: str
     """Of the measurement."""
     takes: Estimate
     needs: tuple[str, ...] = ()
 
     @property
+    @abstractmethod
+    def name(self) -> str:
+        """Its own among those that run together."""
+
+    @property
+    def place(self) -> tuple[str, str, type[Notes]]:
+        """Where in the cache stands what it finds."""
+        return f"{UNFINISHED}/{self.key}", fingerprint(part=self.name), Notes
+
+    @abstractmethod
+    def leave(self, folder: Path) -> Notes:
+        """Do it, and leave what it finds in a folder."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass(Part):
+    """One backward pass of a component."""
+
+    number: int
+    """Of the sample."""
+
+    @property
     def name(self) -> str:
         """Component and number."""
         return f"{self.component.value}, sample {self.number}"
 
+    def leave(self, folder: Path) -> Notes:
+        """Run it."""
+        checkpoint = self.common.open()
+        if self.common.threads:
+            torch.set_num_threads(self.common.threads)
+        network = _held.of(
+            (self.common, self.component),
+            lambda _: build_network(self.component, checkpoint.layout, checkpoint.state(self.component)),
+        )
+        seed, latents = CASES[self.component][self.number]
+        sample = sample_inputs(self.component, checkpoint.layout, seed=CALIBRATION_SEED + seed, latents=latents)
+        found = curvatures_of(network, layers_to_measure(checkpoint, self.component), sample, self.number)
+        write_curvatures(folder / _FILE, found)
+        return Notes()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pricing(Part):
+    """What every precision of some layers costs; a layer per processor, being too small to share."""
+
+    layers: tuple[str, ...]
+    scales: ScaleType
+
     @property
-    def part(self) -> tuple[str, str, type[Notes]]:
-        """Where what it finds has its place in the cache."""
-        return f"{UNFINISHED}/{self.key}", fingerprint(sample=self.number), Notes
+    def name(self) -> str:
+        """Component, the first layer, and how scales are stored."""
+        return f"{self.component.value}, {self.layers[0]} and behind it, scales {self.scales}"
+
+    def leave(self, folder: Path) -> Notes:
+        """Round them."""
+        checkpoint = self.common.open()
+        if self.common.threads:
+            torch.set_num_threads(self.common.threads)
+        summed = self.common.find(_STAGE, self.key, Notes)
+        if summed is None:
+            raise _elsewhere(self.common)
+        curvatures, state = read_curvatures(summed.file(_FILE)), checkpoint.state(self.component)
+        weights, grids = layers_to_measure(checkpoint, self.component), all_grids(self.scales)
+        prices = in_parallel(lambda layer: priced(state[weights[layer]].numpy(), curvatures[layer], grids), self.layers)
+        (folder / _PRICED).write_bytes(_PRICES.dump_json(dict(zip(self.layers, prices, strict=True))))
+        return Notes()
 
 
 def measure(
@@ -102,60 +164,113 @@ def measure(
         Sa3Error: a pass came to no end, or what it found is not where this process looks for it.
 
     """
-    checkpoint = common.open()
-    key = _key(checkpoint, component)
-    kept = common.cache / "sensitivity" / f"{component.value}-{key[:16]}-{scales}.json"
+    key = _key(common.open(), component)
+    kept = _file(common, component, key, scales)
     with contextlib.suppress(OSError, ValueError):
         return Sensitivity.model_validate_json(read_sealed(kept))
-    if common.threads:
-        torch.set_num_threads(common.threads)
-    curvatures = _curvatures(common, component, key, runner, tick)
-    layers = _priced(checkpoint, component, scales, curvatures, kept.with_suffix(".partial"), tick)
+    _sum_up(common, component, key, runner, tick)
+    layers: dict[str, LayerSensitivity] = {}
+    for found in _finished(common, _pricings(common, component, key, scales), "rounding", runner, tick):
+        layers |= _PRICES.validate_json(found.file(_PRICED).read_bytes())
     sensitivity = Sensitivity(fingerprint=key, scales=scales, layers=layers)
     write_sealed(kept, sensitivity.model_dump_json(indent=1).encode())
-    kept.with_suffix(".partial").unlink(missing_ok=True)
+    StageCache(common.cache).forget(key)
     return sensitivity
+
+
+def to_measure(common: Common, component: Component, scales: ScaleType) -> list[Part]:
+    """Return what `measure` would have to do."""
+    key = _key(common.open(), component)
+    with contextlib.suppress(OSError, ValueError):
+        read_sealed(_file(common, component, key, scales))
+        return []
+    passes = [] if common.find(_STAGE, key, Notes) else _passes(common, component, key)
+    parts = passes + _pricings(common, component, key, scales)
+    return [one for one in parts if common.find(*one.place) is None]
+
+
+def _file(common: Common, component: Component, key: str, scales: ScaleType) -> Path:
+    return common.cache / "sensitivity" / f"{component.value}-{key[:16]}-{scales}.json"
 
 
 def _key(checkpoint: "Checkpoint", component: Component) -> str:
     keys = stage_keys(ComponentJob(checkpoint, component, ComponentRecipe(floor_db=1)))
-    code = code_digest(sample_inputs, layers_to_measure, curvatures_of, mean_of, _priced)
+    code = code_digest(sample_inputs, layers_to_measure, curvatures_of, mean_of, priced, all_grids)
     return fingerprint(export=keys["export"], cases=CASES[component], code=code)
 
 
-def _curvatures(common: Common, component: Component, key: str, runner: Runner, tick: Tick) -> Curvatures:
-    """Return the mean over samples, added up now or kept from before; parts stay until it is there."""
-    stages = StageCache(common.cache)
-    found = stages.find(_STAGE, key, Notes)
-    if found is None:
-        passes = _passes(common, component, key)
-        todo = [one for one in passes if common.find(*one.part) is None]
-        try:
-            with contextlib.closing(runner(todo, run_pass)) as outcomes:
-                for done in range(len(passes) - len(todo), len(passes)):
-                    tick("measuring", done, len(passes))
-                    _, outcome = next(outcomes)
-                    if isinstance(outcome, Sa3Error):
-                        raise outcome
-        finally:
-            _held.close()
-        tick("measuring", len(passes), len(passes))
-        found = stages.make(_STAGE, key, partial(_added_up, passes))
-        stages.forget(key)
-    return read_curvatures(found.file(_FILE))
+def _sum_up(common: Common, component: Component, key: str, runner: Runner, tick: Tick) -> None:
+    """Leave the mean over samples in the cache, unless it is there."""
+    if common.find(_STAGE, key, Notes) is None:
+        passes = _finished(common, _passes(common, component, key), "measuring", runner, tick)
+
+        def sum_up(folder: Path) -> Notes:
+            write_curvatures(folder / _FILE, mean_of(read_curvatures(one.file(_FILE)) for one in passes))
+            return Notes()
+
+        common.found_or_made(_STAGE, key, Notes, lambda stages: stages.make(_STAGE, key, sum_up))
+        StageCache(common.cache).forget(key)
 
 
-def _passes(common: Common, component: Component, key: str) -> list[Pass]:
-    shapes = (entry.shape for entry in common.open().stored(component).values())
-    weights = 4 * sum(math.prod(shape) for shape in shapes)
+def _finished(
+    common: Common, parts: Sequence[Part], what: str, runner: Runner, tick: Tick
+) -> list[CachedResult[Notes]]:
+    """Return what each part has left, after all that are missing were done."""
+    todo = [one for one in parts if common.find(*one.place) is None]
+    try:
+        with contextlib.closing(runner(todo, run_part)) as outcomes:
+            for done in range(len(parts) - len(todo), len(parts)):
+                tick(what, done, len(parts))
+                _, outcome = next(outcomes)
+                if isinstance(outcome, Sa3Error):
+                    raise outcome
+    finally:
+        _held.close()
+    tick(what, len(parts), len(parts))
+    found = [one for part in parts if (one := common.find(*part.place)) is not None]
+    if len(found) < len(parts):
+        raise _elsewhere(common)
+    return found
+
+
+def _elsewhere(common: Common) -> InputError:
+    return InputError(
+        f"What was measured is not in {common.cache} here: workers must see the same folder, and nobody may empty it "
+        "meanwhile. The same command measures what is missing."
+    )
+
+
+def _passes(common: Common, component: Component, key: str) -> list[Part]:
+    weights = _float_bytes(common, component)
     # The weights may stand there twice, as they are stored and in the network.
     memory = 2 * weights + min(_BESIDE_WEIGHTS, _OF_TOYS + 4 * weights)
     takes = Estimate(1.0 + _SECONDS_PER_GIB * weights / 2**30, memory)
-    return [Pass(common, component, number, key, takes) for number in range(len(CASES[component]))]
+    return [
+        Pass(common=common, component=component, key=key, takes=takes, number=number)
+        for number in range(len(CASES[component]))
+    ]
 
 
-def run_pass(task: Pass) -> None:
-    """Find or make what one pass finds, where this is called.
+def _float_bytes(common: Common, component: Component) -> int:
+    return 4 * sum(math.prod(entry.shape) for entry in common.open().stored(component).values())
+
+
+def _pricings(common: Common, component: Component, key: str, scales: ScaleType) -> list[Part]:
+    checkpoint = common.open()
+    stored = checkpoint.stored(component)
+    weights = layers_to_measure(checkpoint, component)
+    memory = _OF_TOYS + _float_bytes(common, component)
+    parts: list[Part] = []
+    for first in range(0, len(weights), _LAYERS_AT_ONCE):
+        layers = tuple(weights)[first : first + _LAYERS_AT_ONCE]
+        numbers = sum(math.prod(stored[weights[layer]].shape[1:]) for layer in layers) * SAMPLED_ROWS
+        takes = Estimate(_SECONDS_PER_LAYER * len(layers) + _SECONDS_PER_NUMBER * numbers, memory)
+        parts.append(Pricing(common=common, component=component, key=key, takes=takes, layers=layers, scales=scales))
+    return parts
+
+
+def run_part(task: Part) -> None:
+    """Find or make what a part finds, where this is called.
 
     Raises:
         BackendError: the measurement would be another one here.
@@ -166,40 +281,8 @@ def run_pass(task: Pass) -> None:
             "A worker has another version of sa3-convert, torch or what exports networks, or another checkpoint under "
             "this path, than where the command was given. What it measures would be of something else."
         )
-    task.common.found_or_made(*task.part, lambda stages: stages.make(*task.part[:2], partial(_left, task)))
-
-
-def _left(task: Pass, folder: Path) -> Notes:
-    """Run one pass and leave what it finds in a folder."""
-    common, component = task.common, task.component
-    checkpoint = common.open()
-    if common.threads:
-        torch.set_num_threads(common.threads)
-    network = _held.of(
-        (common, component), lambda _: build_network(component, checkpoint.layout, checkpoint.state(component))
-    )
-    seed, latents = CASES[component][task.number]
-    sample = sample_inputs(component, checkpoint.layout, seed=CALIBRATION_SEED + seed, latents=latents)
-    found = curvatures_of(network, layers_to_measure(checkpoint, component), sample, task.number)
-    write_curvatures(folder / _FILE, found)
-    return Notes()
-
-
-def _added_up(passes: Sequence[Pass], folder: Path) -> Notes:
-    """Leave the mean of what passes have found in a folder."""
-
-    def parts() -> Iterator[Curvatures]:
-        for one in passes:
-            found = one.common.find(*one.part)
-            if found is None:
-                raise InputError(
-                    f"What was measured is not in {one.common.cache} here: workers must see the same folder, and "
-                    "nobody may empty it meanwhile. The same command measures what is missing."
-                )
-            yield read_curvatures(found.file(_FILE))
-
-    write_curvatures(folder / _FILE, mean_of(parts()))
-    return Notes()
+    stage, key, notes = task.place
+    task.common.found_or_made(stage, key, notes, lambda stages: stages.make(stage, key, task.leave))
 
 
 def layers_to_measure(checkpoint: "Checkpoint", component: Component) -> dict[str, str]:
@@ -209,30 +292,3 @@ def layers_to_measure(checkpoint: "Checkpoint", component: Component) -> dict[st
         for name, entry in checkpoint.stored(component).items()
         if name.endswith(".weight") and len(entry.shape) >= 2 and name != TOKEN_TABLE
     }
-
-
-def _priced(
-    checkpoint: "Checkpoint", component: Component, scales: ScaleType, curvatures: Curvatures, partial: Path, tick: Tick
-) -> dict[str, LayerSensitivity]:
-    """Price every precision of every layer, keeping each at once; a layer per processor, being too small to share."""
-    layers = _kept_prices(partial)
-    state = checkpoint.state(component)
-    weights = layers_to_measure(checkpoint, component)
-    missing = [layer for layer in weights if layer not in layers]
-    with one_thread() as threads, ThreadPoolExecutor(threads) as pool:
-        work = pool.map(
-            lambda layer: priced(state[weights[layer]].numpy(), curvatures[layer], all_grids(scales)), missing
-        )
-        for layer, sensitivity in zip(missing, work, strict=True):
-            layers[layer] = sensitivity
-            write_sealed(partial, _PRICES.dump_json(layers))
-            tick("rounding", len(layers), len(weights))
-    return {layer: layers[layer] for layer in weights}
-
-
-def _kept_prices(partial: Path) -> dict[str, LayerSensitivity]:
-    """Return what an interrupted run left; nothing if that is of no use."""
-    try:
-        return _PRICES.validate_json(read_sealed(partial))
-    except (OSError, ValueError):
-        return {}

@@ -16,7 +16,7 @@ from sa3_convert.components import Component
 from sa3_convert.errors import BackendError, ConversionError, InputError
 from sa3_convert.lab.common import Common
 from sa3_convert.lab.planner import measuring
-from sa3_convert.lab.planner.measuring import CASES, Pass, measure
+from sa3_convert.lab.planner.measuring import CASES, Part, Pass, Pricing, measure, to_measure
 from tests.played import silent
 
 
@@ -105,7 +105,7 @@ def test_a_pass_that_no_worker_comes_to_an_end_with_ends_it_and_the_others_are_k
     sent: list[int] = []
 
     def counting(tasks: Sequence[Any], run: Callable[..., Any]) -> Iterator[tuple[Any, Any]]:
-        sent.extend(task.number for task in tasks)
+        sent.extend(task.number for task in tasks if isinstance(task, Pass))
         yield from elsewhere(tasks, run)
 
     made = measure(common, component, "fp16", silent, counting)
@@ -154,9 +154,60 @@ def test_a_sweep_measures_on_its_workers(
     def on_dask(_: object, tasks: Sequence[Any], run: Callable[..., Any]) -> Iterator[tuple[Any, Any]]:
         for task in tasks:
             ran.append(type(task).__name__)
-            yield task, run(task) if isinstance(task, Pass) else ConversionError("No more of it.")
+            yield task, run(task) if isinstance(task, Part) else ConversionError("No more of it.")
 
     monkeypatch.setattr(scheduling, "on_dask", on_dask)
     words = ["--component", "number_conditioner", "--sizes", "0.03", "--out", str(tmp_path / "out"), "--workers", "2"]
     assert cli.run(["sweep", str(checkpoint.folder), *words]) == 4
-    assert ran == ["Pass"] * len(CASES[Component.NUMBER_CONDITIONER]) + ["Task"] * 3
+    assert ran == ["Pass"] * len(CASES[Component.NUMBER_CONDITIONER]) + ["Pricing"] + ["Task"] * 3
+
+
+def test_prices_are_kept_some_layers_at_a_time_and_are_those_of_one_process(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "_LAYERS_AT_ONCE", 5)
+    component, common = Component.DIT, Common(checkpoint.folder, tmp_path / "a", threads=1)
+    layers = len(measuring.layers_to_measure(checkpoint, component))
+    passes, parts = len(CASES[component]), -(-layers // 5)
+    assert [type(part) for part in to_measure(common, component, "fp16")] == [Pass] * passes + [Pricing] * parts
+
+    def interrupted(tasks: Sequence[Any], run: Callable[..., Any]) -> Iterator[tuple[Any, Any]]:
+        for task in elsewhere(tasks, run):
+            yield task
+            if isinstance(task[0], Pricing):
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(common, component, "fp16", silent, interrupted)
+    left = to_measure(common, component, "fp16")
+    assert [type(part) for part in left] == [Pricing] * (parts - 1)
+    assert len(to_measure(common, component, "fp32")) == parts
+    (kept_prices,) = tmp_path.rglob("prices.json")
+    kept_prices.write_bytes(kept_prices.read_bytes()[:-1])
+    assert len(to_measure(common, component, "fp16")) == parts
+    sent: list[Any] = []
+
+    def counting(tasks: Sequence[Any], run: Callable[..., Any]) -> Iterator[tuple[Any, Any]]:
+        sent.extend(tasks)
+        yield from elsewhere(tasks, run)
+
+    made = measure(common, component, "fp16", silent, counting)
+    assert len(sent) == parts
+    assert list(made.layers) == list(measuring.layers_to_measure(checkpoint, component))
+    assert to_measure(common, component, "fp16") == []
+    monkeypatch.setattr(measuring, "_LAYERS_AT_ONCE", layers)
+    assert made == measure(replace(common, cache=tmp_path / "b"), component, "fp16", silent)
+
+
+@pytest.mark.parametrize("command", ["plan", "sweep"])
+def test_a_dry_run_tells_what_is_left_to_measure(
+    checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    size = {"plan": ["--target-mib", "0.03"], "sweep": ["--sizes", "0.03"]}[command]
+    words = [command, str(checkpoint.folder), "--component", "number_conditioner", *size, "--cache", str(tmp_path)]
+    words += ["--out", str(tmp_path / "out.yaml"), "--dry-run"]
+    assert cli.run(words) == 0
+    assert "17 parts" in capsys.readouterr().out
+    measure(Common(checkpoint.folder, tmp_path), Component.NUMBER_CONDITIONER, "fp16", silent)
+    assert cli.run(words) == 0
+    assert "was measured before" in capsys.readouterr().out

@@ -153,21 +153,6 @@ def test_layers_of_a_role_get_one_precision(checkpoint: Checkpoint, sensitivity:
         assert {scheme.for_layer(layer) for layer in layers} == {(option.bits, option.block_size)}
 
 
-def test_an_interrupted_pricing_goes_on_where_it_was(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    def interrupt(what: str, done: int, total: int) -> None:
-        if what == "rounding":
-            raise KeyboardInterrupt
-
-    component, common, ticks = Component.NUMBER_CONDITIONER, Common(checkpoint.folder, tmp_path, threads=1), []
-    with pytest.raises(KeyboardInterrupt):
-        measure(common, component, "fp16", interrupt)
-    (partial,) = tmp_path.glob("sensitivity/*.partial")
-    partial.write_text("{damaged")
-    made = measure(common, component, "fp16", lambda *tick: ticks.append(tick))
-    assert made.layers.keys() == layers_to_measure(checkpoint, component).keys()
-    assert not partial.exists()
-
-
 def test_a_changed_digit_in_kept_measurements_is_measured_again(checkpoint: Checkpoint, tmp_path: Path) -> None:
     component, common = Component.NUMBER_CONDITIONER, Common(checkpoint.folder, tmp_path, threads=1)
     made = measure(common, component, "fp16", lambda *_: None)
