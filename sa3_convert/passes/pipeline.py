@@ -19,6 +19,7 @@ from sa3_convert.passes.fuse_weight_norm import fuse_weight_norm
 from sa3_convert.passes.half import check_halves, compute_in_half, round_to_half
 from sa3_convert.passes.hazards import refuse_hazards
 from sa3_convert.passes.integers import check_integers, compute_in_integers
+from sa3_convert.passes.packed_channels import keep_channels_packed
 from sa3_convert.passes.quantise_embedding import quantise_embedding
 from sa3_convert.passes.scale_gated_products import scale_gated_products
 from sa3_convert.passes.weights import lift_small_weights, round_weights, take_planned, weights_of
@@ -114,7 +115,7 @@ def _passes(
             )
         passes.append(("round_weights", lambda model: round_weights(model, scheme, finished)))
     # Last, since all others know linears as products.
-    passes.append(("keep_channels_packed", spellings.keep_channels_packed))
+    passes.append(("keep_channels_packed", keep_channels_packed))
     return passes
 
 

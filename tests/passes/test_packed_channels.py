@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from sa3_convert.passes.hazards import find_hazards
-from sa3_convert.passes.spellings import keep_channels_packed
+from sa3_convert.passes.packed_channels import keep_channels_packed
 from tests.passes.graphs import graph, run_mnn, run_ort, signal_to_noise_db
 
 RNG = np.random.default_rng(0)
