@@ -1,6 +1,5 @@
 """`convert`: a checkpoint into a bundle of verified models."""
 
-import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from sa3_convert.cli import options as o
 from sa3_convert.cli import paths
 from sa3_convert.cli.echo import echo, echo_next
 from sa3_convert.components import MOST_RANK, TEXT_TO_AUDIO
-from sa3_convert.errors import Sa3Error, UsageError, VerificationError
+from sa3_convert.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
     from sa3_convert.convert.plan import ConvertRequest
@@ -123,21 +122,19 @@ def _make_stages(request: "ConvertRequest", runner: "Runner | None", workers: in
         return
     from sa3_convert.cli.console import show_stage
     from sa3_convert.convert.conversion import StageEvent
-    from sa3_convert.convert.plan import plan
     from sa3_convert.lab.common import Common
-    from sa3_convert.lab.sweep.tasks import make, tasks_of
+    from sa3_convert.lab.sweep.tasks import make_on_workers
     from sa3_convert.scheduling import threads_each
 
     threads = request.threads or (workers and threads_each(workers))
     common = Common.of(request.checkpoint, request.cache, loras, threads=threads)
-    tasks = tasks_of(plan(request), common)
-    if tasks:
-        echo(f"{len(tasks)} stages for workers; a line for each when it is done.", err=True)
-    with contextlib.closing(runner(tasks, make)) as outcomes:
-        for task, outcome in outcomes:
-            if isinstance(outcome, Sa3Error):
-                raise outcome
-            show_stage(StageEvent(task.component, task.stage, "done", outcome))
+    make_on_workers(
+        request,
+        common,
+        runner,
+        lambda stages: echo(f"{stages} stages for workers; a line for each when it is done.", err=True),
+        lambda task, seconds: show_stage(StageEvent(task.component, task.stage, "done", seconds)),
+    )
 
 
 def _make(request: "ConvertRequest", json_file: Path | None, on_workers: Callable[[], None]) -> None:

@@ -4,9 +4,10 @@ A task carries what it needs to be run anywhere: on another processor or with an
 that it may use, makes what it reads itself, and says where it ran.
 """
 
+import contextlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,14 +15,14 @@ from sa3_convert.bundle.manifest import Fidelity
 from sa3_convert.components import Component
 from sa3_convert.convert.cache import CachedResult, FidelityNotes, StageCache
 from sa3_convert.convert.conversion import make_stage
-from sa3_convert.convert.plan import ConversionPlan, estimate, stage_keys
+from sa3_convert.convert.plan import ConvertRequest, estimate, plan, stage_keys
 from sa3_convert.convert.stages import STAGES, ComponentJob, StageKeys
 from sa3_convert.errors import Sa3Error, told_by_system
 from sa3_convert.lab.common import Common
 from sa3_convert.lab.sweep.points import Point
 from sa3_convert.mnn.compatibility import MnnVersion, mnn_version, target_for
 from sa3_convert.recipe import ComponentRecipe
-from sa3_convert.scheduling import Estimate, let_go
+from sa3_convert.scheduling import Estimate, Runner, let_go
 from sa3_convert.system.machine import machine
 
 JUDGED: Final = "verify"
@@ -106,11 +107,38 @@ def _tasks(point: Point, common: Common) -> list[Task]:
     return _stages(job, keys, _upstream(keys), 4 * sum(math.prod(shape) for shape in shapes), common)
 
 
-def tasks_of(plan: ConversionPlan, common: Common) -> list[Task]:
-    """Return the stages that a conversion has to run, in an order in which they can."""
-    return [
-        task for step in plan.steps for task in _stages(step.job, step.keys, step.todo, step.reference_bytes, common)
+def make_on_workers(
+    request: ConvertRequest,
+    common: Common,
+    runner: Runner,
+    begin: Callable[[int], None] = lambda stages: None,
+    told: Callable[[Task, float], None] = lambda task, seconds: None,
+) -> None:
+    """Leave in the cache the stages that a conversion has to run, several components at once.
+
+    Args:
+        request: of the conversion, which finds them there.
+        common: what workers have of it.
+        runner: of workers.
+        begin: told how many stages there are, if any.
+        told: told about each that is done, and the seconds that it took.
+
+    Raises:
+        Sa3Error: one of them failed.
+
+    """
+    tasks = [
+        task
+        for step in plan(request).steps
+        for task in _stages(step.job, step.keys, step.todo, step.reference_bytes, common)
     ]
+    if tasks:
+        begin(len(tasks))
+    with contextlib.closing(runner(tasks, make)) as outcomes:
+        for task, outcome in outcomes:
+            if isinstance(outcome, Sa3Error):
+                raise outcome
+            told(task, outcome)
 
 
 def _stages(

@@ -21,6 +21,7 @@ from sa3_convert.lab.generations.trajectory import STEPS, GenerationCase
 from sa3_convert.lab.miniature.judge import MODES
 from sa3_convert.lab.sweep.points import Point
 from sa3_convert.lab.sweep.result import Measured, Sweep, Whole, with_frontier
+from sa3_convert.lab.sweep.tasks import make_on_workers
 from sa3_convert.recipe import Recipe
 from sa3_convert.scheduling import Runner
 from sa3_convert.system.files import partial_folder
@@ -93,7 +94,10 @@ def _kept_or_made(suite: Suite, point: Point, report: Report) -> Whole:
     folder.mkdir(parents=True, exist_ok=True)
     # The copies of a bundle take room for as long as they are looked at.
     with partial_folder(folder / point.name) as out:
-        made = convert(suite.request(point, out), lambda event: None).bundle
+        request = suite.request(point, out)
+        if suite.runner is not None:
+            make_on_workers(request, suite.common, suite.runner)
+        made = convert(request, lambda event: None).bundle
         whole = _figures(suite, point, made, lambda what, *done: report(f"{point.name}: {what}", *done))
     write_sealed(kept, whole.model_dump_json().encode())
     return whole

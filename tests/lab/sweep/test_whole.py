@@ -13,7 +13,7 @@ from sa3_convert.bundle.manifest import Fidelity
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.cli import app as cli
 from sa3_convert.cli.console import sweep_table
-from sa3_convert.components import Component
+from sa3_convert.components import Component, components_of
 from sa3_convert.errors import UsageError, VerificationError
 from sa3_convert.lab.common import Common
 from sa3_convert.lab.generations.trajectory import GenerationCase
@@ -106,3 +106,24 @@ def test_what_cannot_be_gone_through_is_refused(
     monkeypatch.setattr(whole, "components_of", lambda _: (Component.ENCODER, Component.DECODER))
     with pytest.raises(UsageError, match="generates nothing"):
         Suite(Common(toy, tmp_path), INT8, (CASE,)).require()
+
+
+def test_workers_make_the_other_components_too(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = of_recipes([INT8], [Component.NUMBER_CONDITIONER])
+    common = Common(toy, tmp_path, threads=1)
+    sent: list[Any] = []
+
+    def runner(tasks: Any, run: Any) -> Any:
+        sent.extend(tasks)
+        yield from ((task, 0.0) for task in tasks)
+
+    def made_here(*_: Any) -> None:
+        assert {task.component for task in sent} == set(components_of(common.open().layout))
+        raise VerificationError("Enough.")
+
+    monkeypatch.setattr(whole, "convert", made_here)
+    fidelity = Fidelity(signal_to_noise_db=30, cosine=1.0, max_abs_error=0.0)
+    measured = tuple(Measured(name=one.name, component=one.component, bytes=1, fidelity=fidelity) for one in points)
+    swept = Sweep(checkpoint="toy", variant="small-music", points=measured, mixed=False)
+    found = with_generations(Suite(common, INT8, (CASE,), runner), points, swept, silent)
+    assert [point.problem for point in found.points] == ["Enough."]
