@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, computed_fiel
 
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.components import ADAPTED, MOST_RANK, Component, components_of, part_files
+from sa3_convert.system.checked_files import sha256_of_all
 from sa3_convert.system.files import sha256_file
 from sa3_convert.system.untrusted import SMALL, printable
 
@@ -207,6 +208,11 @@ class Artifact(FileEntry):
     def files(self) -> tuple[FileEntry, ...]:
         """The file and what belongs to it."""
         return tuple(entry for entry in (self, self.companion, *self.parts, self.table) if entry is not None)
+
+    @property
+    def content(self) -> str:
+        """SHA-256 of it and all that belongs to it; see `sha256_of_all`."""
+        return sha256_of_all([entry.sha256 for entry in self.files])
 
     @property
     def total_bytes(self) -> int:

@@ -95,7 +95,7 @@ def bench(
     data = {"machine": described, "variant": manifest.label, "recipe": manifest.recipe, "repeats": repeats}
     data |= hub_origin(bundle) | {"steps": steps, "engines": {c.name: {"engine": c.engine, **c.options} for c in found}}
     data |= ({} if chosen is None else {"chosen": chosen}) | {"peers": [p.model_dump(mode="json") for p in peers]}
-    data |= {"models": {a.component: a.sha256 for a in manifest.artifacts if a.kind == "mnn"}}
+    data |= {"models": {a.component: a.content for a in manifest.artifacts if a.kind == "mnn"}}
     write_figures(json_file, data | {"rows": [row.to_json() for row in rows]})
     echo(f"{bundle}: {manifest.label}, recipe {manifest.recipe}; seconds, median of {repeats}")
     _print_tables(rows, peers, described)

@@ -281,10 +281,10 @@ def _in_tree(bundles: Sequence[Bundle]) -> list[_Placed]:
         for bundle, artifact in offers:
             plain = Path(path)
             first = offers[0][1]
-            differs = artifact.sha256 != first.sha256 and _bits(artifact) != _bits(first)
+            differs = artifact.content != first.content and _bits(artifact) != _bits(first)
             name = str(plain.with_name(f"{plain.stem}_{artifact.precision}{plain.suffix}")) if differs else path
             other = taken.setdefault(name, (bundle, artifact))
-            if other[1].sha256 != artifact.sha256:
+            if other[1].content != artifact.content:
                 raise BundleError(
                     f"{name} would come from both {other[0].path} and {bundle.path}, with different contents. "
                     "Export them into separate folders."

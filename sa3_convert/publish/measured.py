@@ -14,6 +14,7 @@ from sa3_convert.checkpoint.published import published_layout
 from sa3_convert.checkpoint.variants import VARIANTS, Size
 from sa3_convert.components import Component
 from sa3_convert.errors import InputError, UsageError
+from sa3_convert.system.checked_files import sha256_of_all
 from sa3_convert.system.untrusted import parse_json, read_text
 
 _LARGEST: Final = 256 << 20
@@ -228,7 +229,7 @@ class Read(Generic[_Found]):
     of: tuple[str, str]
     """Label and recipe of the bundle that it says it is of."""
     hashes: Mapping[Component, str]
-    """SHA-256 of each model that it speaks of."""
+    """SHA-256 of each model that it speaks of, its weights in a file of their own included."""
 
 
 ReadReport = Read[Report]
@@ -242,7 +243,10 @@ def read_reports(paths: Sequence[Path]) -> list[ReadReport]:
 
 
 def _of_report(name: str, report: Report) -> ReadReport:
-    hashes = {model.component: model.files[0].sha256 if model.files else "" for model in report.models}
+    hashes = {
+        model.component: sha256_of_all([file.sha256 for file in model.files]) if model.files else ""
+        for model in report.models
+    }
     return Read(name, report, (report.made.variant, report.made.recipe), hashes)
 
 
@@ -276,12 +280,12 @@ def _owner(manifests: Mapping[str, Manifest], finding: Read[_Found]) -> str:
             "version, or is of other models. Measure again."
         )
     for folder, manifest in named.items():
-        stored = {artifact.component: artifact.sha256 for artifact in manifest.artifacts if artifact.kind == "mnn"}
+        stored = {artifact.component: artifact.content for artifact in manifest.artifacts if artifact.kind == "mnn"}
         differing = [component for component, digest in finding.hashes.items() if stored.get(component) != digest]
         if not differing:
             return folder
     raise InputError(
-        f"{finding.name} was found on another {differing[0].value} than the bundle's: the SHA-256 of its file differs. "
+        f"{finding.name} was found on another {differing[0].value} than the bundle's: its SHA-256 differs. "
         "Measure this bundle."
     )
 

@@ -80,7 +80,7 @@ def made_by(pipeline: Pipeline, *, adapters: bool = False) -> dict[str, Any]:
         models = {component: checkpoint.digest(component) for component in components_of(checkpoint.layout)}
     else:
         assert isinstance(engine, MnnEngine | OrtEngine)
-        models = {component: file.sha256 for component, file in engine.files.items()}
+        models = {component: file.content for component, file in engine.files.items()}
     if manifest is not None:
         variant, recipe = manifest.variant, manifest.recipe if engine.name in KINDS else None
         loras = [{"name": lora.name, "sha256": lora.sha256, "strength": lora.strength} for lora in manifest.loras]

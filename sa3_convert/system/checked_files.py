@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Final, Self
@@ -126,6 +127,14 @@ def named(path: Path) -> Path:
     return path
 
 
+def sha256_of_all(hashes: Sequence[str]) -> str:
+    """Return the hex SHA-256 that stands for files that belong together: of one its own, of several that of theirs.
+
+    The graph of a model whose weights stand in a file of their own is the same for every checkpoint.
+    """
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class CheckedFile:
     """A file whose SHA-256 was taken, and which can be held to that after it was loaded by its name."""
@@ -156,6 +165,11 @@ class CheckedFile:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
             held = _Descriptor(os.dup(stream.fileno())) if _DESCRIPTORS.is_dir() else None
             return cls(path, digest, state, companion, (within, held))
+
+    @property
+    def content(self) -> str:
+        """SHA-256 of it and its companion; see `sha256_of_all`."""
+        return sha256_of_all([self.sha256, *([] if self.companion is None else [self.companion.content])])
 
     def require_unchanged(self) -> None:
         """Refuse a file that was replaced, changed or removed since it was read; its companion too.

@@ -68,6 +68,17 @@ def make_bundle(
     return bundle
 
 
+def weights_apart(bundle: Bundle, weights: bytes) -> Bundle:
+    """Return a bundle whose DiT has its weights in a file of their own."""
+    name = f"{bundle.artifact(Component.DIT).path}.weight"
+    (bundle.path / name).write_bytes(weights)
+    update = {"companion": FileEntry.of(bundle.path, name)}
+    given = [a.model_copy(update=update) if a.component is Component.DIT else a for a in bundle.manifest.artifacts]
+    made = Bundle(bundle.path, bundle.manifest.model_copy(update={"artifacts": tuple(given)}))
+    made.write()
+    return made
+
+
 def with_forms(bundle: Bundle) -> Manifest:
     """Return a manifest that also has slots, the DiT in parts, and a file of weights beside the DiT with slots."""
 

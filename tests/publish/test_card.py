@@ -23,7 +23,7 @@ from sa3_convert.errors import InputError, UsageError
 from sa3_convert.publish.card import card, dots, placed
 from sa3_convert.publish.export import Card, export_bundles
 from sa3_convert.publish.measured import ReadBench, ReadReport, SelfTest, read_benches, read_reports
-from tests.bundle.test_manifest import lora_entry, make_bundle, with_loras
+from tests.bundle.test_manifest import lora_entry, make_bundle, weights_apart, with_loras
 from tests.lab.report.samples import component, made, report
 
 SECTIONS = ("Model summary", "Performance", "Fidelity", "Quantisation strategy", "Architecture")
@@ -147,7 +147,7 @@ def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
 def report_of(bundle: Bundle, folder: Path, **changes: Any) -> list[ReadReport]:
     """A report on a bundle's DiT."""
     artifact = bundle.artifact(Component.DIT)
-    files = ({"path": artifact.path, "bytes": artifact.bytes, "sha256": artifact.sha256},)
+    files = [{"path": entry.path, "bytes": entry.bytes, "sha256": entry.sha256} for entry in artifact.files]
     found = report(made=made(recipe=bundle.manifest.recipe), components=(component(),)).model_dump(mode="json")
     found["components"][0]["files"] = files
     path = folder / "report.json"
@@ -161,7 +161,7 @@ def bench_of(bundle: Bundle, folder: Path, **changes: Any) -> list[ReadBench]:
     row |= {"real_time_factor": 6.67, "peak_bytes": None}
     data = {"variant": bundle.manifest.label, "recipe": bundle.manifest.recipe, "machine": {}, "repeats": 3}
     data |= {"steps": None, "engines": {"mnn": {}}, "rows": [row]}
-    data |= {"models": {"dit": bundle.artifact(Component.DIT).sha256}}
+    data |= {"models": {"dit": bundle.artifact(Component.DIT).content}}
     path = folder / "bench.json"
     path.write_text(json.dumps(data | changes))
     return read_benches([path])
@@ -264,9 +264,14 @@ def test_what_is_no_selftest_of_such_models_is_refused(
     assert not out.exists()
 
 
-def test_findings_on_other_models_are_refused(tmp_path: Path) -> None:
-    bundle = make_bundle(tmp_path / "b")
-    other = make_bundle(tmp_path / "other", salt="x")
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_findings_on_other_models_are_refused(tmp_path: Path, is_apart: bool) -> None:
+    bundle, other = make_bundle(tmp_path / "b"), make_bundle(tmp_path / "other", salt="" if is_apart else "x")
+    if is_apart:
+        # The graph of another checkpoint is the same.
+        bundle, other = weights_apart(bundle, b"a"), weights_apart(other, b"b")
+        assert bundle.artifact(Component.DIT).sha256 == other.artifact(Component.DIT).sha256
+        assert card(placed([bundle]), report_of(bundle, tmp_path), bench_of(bundle, tmp_path))
     manifests = placed([bundle])
     with pytest.raises(InputError, match="another dit than the bundle's"):
         card(manifests, report_of(other, tmp_path))

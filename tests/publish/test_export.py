@@ -14,7 +14,7 @@ from sa3_convert.errors import BundleError, UsageError
 from sa3_convert.publish.export import Layout, export_bundles
 from sa3_convert.publish.names import published_path
 from sa3_convert.system.files import sha256_file
-from tests.bundle.test_manifest import lora_entry, make_bundle, origin_of, with_loras
+from tests.bundle.test_manifest import lora_entry, make_bundle, origin_of, weights_apart, with_loras
 
 PUBLISHED_TREE = {
     "music/int8/dit_music_int8.mnn",
@@ -160,6 +160,14 @@ def test_the_text_encoder_is_called_int4_only_when_it_is() -> None:
 
 def test_contradicting_models_of_one_name_are_refused(tmp_path: Path) -> None:
     bundles = [make_bundle(tmp_path / salt, salt=salt) for salt in ("a", "b")]
+    with pytest.raises(BundleError, match="different contents"):
+        export_bundles(bundles, tmp_path / "hub", "hub")
+    assert not (tmp_path / "hub").exists()
+
+
+def test_the_weights_of_one_graph_may_contradict_too(tmp_path: Path) -> None:
+    bundles = [weights_apart(make_bundle(tmp_path / weights), weights.encode()) for weights in ("a", "b")]
+    assert len({bundle.artifact(Component.DIT).sha256 for bundle in bundles}) == 1
     with pytest.raises(BundleError, match="different contents"):
         export_bundles(bundles, tmp_path / "hub", "hub")
     assert not (tmp_path / "hub").exists()

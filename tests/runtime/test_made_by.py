@@ -72,6 +72,15 @@ def test_of_a_checkpoint_it_is_the_weights(toy: Path, toy_fp32: Bundle) -> None:
     assert told == [{c.value: digest for c, digest in toy_fp32.manifest.checkpoint.digests.items()}] * 4
 
 
+def test_another_checkpoints_weights_are_told_where_the_graph_is_the_same(toy_fp32: Bundle, tmp_path: Path) -> None:
+    with Pipeline.from_bundle(toy_fp32.path, "onnxruntime") as pipeline:
+        before = made_by(pipeline)["models"]
+    assert before == {one.value: toy_fp32.artifact(one, "onnx").content for one in toy_fp32.components}
+    weights = toy_fp32.artifact(Component.DIT, "onnx").companion
+    assert weights is not None
+    assert before["dit"] not in (toy_fp32.artifact(Component.DIT, "onnx").sha256, weights.sha256)
+
+
 def test_memory_is_that_of_models_with_slots_too(toy: Path, toy_slots: Bundle) -> None:
     sizes = {kind: sum(a.total_bytes for a in toy_slots.manifest.artifacts if a.kind == kind) for kind in KINDS}
     for options, more in (({}, sizes["mnn-slots"] + sizes["onnx-slots"]), ({"memory": "low"}, 2 * sizes["mnn-slots"])):
