@@ -15,16 +15,20 @@ import soundfile
 pytest.importorskip("playwright.sync_api")
 from playwright.sync_api import Page, expect, sync_playwright
 
+from sa3_convert.bundle.reader import Bundle
 from sa3_convert.check.metrics import wilson
 from sa3_convert.errors import UsageError
+from sa3_convert.runtime.audio import read_metadata
 from sa3_convert.serve.blind import BlindTest, Pair
 from sa3_convert.serve.form import _regions
 from sa3_convert.serve.page import GLANCE
 from tests.browser import find_chromium
-from tests.serve.conftest import Serving
+from tests.conftest import GOLDEN
+from tests.serve.conftest import Serving, serving
 from tests.serve.test_http import wav
 
 PATIENCE = 60_000
+LORA = GOLDEN / "small" / "lora" / "lora.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +217,26 @@ def test_regions_are_read_as_the_command_line_does() -> None:
     assert _regions("2.5:4, 8:9,") == [[2.5, 4], [8, 9]]
     with pytest.raises(UsageError, match="START:END"):
         _regions("2.5")
+
+
+def test_an_adapter_has_a_strength_on_the_page(opened: Page, toy_slots: Bundle, tmp_path: Path) -> None:
+    with serving(toy_slots, tmp_path / "served", adapters={"warm": LORA}) as running:
+        opened.goto(running.address)
+        opened.get_by_label("Seconds, at most").fill("1")
+        opened.get_by_role("button", name="More").click()
+        opened.get_by_label("Steps").fill("2")
+        opened.get_by_role("button", name="Adapters").click()
+        strength = opened.get_by_label(re.compile("^number input for Strength of warm"))
+        made = []
+        for number in ("0", "0.5"):
+            strength.fill(number)
+            strength.press("Tab")
+            generate(opened)
+            made.append(opened.locator(".cm-content").inner_text())
+        assert ["--adapter" in command for command in made] == [False, True]
+        assert re.search(r"--adapter \S*small/lora/lora.safetensors:0.5", made[1].replace("\n", " "))
+        strength.fill("-1")
+        press(opened, "Again with these settings")
+        expect(strength).to_have_value("0.5")
+        found = [read_metadata(file) for file in sorted(running.folder.glob("*.wav"), key=lambda f: f.stat().st_mtime)]
+        assert [told and told["request"].get("adapters") for told in found] == [[], ["warm:0.5"]]
