@@ -16,11 +16,12 @@ from typing import Any, Final
 import numpy as np
 
 from sa3_convert.checkpoint.json_file import listed, shown
-from sa3_convert.checkpoint.lora_names import foreign_layers, foreign_settings, known_layer
+from sa3_convert.checkpoint.lora_names import foreign_layers, foreign_settings, known_layer, settings_beside
 from sa3_convert.checkpoint.tensor_file import TensorFile, refuse_pointer
 from sa3_convert.checkpoint.tensors import DIT_PREFIX, SECONDS_PREFIX, Shape
 from sa3_convert.errors import LoraError, UsageError
 from sa3_convert.system import untrusted
+from sa3_convert.system.checked_files import sha256_of_all
 from sa3_convert.system.files import sha256_file
 
 _KEY = re.compile(r"(?P<layer>.+)\.parametrizations\.weight\.0\.(?P<factor>\w+)")
@@ -44,6 +45,7 @@ _UNLIKE_THE_REFERENCE: Final[Mapping[str, tuple[Any, ...]]] = {
     "layer_replication": ([],),
     "lora_bias": (False,),
     "rank_pattern": ({},),
+    "use_qalora": (False,),
 }
 """Settings of PEFT that change what an adapter does → the values that do not. What else a file notes is no setting."""
 _SYNONYMS: Final[Mapping[str, tuple[str, ...]]] = {"rank": ("r", "lora_rank"), "alpha": ("lora_alpha",)}
@@ -111,7 +113,10 @@ class LoraRequest:
             raise UsageError(f"{option} {text!r} names no file. Write FILE or FILE:STRENGTH.")
         if not math.isfinite(float(strength)):
             raise UsageError(f"{option} {text}: the strength must be a finite number, not {strength}.")
-        return cls(Path(path).expanduser(), float(strength))
+        try:
+            return cls(Path(path).expanduser(), float(strength))
+        except RuntimeError:
+            raise UsageError(f"{option} {text}: there is no such home folder.") from None
 
 
 def _exists(text: str) -> bool:
@@ -127,6 +132,7 @@ class LoraFile:
 
     tensors: TensorFile
     sha256: str
+    """Of the file, and of the settings beside it where these are read; see `sha256_of_all`."""
     type_name: str
     rank: int
     alpha: float
@@ -173,7 +179,8 @@ def read_lora(path: Path) -> LoraFile:
         raise LoraError(f"{path} holds no tensors.")
     foreign = not any(_KEY.fullmatch(name) for name in tensors.entries)
     layers = foreign_layers(tensors) if foreign else _layers(tensors)
-    config = foreign_settings(tensors, layers) if foreign else _config(tensors)
+    beside = settings_beside(tensors) if foreign else None
+    config = foreign_settings(tensors, layers, beside) if foreign else _config(tensors)
     own = _own(tensors, layers, config.get("alpha")) if foreign else {}
     type_name = config.get("adapter_type", "lora")
     if type_name == "dora":
@@ -194,8 +201,9 @@ def read_lora(path: Path) -> LoraFile:
         for entry in layer.values():
             tensors.require_finite(entry)
     include, exclude = _filter(path, config, "include"), _filter(path, config, "exclude") or ()
+    digest = sha256_of_all([sha256_file(one) for one in (path, beside) if one is not None])
     return LoraFile(
-        tensors, sha256_file(path), type_name, rank, float(alpha), bool(rank_stabilised), include, exclude, layers, own
+        tensors, digest, type_name, rank, float(alpha), bool(rank_stabilised), include, exclude, layers, own
     )
 
 
@@ -336,17 +344,17 @@ def bind(lora: LoraFile, shapes: Mapping[str, Shape], checkpoint: str) -> dict[s
         LoraError: it changes nothing, or does not fit; the message says why.
 
     """
-    bound = {
-        (known_layer(layer, shapes) or layer) if layer in lora.own else _tensor_name(layer): layer
-        for layer in lora.layers
-        if lora.admits(layer)
-    }
+    bound: dict[str, str] = {}
+    problems: list[str] = []
+    for layer in filter(lora.admits, lora.layers):
+        name = (known_layer(layer, shapes) or layer) if layer in lora.own else _tensor_name(layer)
+        if (twin := bound.setdefault(name, layer)) != layer:
+            problems.append(f"{twin} and {layer} are the same layer")
     if not bound:
         raise LoraError(
             f"{lora.path} changes nothing: its own filters (include {list(lora.include or ())}, exclude "
             f"{list(lora.exclude)}) admit none of the {len(lora.layers)} layers that it holds."
         )
-    problems = []
     for name, layer in bound.items():
         shape = shapes.get(name, ())
         if len(shape) < 2 or not name.startswith(_ADAPTED):
@@ -362,8 +370,8 @@ def bind(lora: LoraFile, shapes: Mapping[str, Shape], checkpoint: str) -> dict[s
 
 def _tensor_name(layer: str) -> str:
     """Return a layer's weight in the checkpoint; a layer of unknown place keeps its name, which no tensor has."""
-    prefix = next((prefix for root, prefix in _ROOTS.items() if layer.startswith(root)), "")
-    return f"{prefix}{layer}.weight"
+    prefix = next((prefix for root, prefix in _ROOTS.items() if layer.startswith(root)), None)
+    return layer if prefix is None else f"{prefix}{layer}.weight"
 
 
 def _misfits(lora: LoraFile, layer: str, shape: Shape) -> list[str]:

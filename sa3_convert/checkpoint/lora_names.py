@@ -7,16 +7,20 @@ text encoders) is refused by name. Sources: the key names that these libraries w
 import json
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Final
 
-from sa3_convert.checkpoint.json_file import listed, read_json
+from sa3_convert.checkpoint.json_file import listed, read_json, shown
 from sa3_convert.checkpoint.tensor_file import TensorFile
 from sa3_convert.checkpoint.tensors import DIT_PREFIX
 from sa3_convert.errors import LoraError
 from sa3_convert.system import untrusted
+from sa3_convert.system.checked_files import FileState
 
 SETTINGS: Final = "adapter_config.json"
 """What PEFT writes beside its file."""
+_IN_HEADER: Final = "lora_adapter_metadata"
+"""Where Diffusers writes the same into a file's header."""
 _KEY = re.compile(
     r"(?P<layer>.+?)\.(?P<factor>alpha|lora_A|lora_B|lora[_.]down|lora[_.]up|lora_magnitude_vector)"
     r"(\.default)?(\.weight)?",
@@ -59,37 +63,43 @@ def foreign_layers(tensors: TensorFile) -> dict[str, dict[str, str]]:
     return layers
 
 
-def foreign_settings(tensors: TensorFile, layers: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
-    """Return the settings of another trainer's file, from its header or from what stands beside it."""
-    settings: dict[str, Any] = {}
+def settings_beside(tensors: TensorFile) -> Path | None:
+    """Return the file from which the settings of PEFT's adapter come, if one stands beside it that is needed."""
+    by_peft = any(match and match["factor"] == "lora_A" for match in map(_KEY.fullmatch, tensors.entries))
     beside = tensors.path.with_name(SETTINGS)
-    if (text := tensors.metadata.get("lora_adapter_metadata")) is not None:
+    return beside if by_peft and _IN_HEADER not in tensors.metadata and beside.is_file() else None
+
+
+def foreign_settings(
+    tensors: TensorFile, layers: Mapping[str, Mapping[str, str]], beside: Path | None
+) -> dict[str, Any]:
+    """Return the settings of another trainer's file, from its header or from what stands beside it."""
+    if (text := tensors.metadata.get(_IN_HEADER)) is not None:
         try:
             found = untrusted.parse_json(text)
         except ValueError as error:
-            raise LoraError(f"{tensors.path}: lora_adapter_metadata in its header is not JSON: {error}") from None
-        settings = {key.rpartition(".")[2]: value for key, value in found.items()} if isinstance(found, dict) else {}
-    elif beside.is_file():
-        found = read_json(beside)
-        settings = found if isinstance(found, dict) else {}
+            raise LoraError(f"{tensors.path}: {_IN_HEADER} in its header is not JSON: {error}") from None
+        found = {key.rpartition(".")[2]: value for key, value in found.items()} if isinstance(found, dict) else found
+    else:
+        found = {} if beside is None else read_json(beside)
+    if not isinstance(found, dict):
+        raise LoraError(f"{tensors.path}: its settings are {shown(found)}, expected a JSON object.")
+    settings: dict[str, Any] = found
     if settings.get("peft_type", "LORA") != "LORA":
         raise LoraError(f"{tensors.path} is of PEFT's kind {json.dumps(settings['peft_type'])}; only LORA is read.")
     by_peft = any("lora_A" in name for names in layers.values() for name in names.values())
     if by_peft and "lora_alpha" not in settings and not all("alpha" in names for names in layers.values()):
         raise LoraError(f"{tensors.path} does not state its alpha. Put PEFT's {SETTINGS} beside it.")
-    kept = (
-        "use_rslora",
-        "use_dora",
-        "fan_in_fan_out",
-        "lora_bias",
-        "rank_pattern",
-        "alpha_pattern",
-        "layer_replication",
-    )
-    own = {key: settings[key] for key in kept if key in settings}
+    # Which layers it has is told by its tensors; these are the reference's, with another meaning or none in PEFT.
+    own = {key: value for key, value in settings.items() if key not in ("rank", "alpha", "include", "exclude")}
     rows = any("magnitude" in names for names in layers.values())
     alpha = {"alpha": settings["lora_alpha"]} if "lora_alpha" in settings else {}
     return own | alpha | {"adapter_type": "dora-rows" if rows else "lora"}
+
+
+def lora_state(path: Path) -> tuple[FileState | None, ...]:
+    """Return which bytes an adapter would be read from now: its file's, and those of settings beside it."""
+    return tuple(FileState.at(one) if one.is_file() else None for one in (path, path.with_name(SETTINGS)))
 
 
 def known_layer(layer: str, names: Iterable[str]) -> str | None:

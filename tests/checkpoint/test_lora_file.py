@@ -335,3 +335,15 @@ def test_a_file_whose_name_looks_like_a_strength_is_that_file(tmp_path: Path, mo
     Path("style:2").touch()
     assert LoraRequest.parse("style:2") == LoraRequest(Path("style:2"))
     assert LoraRequest.parse("style:2:0.5") == LoraRequest(Path("style:2"), 0.5)
+
+
+def test_a_layer_under_its_name_in_the_checkpoint_is_none_of_a_published_file(small_toy: Path, tmp_path: Path) -> None:
+    """The reference finds layers from below the conditioner; this one would change none there."""
+    ours = load_file(toy_adapter(tmp_path / "ours", small_toy, "lora", [SECONDS]))
+    rewrite(tmp_path / "a.safetensors", {f"conditioner.{name}": value for name, value in ours.items()}, rank=4)
+    refused(small_toy, tmp_path / "a.safetensors", r"there is no layer conditioner\.conditioners")
+
+
+def test_a_home_folder_that_nobody_has_is_told() -> None:
+    with pytest.raises(UsageError, match="no such home folder"):
+        LoraRequest.parse("~nobody-is-called-so/a.safetensors:0.5")

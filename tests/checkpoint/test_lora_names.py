@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from sa3_convert.checkpoint.lora_file import LoraRequest
 from sa3_convert.checkpoint.reader import Checkpoint
 from sa3_convert.components import Component
-from sa3_convert.errors import LoraError
+from sa3_convert.errors import CheckpointError, LoraError
 from tests.checkpoint.adapters import QKV, toy_adapter
 
 FF = "model.transformer.layers.1.ff.ff.0.proj"
@@ -109,3 +109,70 @@ def test_what_is_not_understood_is_refused_by_name(small_toy: Path, tmp_path: Pa
     theirs = renamed(ours, tmp_path / "kohya.safetensors", kohya, strange)
     with pytest.raises(LoraError, match=match):
         merged(small_toy, theirs)
+
+
+def peft_file(small_toy: Path, folder: Path, **settings: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    theirs = renamed(toy_adapter(folder / "ours", small_toy, "lora", [QKV, FF]), folder / "p.safetensors", peft, {})
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8} | settings))
+    return theirs
+
+
+def test_other_settings_beside_the_same_tensors_are_another_adapter(small_toy: Path, tmp_path: Path) -> None:
+    opened = [
+        Checkpoint.open(small_toy).with_loras(
+            [LoraRequest(peft_file(small_toy, tmp_path / str(alpha), lora_alpha=alpha))]
+        )
+        for alpha in (8, 4)
+    ]
+    assert len({one.digest(Component.DIT) for one in opened}) == 2
+    assert (
+        Checkpoint.open(small_toy)
+        .with_loras(
+            [LoraRequest(path) for path in (tmp_path / "8" / "p.safetensors", tmp_path / "4" / "p.safetensors")]
+        )
+        .loras
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"r": 8}, r"\.r is 8"),
+        ({"lora_alpha": 1 << 70}, "more than 64 bits"),
+    ],
+)
+def test_settings_that_change_what_an_adapter_does_are_refused(
+    small_toy: Path, tmp_path: Path, settings: dict[str, Any], match: str
+) -> None:
+    """What is told from the weights' singular vectors in training is a step from other weights than these."""
+    with pytest.raises((LoraError, CheckpointError), match=match):
+        merged(small_toy, peft_file(small_toy, tmp_path, **settings))
+
+
+def test_settings_that_are_no_object_are_refused(small_toy: Path, tmp_path: Path) -> None:
+    path = peft_file(small_toy, tmp_path)
+    (tmp_path / "adapter_config.json").write_text("[8]")
+    with pytest.raises(LoraError, match="expected a JSON object"):
+        merged(small_toy, path)
+
+
+def test_settings_of_another_file_in_the_folder_are_not_those_of_kohya(small_toy: Path, tmp_path: Path) -> None:
+    ours = toy_adapter(tmp_path / "a.safetensors", small_toy, "lora", [QKV], config={"alpha": 4})
+    theirs = renamed(ours, tmp_path / "kohya.safetensors", kohya, {})
+    peft_file(small_toy, tmp_path, use_rslora=True, lora_alpha=64)
+    expected, found = merged(small_toy, ours), merged(small_toy, theirs)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_a_layer_under_two_names_is_refused(small_toy: Path, tmp_path: Path) -> None:
+    ours = toy_adapter(tmp_path / "a.safetensors", small_toy, "lora", [QKV])
+    first = renamed(ours, tmp_path / "1.safetensors", diffusers, {})
+    header = {"lora_adapter_metadata": {"r": 4, "lora_alpha": 8}}
+    both = renamed(ours, tmp_path / "2.safetensors", peft, dict(load_file(first)), **header)
+    with pytest.raises(LoraError, match="are the same layer"):
+        merged(small_toy, both)
