@@ -92,7 +92,10 @@ def _model(artifact: Artifact, layout: CheckpointLayout) -> dict[str, Any]:
 _FILES: Final[Mapping[str, str]] = {
     "tensors": "of a published file: prefix + layer + .parametrizations.weight.0. + factor; lora_config in its header "
     "is JSON with rank, alpha, adapter_type",
-    "lora": "A = lora_A [rank, fan_in], B = strength · alpha / rank · lora_B [fan_out, rank], factors 1",
+    "filters": "include and exclude of lora_config, lists of texts where they are there: a layer is changed if prefix "
+    "+ layer contains one of include, or there is none, and none of exclude; [2-5] in a text stands for each of 2 to 5",
+    "lora": "A = lora_A [rank, fan_in], B = strength · alpha / rank · lora_B [fan_out, rank], factors 1; with "
+    "use_rslora of lora_config alpha / √rank",
     "several": "with the adapters before it W' = diag(output factors) · W · diag(input factors) + B · A, the next one "
     "adds its columns to B and its rows to A; a rank above that of the slots has to be compressed to it",
     "dora-rows": "then f = magnitude / (norms of the rows of W' + 1e-12) multiplies output factors and rows of B",

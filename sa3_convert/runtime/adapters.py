@@ -23,8 +23,9 @@ from sa3_convert.arrays import Arrays, Doubles, Floats, Session, constant
 from sa3_convert.bundle.manifest import SLOTS_OF
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.checkpoint.dimensions import CheckpointLayout
-from sa3_convert.checkpoint.lora import singular_bases
+from sa3_convert.checkpoint.lora import merged, singular_bases
 from sa3_convert.checkpoint.lora_file import LoraFile, bind, read_lora
+from sa3_convert.checkpoint.lora_names import lora_state
 from sa3_convert.checkpoint.tensors import expected_tensors
 from sa3_convert.checkpoint.variants import name_of
 from sa3_convert.components import ADAPTED, SPECS, Component, Slot, slot_sizes, slots
@@ -41,6 +42,8 @@ RANK_OF_NETWORKS: Final = 64
 """Of slots that networks are built with, where no file decides it."""
 _KEPT: Final = 4
 """Compositions that stay ready: a generation with two intervals has up to three."""
+_OPENED: Final = 8
+"""Files whose factors stay in memory, unless one generation takes more."""
 
 Weights = Callable[[Component, str], Floats]
 """(component, layer) → its weight [out, in], as the bundle stores it."""
@@ -112,7 +115,7 @@ class _Weight:
         if self.outer.shape[1] <= rank:
             return 0.0, 0.0
         (left, first), (right, second) = np.linalg.qr(self.outer), np.linalg.qr(self.inner.T)
-        u, values, v = np.linalg.svd(first @ second.T)
+        u, values, v = np.linalg.svd(first @ second.T, full_matrices=False)
         root = np.sqrt(values[:rank])
         self.outer, self.inner = left @ (u[:, :rank] * root), (right @ (v[:rank].T * root)).T
         energies = values**2
@@ -145,37 +148,53 @@ class Adapters:
         layout: of the model.
         rank: of its slots.
         weights: gives the weights that magnitudes and singular bases are computed of.
+        of_merged: whether there are LoRAs in these weights already; singular bases are of those without any.
 
     """
 
-    def __init__(self, layout: CheckpointLayout, rank: int, weights: Weights) -> None:
-        self._layout, self._rank, self._weights = layout, rank, weights
-        self._opened: dict[Path, tuple[FileState, _Opened]] = {}
+    def __init__(self, layout: CheckpointLayout, rank: int, weights: Weights, *, of_merged: bool = False) -> None:
+        self._layout, self._rank, self._weights, self._of_merged = layout, rank, weights, of_merged
+        self._opened: dict[Path, tuple[tuple[FileState | None, ...], _Opened]] = {}
         self._composed: dict[tuple[Component, tuple[tuple[str, float], ...]], Composed] = {}
 
+    @classmethod
+    def of_bundle(cls, bundle: Bundle, rank: int) -> "Adapters":
+        """Return what composes for the slots of a bundle's models."""
+        return cls(bundle.layout, rank, stored_weights(bundle), of_merged=bool(bundle.manifest.loras))
+
     def open(self, requests: Iterable[AdapterRequest]) -> None:
-        """Open files, and hold them to the model.
+        """Open files, and hold them to the model; let go of others that were not used lately.
 
         Raises:
             LoraError: a file is not an adapter for this model; the message says why.
             CheckpointError: a file is missing or damaged.
 
         """
-        for request in requests:
-            self._open(request.path)
+        paths = {request.path for request in requests}
+        for path in paths:
+            self._open(path)
+        for old in list(self._opened)[: -max(len(paths), _OPENED)]:
+            del self._opened[old]
 
     def _open(self, path: Path) -> _Opened:
-        known = self._opened.get(path)
-        if known is None or FileState.at(path) != known[0]:
+        known, state = self._opened.pop(path, None), lora_state(path)
+        if known is None or state != known[0]:
             file = read_lora(path)
+            without = [names for names in file.layers.values() if "U" not in names]
+            if self._of_merged and file.type.bases_of_weight and without:
+                raise LoraError(
+                    f"{path} is of the type {file.type_name} without its bases, which are those of the weights before "
+                    "any LoRA was merged into them; here some were. Merge it too, or take weights without."
+                )
             shapes = {name: spec.shape for name, spec in expected_tensors(self._layout).items()}
             layers = {}
             for name, layer in bind(file, shapes, name_of(self._layout)).items():
                 component = next(one for one in ADAPTED if name.startswith(SPECS[one].weights))
                 (prefix,) = SPECS[component].weights
                 layers[component, name.removeprefix(prefix).removesuffix(".weight")] = layer
-            known = FileState.at(path), _Opened(file, layers)
-            self._opened[path] = known
+            # The state before: what was written while the file was read shows the next time.
+            known = state, _Opened(file, layers)
+        self._opened[path] = known
         return known[1]
 
     def composed(self, component: Component, requests: Sequence[AdapterRequest]) -> Composed:
@@ -239,7 +258,8 @@ def stored_weights(bundle: Bundle) -> Weights:
     from sa3_convert.mnn.file.storage import read_storage
     from sa3_convert.mnn.layer_rules import LIFTED_SUFFIX, layer_name
 
-    storages = cache(lambda component: read_storage(bundle.checked(component).path))
+    files = cache(lambda component: bundle.checked(component))
+    storages = cache(lambda component: read_storage(files(component).path))
 
     def weight(component: Component, layer: str) -> Floats:
         storage = storages(component)
@@ -252,6 +272,7 @@ def stored_weights(bundle: Bundle) -> Weights:
                 "adapters of this type with `convert --lora`."
             )
         found = dequantised_weight(storage.path, named, storage=storage)
+        files(component).require_unchanged()
         return found.reshape(found.shape[0], -1)
 
     return weight
@@ -284,22 +305,25 @@ class Slotted:
     """
 
     def __init__(self, models: Models, adapters: Adapters) -> None:
-        self.models, self._adapters = models, adapters
+        self.models, self.adapters = models, adapters
 
-    def prepare(self, requests: Sequence[AdapterRequest], levels: Iterable[float]) -> list[str]:
-        """Open and compose adapters for the steps that start at these noise levels; return what is to be told.
+    def prepare(self, requests: Sequence[AdapterRequest], levels: Sequence[float]) -> list[str]:
+        """Open and compose adapters for these noise levels, at which the DiT is run; return what is to be told.
 
         Raises:
             LoraError: a file is no adapter for this model, or they cannot be applied together.
             CheckpointError: a file is missing or damaged.
 
         """
-        self._adapters.open(requests)
-        sets = {tuple(_active(requests, level)): None for level in levels}
-        found = [(one, self._adapters.composed(Component.DIT, one).compressed_db) for one in sets]
-        return [
+        self.adapters.open(requests)
+        kept = {tuple(_active(requests, level)): math.inf for level in levels}
+        first = next(iter(kept))
+        for component, one in ((Component.NUMBER_CONDITIONER, first), *((Component.DIT, one) for one in kept)):
+            kept[one] = min(kept[one], self.adapters.composed(component, one).compressed_db)
+        idle = [one for one in requests if not any(one in active for active in kept)]
+        return [f"{one} has no effect: no step is at one of its noise levels." for one in idle] + [
             f"{' and '.join(map(str, one))} have a higher rank than the slots; compressed to it they keep {db:.1f} dB."
-            for one, db in found
+            for one, db in kept.items()
             if db != math.inf
         ]
 
@@ -307,11 +331,12 @@ class Slotted:
     def use(self, component: Component, requests: Sequence[AdapterRequest], level: float) -> Iterator[Session]:
         """Yield a loaded model with adapters, a whole one at a level, the DiT in each run at that of its time."""
         with self.models.use(component) as session:
-            yield _AdaptedSession(session, lambda t: self._adapters.composed(component, _active(requests, t)), level)
+            yield _AdaptedSession(session, lambda t: self.adapters.composed(component, _active(requests, t)), level)
 
 
 def _active(requests: Sequence[AdapterRequest], level: float) -> list[AdapterRequest]:
-    return [request for request in requests if request.low <= level <= request.high]
+    at = np.float32(level)  # what steps are told by: a bound that names a step's level holds it
+    return [request for request in requests if np.float32(request.low) <= at <= np.float32(request.high)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,17 +358,19 @@ def slotted_models(
     runner = bundle_engine(bundle, engine, options, check=check, rank=rank)
     if isinstance(runner, TorchEngine):
         return slotted_networks(runner, keep_loaded=keep_loaded)
-    return Slotted(Models(runner, keep_loaded=keep_loaded), Adapters(bundle.layout, rank, stored_weights(bundle)))
+    return Slotted(Models(runner, keep_loaded=keep_loaded), Adapters.of_bundle(bundle, rank))
 
 
 def slotted_networks(engine: TorchEngine, *, keep_loaded: KeepLoaded) -> Slotted:
     """Return the networks of a checkpoint with slots; magnitudes are of its own weights, as in merging."""
     checkpoint = engine.checkpoint
-    state = cache(checkpoint.state)
 
     def weight(component: Component, layer: str) -> Floats:
-        found: Floats = state(component)[f"{layer}.weight"].numpy()
+        (prefix,) = SPECS[component].weights
+        name = f"{prefix}{layer}.weight"
+        found: Floats = merged(name, checkpoint.weights.tensors({name: name})[name], checkpoint.loras).numpy()
         return found.reshape(found.shape[0], -1)
 
     models = Models(replace(engine, rank=RANK_OF_NETWORKS), keep_loaded=keep_loaded)
-    return Slotted(models, Adapters(checkpoint.layout, RANK_OF_NETWORKS, weight))
+    adapters = Adapters(checkpoint.layout, RANK_OF_NETWORKS, weight, of_merged=bool(checkpoint.loras))
+    return Slotted(models, adapters)

@@ -248,6 +248,8 @@ def _check_place(folder: Path, name: str) -> None:
 
 def _resolved(pipeline: Pipeline, item: BatchItem, folder: Path) -> dict[str, Any]:
     with in_line(f"Line {item.line}", item.called):
+        if item.request.adapters:
+            pipeline.slotted().adapters.open(item.request.adapters)
         return item.request.resolved(pipeline.layout).to_json(folder)
 
 

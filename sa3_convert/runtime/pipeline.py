@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -29,7 +30,7 @@ from sa3_convert.runtime.models import KeepLoaded, Models
 from sa3_convert.runtime.output_checks import OutputCheck
 from sa3_convert.runtime.prompts import PromptTokenizer, Tokens
 from sa3_convert.runtime.request import GenerateRequest, ResolvedRequest
-from sa3_convert.runtime.sampling import DRAWING, Step, Velocity, guided
+from sa3_convert.runtime.sampling import DRAWING, Step, Velocity, evaluated, guided
 from sa3_convert.runtime.setting_values import AdapterRequest
 
 
@@ -176,9 +177,6 @@ class Pipeline:
         if self._slotted is not None:
             self._slotted.models.close()
 
-    def _adapters_of(self, request: GenerateRequest) -> Sequence[AdapterRequest]:
-        return request.adapters or self.adapters
-
     def engine(self, *, adapters: bool) -> Engine:
         """Return what runs generations, with adapters or without; BundleError if there are no models with slots."""
         return self.slotted().models.engine if adapters else self.models.engine
@@ -192,14 +190,14 @@ class Pipeline:
         return self._slotted
 
     def _prepared(self, request: ResolvedRequest, sizes: Lengths) -> list[str]:
-        adapters = self._adapters_of(request)
-        return self.slotted().prepare(adapters, request.schedule(sizes)[:-1]) if adapters else []
+        levels = evaluated(request.sampler, request.schedule(sizes))
+        return self.slotted().prepare(request.adapters, levels) if request.adapters else []
 
     @contextlib.contextmanager
     def _use(self, component: Component, request: ResolvedRequest) -> Iterator[Session]:
         """Yield a model that adapters change: that with slots if there are any, else the plain one."""
-        if adapters := self._adapters_of(request):
-            models = self.slotted().use(component, adapters, request.init_noise_level)
+        if request.adapters:
+            models = self.slotted().use(component, request.adapters, request.init_noise_level)
         else:
             models = self.models.use(component)
         with models as session:
@@ -234,7 +232,9 @@ class Pipeline:
             OutputRejectedError: the audio failed a check. Chunks that were yielded before are then not to be trusted.
 
         """
-        settings = request.resolved(self.layout)
+        # Those of now: they may be others when the generation has ended.
+        own = request if request.adapters else replace(request, adapters=tuple(self.adapters))
+        settings = own.resolved(self.layout)
         sizes = settings.lengths(self.layout)
         check, notes = OutputCheck(allow), Notes(settings.contradictions(sizes) + self._prepared(settings, sizes))
         rate, loop = self.layout.sample_rate, settings.loop is not None
@@ -273,7 +273,7 @@ class Pipeline:
         check.finish(sizes.samples)
         if (rest := leveller.finish()).size:
             yield AudioChunk(done, rest)
-        engine = self.engine(adapters=bool(self._adapters_of(settings)))
+        engine = self.engine(adapters=bool(settings.adapters))
         yield Report(settings, sizes, host(latents), notes.seconds, engine.settings, tuple(notes.warnings))
 
     def tokens(self, prompt: str) -> Tokens:

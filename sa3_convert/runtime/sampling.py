@@ -160,6 +160,20 @@ DRAWING: Final = frozenset({"pingpong"})
 """Samplers that draw noise anew in every step."""
 SAMPLERS: Mapping[SamplerName, Sampler] = {"pingpong": pingpong, "euler": euler, "rk4": rk4, "dpmpp": dpmpp}
 
+
+def evaluated(sampler: SamplerName, sigmas: Floats) -> list[float]:
+    """Return the times at which a sampler evaluates the velocity on a schedule, in order."""
+    found: list[float] = []
+
+    def velocity(x: Floats, t: np.float32) -> Floats:
+        found.append(float(t))
+        return x
+
+    for _ in SAMPLERS[sampler](velocity, np.zeros(1, np.float32), sigmas, lambda shape: np.zeros(shape, np.float32)):
+        pass
+    return found
+
+
 _TINY = 1e-8
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from sa3_convert.checkpoint.dimensions import FluxShift, FullShift, LogSnrShift, NoShift, Shift
@@ -55,7 +56,8 @@ class AdapterRequest:
         return cls(named.path, named.strength, *bounds)
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.strength:g}@{self.low:g}-{self.high:g}"
+        strength, low, high = (np.format_float_positional(n, trim="-") for n in (self.strength, self.low, self.high))
+        return f"{self.path}:{strength}@{low}-{high}"
 
 
 def read_value(key: str, value: Any, *, optional: bool) -> Any:

@@ -6,10 +6,10 @@ from typing import Any
 
 from sa3_convert.bundle.reader import Bundle
 from sa3_convert.errors import BundleError, LoraError, UsageError
-from sa3_convert.runtime.adapters import Adapters, rank_of, stored_weights
+from sa3_convert.runtime.adapters import Adapters, rank_of
 from sa3_convert.runtime.engines import EngineName
 from sa3_convert.runtime.setting_values import AdapterRequest, shown
-from sa3_convert.serve.worker import Served
+from sa3_convert.serve.worker import Served, hidden
 
 _BEHIND = (":", "@")
 """What follows a name: a strength, noise levels."""
@@ -36,7 +36,7 @@ def fitting(bundle: Bundle, engine: EngineName, adapters: Mapping[str, Path]) ->
     problems: list[str] = []
     for name, path in adapters.items():
         try:
-            Adapters(bundle.layout, rank_of(bundle, engine), stored_weights(bundle)).open([AdapterRequest(path)])
+            Adapters.of_bundle(bundle, rank_of(bundle, engine)).open([AdapterRequest(path)])
         except (BundleError, LoraError) as error:
             problems.append(str(error))
         else:
@@ -70,10 +70,3 @@ def _located(text: str, adapters: Mapping[str, Path]) -> str:
                 return str(request)
     there = f"There are: {', '.join(adapters)}." if adapters else "This model has none."
     raise UsageError(f"There is no adapter {shown(text)}. {there}")
-
-
-def hidden(text: str, adapters: Mapping[str, Path]) -> str:
-    """Return what is told to clients, with names for files."""
-    for name, path in adapters.items():
-        text = text.replace(str(path), name)
-    return text

@@ -24,8 +24,8 @@ from sa3_convert.checkpoint.dimensions import CheckpointLayout
 from sa3_convert.errors import InputError, Sa3Error, UsageError, told_by_system
 from sa3_convert.runtime.request import GenerateRequest
 from sa3_convert.runtime.setting_values import RANDOM
-from sa3_convert.serve.adapters import hidden, located
-from sa3_convert.serve.worker import Served, work
+from sa3_convert.serve.adapters import located
+from sa3_convert.serve.worker import Served, hidden, work
 from sa3_convert.system.files import sweep
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]

@@ -46,6 +46,13 @@ class Served:
         return Bundle.open(self.path).manifest.opened_bytes(KINDS[self.engine], adapters=bool(self.adapters))
 
 
+def hidden(text: str, adapters: Mapping[str, Path]) -> str:
+    """Return what is told to clients, with names for files."""
+    for name, path in adapters.items():
+        text = text.replace(str(path), name)
+    return text
+
+
 class _CancelledError(Exception):
     """The piece is not wanted any more."""
 
@@ -133,7 +140,7 @@ class _Worker:
             "duration": samples / rate,
             "sample_rate": rate,
             "peak": peak,
-            "warnings": list(report.warnings),
+            "warnings": [hidden(one, self._served[asked["model"]].adapters) for one in report.warnings],
         }
         told = {"schema": 1, "output": output.name, **metadata, **figures}
         write_text(output.with_suffix(".json"), json.dumps(told, indent=2) + "\n")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from sa3_convert.bundle.reader import Bundle
@@ -63,13 +64,15 @@ def packed(contract: dict[str, Any], component: str, file: Path, strength: float
     """Return what a model takes for a file of type `lora`, as `contract.json` says, with its words alone."""
     model, tensors = contract["adapters"]["models"][component], load_file(file)
     rank = model["rank"]
-    config = {"rank": 4, "alpha": 8}
+    with safe_open(file, "np") as opened:
+        config = json.loads(opened.metadata()["lora_config"])
     inner, outer = (
         np.zeros(port["shape"], np.float32) for port in model["inputs"] if port["name"].startswith("adapter_")
     )
     for layer in model["layers"]:
-        key = f"{model['prefix']}{layer['layer']}.parametrizations.weight.0."
-        if f"{key}lora_A" in tensors:
+        name = f"{model['prefix']}{layer['layer']}"
+        key = f"{name}.parametrizations.weight.0."
+        if f"{key}lora_A" in tensors and not any(text in name for text in config["exclude"]):
             a = tensors[f"{key}lora_A"].astype(np.float32)
             b = tensors[f"{key}lora_B"].astype(np.float32) * np.float32(strength * config["alpha"] / config["rank"])
             fan_in, fan_out = layer["fan_in"], layer["fan_out"]
@@ -85,7 +88,7 @@ def packed(contract: dict[str, Any], component: str, file: Path, strength: float
 def test_an_app_packs_a_file_by_the_contract_alone(toy: Path, toy_int8_slots: Bundle, tmp_path: Path) -> None:
     export_bundles([toy_int8_slots], tmp_path / "out", "hub", forms=[SLOTS])
     contract = json.loads(next((tmp_path / "out").rglob("contract.json")).read_text())
-    file = toy_adapter(tmp_path / "a.safetensors", toy, "lora", [QKV, CONV, SECONDS])
+    file = toy_adapter(tmp_path / "a.safetensors", toy, "lora", [QKV, CONV, SECONDS], config={"exclude": ["_conv"]})
     adapters = Adapters(toy_int8_slots.layout, rank_of(toy_int8_slots, "mnn"), stored_weights(toy_int8_slots))
     for component in ADAPTED:
         wanted = adapters.composed(component, [AdapterRequest(file, 0.5)]).feeds
@@ -97,6 +100,7 @@ def test_an_app_packs_a_file_by_the_contract_alone(toy: Path, toy_int8_slots: Bu
         assert Bundle.open(tmp_path / "out").artifact(component, SLOTS).sha256 == model["sha256"]
     assert set(contract["adapters"]["files"]) >= {
         "tensors",
+        "filters",
         "lora",
         "several",
         "dora-rows",

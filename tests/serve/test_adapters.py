@@ -112,6 +112,14 @@ def test_what_is_wrong_with_a_file_later_is_told_of_its_name(served: Serving, lo
     assert told["sentence"].startswith("cut ")
 
 
+def test_notes_name_no_file_either(served: Serving) -> None:
+    job = served.start(prompt="pad", seconds=1, steps=1, adapters=["warm:0.5@0.001-0.002", "warm:1"])
+    told = served.ended(job)
+    (note,) = (one for one in told["result"]["warnings"] if "no effect" in one)
+    assert note.startswith("warm:0.5@0.001-0.002 has no effect")
+    assert "secret" not in json.dumps([told, served.events(job), (served.folder / f"{job}.json").read_text()])
+
+
 def test_the_page_offers_them_with_a_strength(served: Serving, loras: dict[str, Path]) -> None:
     with gr.Blocks():
         form = form_of(served.jobs)
