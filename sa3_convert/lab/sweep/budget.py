@@ -1,5 +1,6 @@
 """The bytes of a budget, shared among all components at once by what hurts the end result."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
@@ -22,7 +23,7 @@ from sa3_convert.recipe import ComponentRecipe, EmbeddingType
 if TYPE_CHECKING:
     from sa3_convert.checkpoint.reader import Checkpoint
 
-_TABLES: Final[tuple[EmbeddingType, ...]] = ("float", "int8", "int4")
+_TABLES: Final[tuple[EmbeddingType, ...]] = ("int4", "int8", "float")
 MOST_ERROR: Final = 0.1
 """Share of a component's output that may be error, 10 dB: what more does to the end result does not follow from what
 little does, which was measured."""
@@ -37,14 +38,12 @@ class _Part:
     spent: float
     """The error that its token table causes, as a share of the output's energy."""
     options: Mapping[str, Sequence[Option]]
+    smallest: Allocation
+    """Of the choices whose error may be."""
 
     @property
     def least(self) -> int:
-        return self.fixed + sum(min(choice.size for choice in choices) for choices in self.options.values())
-
-    def pinned(self) -> Allocation:
-        """Return the smallest choice whose error may be."""
-        return smallest_for_error(self.options, MOST_ERROR - self.spent)
+        return self.fixed + self.smallest.size
 
 
 def within(
@@ -63,19 +62,28 @@ def within(
         UsageError: no plan is so small.
 
     """
-    found: list[tuple[float, dict[Component, int], Mapping[Component, ComponentRecipe]]] = []
+    possible: list[tuple[dict[Component, ComponentRecipe], dict[Component, _Part]]] = []
     problem = UsageError("There is nothing to plan.")
-    for table in _TABLES if Component.TEXT_ENCODER in bases else _TABLES[:1]:
+    # What the last one says is of the table that causes no error.
+    for table in _TABLES if Component.TEXT_ENCODER in bases else _TABLES[-1:]:
         recipes = dict(bases)
         if text := recipes.get(Component.TEXT_ENCODER):
             recipes[Component.TEXT_ENCODER] = text.model_copy(update={"embedding": table})
-        parts = {one: _part(checkpoint, one, recipe, sensitivities[one]) for one, recipe in recipes.items()}
         try:
-            found.append((*_shared(parts, harms, size), recipes))
+            parts = {one: _part(checkpoint, one, recipe, sensitivities[one]) for one, recipe in recipes.items()}
         except UsageError as error:
             problem = error
-    if not found:
+        else:
+            possible.append((recipes, parts))
+    if not possible:
         raise problem
+    least = min(_least(parts) for _, parts in possible)
+    if size < least:
+        raise UsageError(
+            f"No plans for {', '.join(bases)} are together smaller than {least / 2**20:.2f} MiB, none of them below "
+            f"{-10 * math.log10(MOST_ERROR):.0f} dB; {size / 2**20:.2f} MiB were asked for."
+        )
+    found = [(*_shared(parts, harms, size), recipes) for recipes, parts in possible if _least(parts) <= size]
     _, sizes, chosen = min(found, key=lambda one: one[0])
     return {
         one: plan_component(checkpoint, one, recipe, sensitivities[one], Target(size=sizes[one]))
@@ -87,7 +95,12 @@ def _part(checkpoint: "Checkpoint", component: Component, recipe: ComponentRecip
     spent = table_error(checkpoint, recipe) if component is Component.TEXT_ENCODER else 0.0
     groups = layers_by_pattern(sensitivity.layers, "layer")
     options = options_by_pattern(groups, sensitivity, recipe)
-    return _Part(bytes_beside(checkpoint, component, recipe), spent, options)
+    smallest = smallest_for_error(options, MOST_ERROR - spent)
+    return _Part(bytes_beside(checkpoint, component, recipe), spent, options, smallest)
+
+
+def _least(parts: Mapping[Component, _Part]) -> int:
+    return sum(part.least for part in parts.values())
 
 
 def _shared(
@@ -95,14 +108,9 @@ def _shared(
 ) -> tuple[float, dict[Component, int]]:
     """Return the least harm of all layers together, and the bytes that each component then has.
 
-    A component that would have more than `MOST_ERROR` gets what it needs for that, and the others share the rest.
+    A component that would have more than `MOST_ERROR` gets what it needs for that, and the others share the rest:
+    `size` is enough for all of them to have no more.
     """
-    least = sum(part.least for part in parts.values())
-    if size < least:
-        raise UsageError(
-            f"No plans for {', '.join(parts)} are together smaller than {least / 2**20:.2f} MiB; "
-            f"{size / 2**20:.2f} MiB were asked for."
-        )
     chosen: dict[Component, Allocation] = {}
     while True:
         free = {one: part for one, part in parts.items() if one not in chosen}
@@ -111,7 +119,7 @@ def _shared(
         short = [one for one, made in shares.items() if parts[one].spent + made.error > MOST_ERROR]
         if not short:
             break
-        chosen |= {one: parts[one].pinned() for one in short}
+        chosen |= {one: parts[one].smallest for one in short}
     chosen |= shares
     harm = sum(harms[one] * (parts[one].spent + made.error) for one, made in chosen.items())
     return harm, {one: parts[one].fixed + made.size for one, made in chosen.items()}
@@ -129,7 +137,11 @@ def _divided(
     made = allocate(options, size)
     divided = {}
     for one, part in parts.items():
-        own = {layer: made.chosen[f"{one.value} {layer}"] for layer in part.options}
-        error = sum(option.error for option in own.values()) / harms[one]
-        divided[one] = Allocation(own, sum(option.size for option in own.values()), error, 0.0)
+        own = {
+            # Their own errors: what does no harm, whatever its error, has no way back from none.
+            layer: choices[options[f"{one.value} {layer}"].index(made.chosen[f"{one.value} {layer}"])]
+            for layer, choices in part.options.items()
+        }
+        size, error = (sum(getattr(option, what) for option in own.values()) for what in ("size", "error"))
+        divided[one] = Allocation(own, size, error, 0.0)
     return divided

@@ -1,5 +1,6 @@
 """Bytes that all components share: what an error does to the end result is measured, and decides who gets them."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from sa3_convert.errors import UsageError
 from sa3_convert.lab.common import Common
 from sa3_convert.lab.generations.end_to_end import measure_end_to_end, staged_pipelines
 from sa3_convert.lab.generations.trajectory import GenerationCase
+from sa3_convert.lab.planner.allocation import Option
 from sa3_convert.lab.planner.measuring import layers_to_measure, measure
-from sa3_convert.lab.planner.planner import table_error
+from sa3_convert.lab.planner.planner import bytes_beside, table_error
 from sa3_convert.lab.planner.sensitivity import LayerSensitivity, Sensitivity
 from sa3_convert.lab.sweep import harm
 from sa3_convert.lab.sweep.budget import within
@@ -85,6 +87,38 @@ def test_what_is_too_small_for_any_plan_is_refused(checkpoint: Checkpoint, known
         match=r"number_conditioner, decoder are together smaller than 0\.\d\d MiB",
     ):
         within(checkpoint, BASES, known, EVEN, 1000)
+
+
+def coarse(checkpoint: Checkpoint, component: Component) -> Sensitivity:
+    """Layers that are of no use at two bits, and nearly exact at eight."""
+    candidates = (Option(2, None, 1000, 1.0), Option(8, None, 4000, 1e-4))
+    layer = LayerSensitivity(shape=(1, 1), curvature=1, candidates=candidates)
+    layers = dict.fromkeys(layers_to_measure(checkpoint, component), layer)
+    return Sensitivity(fingerprint="x", scales="fp16", layers=layers)
+
+
+@pytest.mark.parametrize("others", [(), (Component.DECODER,)])
+def test_what_a_usable_plan_needs_is_kept_to_and_a_byte_less_is_refused(
+    checkpoint: Checkpoint, others: tuple[Component, ...]
+) -> None:
+    chosen = (Component.NUMBER_CONDITIONER, *others)
+    bases = {one: BASES[one] for one in chosen}
+    known = {one: coarse(checkpoint, one) for one in chosen}
+    least = sum(bytes_beside(checkpoint, one, bases[one]) + 4000 * len(known[one].layers) for one in chosen)
+    plans = within(checkpoint, bases, known, EVEN, least)
+    assert sum(made.size for made in plans.values()) == least
+    assert all(made.predicted_db > 10 for made in plans.values())
+    said = rf"together smaller than {least / MIB:.2f} MiB, none of them below 10 dB"
+    with pytest.raises(UsageError, match=re.escape(said)):
+        within(checkpoint, bases, known, EVEN, least - 1)
+
+
+def test_what_does_no_harm_is_no_division_by_nothing(
+    checkpoint: Checkpoint, known: dict[Component, Sensitivity]
+) -> None:
+    plans = within(checkpoint, BASES, known, EVEN | {Component.NUMBER_CONDITIONER: 0.0}, MIB)
+    assert plans[Component.NUMBER_CONDITIONER].predicted_db >= 10
+    assert sum(made.size for made in plans.values()) <= MIB
 
 
 def test_harm_is_measured_once_and_is_more_where_less_comes_after(
