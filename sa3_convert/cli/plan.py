@@ -28,7 +28,7 @@ OutOption = Annotated[
     Path, Option(metavar="FILE.yaml", help="The recipe; - is standard output.", callback=paths.writes)
 ]
 SizeOption = Annotated[float | None, Option(min=0.01, help="Size of the model.")]
-FidelityOption = Annotated[float | None, Option(help="Fidelity of the model, in dB.")]
+FidelityOption = Annotated[float | None, Option(min=0, help="Fidelity of the model, in dB.")]
 ByOption = Annotated[
     Literal["layer", "role"],
     Option(help="What gets one precision: each layer, or all layers of a name but for its numbers."),

@@ -76,7 +76,7 @@ def sweep(
     from sa3_convert.cli.console import stdout, sweep_table
     from sa3_convert.convert.plan import chosen_components
     from sa3_convert.lab.common import Common, Store
-    from sa3_convert.lab.sweep.points import of_own_names, of_recipes
+    from sa3_convert.lab.sweep.points import label_of, of_own_names, of_recipes
     from sa3_convert.scheduling import in_this_process
 
     if store:
@@ -85,7 +85,7 @@ def sweep(
     folder = o.cache_of(cache, out)
     common = Common.of(opened, folder, lora, store=store, threads=threads)
     chosen = chosen_components(opened.layout, component or ())
-    label = f"within-{budget_mib:g}" if budget_mib is not None else ""
+    label = f"within-{label_of(budget_mib)}" if budget_mib is not None else ""
     points = of_recipes([o.open_recipe(one) for one in recipe or ()], chosen)
     suite = _suite(common, case, runner) if full else None
     points += _planned(common, chosen, sizes, budget_mib, label, None if dry_run else runner or in_this_process)
@@ -114,13 +114,18 @@ def _alone_in(out: Path) -> Iterator[None]:
 
 def _write_down(found: "Sweep", points: "Sequence[Point]", label: str, out: Path, json_file: Path | None) -> None:
     from sa3_convert.lab.sweep.sweep import whole_recipe, write
-    from sa3_convert.system.files import write_text
+    from sa3_convert.system.files import partial_folder, take_name, write_text
 
-    write(found, points, o.open_recipe(o.DEFAULT_RECIPE), out)
-    if whole := whole_recipe(found, points, o.open_recipe(BUDGET_RECIPE), label):
-        write_text(out / f"{label}.yaml", whole.to_yaml())
-    for file in (out / FIGURES, json_file):
-        o.write_figures(file, found.model_dump(mode="json", by_alias=True))
+    figures = found.model_dump(mode="json", by_alias=True)
+    with partial_folder(out) as made:
+        write(found, points, o.open_recipe(o.DEFAULT_RECIPE), made)
+        if whole := whole_recipe(found, points, o.open_recipe(BUDGET_RECIPE), label):
+            write_text(made / f"{label}.yaml", whole.to_yaml())
+        o.write_figures(made / FIGURES, figures)
+        # First what tells the next sweep that the folder is one's.
+        for file in sorted(made.iterdir(), key=lambda file: file.name != FIGURES):
+            take_name(file, out / file.name)
+    o.write_figures(json_file, figures)
 
 
 def _tell_end(found: "Sweep", out: Path) -> None:
@@ -199,12 +204,12 @@ def _planned(
     runner: "Runner | None",
 ) -> "list[Point]":
     """Return what is planned for sizes and for a budget, unless nothing may be measured for it."""
-    from sa3_convert.lab.sweep.points import of_sizes, parse_sizes, shares_of, unplanned
+    from sa3_convert.lab.sweep.points import label_of, of_sizes, parse_sizes, shares_of, unplanned
 
     mib = parse_sizes(sizes) if sizes is not None else []
     base = o.open_recipe(o.DEFAULT_RECIPE)
     if runner is None:
-        wanted = {f"{size:g}": size for size in mib}
+        wanted = {label_of(size): size for size in mib}
         shares = shares_of(common.open(), chosen, base) if budget_mib is not None else {}
         share = {one: {label: (budget_mib or 0) * part} for one, part in shares.items()}
         return [point for one in chosen for point in unplanned(one, base, wanted | share.get(one, {}))]

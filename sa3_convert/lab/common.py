@@ -8,15 +8,16 @@ the cache that it comes into, and counts as absent where it differs.
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from sa3_convert.convert.cache import ENTRY, MAX_ENTRY_BYTES, CachedResult, Notes, StageCache
 from sa3_convert.errors import InputError, UsageError
-from sa3_convert.system.files import partial_folder, take_name
+from sa3_convert.system.checked_files import FileState
+from sa3_convert.system.files import partial_folder, sha256_file, take_name
 from sa3_convert.system.untrusted import parse_json
 
 if TYPE_CHECKING:
@@ -47,8 +48,14 @@ class Common:
         return cls(checkpoint.folder.absolute(), cache.absolute(), paths, **how)
 
     def open(self) -> "Checkpoint":
-        """Open the checkpoint."""
-        return _opened(self.folder, self.loras)
+        """Open the checkpoint, or give what was opened before, if its files are still the same."""
+        return _opened(self.folder, self.loras, _states(self.folder, self.loras))
+
+    def has(self, stage: str, key: str, notes: type[N]) -> bool:
+        """Tell whether the cache has a result whole, or the store names it; nothing is brought."""
+        if StageCache(self.cache).find(stage, key, notes) is not None:
+            return True
+        return bool(self.store) and Store(self.store).lists(stage, key)
 
     def find(self, stage: str, key: str, notes: type[N]) -> CachedResult[N] | None:
         """Return a result that the cache has whole, or the store."""
@@ -64,18 +71,40 @@ class Common:
     ) -> CachedResult[N]:
         """Return a result, made if nobody has it, and leave it for all workers."""
         stages = StageCache(self.cache)
-        found = self.find(stage, key, notes) or make(stages)
+        known = self.find(stage, key, notes)
+        found = known or make(stages)
         if self.store:
-            Store(self.store).take(stage, key, stages)
+            # What the store had and could not be used was damaged there.
+            Store(self.store).take(stage, key, stages, again=known is None)
         return found
 
 
-@cache
-def _opened(folder: Path, loras: tuple[str, ...]) -> "Checkpoint":
+@lru_cache(maxsize=1)
+def _opened(folder: Path, loras: tuple[str, ...], _: frozenset[object]) -> "Checkpoint":
     from sa3_convert.checkpoint.lora_file import LoraRequest
     from sa3_convert.checkpoint.reader import Checkpoint
 
     return Checkpoint.open(folder).with_loras([LoraRequest.parse(text) for text in loras])
+
+
+def tokenizer_of(checkpoint: "Checkpoint") -> str:
+    """Return the SHA-256 of a checkpoint's tokenizer, for keys: it says what a prompt is, and is no tensor."""
+    from sa3_convert.checkpoint.config import TEXT_ENCODER_FOLDER
+    from sa3_convert.checkpoint.reader import TOKENIZER
+
+    file = checkpoint.folder / TEXT_ENCODER_FOLDER / TOKENIZER
+    return sha256_file(file) if checkpoint.text_encoder is not None else ""
+
+
+def _states(folder: Path, loras: tuple[str, ...]) -> frozenset[object]:
+    """Return which bytes a checkpoint's files are: a worker may live for days, others may take their names."""
+    from sa3_convert.checkpoint.config import TEXT_ENCODER_FOLDER
+    from sa3_convert.checkpoint.lora_file import LoraRequest
+
+    own = (file for place in (folder, folder / TEXT_ENCODER_FOLDER) for file in place.glob("*"))
+    files = [file for file in own if file.suffix in (".json", ".safetensors") and file.is_file()]
+    adapters = [LoraRequest.parse(text).path for text in loras]
+    return frozenset((file, FileState.at(file)) for file in (*files, *filter(Path.is_file, adapters)))
 
 
 class Store:
@@ -100,7 +129,7 @@ class Store:
     def bring(self, stage: str, key: str, cache: StageCache) -> None:
         """Bring a result into a cache, if the store has it whole."""
         place = cache.root / stage / key
-        with contextlib.suppress(OSError, ValueError), partial_folder(place) as folder:
+        with contextlib.suppress(OSError, ValueError), partial_folder(place) as folder, _of_driver():
             (folder / ENTRY).write_bytes(self._read(stage, key))
             listed = parse_json((folder / ENTRY).read_text("utf-8"))
             for name in _names(listed):
@@ -110,22 +139,35 @@ class Store:
                 self._files.get_file(where, str(folder / name))
             take_name(folder, place)
 
-    def take(self, stage: str, key: str, cache: StageCache) -> None:
-        """Keep a result that a cache has, unless it is there.
+    def lists(self, stage: str, key: str) -> bool:
+        """Tell whether a result's entry is there, which is written last."""
+        with contextlib.suppress(OSError, ValueError), _of_driver():
+            return bool(self._files.exists(self._where(stage, key, ENTRY)))
+        return False
+
+    def take(self, stage: str, key: str, cache: StageCache, *, again: bool = False) -> None:
+        """Keep a result that a cache has, unless it is there with files of the same sizes, or `again` is said.
 
         Raises:
             InputError: the store does not take it.
 
         """
         place = cache.root / stage / key
+        files = sorted(place.iterdir(), key=lambda file: file.name == ENTRY)
         try:
-            if self._files.exists(self._where(stage, key, ENTRY)):
-                return
-            self._files.makedirs(f"{self._root}/{stage}/{key}", exist_ok=True)
-            for file in sorted(place.iterdir(), key=lambda file: file.name == ENTRY):
-                self._files.put_file(str(file), self._where(stage, key, file.name))
-        except OSError as error:
+            with _of_driver():
+                if not again and self.lists(stage, key) and all(self._holds(stage, key, file) for file in files[:-1]):
+                    return
+                self._files.makedirs(f"{self._root}/{stage}/{key}", exist_ok=True)
+                for file in files:
+                    self._files.put_file(str(file), self._where(stage, key, file.name))
+        except (OSError, ValueError) as error:
             raise InputError(f"The store does not take the result of {stage}: {error}") from None
+
+    def _holds(self, stage: str, key: str, file: Path) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return bool(self._files.size(self._where(stage, key, file.name)) == file.stat().st_size)
+        return False
 
     def _read(self, stage: str, key: str) -> bytes:
         with self._files.open(self._where(stage, key, ENTRY), "rb") as stream:
@@ -133,6 +175,17 @@ class Store:
 
     def _where(self, stage: str, key: str, name: str) -> str:
         return f"{self._root}/{stage}/{key}/{name}"
+
+
+@contextlib.contextmanager
+def _of_driver() -> Iterator[None]:
+    """Raise what a driver has of errors of its own, as for missing credentials, as an error of the system."""
+    try:
+        yield
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def _names(entry: Any) -> list[str]:

@@ -1,13 +1,16 @@
 """Results in a store: whole or not there, held to their hashes, and never a file outside their folder."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from sa3_convert.components import Component
 from sa3_convert.convert.cache import ENTRY, Notes, StageCache
-from sa3_convert.errors import UsageError
-from sa3_convert.lab.common import Store
+from sa3_convert.errors import InputError, UsageError
+from sa3_convert.lab.common import Common, Store
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -62,6 +65,69 @@ def test_what_is_not_whole_is_not_there(
     # What was brought in vain is in nobody's way.
     assert theirs.make("mnn", "abc", made).files.keys() == {"dit.mnn", "dit.mnn.data"}
     assert theirs.find("mnn", "abc", Notes) is not None
+
+
+@pytest.mark.parametrize("content", [None, b"", b"other" * 1000])
+def test_what_is_damaged_there_is_made_again_and_kept(tmp_path: Path, ours: StageCache, content: bytes | None) -> None:
+    address = f"file://{tmp_path}/kept"
+    Store(address).take("mnn", "abc", ours)
+    file = tmp_path / "kept" / "mnn" / "abc" / "dit.mnn"
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+
+    def common(name: str) -> Common:
+        return Common(tmp_path, tmp_path / name, store=address)
+
+    common("second").found_or_made("mnn", "abc", Notes, lambda stages: stages.make("mnn", "abc", made))
+    assert common("third").find("mnn", "abc", Notes) is not None
+
+
+def test_what_a_worker_has_takes_the_place_of_half_of_it(tmp_path: Path, ours: StageCache, theirs: StageCache) -> None:
+    store = Store(f"file://{tmp_path}/kept")
+    store.take("mnn", "abc", ours)
+    (tmp_path / "kept" / "mnn" / "abc" / "dit.mnn").write_bytes(b"half")
+    store.take("mnn", "abc", ours)
+    store.bring("mnn", "abc", theirs)
+    assert theirs.find("mnn", "abc", Notes) is not None
+
+
+def test_what_is_there_is_told_without_bringing_it(tmp_path: Path, ours: StageCache) -> None:
+    common = Common(tmp_path, tmp_path / "theirs", store=f"file://{tmp_path}/kept")
+    assert not common.has("mnn", "abc", Notes)
+    Store(common.store).take("mnn", "abc", ours)
+    assert common.has("mnn", "abc", Notes)
+    assert not common.cache.exists()
+
+
+def test_errors_that_only_a_driver_knows_are_told_of_the_store(
+    tmp_path: Path, ours: StageCache, theirs: StageCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoCredentialsError(Exception):
+        pass
+
+    def refuse(*_: object, **__: object) -> None:
+        raise NoCredentialsError("Unable to locate credentials")
+
+    store = Store(f"file://{tmp_path}/kept")
+    for name in ("exists", "makedirs", "open"):
+        monkeypatch.setattr(store._files, name, refuse)
+    store.bring("mnn", "abc", theirs)
+    assert theirs.find("mnn", "abc", Notes) is None
+    with pytest.raises(InputError, match="does not take the result of mnn: NoCredentialsError: Unable to locate"):
+        store.take("mnn", "abc", ours)
+
+
+def test_a_checkpoint_whose_files_others_have_replaced_is_opened_again(toy: Path, tmp_path: Path) -> None:
+    common = Common(Path(shutil.copytree(toy, tmp_path / "toy")), tmp_path / "cache")
+    before = common.open()
+    digest = before.digest(Component.DECODER)
+    assert common.open() is before
+    weights = tmp_path / "toy" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, tmp_path / "new")
+    (tmp_path / "new").replace(weights)
+    assert common.open().digest(Component.DECODER) != digest
 
 
 @pytest.mark.parametrize("name", ["../../out", "/tmp/out", "a/b", "..", "", "a\\b", ENTRY])

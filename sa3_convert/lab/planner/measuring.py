@@ -168,10 +168,16 @@ def measure(
     kept = _file(common, component, key, scales)
     with contextlib.suppress(OSError, ValueError):
         return Sensitivity.model_validate_json(read_sealed(kept))
-    _sum_up(common, component, key, runner, tick)
     layers: dict[str, LayerSensitivity] = {}
-    for found in _finished(common, _pricings(common, component, key, scales), "rounding", runner, tick):
-        layers |= _PRICES.validate_json(found.file(_PRICED).read_bytes())
+    try:
+        _sum_up(common, component, key, runner, tick)
+        for found in _finished(common, _pricings(common, component, key, scales), "rounding", runner, tick):
+            layers |= _PRICES.validate_json(found.file(_PRICED).read_bytes())
+    except (OSError, Sa3Error):
+        # Another command that measures the same has removed its parts, which are ours too, because it has the whole.
+        with contextlib.suppress(OSError, ValueError):
+            return Sensitivity.model_validate_json(read_sealed(kept))
+        raise
     sensitivity = Sensitivity(fingerprint=key, scales=scales, layers=layers)
     write_sealed(kept, sensitivity.model_dump_json(indent=1).encode())
     StageCache(common.cache).forget(key)
@@ -184,9 +190,9 @@ def to_measure(common: Common, component: Component, scales: ScaleType) -> list[
     with contextlib.suppress(OSError, ValueError):
         read_sealed(_file(common, component, key, scales))
         return []
-    passes = [] if common.find(_STAGE, key, Notes) else _passes(common, component, key)
+    passes = [] if common.has(_STAGE, key, Notes) else _passes(common, component, key)
     parts = passes + _pricings(common, component, key, scales)
-    return [one for one in parts if common.find(*one.place) is None]
+    return [one for one in parts if not common.has(*one.place)]
 
 
 def _file(common: Common, component: Component, key: str, scales: ScaleType) -> Path:
@@ -201,15 +207,21 @@ def _key(checkpoint: "Checkpoint", component: Component) -> str:
 
 def _sum_up(common: Common, component: Component, key: str, runner: Runner, tick: Tick) -> None:
     """Leave the mean over samples in the cache, unless it is there."""
-    if common.find(_STAGE, key, Notes) is None:
+    if common.find(_STAGE, key, Notes) is not None:
+        return
+
+    def sum_up(folder: Path) -> Notes:
+        write_curvatures(folder / _FILE, mean_of(read_curvatures(one.file(_FILE)) for one in passes))
+        return Notes()
+
+    try:
         passes = _finished(common, _passes(common, component, key), "measuring", runner, tick)
-
-        def sum_up(folder: Path) -> Notes:
-            write_curvatures(folder / _FILE, mean_of(read_curvatures(one.file(_FILE)) for one in passes))
-            return Notes()
-
         common.found_or_made(_STAGE, key, Notes, lambda stages: stages.make(_STAGE, key, sum_up))
-        StageCache(common.cache).forget(key)
+    except (OSError, Sa3Error):
+        # See `measure`.
+        if common.find(_STAGE, key, Notes) is None:
+            raise
+    StageCache(common.cache).forget(key)
 
 
 def _finished(

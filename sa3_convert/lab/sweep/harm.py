@@ -21,6 +21,7 @@ from sa3_convert.components import Component
 from sa3_convert.convert.code_digest import code_digest
 from sa3_convert.convert.plan import chosen_components
 from sa3_convert.errors import UsageError
+from sa3_convert.lab.common import tokenizer_of
 from sa3_convert.lab.generations.end_to_end import compare_audio
 from sa3_convert.lab.generations.trajectory import STEPS, GenerationCase
 from sa3_convert.lab.planner.sensitivity import Sensitivity
@@ -83,7 +84,14 @@ def harms(
         raise UsageError("This checkpoint generates nothing, so nothing tells what an error does. Use --sizes.")
     digests = {component.value: checkpoint.digest(component) for component in chosen_components(checkpoint.layout, ())}
     nudged = {component.value: sensitivity.fingerprint for component, sensitivity in sensitivities.items()}
-    key = fingerprint(digests=digests, nudged=nudged, code=code_digest(_measured), cases=repr(CASES), nudge=NUDGE)
+    key = fingerprint(
+        digests=digests,
+        tokenizer=tokenizer_of(checkpoint),
+        nudged=nudged,
+        code=code_digest(_measured),
+        cases=repr(CASES),
+        nudge=NUDGE,
+    )
     kept = cache / "harm" / f"{key[:16]}.json"
     with contextlib.suppress(OSError, ValueError):
         return _HARMS.validate_json(read_sealed(kept))

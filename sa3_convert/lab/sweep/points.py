@@ -49,7 +49,8 @@ def parse_sizes(text: str) -> list[float]:
     """
     if found := _RANGE.fullmatch(text):
         first, last, step = map(float, found.groups())
-        count = int((last - first) / step + 1e-9) + 1 if step else 0
+        # Beyond that are numbers that a division makes infinite.
+        count = int(min((last - first) / step + 1e-9, MOST_POINTS)) + 1 if step and max(first, last) < 1e6 else 0
         sizes = [first + number * step for number in range(min(count, MOST_POINTS + 1))]
     else:
         try:
@@ -63,6 +64,11 @@ def parse_sizes(text: str) -> list[float]:
     return sizes
 
 
+def label_of(size: float) -> str:
+    """Return what a size in MiB is called in names of points and recipes, which have no +."""
+    return f"{size:.10g}"
+
+
 def of_sizes(
     checkpoint: "Checkpoint", component: Component, base: Recipe, sensitivity: "Sensitivity", sizes: Iterable[float]
 ) -> list[Point]:
@@ -71,7 +77,7 @@ def of_sizes(
 
     points = []
     for size in sizes:
-        name = f"{component.value}-{size:g}"
+        name = f"{component.value}-{label_of(size)}"
         own = base.for_component(component)
         try:
             made = plan_component(checkpoint, component, own, sensitivity, Target(size=round(size * 2**20)))

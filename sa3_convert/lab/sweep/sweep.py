@@ -8,7 +8,7 @@ from sa3_convert.lab.common import Common
 from sa3_convert.lab.planner.measuring import layers_to_measure
 from sa3_convert.lab.report.theme import standalone
 from sa3_convert.lab.sweep.page import frontier_figure, page
-from sa3_convert.lab.sweep.points import Point
+from sa3_convert.lab.sweep.points import ANY_FIDELITY, Point
 from sa3_convert.lab.sweep.result import Measured, Sweep, sweep_of
 from sa3_convert.lab.sweep.tasks import Ran, Task, run_task, tasks_for
 from sa3_convert.recipe import Recipe
@@ -72,7 +72,7 @@ def whole_recipe(sweep: Sweep, points: Sequence[Point], base: Recipe, label: str
 def recipe_of(found: Measured, point: Point, base: Recipe) -> Recipe:
     """Return a point as a recipe with its own floor; other components are as in `base`."""
     assert found.fidelity is not None
-    floor = max(0.1, round(found.fidelity.signal_to_noise_db - MARGIN_DB, 1))
+    floor = max(ANY_FIDELITY, round(found.fidelity.signal_to_noise_db - MARGIN_DB, 1))
     own = point.recipe.model_copy(update={"floor_db": floor})
     worst = found.fidelity.signal_to_noise_db
     changed = {

@@ -17,7 +17,7 @@ from sa3_convert.convert.cache import CachedResult, FidelityNotes, StageCache
 from sa3_convert.convert.conversion import make_stage
 from sa3_convert.convert.plan import ConvertRequest, estimate, plan, stage_keys
 from sa3_convert.convert.stages import STAGES, ComponentJob, StageKeys
-from sa3_convert.errors import Sa3Error, told_by_system
+from sa3_convert.errors import BackendError, Sa3Error, told_by_system
 from sa3_convert.lab.common import Common
 from sa3_convert.lab.sweep.points import Point
 from sa3_convert.mnn.compatibility import MnnVersion, mnn_version, target_for
@@ -41,6 +41,10 @@ class Task:
     needs: tuple[str, ...]
     """Names of tasks whose results this reads."""
     takes: Estimate
+    keys: StageKeys
+    """Of all stages of its component, where the command was given."""
+    mnn: str
+    """The version there."""
     target_mnn: MnnVersion | None = None
     """The oldest MNN to be right on; None is the oldest that reads the recipe's types."""
     rank: int | None = None
@@ -52,9 +56,8 @@ class Task:
         return ComponentJob(self.common.open(), self.component, self.recipe, target, self.common.threads, self.rank)
 
     def is_done(self) -> bool:
-        """Whether the cache has its result."""
-        key = stage_keys(self.job())[self.stage]
-        return StageCache(self.common.cache).find(self.stage, key, STAGES[self.stage].notes) is not None
+        """Whether somebody has its result."""
+        return self.common.has(self.stage, self.keys[self.stage], STAGES[self.stage].notes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +157,8 @@ def _stages(
             recipe=job.recipe,
             needs=tuple(names[read] for read in STAGES[stage].reads if read in names),
             takes=estimate((stage,), reference_bytes, job.recipe),
+            keys=keys,
+            mnn=mnn_version(),
             target_mnn=job.target_mnn,
             rank=job.rank,
         )
@@ -165,6 +170,7 @@ def make(task: Task, *_: float) -> float:
     """Make a task's result where this is called, and return the seconds that it took.
 
     Raises:
+        BackendError: it would be another one here.
         Sa3Error: it could not be made.
 
     """
@@ -192,7 +198,7 @@ def run_task(task: Task, *before: Ran) -> Ran:
         if earlier.problem:
             return Ran(0.0, *place, problem=earlier.problem, exit_code=earlier.exit_code)
     try:
-        size, fidelity = _made(task)
+        size, fidelity = _made(task, with_other_mnn=True)
     except Exception as error:
         known = error if isinstance(error, Sa3Error) else told_by_system(error)
         if known is None:
@@ -201,10 +207,23 @@ def run_task(task: Task, *before: Ran) -> Ran:
     return Ran(time.perf_counter() - started, *place, size, fidelity)
 
 
-def _made(task: Task) -> tuple[int, Fidelity | None]:
-    """Find or make a task's result and all that it reads; returns bytes and fidelity where it judges a model."""
+def _made(task: Task, *, with_other_mnn: bool = False) -> tuple[int, Fidelity | None]:
+    """Find or make a task's result and all that it reads; returns bytes and fidelity where it judges a model.
+
+    With another MNN it has a name of its own. Whatever else it depends on is the same here, or it is refused.
+    """
     job = task.job()
     keys = stage_keys(job)
+    free = with_other_mnn and mnn_version() != task.mnn
+    if any(
+        keys[name] != task.keys.get(name)
+        for name in _upstream(keys, task.stage)
+        if not (free and "MNN" in STAGES[name].tools)
+    ):
+        raise BackendError(
+            "A worker has another version of sa3-convert or of its tools, or another checkpoint under this path, than "
+            "where the command was given. What it makes would be of something else."
+        )
     for name in _upstream(keys, task.stage):
 
         def make(stages: StageCache, name: str = name) -> CachedResult[Any]:

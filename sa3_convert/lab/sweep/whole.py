@@ -11,8 +11,8 @@ from sa3_convert.components import components_of
 from sa3_convert.convert.code_digest import code_digest
 from sa3_convert.convert.conversion import convert
 from sa3_convert.convert.plan import ConvertRequest, stage_keys
-from sa3_convert.errors import Sa3Error, UsageError
-from sa3_convert.lab.common import Common
+from sa3_convert.errors import Sa3Error, UsageError, told_by_system
+from sa3_convert.lab.common import Common, tokenizer_of
 from sa3_convert.lab.generations.distribution import FREE_RUNNING, component_of
 from sa3_convert.lab.generations.end_to_end import mean_cosine, mean_spectra
 from sa3_convert.lab.generations.full import recognised, verify_fully
@@ -62,6 +62,7 @@ class Suite:
         stages = {one.value: stage_keys(request.job(one)) for one in request.selected()}
         return fingerprint(
             stages=stages,
+            tokenizer=tokenizer_of(request.checkpoint),
             component=point.component.value,
             cases=[case.name for case in self.cases],
             code=code_digest(_figures),
@@ -79,8 +80,11 @@ def with_generations(suite: Suite, points: Sequence[Point], found: Sweep, report
         update: dict[str, object]
         try:
             update = {"generations": _kept_or_made(suite, by_name[measured.name], report)}
-        except Sa3Error as error:
-            update = {"problem": str(error), "exit_code": error.exit_code}
+        except Exception as error:
+            known = error if isinstance(error, Sa3Error) else told_by_system(error)
+            if known is None:
+                raise
+            update = {"problem": str(known), "exit_code": known.exit_code, "bytes": None, "fidelity": None}
         return measured.model_copy(update=update)
 
     return found.model_copy(update={"points": with_frontier([judged(one) for one in found.points])})

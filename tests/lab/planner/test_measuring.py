@@ -56,6 +56,23 @@ def test_workers_leave_the_same_bytes_whichever_pass_is_first(checkpoint: Checkp
     assert [tick for tick in ticks if tick[0] == "measuring"] == [("measuring", n, count) for n in range(count + 1)]
 
 
+@pytest.mark.parametrize("what", [Pass, Pricing])
+def test_two_commands_that_measure_the_same_at_once_both_have_it(
+    checkpoint: Checkpoint, tmp_path: Path, what: type[Part]
+) -> None:
+    common = Common(checkpoint.folder, tmp_path, threads=1)
+    others: list[object] = []
+
+    def overtaken(tasks: Sequence[Any], run: Callable[..., Any]) -> Iterator[tuple[Any, Any]]:
+        for number, task in enumerate(tasks):
+            outcome = task, run(task)
+            if number == 0 and isinstance(task, what):
+                others.append(measure(common, task.component, "fp16", silent))
+            yield outcome
+
+    assert [measure(common, Component.NUMBER_CONDITIONER, "fp16", silent, overtaken)] == others
+
+
 def test_workers_with_caches_of_their_own_share_by_a_store(checkpoint: Checkpoint, tmp_path: Path) -> None:
     pytest.importorskip("fsspec")
     component = Component.NUMBER_CONDITIONER

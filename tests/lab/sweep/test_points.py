@@ -10,8 +10,12 @@ from sa3_convert.bundle.manifest import Fidelity
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
 from sa3_convert.lab.sweep.page import page
-from sa3_convert.lab.sweep.points import parse_sizes
+from sa3_convert.lab.sweep.points import label_of, parse_sizes
 from sa3_convert.lab.sweep.result import Measured, Sweep, frontier
+from sa3_convert.recipe import Recipe, load_recipe, own_recipes
+
+ENDLESS, TINY = f"1:{'9' * 400}:1", f"1:2:0.{'0' * 320}1"
+"""More than a float has, and steps that are next to nothing."""
 
 
 @pytest.mark.parametrize(
@@ -30,8 +34,34 @@ def test_sizes(text: str, sizes: list[float]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("size", "name"),
+    [(200.0, "200"), (0.1 + 0.2, "0.3"), (1e6, "1000000"), (123456.75, "123456.75"), (1e-5, "1e-05")],
+)
+def test_sizes_are_called_as_recipes_may_be(size: float, name: str) -> None:
+    assert label_of(size) == name
+    recipe = load_recipe(own_recipes()["int8"]).model_dump(exclude={"name"})
+    assert Recipe.model_validate({"name": f"dit-{name}", **recipe}).name == f"dit-{name}"
+
+
+@pytest.mark.parametrize(
     "text",
-    ["", "a", "0", "-5", "200:100:25", "200:450:0", "1:2:1e-9", "0.001:900:0.001", "nan", "inf", "1e9", "1:2", ","],
+    [
+        "",
+        "a",
+        "0",
+        "-5",
+        "200:100:25",
+        "200:450:0",
+        "1:2:1e-9",
+        "0.001:900:0.001",
+        "nan",
+        "inf",
+        "1e9",
+        "1:2",
+        ",",
+        ENDLESS,
+        TINY,
+    ],
 )
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="FROM:TO:STEP"):

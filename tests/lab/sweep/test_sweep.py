@@ -4,6 +4,7 @@ import errno
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,12 +14,14 @@ from sa3_convert.cli import app as cli
 from sa3_convert.components import Component
 from sa3_convert.convert.cache import StageCache
 from sa3_convert.convert.stages import ComponentJob
+from sa3_convert.errors import BackendError
 from sa3_convert.lab.common import Common
+from sa3_convert.lab.sweep import sweep as whole_sweep
 from sa3_convert.lab.sweep import tasks as room
 from sa3_convert.lab.sweep.points import Point
 from sa3_convert.lab.sweep.result import Sweep
 from sa3_convert.lab.sweep.sweep import recipe_of, run_sweep
-from sa3_convert.lab.sweep.tasks import Ran, Task, run_task, tasks_for
+from sa3_convert.lab.sweep.tasks import Ran, Task, make, run_task, tasks_for
 from sa3_convert.recipe import load_recipe, recipe_file
 from sa3_convert.scheduling import in_this_process
 from sa3_convert.system.files import alone_in
@@ -75,7 +78,7 @@ def test_a_worker_with_another_mnn_makes_its_own_and_says_so(
     def elsewhere(task: Task, *before: Ran) -> Ran:
         if task.stage == "verify" and task.recipe == points[1].recipe:
             monkeypatch.setattr(room, "mnn_version", lambda: "9.9.9")
-            other = {name: f"other-{name}" for name in ("export", "mnn", "verify")}
+            other = {"export": task.keys["export"], "mnn": "other-mnn", "verify": "other-verify"}
             monkeypatch.setattr(room, "stage_keys", lambda job: other)
         return run_task(task, *before)
 
@@ -89,11 +92,55 @@ def test_a_worker_with_another_mnn_makes_its_own_and_says_so(
     assert {path.name for path in (tmp_path / "verify").iterdir()} > {"other-verify"}
 
 
+@pytest.mark.parametrize(("mnn", "differs"), [(None, "verify"), (None, "export"), ("9.9.9", "export")])
+def test_a_worker_with_another_checkpoint_or_version_is_refused(
+    toy: Path, points: list[Point], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mnn: str | None, differs: str
+) -> None:
+    task = tasks_for(points[:1], Common(toy, tmp_path))[points[0].name][-1]
+    if mnn is not None:
+        monkeypatch.setattr(room, "mnn_version", lambda: mnn)
+    there = replace(task, keys={**task.keys, differs: "other"})
+    ran = run_task(there)
+    assert ran.exit_code == 7
+    assert "another checkpoint under this path" in ran.problem
+    with pytest.raises(BackendError, match="another version"):
+        make(there)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_conversion_has_no_use_for_what_another_mnn_makes(
+    toy: Path, points: list[Point], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = tasks_for(points[:1], Common(toy, tmp_path))[points[0].name][-1]
+    monkeypatch.setattr(room, "mnn_version", lambda: "9.9.9")
+    with pytest.raises(BackendError, match="another version"):
+        make(replace(task, keys={**task.keys, "mnn": "other"}))
+
+
+def test_what_cannot_be_written_leaves_nothing_and_the_same_command_goes_on(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    words = ["sweep", str(toy), "--component", "number_conditioner", "--recipe", "int8", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(whole_sweep, "page", full)
+    assert cli.run(words) == 3
+    assert not list((tmp_path / "out").iterdir())
+    monkeypatch.undo()
+    assert cli.run(words) == 0
+    assert (tmp_path / "out" / "number_conditioner-int8.yaml").is_file()
+
+
 def test_workers_without_a_common_folder_share_what_they_make(toy: Path, points: list[Point], tmp_path: Path) -> None:
     pytest.importorskip("fsspec")
     address = f"file://{tmp_path}/kept"
     first = run_sweep(Common(toy, tmp_path / "a", store=address), points)
     entries = {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "kept").glob("*/*/entry.json")}
+    # What a dry run asks.
+    there = tasks_for(points, Common(toy, tmp_path / "c", store=address))
+    assert all(task.is_done() for own in there.values() for task in own)
+    assert not (tmp_path / "c").exists()
     second = run_sweep(Common(toy, tmp_path / "b", store=address), points)
     assert [p.fidelity for p in first.points] == [p.fidelity for p in second.points]
     assert {p.parent.name: p.stat().st_mtime_ns for p in (tmp_path / "kept").glob("*/*/entry.json")} == entries

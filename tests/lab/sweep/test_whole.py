@@ -1,8 +1,10 @@
 """Points judged by whole generations of a toy."""
 
+import errno
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +63,22 @@ def test_points_go_through_whole_generations_and_what_is_known_is_not_generated_
     assert found() == [coarse, fine]
 
 
+@pytest.mark.parametrize(
+    ("error", "said", "code"),
+    [
+        (VerificationError("It came to nothing."), "It came to nothing.", 5),
+        (OSError(errno.ENOSPC, "No space left"), "The disk is full", 3),
+    ],
+)
 def test_a_point_that_fails_there_is_missing_and_the_others_are_there(
-    toy: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    toy: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str, code: int
 ) -> None:
     points = of_recipes([INT8, load_recipe(own_recipes()["fp16"])], [Component.NUMBER_CONDITIONER])
     common = Common(toy, cache, threads=1)
 
     def fails(suite: Suite, point: Any, report: Any) -> Whole:
         if point is points[0]:
-            raise VerificationError("It came to nothing.")
+            raise error
         figures = {"worst_db": 1.0, "spectra_db": 1.0, "chaos_db": 1.0, "latent_cosine": 1.0}
         return Whole(worst_case="x", others="int8", recognised=141, **figures)
 
@@ -81,18 +90,32 @@ def test_a_point_that_fails_there_is_missing_and_the_others_are_there(
     )
     swept = Sweep(checkpoint="toy", variant="small-music", points=measured, mixed=False)
     found = with_generations(Suite(common, INT8, (CASE,)), points, swept, silent)
-    assert [(point.name, point.problem, point.exit_code) for point in found.missing] == [
-        ("number_conditioner-int8", "It came to nothing.", 5)
+    assert [(point.name, point.bytes, point.exit_code) for point in found.missing] == [
+        ("number_conditioner-int8", None, code)
     ]
+    assert said in found.missing[0].problem
     assert [point.on_frontier for point in found.points] == [False, True]
     assert found.points[0].recipe is None
     assert found.points[1].generations is not None
     told = Console(record=True, width=120, file=io.StringIO())
     told.print(sweep_table(found))
-    assert re.search(r"recognised .*141", told.export_text(), re.DOTALL)
+    text = told.export_text()
+    assert re.search(r"recognised .*141", text, re.DOTALL)
+    assert "missing" in text
+    assert "beaten" not in text
     html = page(found)
     assert '<th scope="col">recognised</th>' in html
     assert "<td>141</td>" in html
+
+
+def test_another_tokenizer_is_another_generation(toy: Path, tmp_path: Path) -> None:
+    point = of_recipes([INT8], [Component.NUMBER_CONDITIONER])[0]
+    suite = Suite(Common(Path(shutil.copytree(toy, tmp_path / "toy")), tmp_path), INT8, (CASE,))
+    before = suite.key(point)
+    assert suite.key(point) == before
+    file = next((tmp_path / "toy").rglob("tokenizer.json"))
+    file.write_text(file.read_text() + "\n")
+    assert suite.key(point) != before
 
 
 def test_what_cannot_be_gone_through_is_refused(
