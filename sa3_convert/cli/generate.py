@@ -33,7 +33,7 @@ from sa3_convert.runtime.batch_file import BatchItem
 from sa3_convert.runtime.conditioning import max_seconds
 from sa3_convert.runtime.engines import Backend, EngineName, Level
 from sa3_convert.runtime.events import AudioChunk, Report, Started, Stepped
-from sa3_convert.runtime.opening import Opening, made_by
+from sa3_convert.runtime.opening import Opening, adapters_told, made_by
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.placement import engine_for, parse_places, placement
 from sa3_convert.runtime.request import GenerateRequest, ResolvedRequest
@@ -179,6 +179,7 @@ def generate(
     rejected: list[str] = []
     with PeakMemory() as device, _opened(target, keep_loaded=len(requests) > 1) as pipeline:
         made_by = target.metadata(pipeline, adapters=bool(requests[0].adapters))
+        made_by |= adapters_told(pipeline, requests[0].adapters)
         if origin:
             _check_origin(target, made_by, origin)
         asked = [request.resolved(pipeline.layout) for request in requests]
@@ -264,6 +265,10 @@ def _check_origin(target: Target, here: Mapping[str, Any], origin: Mapping[str, 
         raise BundleError(f"These settings were made with {variant}; {target.bundle} holds {here['variant']}.")
     if origin.get("models", here["models"]) != here["models"]:
         stderr.print("Note: these settings were made with other models of this variant; the samples will differ.")
+    then = [told for told in origin.get("adapters", ()) if isinstance(told, dict)]
+    for one in here.get("adapters", ()):
+        if one not in then and any(told.get("name") == one["name"] for told in then):
+            stderr.print(f"Note: {one['name']} is another file than it was then; the samples will differ.")
 
 
 def generate_batch(

@@ -126,7 +126,7 @@ def _read(path: Path) -> dict[str, Any]:
         several = isinstance(found, dict) and "variations" in found
         why = "it has several; name one of their files" if several else "it has no request"
         raise InputError(f"{unread}: {why}.")
-    for name, kind in (("variant", str), ("models", dict), ("engine", dict)):
+    for name, kind in (("variant", str), ("models", dict), ("engine", dict), ("adapters", list)):
         if not isinstance(found.get(name, kind()), kind):
             raise InputError(f"{unread}: {name} is of another kind.")
     return found

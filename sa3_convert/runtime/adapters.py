@@ -176,6 +176,10 @@ class Adapters:
         for old in list(self._opened)[: -max(len(paths), _OPENED)]:
             del self._opened[old]
 
+    def told(self, requests: Iterable[AdapterRequest]) -> list[dict[str, str]]:
+        """Return what audio files tell about adapters beside their settings: which bytes their names stood for."""
+        return [{"name": one.path.name, "sha256": self._open(one.path).file.sha256} for one in requests]
+
     def _open(self, path: Path) -> _Opened:
         known, state = self._opened.pop(path, None), lora_state(path)
         if known is None or state != known[0]:

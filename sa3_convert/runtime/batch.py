@@ -22,7 +22,7 @@ from sa3_convert.errors import InputError, OutputRejectedError, Sa3Error, UsageE
 from sa3_convert.runtime.audio import SampleFormat, audio_writer, check_output_path, check_replaceable
 from sa3_convert.runtime.batch_file import BatchItem, in_line
 from sa3_convert.runtime.events import AudioChunk, Report, StageName
-from sa3_convert.runtime.opening import Opening, held, made_by
+from sa3_convert.runtime.opening import Opening, adapters_told, held, made_by
 from sa3_convert.runtime.output_checks import OutputCheck
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.setting_values import AUDIO
@@ -53,9 +53,11 @@ class BatchOptions:
     force: bool = False
     """Replace files that no batch of this folder has made."""
 
-    def told(self, item: BatchItem, request: Mapping[str, Any]) -> dict[str, Any]:
+    def told(self, pipeline: Pipeline, item: BatchItem, request: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the file of a generation tells of itself."""
-        return {**((self.adapted if item.request.adapters else self.metadata) or {}), "request": request}
+        given = item.request.adapters
+        models = (self.adapted if given else self.metadata) or {}
+        return {**models, **adapters_told(pipeline, given), "request": request}
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +147,7 @@ def run_batch(
         for item, request in zip(items, settings, strict=True):
             if item.output not in recorded and not options.force:
                 with in_line(f"Line {item.line}", {}):
-                    check_replaceable(folder / item.output, options.told(item, request))
+                    check_replaceable(folder / item.output, options.told(pipeline, item, request))
         found: dict[int, BatchResult] = {}
         adapters = any(item.request.adapters for item in items)
         memory = 0 if workers is None else workers.opening.memory_bytes(adapters=adapters)
@@ -269,7 +271,7 @@ def _generated(pipeline: Pipeline, line: Line) -> BatchResult:
             pipeline.layout.sample_rate,
             sample_format=options.sample_format,
             dither=options.dither,
-            metadata=options.told(item, request),
+            metadata=options.told(pipeline, item, request),
             loop=item.request.loop is not None,
         ) as writer:
             for event in pipeline.stream(item.request, allow=options.allow):

@@ -1,7 +1,7 @@
 """How a pipeline is opened, as data: another process opens the same one with it, and holds it from work to work."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from sa3_convert.components import ADAPTED, components_of
 from sa3_convert.errors import BundleError
 from sa3_convert.runtime.engines import KINDS, EngineName, MnnEngine, OrtEngine, TorchEngine
 from sa3_convert.runtime.pipeline import Pipeline
+from sa3_convert.runtime.setting_values import AdapterRequest
 from sa3_convert.scheduling import BESIDE_WEIGHTS, Latest
 
 if TYPE_CHECKING:
@@ -96,6 +97,11 @@ def made_by(pipeline: Pipeline, *, adapters: bool = False) -> dict[str, Any]:
         "models": {component.value: digest for component, digest in models.items()},
         "engine": {name: value for name, value in engine.settings.items() if name != "threads"},
     }
+
+
+def adapters_told(pipeline: Pipeline, requests: Sequence[AdapterRequest]) -> dict[str, Any]:
+    """Return what audio files tell about the adapters that they are made with, beside `made_by`."""
+    return {"adapters": pipeline.slotted().adapters.told(requests)} if requests else {}
 
 
 _held = Latest[tuple[Opening, Mapping[bool, Mapping[str, Any]]], Pipeline]()

@@ -22,7 +22,7 @@ from sa3_convert.errors import ConversionError, InputError, Sa3Error, told_by_sy
 from sa3_convert.runtime.audio import AudioWriter, PcmStream, audio_writer, growing_wav
 from sa3_convert.runtime.engines import KINDS, EngineName
 from sa3_convert.runtime.events import AudioChunk, Report, Started, Stepped
-from sa3_convert.runtime.opening import made_by
+from sa3_convert.runtime.opening import adapters_told, made_by
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.request import GenerateRequest, ResolvedRequest
 from sa3_convert.system.files import write_text
@@ -115,7 +115,7 @@ class _Worker:
         pipeline, output = self._pipeline(asked["model"]), Path(asked["output"])
         request = GenerateRequest.from_json(asked["settings"]).resolved(pipeline.layout)
         rate, samples, peak = pipeline.layout.sample_rate, 0, 0.0
-        made = made_by(pipeline, adapters=bool(request.adapters))
+        made = made_by(pipeline, adapters=bool(request.adapters)) | adapters_told(pipeline, request.adapters)
         metadata = {"request": request.to_json(output.parent) | asked["told"]} | made
         report, steps = None, 0
         stream = pipeline.stream(request)

@@ -1,5 +1,6 @@
 """What adapters are told to be is what is heard, and written down: noise levels, strengths, files that change."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from sa3_convert.cli import app
 from sa3_convert.components import SLOT_INPUTS, Component
 from sa3_convert.errors import BundleError, LoraError
 from sa3_convert.runtime.adapters import Adapters, stored_weights
+from sa3_convert.runtime.audio import read_metadata
 from sa3_convert.runtime.events import Report, Stepped
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.request import GenerateRequest
@@ -164,3 +166,21 @@ def test_a_batch_finds_an_adapter_that_is_not_there_before_its_first_line(
     assert "Line 2: " in (told := capsys.readouterr().err)
     assert "b.safetensors is missing" in told
     assert not out.exists()
+
+
+def test_a_file_tells_which_adapters_made_it_and_a_replay_says_if_they_are_others(
+    toy: Path, toy_slots: Bundle, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, again = tmp_path / "first.wav", tmp_path / "again.wav"
+    wanted = ["--prompt", "pad", "--seconds", "0.5", "--steps", "1", "--adapter", str(path)]
+    assert app.run(["run", str(toy_slots.path), *wanted, "-o", str(first)]) == 0
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert read_metadata(first)["adapters"] == [{"name": path.name, "sha256": sha256}]
+    replay = ["run", str(toy_slots.path), "--from", str(first), "-o", str(again)]
+    capsys.readouterr()
+    assert app.run(replay) == 0
+    assert "is another file" not in capsys.readouterr().err
+    path.unlink()
+    toy_adapter(path, toy, seed=9)
+    assert app.run([*replay, "--force"]) == 0
+    assert "a.safetensors is another file than it was then" in capsys.readouterr().err
