@@ -100,11 +100,12 @@ def _states(folder: Path, loras: tuple[str, ...]) -> frozenset[object]:
     """Return which bytes a checkpoint's files are: a worker may live for days, others may take their names."""
     from sa3_convert.checkpoint.config import TEXT_ENCODER_FOLDER
     from sa3_convert.checkpoint.lora_file import LoraRequest
+    from sa3_convert.checkpoint.lora_names import lora_state
 
     own = (file for place in (folder, folder / TEXT_ENCODER_FOLDER) for file in place.glob("*"))
     files = [file for file in own if file.suffix in (".json", ".safetensors") and file.is_file()]
     adapters = [LoraRequest.parse(text).path for text in loras]
-    return frozenset((file, FileState.at(file)) for file in (*files, *filter(Path.is_file, adapters)))
+    return frozenset([*((file, FileState.at(file)) for file in files), *((one, lora_state(one)) for one in adapters)])
 
 
 class Store:
