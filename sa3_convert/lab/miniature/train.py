@@ -38,7 +38,7 @@ class Amount:
     pieces: int
 
 
-WHOLE: Final = Amount(text=1200, diffusion=12000, few_steps=16000, adapter=600, pieces=40000)
+WHOLE: Final = Amount(text=1200, diffusion=9000, few_steps=13000, adapter=600, pieces=40000)
 QUICK: Final = Amount(text=20, diffusion=24, few_steps=2, adapter=4, pieces=32)
 
 
