@@ -1,5 +1,6 @@
 """Whatever runs in a stage is among the code that the stage is named by: found by watching whole conversions."""
 
+import gc
 import inspect
 import sys
 import threading
@@ -34,6 +35,8 @@ def watched(calls: set[tuple[str, str]]) -> Iterator[None]:
         if event == "call" and code.co_flags & inspect.CO_OPTIMIZED and code.co_filename.startswith(inside):
             calls.add((frame.f_globals["__name__"], code.co_qualname.partition(".")[0]))
 
+    # A generator that a test before has left would be closed, in its own code, wherever it is collected.
+    gc.collect()
     threading.setprofile(note)
     sys.setprofile(note)
     try:
