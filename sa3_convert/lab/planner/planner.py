@@ -51,16 +51,18 @@ class BitPlan:
     """Which layers each of the allocation's keys stands for."""
     fixed_bytes: int
     """What is not a layer's weight: norms, biases, tables, constants."""
+    fixed_error: float = 0.0
+    """Energy of the error that a token table causes, as a share of the output's."""
 
     @property
     def predicted_db(self) -> float:
         """Predicted signal-to-noise ratio at the component's output."""
-        return _decibels(self.allocation.error)
+        return _decibels(self.fixed_error + self.allocation.error)
 
     @property
     def bound_db(self) -> float:
         """No plan of this size is better than this, by the same measurements."""
-        return _decibels(self.allocation.bound)
+        return _decibels(self.fixed_error + self.allocation.bound)
 
     @property
     def size(self) -> int:
@@ -75,8 +77,16 @@ def plan_component(
     sensitivity: Sensitivity,
     target: Target,
     by: By = "layer",
+    fixed_error: float | None = None,
 ) -> BitPlan:
-    """Return the best plan for a size, or the smallest for a fidelity."""
+    """Return the best plan for a size, or the smallest for a fidelity; what its table costs is measured if not given.
+
+    Raises:
+        UsageError: no plan is so small, or so faithful.
+
+    """
+    if fixed_error is None:
+        fixed_error = table_error(checkpoint, base) if component is Component.TEXT_ENCODER else 0.0
     fixed = bytes_beside(checkpoint, component, base)
     groups = layers_by_pattern(sensitivity.layers, by)
     options = options_by_pattern(groups, sensitivity, base)
@@ -89,14 +99,14 @@ def plan_component(
     if target.size is not None:
         allocation = allocate(options, target.size - fixed)
     elif target.snr_db is not None:
-        allocation = smallest_for_error(options, 10 ** (-target.snr_db / 10))
+        allocation = smallest_for_error(options, 10 ** (-target.snr_db / 10) - fixed_error)
     else:
         raise UsageError("Give a size (--target-mib) or a fidelity (--min-snr).")
-    floor = max(1.0, round(_decibels(allocation.error) - WORST_CASE_MARGIN_DB, 1))
+    floor = max(1.0, round(_decibels(fixed_error + allocation.error) - WORST_CASE_MARGIN_DB, 1))
     rounding: Rounding = "error_compensated" if base.compensates else "least_squares"
-    scheme = scheme_of(allocation, groups, sensitivity.scales, rounding)
+    scheme = scheme_of(allocation, groups, sensitivity.scales, rounding, unmeasured(checkpoint, component))
     recipe = base.model_copy(update={"weights": scheme, "floor_db": floor})
-    return BitPlan(recipe, allocation, groups, fixed)
+    return BitPlan(recipe, allocation, groups, fixed, fixed_error)
 
 
 def bytes_beside(checkpoint: "Checkpoint", component: Component, base: ComponentRecipe) -> int:
@@ -112,6 +122,12 @@ def bytes_beside(checkpoint: "Checkpoint", component: Component, base: Component
     )
     biases = sum(4 * shapes[weight][0] for layer, weight in layers.items() if f"{layer}.bias" not in shapes)
     return kept + biases + base.table_bytes(table[0], table[1])
+
+
+def unmeasured(checkpoint: "Checkpoint", component: Component) -> list[str]:
+    """Return the layers whose weights the checkpoint has as magnitudes and directions: no pass measures them."""
+    suffix = ".weight_v"
+    return [name.removesuffix(suffix) for name in checkpoint.stored(component) if name.endswith(suffix)]
 
 
 def table_error(checkpoint: "Checkpoint", base: ComponentRecipe) -> float:
@@ -172,12 +188,15 @@ def scheme_of(
     layers: Mapping[str, Sequence[str]],
     scales: ScaleType,
     rounding: Rounding,
+    unmeasured: Sequence[str] = (),
 ) -> WeightScheme | None:
     """Return the allocation as a recipe's scheme: the commonest option, and one rule for each other one.
 
-    None where every layer stays in floating point.
+    None where every layer stays in floating point; so do layers of which nobody knows what rounding them costs.
     """
     patterns: dict[tuple[int | None, int | None], list[str]] = defaultdict(list)
+    if unmeasured:
+        patterns[None, None] += map(re.escape, unmeasured)
     for pattern, option in allocation.chosen.items():
         patterns[option.bits, option.block_size].append(pattern)
     counts = Counter(

@@ -75,15 +75,17 @@ def of_sizes(
     """Return the best plan for each size in MiB; one that no plan fits into says so."""
     from sa3_convert.lab.planner.planner import Target, plan_component
 
-    points = []
+    points, fixed_error = [], None
     for size in sizes:
         name = f"{component.value}-{label_of(size)}"
         own = base.for_component(component)
         try:
-            made = plan_component(checkpoint, component, own, sensitivity, Target(size=round(size * 2**20)))
+            target = Target(size=round(size * 2**20))
+            made = plan_component(checkpoint, component, own, sensitivity, target, fixed_error=fixed_error)
         except UsageError as error:
             points.append(Point(name, component, own, problem=str(error)))
         else:
+            fixed_error = made.fixed_error
             points.append(Point(name, component, _measured(made.recipe), made.predicted_db, made.size))
     return points
 

@@ -116,15 +116,39 @@ def test_the_written_recipe_is_one_that_convert_takes(
 
 
 def test_the_token_table_is_counted_as_the_recipe_stores_it(checkpoint: Checkpoint, sensitivity: Sensitivity) -> None:
-    target, rows, width = Target(snr_db=25.0), *checkpoint.stored(Component.TEXT_ENCODER)[TOKEN_TABLE].shape
-    fixed = {
+    target, rows, width = Target(snr_db=8.0), *checkpoint.stored(Component.TEXT_ENCODER)[TOKEN_TABLE].shape
+    plans = {
         kind: plan_component(
             checkpoint, Component.TEXT_ENCODER, BASE.model_copy(update={"embedding": kind}), sensitivity, target
-        ).fixed_bytes
+        )
         for kind in ("float", "int8", "int4")
     }
+    fixed = {kind: plan.fixed_bytes for kind, plan in plans.items()}
     assert fixed["float"] - fixed["int8"] == 3 * rows * width - 4 * rows
     assert fixed["int8"] - fixed["int4"] == rows * width // 2
+    errors = [plan.fixed_error for plan in plans.values()]
+    assert errors == sorted(errors)
+    for plan in plans.values():
+        assert plan.predicted_db == pytest.approx(-10 * np.log10(plan.fixed_error + plan.allocation.error))
+        assert plan.predicted_db >= 8.0
+    base = BASE.model_copy(update={"embedding": "int4"})
+    with pytest.raises(UsageError, match="No plan is that close"):
+        plan_component(checkpoint, Component.TEXT_ENCODER, base, sensitivity, Target(snr_db=40.0))
+
+
+@pytest.mark.parametrize(
+    ("component", "layer"),
+    [(Component.DECODER, "decoder.layers.3.mapping"), (Component.ENCODER, "layers.0.mapping")],
+)
+def test_a_layer_that_no_pass_measures_stays_in_floating_point(
+    checkpoint: Checkpoint, tmp_path: Path, component: Component, layer: str
+) -> None:
+    found = measure(Common(checkpoint.folder, tmp_path, threads=1), component, "fp16", lambda *_: None)
+    plan = plan_component(checkpoint, component, BASE, found, Target(snr_db=20.0))
+    scheme = plan.recipe.weights
+    assert scheme is not None
+    assert scheme.bits is not None
+    assert scheme.for_layer(layer) == (None, None)
 
 
 @pytest.mark.parametrize(
