@@ -196,7 +196,8 @@ def scheme_of(
     """
     patterns: dict[tuple[int | None, int | None], list[str]] = defaultdict(list)
     if unmeasured:
-        patterns[None, None] += map(re.escape, unmeasured)
+        # In the graph they are called by what computes them, as `mapping.conv`.
+        patterns[None, None] += [rf"{re.escape(layer)}(\.\w+)?" for layer in unmeasured]
     for pattern, option in allocation.chosen.items():
         patterns[option.bits, option.block_size].append(pattern)
     counts = Counter(

@@ -138,7 +138,7 @@ def test_the_token_table_is_counted_as_the_recipe_stores_it(checkpoint: Checkpoi
 
 @pytest.mark.parametrize(
     ("component", "layer"),
-    [(Component.DECODER, "decoder.layers.3.mapping"), (Component.ENCODER, "layers.0.mapping")],
+    [(Component.DECODER, "decoder.layers.3.mapping.conv"), (Component.ENCODER, "layers.0.mapping.conv")],
 )
 def test_a_layer_that_no_pass_measures_stays_in_floating_point(
     checkpoint: Checkpoint, tmp_path: Path, component: Component, layer: str

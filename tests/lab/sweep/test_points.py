@@ -1,6 +1,7 @@
 """Sizes as people write them, and which points are worth keeping."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -9,9 +10,13 @@ from hypothesis import strategies as st
 from sa3_convert.bundle.manifest import Fidelity
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
+from sa3_convert.lab.common import Common
+from sa3_convert.lab.planner.measuring import measure
+from sa3_convert.lab.planner.planner import bytes_beside
 from sa3_convert.lab.sweep.page import page
-from sa3_convert.lab.sweep.points import label_of, parse_sizes
+from sa3_convert.lab.sweep.points import label_of, of_sizes, parse_sizes
 from sa3_convert.lab.sweep.result import Measured, Sweep, frontier
+from sa3_convert.lab.sweep.sweep import run_sweep
 from sa3_convert.recipe import Recipe, load_recipe, own_recipes
 
 ENDLESS, TINY = f"1:{'9' * 400}:1", f"1:2:0.{'0' * 320}1"
@@ -125,3 +130,19 @@ def test_the_page_says_what_is_missing_and_what_is_mixed_and_escapes_what_comes_
     assert "31.5" in text
     assert "<script>" not in text
     assert "<b>" not in text
+
+
+@pytest.mark.parametrize("component", [Component.DECODER, Component.ENCODER])
+def test_what_is_planned_comes_near_what_was_predicted(toy: Path, tmp_path: Path, component: Component) -> None:
+    common = Common(toy, tmp_path, threads=1)
+    known = measure(common, component, "fp16", lambda *_: None)
+    base = load_recipe(own_recipes()["int8"])
+    size = sum(min(one.size for one in layer.candidates if one.bits == 6) for layer in known.layers.values())
+    size += bytes_beside(common.open(), component, base.for_component(component))
+    (point,) = of_sizes(common.open(), component, base, known, [size / 2**20])
+    assert point.predicted_db is not None
+    (found,) = run_sweep(common, [point]).points
+    assert not found.problem
+    assert found.fidelity is not None
+    # The worst of a few inputs, beside the mean of others.
+    assert found.fidelity.signal_to_noise_db == pytest.approx(point.predicted_db, abs=6)
