@@ -115,8 +115,6 @@ class Pass(Part):
     def leave(self, folder: Path) -> Notes:
         """Run it."""
         checkpoint = self.common.open()
-        if self.common.threads:
-            torch.set_num_threads(self.common.threads)
         network = _held.of(
             (self.common, self.component),
             lambda _: build_network(self.component, checkpoint.layout, checkpoint.state(self.component)),
@@ -137,14 +135,12 @@ class Pricing(Part):
 
     @property
     def name(self) -> str:
-        """Component, the first layer, and how scales are stored."""
-        return f"{self.component.value}, {self.layers[0]} and behind it, scales {self.scales}"
+        """Component, the first and the last layer, and how scales are stored."""
+        return f"{self.component.value}, {self.layers[0]} to {self.layers[-1]}, scales {self.scales}"
 
     def leave(self, folder: Path) -> Notes:
         """Round them."""
         checkpoint = self.common.open()
-        if self.common.threads:
-            torch.set_num_threads(self.common.threads)
         summed = self.common.find(_STAGE, self.key, Notes)
         if summed is None:
             raise _elsewhere(self.common)
@@ -293,6 +289,8 @@ def run_part(task: Part) -> None:
             "A worker has another version of sa3-convert, torch or what exports networks, or another checkpoint under "
             "this path, than where the command was given. What it measures would be of something else."
         )
+    if task.common.threads:
+        torch.set_num_threads(task.common.threads)
     stage, key, notes = task.place
     task.common.found_or_made(stage, key, notes, lambda stages: stages.make(stage, key, task.leave))
 

@@ -83,10 +83,12 @@ def within(
             f"No plans for {', '.join(bases)} are together smaller than {least / 2**20:.2f} MiB, none of them below "
             f"{-10 * math.log10(MOST_ERROR):.0f} dB; {size / 2**20:.2f} MiB were asked for."
         )
-    found = [(*_shared(parts, harms, size), recipes) for recipes, parts in possible if _least(parts) <= size]
-    _, sizes, chosen = min(found, key=lambda one: one[0])
+    found = [(*_shared(parts, harms, size), recipes, parts) for recipes, parts in possible if _least(parts) <= size]
+    _, sizes, chosen, of = min(found, key=lambda one: one[0])
     return {
-        one: plan_component(checkpoint, one, recipe, sensitivities[one], Target(size=sizes[one]))
+        one: plan_component(
+            checkpoint, one, recipe, sensitivities[one], Target(size=sizes[one]), fixed_error=of[one].spent
+        )
         for one, recipe in chosen.items()
     }
 
