@@ -91,7 +91,8 @@ def _dit(random: np.random.Generator, layout: CheckpointLayout, seed: int, laten
     dit, text = layout.dit, layout.text_encoder
     assert dit is not None
     assert text is not None
-    t = noise_level(seed)
+    # One of the sampler's evaluations, in an order that starts spread out.
+    t = float(sigmas(SAMPLER_STEPS)[seed * 3 % SAMPLER_STEPS])
     clean = _normal(random, 1, dit.io_channels, latents)
     noise = _normal(random, 1, dit.io_channels, latents)
     # The latent length is rounded up to a pair, so one or two positions at the end are padding; inputs shorter than
@@ -141,11 +142,6 @@ def text_regions(count: int, max_length: int) -> tuple[Region, ...]:
     prompt = Region(axis=1, stop=count)
     padding = Region("padding", axis=1, start=count)
     return tuple(part for part, size in ((prompt, count), (padding, max_length - count)) if size)
-
-
-def noise_level(index: int) -> float:
-    """Return `t` at one of the sampler's `SAMPLER_STEPS` evaluations, in an order that starts spread out."""
-    return float(sigmas(SAMPLER_STEPS)[index * 3 % SAMPLER_STEPS])
 
 
 def _text_encoding(random: np.random.Generator, tokens: int, seconds: NDArray[np.float32]) -> NDArray[np.float32]:

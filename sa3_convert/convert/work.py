@@ -98,14 +98,14 @@ def verify_stage(
     target_mnn: MnnVersion,
 ) -> FidelityNotes:
     """Run target and reference on the same inputs; below the floor is an error, so no result is kept."""
-    from sa3_convert.check.half import written_in_half
     from sa3_convert.mnn.session import MnnSession
     from sa3_convert.ort import OrtSession
+    from sa3_convert.passes.pipeline import passed_through_half
 
     ports = contract(component, layout)
     inputs, outputs = ([port.name for port in side] for side in (ports.inputs, ports.outputs))
     opened = partial(MnnSession, target, inputs=inputs, outputs=outputs)
-    with written_in_half(reference, folder, component, recipe, target_mnn) as half:
+    with passed_through_half(reference, folder, component, recipe, target_mnn) as half:
         opens = opened, partial(OrtSession, half)
         return FidelityNotes(**_judged(reference, component, recipe.floor_db, layout, threads, *opens))
 
@@ -199,11 +199,10 @@ def split_stage(
     target_mnn: MnnVersion,
 ) -> JudgedModelNotes:
     """Convert a component in parts, and compare them, run as one, with the reference."""
-    from sa3_convert.check.half import written_in_half
     from sa3_convert.mnn.converter import mnn_from_onnx
     from sa3_convert.mnn.session import MnnSession
     from sa3_convert.ort import OrtSession
-    from sa3_convert.passes.pipeline import onnx_for_mnn
+    from sa3_convert.passes.pipeline import onnx_for_mnn, passed_through_half
     from sa3_convert.passes.split import rules_of_part, split_onnx
     from sa3_convert.rounding.network import PlannedWeights
     from sa3_convert.runtime.sessions import SplitSession
@@ -219,7 +218,7 @@ def split_stage(
             prepared = Path(scratch) / "for-mnn" / part.name
             onnx_for_mnn(part, prepared, component, own, planned=weights, target_mnn=target_mnn)
             mnn_from_onnx(prepared, target, own, target_mnn=target_mnn)
-        with written_in_half(rest, folder, component, recipe, target_mnn) as half:
+        with passed_through_half(rest, folder, component, recipe, target_mnn) as half:
             each = (MnnSession, targets), (OrtSession, [*parts, half])
             opens = (partial(SplitSession.opened, *kind_and_files) for kind_and_files in each)
             figures = _judged(reference, component, recipe.floor_db, layout, threads, *opens)

@@ -29,11 +29,6 @@ _DATA = ".data"
 _PRODUCER = "sa3-convert"
 
 
-def data_path(path: Path) -> Path:
-    """Return where the external data of the ONNX file `path` lies."""
-    return path.with_name(path.name + _DATA)
-
-
 def onnx_from_module(module: nn.Module, contract: Contract, path: Path, *, multiple: int = 1) -> None:
     """Export a network to ONNX opset 18, float32.
 
@@ -76,7 +71,7 @@ def _write(model: ir.Model, contract: Contract, path: Path) -> None:
             model,
             temporary,
             format="protobuf",
-            external_data=data_path(temporary).name,
+            external_data=temporary.name + _DATA,
             size_threshold_bytes=INLINE_BELOW,
         )
         check_onnx(temporary, contract)

@@ -47,20 +47,14 @@ def scheme_flags(scheme: WeightScheme, outputs: Iterable[str], folder: Path) -> 
         str(scheme.block_size or _NO_BLOCK),
         *(["--weightQuantScaleBit", "16"] if scheme.scales == "fp16" else []),
     ]
-    layers = [
-        _layer(name + suffix, scheme) for name in outputs if _ruled(name, scheme) for suffix in ("", LINEAR_SUFFIX)
-    ]
+    ruled = [name for name in outputs if any(rule.matches(layer_name(name)) for rule in scheme.layers)]
+    layers = [_layer(name + suffix, scheme) for name in ruled for suffix in ("", LINEAR_SUFFIX)]
     if layers:
         rules = folder / "layers.json"
         algorithm = {"type": "QUANTIZE", "quantParams": {"layer": layers}}
         rules.write_text(json.dumps({"version": "0.0.0", "forGuide": True, "algo": [algorithm]}), encoding="utf-8")
         flags += ["--compressionParamsFile", str(rules)]
     return flags
-
-
-def _ruled(output: str, scheme: WeightScheme) -> bool:
-    name = layer_name(output)
-    return any(rule.matches(name) for rule in scheme.layers)
 
 
 def _layer(operator: str, scheme: WeightScheme) -> dict[str, Any]:

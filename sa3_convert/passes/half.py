@@ -96,6 +96,39 @@ _MOVING = frozenset({"Concat", "Expand", "Flatten", "Identity", "Reshape", "Slic
 _TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
+def pass_through_half(model: ir.Model) -> None:
+    """Round every float32 number of a model to a half and back, in place; constants when the model is saved.
+
+    Inputs, constants, and what each operator makes: so MNN computes on ARM at precision low, on phones. But there
+    products and convolutions add up in halves too, while here sums within an operator stay float32. Phases that are
+    lost show to 0.1 dB; where this says 55 to 64 dB of toy models, ARM has 49 to 50, and wide layers have longer sums.
+
+    Raises:
+        ConversionError: it is not known of what type a value is.
+
+    """
+    common.ShapeInferencePass()(model)
+    graph = model.graph
+    additions = ir_tools.Additions(graph)
+    made = [value for node in graph for value in node.outputs if value.name]
+    if unknown := next((value.name for value in made if value.dtype is None), None):
+        raise ConversionError(f"It is not known of what type {unknown} is, so half arithmetic cannot be emulated.")
+    round_to_half(model)
+    for value in (*graph.inputs, *made):
+        readers, producer = value.uses(), value.producer()
+        if value.dtype is not ir.DataType.FLOAT or not readers:
+            continue
+        half = additions.node("Cast", [value], f"{value.name}.half", ir.DataType.FLOAT16, to=ir.DataType.FLOAT16)
+        rounded = additions.node("Cast", [half], f"{value.name}.rounded", to=ir.DataType.FLOAT)
+        for reader, index in readers:
+            reader.replace_input_with(index, rounded)
+        if producer is None:
+            additions.insert_before(graph[0])
+        else:
+            graph.insert_after(producer, additions.nodes)
+            additions.nodes = []
+
+
 def compute_in_half(model: ir.Model) -> int:
     """Let matrix products, convolutions and the token table store and compute halves, in place; return how many do.
 

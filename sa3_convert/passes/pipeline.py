@@ -1,6 +1,7 @@
 """Which passes run for a component and a recipe, in order: from the reference ONNX to the one that is converted."""
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from sa3_convert.mnn.compatibility import DEFAULT_TARGET, MnnVersion, is_older
 from sa3_convert.passes import softmax, spellings
 from sa3_convert.passes.fp16_safe import make_fp16_safe
 from sa3_convert.passes.fuse_weight_norm import fuse_weight_norm
-from sa3_convert.passes.half import check_halves, compute_in_half, round_to_half
+from sa3_convert.passes.half import check_halves, compute_in_half, pass_through_half, round_to_half
 from sa3_convert.passes.hazards import refuse_hazards
 from sa3_convert.passes.integers import check_integers, compute_in_integers
 from sa3_convert.passes.packed_channels import keep_channels_packed
@@ -142,6 +143,24 @@ def onnx_for_mnn(
         # Only a file has external data, and only there is it a hazard.
         save_onnx(model, target, check=lambda written: refuse_hazards(written, target_mnn=target_mnn))
     return report
+
+
+@contextlib.contextmanager
+def passed_through_half(
+    reference: Path, folder: Path, component: Component, recipe: ComponentRecipe, target_mnn: MnnVersion
+) -> Iterator[Path]:
+    """Yield a file in `folder` with the numbers of `half.pass_through_half`, spelled for MNN but not quantised.
+
+    Inputs and outputs keep their names and types.
+    """
+    spelled = recipe.model_copy(update={"weights": None, "embedding": "float"})
+    with tempfile.TemporaryDirectory(prefix="half-", dir=folder) as scratch:
+        written = Path(scratch) / reference.name
+        with opened_onnx(reference) as model:
+            apply_passes(model, component, spelled, target_mnn=target_mnn)
+            pass_through_half(model)
+            save_onnx(model, written)
+        yield written
 
 
 def onnx_in_half(reference: Path, target: Path) -> None:

@@ -33,7 +33,8 @@ def _largest_magnitude(logits: ir.Value | None) -> float:
             return abs(cap)
     product = ir_tools.produced(logits, "MatMul")
     transposed = None if product is None else ir_tools.produced(product.inputs[1], "Transpose")
-    if product is None or transposed is None or not _swaps_the_last_two(transposed):
+    order = [] if transposed is None else _order(transposed)
+    if product is None or transposed is None or len(order) < 2 or order[-2:] != [len(order) - 1, len(order) - 2]:
         return math.inf
     return _longest_row(product.inputs[0]) * _longest_row(transposed.inputs[0])
 
@@ -180,11 +181,6 @@ def _keeps_the_last_axis(unsqueeze: ir.Node) -> bool:
 
 def _is_last_axis(value: ir.Value | None, axis: int) -> bool:
     return axis == -1 or (value is not None and value.shape is not None and axis == len(value.shape) - 1)
-
-
-def _swaps_the_last_two(transpose: ir.Node) -> bool:
-    order = _order(transpose)
-    return len(order) >= 2 and order[-2:] == [len(order) - 1, len(order) - 2]
 
 
 def _order(transpose: ir.Node) -> list[int]:

@@ -6,6 +6,7 @@ killed process has left, and removes it.
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import re
@@ -59,7 +60,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     if is_stream(path):
         import tempfile
 
-        with _partial(Path(tempfile.gettempdir()) / "output", _new_private_folder) as folder:
+        with _partial(Path(tempfile.gettempdir()) / "output", functools.partial(Path.mkdir, mode=0o700)) as folder:
             temporary = folder / "output"
             temporary.touch()
             yield temporary
@@ -69,7 +70,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise IsADirectoryError(f"{path} is a folder")
-    with _partial(target, _new_file) as temporary:
+    with _partial(target, functools.partial(Path.touch, exist_ok=False)) as temporary:
         yield temporary
         _sync(temporary)
         take_name(temporary, target)
@@ -316,14 +317,6 @@ def _partial(target: Path, make: Callable[[Path], None]) -> Iterator[Path]:
                 break
             # It was swept before it was locked.
         yield temporary
-
-
-def _new_file(path: Path) -> None:
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
-
-
-def _new_private_folder(path: Path) -> None:
-    path.mkdir(0o700)
 
 
 def _sync(path: Path) -> None:

@@ -70,7 +70,7 @@ def test_every_stage_is_followed() -> None:
         ),
         ("passes/fp16_safe.py", r"^_LARGEST_CONSTANT.*= ", r"\g<0>1 + ", STORED),
         ("passes/pipeline.py", r"^_EXTERNAL_FROM_BYTES.*= ", r"\g<0>1 + ", STORED | INTEGERS | HALVES),
-        ("check/half.py", r"^def pass_through.*\n", r"\g<0>    print()\n", {"verify", "split"}),
+        ("passes/half.py", r"^def pass_through.*\n", r"\g<0>    print()\n", {"verify", "split"}),
         ("mnn/worker.py", r"^def _refuse.*\n", r"\g<0>    print()\n", {"mnn", "split", "slots"}),
         ("networks/layers.py", r"^MASKED.*= ", r"\g<0>1 + ", EXPORTING | {"round"}),
         ("checkpoint/lora.py", r"^_NORM_EPS.*= ", r"\g<0>1 + ", EXPORTING | {"round"}),

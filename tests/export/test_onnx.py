@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sa3_convert.components import Contract, Length, Port
 from sa3_convert.errors import ConversionError
 from sa3_convert.export import component as export_room
-from sa3_convert.export.component import check_onnx, data_path, onnx_from_module
+from sa3_convert.export.component import check_onnx, onnx_from_module
 from sa3_convert.ort import OrtSession
 
 
@@ -167,11 +167,11 @@ def test_large_tensors_lie_beside_the_graph_and_small_ones_in_it(block: Path) ->
         assert tensor is not None
         assert isinstance(tensor, ir.ExternalTensor) == (tensor.nbytes >= export_room.INLINE_BELOW), value.name
     weights = [module.project.weight, module.conv.weight, module.out.weight]
-    assert data_path(block).stat().st_size == sum(4 * weight.numel() for weight in weights)
+    assert Path(f"{block}.data").stat().st_size == sum(4 * weight.numel() for weight in weights)
 
 
 def test_a_network_without_large_tensors_leaves_no_data_file(tmp_path: Path) -> None:
-    data_path(tmp_path / "m.onnx").write_bytes(b"of an earlier model")
+    (tmp_path / "m.onnx.data").write_bytes(b"of an earlier model")
     onnx_from_module(seeded(Pairs()), PAIRS, tmp_path / "m.onnx", multiple=2)
     assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
 
@@ -186,7 +186,7 @@ print(digest(Path(sys.argv[1])))
 
 
 def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes() + data_path(path).read_bytes()).hexdigest()
+    return hashlib.sha256(path.read_bytes() + Path(f"{path}.data").read_bytes()).hexdigest()
 
 
 def test_the_same_weights_give_the_same_bytes_in_another_process_and_folder(block: Path, tmp_path: Path) -> None:

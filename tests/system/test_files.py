@@ -160,10 +160,10 @@ def test_what_is_swept_before_it_is_locked_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swept_after: str
 ) -> None:
     made: list[Path] = []
-    make, lock = files._new_file, files.fcntl.flock
+    make, lock = Path.touch, files.fcntl.flock
 
-    def made_and_swept(path: Path) -> None:
-        make(path)
+    def made_and_swept(path: Path, *, exist_ok: bool) -> None:
+        make(path, exist_ok=exist_ok)
         made.append(path)
         if len(made) == 1 and swept_after == "made":
             path.unlink()
@@ -173,7 +173,7 @@ def test_what_is_swept_before_it_is_locked_is_made_again(
             made[0].unlink()
         lock(descriptor, operation)
 
-    monkeypatch.setattr(files, "_new_file", made_and_swept)
+    monkeypatch.setattr(Path, "touch", made_and_swept)
     monkeypatch.setattr(files.fcntl, "flock", locked_too_late)
     write_text(tmp_path / "text", "whole")
     assert len(made) == 2

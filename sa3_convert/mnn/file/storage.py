@@ -69,7 +69,8 @@ def content_digest(path: Path) -> str:
     with open_model(path) as stream:
         position = 0
         while piece := bytearray(stream.read(_PIECE)):
-            start, end = (min(max(at - position, 0), len(piece)) for at in (identity.offset, _end(identity)))
+            limits = (identity.offset, identity.offset + identity.bytes)
+            start, end = (min(max(at - position, 0), len(piece)) for at in limits)
             piece[start:end] = bytes(end - start)
             digest.update(piece)
             position += len(piece)
@@ -78,10 +79,6 @@ def content_digest(path: Path) -> str:
             while plain := stream.read(_PIECE):
                 digest.update(plain)
     return digest.hexdigest()
-
-
-def _end(extent: Extent) -> int:
-    return extent.offset + extent.bytes
 
 
 @dataclass(frozen=True, slots=True)

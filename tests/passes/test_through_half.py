@@ -8,11 +8,11 @@ import pytest
 from numpy.typing import NDArray
 
 from sa3_convert.arrays import Arrays
-from sa3_convert.check.half import pass_through_half, written_in_half
 from sa3_convert.components import Component
 from sa3_convert.errors import ConversionError
 from sa3_convert.ort import OrtSession
-from sa3_convert.passes.pipeline import save_onnx
+from sa3_convert.passes.half import pass_through_half
+from sa3_convert.passes.pipeline import passed_through_half, save_onnx
 from sa3_convert.recipe import ComponentRecipe, WeightScheme
 from tests.passes.graphs import graph
 
@@ -69,7 +69,7 @@ def test_weights_are_not_quantised_and_the_file_is_gone_afterwards(tmp_path: Pat
     save_onnx(graph("(float[1, 64] x) => (float[1, 64] y) { y = MatMul(x, w) }", w=weight), tmp_path / "whole.onnx")
     recipe = ComponentRecipe(weights=WeightScheme(bits=2, rounding="least_squares"), floor_db=1)
     feeds = {"x": RANDOM.standard_normal((1, 64)).astype(np.float32)}
-    with written_in_half(tmp_path / "whole.onnx", tmp_path, Component.DIT, recipe, "3.6") as half:
+    with passed_through_half(tmp_path / "whole.onnx", tmp_path, Component.DIT, recipe, "3.6") as half:
         found = OrtSession(half, threads=1).run(feeds)["y"]
     expected = feeds["x"] @ weight
     # Halves have 11 bits: 66 dB. Two bits would leave about 6 dB.
