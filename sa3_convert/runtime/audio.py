@@ -17,7 +17,7 @@ from sa3_convert.arrays import Floats
 from sa3_convert.errors import AudioError, UsageError
 from sa3_convert.runtime import wav as riff
 from sa3_convert.runtime.wav import cut_short
-from sa3_convert.system.files import atomic_path
+from sa3_convert.system.files import atomic_path, sha256_file
 from sa3_convert.system.streams import is_stream, is_terminal, opened_stream
 from sa3_convert.system.supervisor import working_on
 from sa3_convert.system.untrusted import SMALL, open_regular, parse_json
@@ -89,6 +89,12 @@ def audio_length(path: Path, rate: int) -> int:
         if not file.frames:
             raise AudioError(f"{path} holds no samples.")
         return round(int(file.frames) * rate / int(file.samplerate))
+
+
+def audio_sha256(path: Path) -> str:
+    """Return the hex SHA-256 of an audio file's bytes; raise AudioError if it cannot be read."""
+    with _explained(path, "read"):
+        return sha256_file(path)
 
 
 @contextlib.contextmanager

@@ -1,17 +1,18 @@
 """Many generations: checked as a whole before the first, resumable after the last that was done.
 
 `results.jsonl` beside the files gets one line per generation that was finished or rejected. A generation counts as done
-when such a line holds exactly its settings and its file is whole.
+when such a line holds exactly its settings, it was made from the same models, adapters and audio, written in the same
+way, and its file is whole.
 """
 
 import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from pydantic import TypeAdapter
 
 from sa3_convert.bundle.overlap import Named, require_apart
 from sa3_convert.errors import InputError, OutputRejectedError, Sa3Error, UsageError
-from sa3_convert.runtime.audio import SampleFormat, audio_writer, check_output_path, check_replaceable
+from sa3_convert.runtime.audio import SampleFormat, audio_sha256, audio_writer, check_output_path, check_replaceable
 from sa3_convert.runtime.batch_file import BatchItem, in_line
 from sa3_convert.runtime.events import AudioChunk, Report, StageName
 from sa3_convert.runtime.opening import Opening, adapters_told, held, made_by
@@ -29,6 +30,7 @@ from sa3_convert.runtime.setting_values import AUDIO
 from sa3_convert.scheduling import Estimate, Runner
 from sa3_convert.system.checked_files import inside
 from sa3_convert.system.files import alone_in, sha256_file, sweep
+from sa3_convert.system.sealed import fingerprint
 from sa3_convert.system.supervisor import writing_into
 from sa3_convert.system.untrusted import parse_json, read_bytes
 
@@ -53,6 +55,14 @@ class BatchOptions:
     force: bool = False
     """Replace files that no batch of this folder has made."""
 
+    def made_from(self, pipeline: Pipeline, item: BatchItem, sha256: Callable[[Path], str]) -> str:
+        """Return a hash of all beside settings that a file comes from: models, adapters, audio, how it is written."""
+        return fingerprint(
+            told=self.told(pipeline, item, {}),
+            audio=[sha256(path) for path in item.request.audio_files()],
+            written=[self.sample_format, self.dither],
+        )
+
     def told(self, pipeline: Pipeline, item: BatchItem, request: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the file of a generation tells of itself."""
         given = item.request.adapters
@@ -70,6 +80,8 @@ class BatchResult:
     """Its settings, every default filled in."""
     error: str | None = None
     """Why its output was rejected; then there is no file."""
+    made_from: str | None = None
+    """A hash of models, adapters, given audio and the way of writing."""
     file_sha256: str | None = None
     audio_sha256: str | None = None
     """Of the samples alone, which equal settings with different seeds must not share."""
@@ -93,6 +105,7 @@ class Line:
     request: Mapping[str, Any]
     options: BatchOptions
     takes: Estimate
+    made_from: str
     needs: tuple[str, ...] = ()
 
     @property
@@ -152,13 +165,17 @@ def run_batch(
         adapters = any(item.request.adapters for item in items)
         memory = 0 if workers is None else workers.opening.memory_bytes(adapters=adapters)
         todo: list[Line] = []
+        hashed = cache(audio_sha256)
         for item, request in zip(items, settings, strict=True):
+            with in_line(f"Line {item.line}", {}):
+                made_from = options.made_from(pipeline, item, hashed)
             known = recorded.get(item.output)
             wanted = {**request, "seed": known.request.get("seed")} if known and item.any_seed else request
-            if known is not None and known.request == wanted and _is_whole(folder / item.output, known):
+            same = known is not None and (known.request, known.made_from) == (wanted, made_from)
+            if known is not None and same and _is_whole(folder / item.output, known):
                 found[item.line] = known
             else:
-                todo.append(Line(item, request, options, Estimate(_seconds(request, memory), memory)))
+                todo.append(Line(item, request, options, Estimate(_seconds(request, memory), memory), made_from))
         outcomes = stack.enter_context(contextlib.closing(_made(pipeline, todo, workers)))
         yield from _in_order(items, found, outcomes, options)
 
@@ -289,6 +306,7 @@ def _generated(pipeline: Pipeline, line: Line) -> BatchResult:
         item.line,
         item.output,
         request,
+        made_from=line.made_from,
         file_sha256=sha256_file(path),
         audio_sha256=digest.hexdigest(),
         seconds=dict(report.seconds),

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 
 from sa3_convert.errors import AudioError, BundleError, InputError, UsageError
 from sa3_convert.runtime.audio import read_metadata
@@ -54,6 +55,30 @@ def test_only_what_changed_is_made_again(small: Parts, tmp_path: Path) -> None:
     run(small, tmp_path, LINES)
     results = run(small, tmp_path, [LINES[0], LINES[1] | {"steps": 2}])
     assert [result.reused for result in results] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"metadata": {"models": {"dit": "1" * 64}}}, {"sample_format": "float"}, {"dither": True}],
+    ids=["models", "format", "dither"],
+)
+def test_what_was_made_by_other_models_or_written_otherwise_is_made_again(
+    small: Parts, tmp_path: Path, other: dict[str, Any]
+) -> None:
+    lines = [{"prompt": "pad", "seed": 1}, {"prompt": "drums", "seed": 2}]
+    before = {"metadata": {"models": {"dit": "0" * 64}}}
+    run(small, tmp_path, lines, **before)
+    assert [result.reused for result in run(small, tmp_path, lines, **before | other)] == [False, False]
+    assert [result.reused for result in run(small, tmp_path, lines, **before | other)] == [True, True]
+
+
+def test_what_was_made_from_other_audio_of_the_same_name_is_made_again(small: Parts, tmp_path: Path) -> None:
+    lines = [LINES[0], {"prompt": "drums", "seed": 2, "init_audio": "given.wav"}]
+    random = np.random.default_rng(0)
+    for expected in ([False, False], [True, False]):
+        soundfile.write(tmp_path / "given.wav", random.uniform(-1, 1, (8820, 2)), 44100)
+        assert [result.reused for result in run(small, tmp_path, lines)] == expected
+    assert [result.reused for result in run(small, tmp_path, lines)] == [True, True]
 
 
 @pytest.mark.parametrize("damage", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-1])])

@@ -166,7 +166,7 @@ def test_what_is_sent_names_files_from_the_root(monkeypatch: pytest.MonkeyPatch,
     line = {"prompt": "pad", "init_audio": "a.wav", "adapters": ["l.safetensors:0.5"]}
     Path("b.jsonl").write_text(json.dumps(line))
     (item,) = read_batch(Path("b.jsonl"))
-    sent = Line(item, {"init_audio": "../a.wav"}, BatchOptions(Path("out")), Estimate(1.0, 1)).elsewhere()
+    sent = Line(item, {"init_audio": "../a.wav"}, BatchOptions(Path("out")), Estimate(1.0, 1), "").elsewhere()
     assert sent.item.request.files() == [tmp_path / "a.wav", tmp_path / "l.safetensors"]
     assert sent.options.folder == tmp_path / "out"
     # What is told of it stays as it is.
