@@ -1,13 +1,16 @@
 """Bytes that all components share: what an error does to the end result is measured, and decides who gets them."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from sa3_convert.bundle.reader import Bundle
-from sa3_convert.checkpoint.reader import Checkpoint
+from sa3_convert.checkpoint.reader import Checkpoint, resolve_checkpoint
+from sa3_convert.checkpoint.variants import MINIATURE
 from sa3_convert.cli import app as cli
 from sa3_convert.components import Component
 from sa3_convert.errors import UsageError
@@ -183,3 +186,28 @@ def test_in_no_more_bytes_than_small_what_is_heard_is_nearer(toy: Path, tmp_path
     shared = made(load_recipe(next((tmp_path / "out").glob("within-*.yaml"))), "shared")
     assert models(shared) <= models(small)
     assert distance(shared) < distance(small) / 2
+
+
+def test_what_moves_the_sound_and_what_loses_sounds_have_the_same_say() -> None:
+    spectra = {Component.DIT: 30.0, Component.DECODER: 10.0}
+    lost = {Component.DIT: 0.0, Component.DECODER: 5.0}
+    assert harm.together(spectra, lost) == {Component.DIT: 0.75, Component.DECODER: 1.25}
+    nothing = dict.fromkeys(lost, 0.0)
+    assert harm.together(spectra, nothing) == {Component.DIT: 0.75, Component.DECODER: 0.25}
+    assert harm.together(spectra, {}) == harm.together(spectra, nothing)
+
+
+def test_sounds_of_the_miniature_that_are_lost_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint.open(resolve_checkpoint(MINIATURE))
+    common = Common(checkpoint.folder, tmp_path, threads=1)
+    chosen = (Component.NUMBER_CONDITIONER, Component.DECODER)
+    known = {one: measure(common, one, "fp16", lambda *_: None) for one in chosen}
+    monkeypatch.setattr(harm, "CASES", (replace(harm.CASES[0], seconds=0.5),))
+    monkeypatch.setattr(harm, "judged", partial(harm.judged, count=6))
+    measures: list[Mapping[Component, float]] = []
+    monkeypatch.setattr(harm, "together", lambda *told: measures.extend(told) or dict(told[0]))
+    harm.harms(checkpoint, (), known, tmp_path, threads=1)
+    spectra, lost = measures
+    assert all(spectra[one] > 0 for one in chosen)
+    # Noise of 10 dB lies in all that a decoder makes, and no duration is off by so much that a sound is another.
+    assert lost[Component.NUMBER_CONDITIONER] == 0 < lost[Component.DECODER]
