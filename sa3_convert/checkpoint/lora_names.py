@@ -79,7 +79,7 @@ def foreign_settings(
             found = untrusted.parse_json(text)
         except ValueError as error:
             raise LoraError(f"{tensors.path}: {_IN_HEADER} in its header is not JSON: {error}") from None
-        found = {key.rpartition(".")[2]: value for key, value in found.items()} if isinstance(found, dict) else found
+        found = _of_one_network(tensors.path, found) if isinstance(found, dict) else found
     else:
         found = {} if beside is None else read_json(beside)
     if not isinstance(found, dict):
@@ -95,6 +95,19 @@ def foreign_settings(
     rows = any("magnitude" in names for names in layers.values())
     alpha = {"alpha": settings["lora_alpha"]} if "lora_alpha" in settings else {}
     return own | alpha | {"adapter_type": "dora-rows" if rows else "lora"}
+
+
+def _of_one_network(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings without what Diffusers puts before each, the network that they are of."""
+    found: dict[str, Any] = {}
+    for key, value in header.items():
+        name = key.rpartition(".")[2]
+        if found.setdefault(name, value) != value:
+            raise LoraError(
+                f"{path} states several {name}, {shown(found[name])} and {shown(value)}, for several networks. "
+                "Here one network takes it; save its layers alone."
+            )
+    return found
 
 
 def lora_state(path: Path) -> tuple[FileState | None, ...]:

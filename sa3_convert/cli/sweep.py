@@ -80,7 +80,7 @@ def sweep(
     from sa3_convert.scheduling import in_this_process
 
     if store:
-        Store(store)
+        store = Store(store).address
     opened = o.open_checkpoint(checkpoint, lora)
     folder = o.cache_of(cache, out)
     common = Common.of(opened, folder, lora, store=store, threads=threads)

@@ -44,7 +44,7 @@ class Common:
     @classmethod
     def of(cls, checkpoint: "Checkpoint", cache: Path, loras: Sequence[str] | None, **how: Any) -> "Common":
         """Return the same for processes that may stand in other folders."""
-        paths = tuple(str(Path(text).absolute()) for text in loras or ())
+        paths = tuple(str(Path(text).expanduser().absolute()) for text in loras or ())
         return cls(checkpoint.folder.absolute(), cache.absolute(), paths, **how)
 
     def open(self) -> "Checkpoint":
@@ -121,11 +121,14 @@ class Store:
 
     def __init__(self, address: str) -> None:
         from fsspec.core import url_to_fs
+        from fsspec.implementations.local import LocalFileSystem
 
         try:
             self._files, self._root = url_to_fs(address)
         except (ValueError, ImportError) as error:
             raise UsageError(f"--store {address}: {error}") from None
+        self.address = self._root if isinstance(self._files, LocalFileSystem) else address
+        """The same for processes that may stand in other folders."""
 
     def bring(self, stage: str, key: str, cache: StageCache) -> None:
         """Bring a result into a cache, if the store has it whole."""

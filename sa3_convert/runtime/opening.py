@@ -41,7 +41,7 @@ class Opening:
         """Return the same for a process that may stand in another folder."""
         options: dict[str, Any] = {name: v.absolute() if isinstance(v, Path) else v for name, v in self.options.items()}
         if loras := options.get("loras"):
-            options["loras"] = tuple(str(Path(text).absolute()) for text in loras)
+            options["loras"] = tuple(str(Path(text).expanduser().absolute()) for text in loras)
         return replace(self, path=self.path.absolute(), options=options)
 
     def memory_bytes(self, *, adapters: bool = False) -> int:

@@ -94,6 +94,20 @@ def test_diffusers_files_have_them_in_their_header(small_toy: Path, tmp_path: Pa
         np.testing.assert_array_equal(found[name], array)
 
 
+def test_a_header_for_several_networks_is_refused_where_they_differ(small_toy: Path, tmp_path: Path) -> None:
+    ours = toy_adapter(tmp_path / "a.safetensors", small_toy, "lora", [QKV])
+    same = {"transformer.lora_alpha": 8, "text_encoder.lora_alpha": 8}
+    expected = merged(small_toy, ours)
+    found = merged(small_toy, renamed(ours, tmp_path / "1.safetensors", diffusers, {}, lora_adapter_metadata=same))
+    assert expected.keys() == found.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
+    other = same | {"text_encoder.lora_alpha": 16}
+    theirs = renamed(ours, tmp_path / "2.safetensors", diffusers, {}, lora_adapter_metadata=other)
+    with pytest.raises(LoraError, match="several lora_alpha, 8 and 16"):
+        merged(small_toy, theirs)
+
+
 @pytest.mark.parametrize(
     ("more", "match"),
     [

@@ -145,6 +145,12 @@ def test_no_name_leads_out_of_a_result(tmp_path: Path, ours: StageCache, theirs:
     assert {path for path in tmp_path.rglob("*") if "theirs" not in path.parts} == before
 
 
+def test_an_address_is_the_same_wherever_a_worker_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Path(Store("kept/here").address) == tmp_path / "kept/here"
+    assert Store("memory://kept/here").address == "memory://kept/here"
+
+
 @pytest.mark.slow
 def test_an_object_store(ours: StageCache, theirs: StageCache, monkeypatch: pytest.MonkeyPatch) -> None:
     """Needs `pip install moto[server] s3fs`, which nothing else does."""

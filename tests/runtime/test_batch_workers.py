@@ -171,9 +171,14 @@ def test_what_is_sent_names_files_from_the_root(monkeypatch: pytest.MonkeyPatch,
     assert sent.options.folder == tmp_path / "out"
     # What is told of it stays as it is.
     assert sent.request == {"init_audio": "../a.wav"}
-    there = Opening(Path("bundle"), "torch", {"checkpoint": Path("c"), "loras": ("l.safetensors:2",)}).elsewhere()
+    there = Opening(
+        Path("bundle"), "torch", {"checkpoint": Path("c"), "loras": ("l.safetensors:2", "~/m:1")}
+    ).elsewhere()
     assert there.path == tmp_path / "bundle"
-    assert there.options == {"checkpoint": tmp_path / "c", "loras": (f"{tmp_path}/l.safetensors:2",)}
+    assert there.options == {
+        "checkpoint": tmp_path / "c",
+        "loras": (f"{tmp_path}/l.safetensors:2", str(Path.home() / "m:1")),
+    }
 
 
 @pytest.mark.parametrize(
