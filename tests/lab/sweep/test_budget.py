@@ -73,7 +73,7 @@ def test_the_token_table_gets_the_type_that_costs_least(
         return within(checkpoint, BASES, known, harms, budget)[Component.TEXT_ENCODER].recipe.embedding
 
     assert table(EVEN, 8 * MIB) == "float"
-    assert table(EVEN | {Component.TEXT_ENCODER: 1e-9}, 700 << 10) == "int4"
+    assert table(EVEN | {Component.TEXT_ENCODER: 1e-9}, 800 << 10) == "int4"
 
 
 def test_the_table_alone_costs_more_the_fewer_bits_it_has(checkpoint: Checkpoint) -> None:

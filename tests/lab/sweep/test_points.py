@@ -144,5 +144,7 @@ def test_what_is_planned_comes_near_what_was_predicted(toy: Path, tmp_path: Path
     (found,) = run_sweep(common, [point]).points
     assert not found.problem
     assert found.fidelity is not None
+    assert found.bytes is not None
+    assert 0.9 * size < found.bytes <= size
     # The worst of a few inputs, beside the mean of others.
     assert found.fidelity.signal_to_noise_db == pytest.approx(point.predicted_db, abs=6)
