@@ -71,9 +71,7 @@ def convert(
 
     What is up to date is not redone.
     """
-    runner = o.runner_on(workers, scheduler)
-    if runner is not None and force:
-        raise UsageError("--force redoes in this process what workers did. Leave --workers and --scheduler out.")
+    runner = _runner(workers, scheduler, force=force)
     from sa3_convert.cli import console
     from sa3_convert.convert.plan import ConvertRequest, plan
     from sa3_convert.lab.doctor.results import check_conversion
@@ -109,6 +107,13 @@ def convert(
         console.stdout.print(console.plan_table(request, planned))
     else:
         _make(request, json_file, partial(_make_stages, request, runner, workers, lora or ()))
+
+
+def _runner(workers: int | None, scheduler: str | None, *, force: bool) -> "Runner | None":
+    runner = o.runner_on(workers, scheduler)
+    if runner is not None and force:
+        raise UsageError("--force redoes in this process what workers did. Leave --workers and --scheduler out.")
+    return runner
 
 
 def _make_stages(request: "ConvertRequest", runner: "Runner | None", workers: int | None, loras: Sequence[str]) -> None:

@@ -26,6 +26,8 @@ INLINE_BELOW = 256
 """Bytes from which a tensor lies in the `.data` file; smaller ones are what graph tools want to look at."""
 
 _DATA = ".data"
+_TYPES = {"float32": "FLOAT", "int32": "INT32"}
+"""What ONNX calls the contract's."""
 _PRODUCER = "sa3-convert"
 
 
@@ -88,7 +90,8 @@ def check_onnx(path: Path, contract: Contract) -> None:
         ("inputs", graph.input, contract.inputs),
         ("outputs", graph.output, contract.outputs),
     ):
-        found, wanted = [_described(value) for value in values], [_wanted(port) for port in ports]
+        found = [_described(value) for value in values]
+        wanted = [(port.name, _TYPES[port.dtype], tuple(declared(dim) for dim in port.shape)) for port in ports]
         if found != wanted:
             raise ConversionError(f"The exported {path.name} has {kind} {found}, the contract says {wanted}.")
 
@@ -97,11 +100,6 @@ def _described(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int | str, .
     tensor = value.type.tensor_type
     shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
     return value.name, onnx.TensorProto.DataType.Name(tensor.elem_type), shape
-
-
-def _wanted(port: Port) -> tuple[str, str, tuple[int | str, ...]]:
-    dtype = {"float32": "FLOAT", "int32": "INT32"}[port.dtype]
-    return port.name, dtype, tuple(declared(dim) for dim in port.shape)
 
 
 class _Embedded(nn.Module):

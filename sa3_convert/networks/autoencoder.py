@@ -36,6 +36,14 @@ class WeightNormConv(nn.Module):
         return conv
 
 
+def fuse_weight_norms(network: nn.Module) -> None:
+    """Replace convolutions with a weight norm by plain ones, in place."""
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, WeightNormConv):
+                setattr(module, name, child.fused())
+
+
 class _Attention(nn.Module):
     """Differential attention: the difference of two attentions over one v."""
 

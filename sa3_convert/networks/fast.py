@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sa3_convert.networks.autoencoder import WeightNormConv
+from sa3_convert.networks.autoencoder import fuse_weight_norms
 from sa3_convert.networks.dit import CONDITIONED
 from sa3_convert.networks.layers import attend
 
@@ -18,10 +18,7 @@ def accelerate(network: nn.Module, *, half: bool) -> None:
     All between products stays float32 (Fourier features, rotary positions, norms, what blocks add up), and fused
     attention sums its softmax in float32 whatever it is given, so this is what `passes.half` makes of an ONNX.
     """
-    for module in list(network.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, WeightNormConv):
-                setattr(module, name, child.fused())
+    fuse_weight_norms(network)
     for module in network.modules():
         if hasattr(module, "attend"):
             setattr(module, "attend", _attend_in_half if half else _attend)  # noqa: B010 (mypy takes it for a module)

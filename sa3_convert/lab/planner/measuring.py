@@ -35,6 +35,7 @@ from sa3_convert.lab.planner.sensitivity import (
     read_curvatures,
     write_curvatures,
 )
+from sa3_convert.networks.autoencoder import fuse_weight_norms
 from sa3_convert.networks.build import build_network
 from sa3_convert.recipe import ComponentRecipe, ScaleType
 from sa3_convert.rounding.grid import in_parallel
@@ -57,6 +58,8 @@ CASES: Final = {
     Component.ENCODER: tuple((seed, 32) for seed in range(4)),
 }
 """(seed, latents) of each sample."""
+_DIRECTION: Final = ".weight_v"
+"""How the name of a weight ends that is stored as its direction, beside `.weight_g`, its magnitude."""
 _STAGE: Final = "curvature"
 _FILE: Final = "curvature.safetensors"
 _PRICED: Final = "prices.json"
@@ -115,13 +118,11 @@ class Pass(Part):
     def leave(self, folder: Path) -> Notes:
         """Run it."""
         checkpoint = self.common.open()
-        network = _held.of(
-            (self.common, self.component),
-            lambda _: build_network(self.component, checkpoint.layout, checkpoint.state(self.component)),
-        )
+        network = _held.of((self.common, self.component), lambda _: network_to_measure(checkpoint, self.component))
         seed, latents = CASES[self.component][self.number]
         sample = sample_inputs(self.component, checkpoint.layout, seed=CALIBRATION_SEED + seed, latents=latents)
-        found = curvatures_of(network, layers_to_measure(checkpoint, self.component), sample, self.number)
+        layers = {layer: parameter_of(name) for layer, name in layers_to_measure(checkpoint, self.component).items()}
+        found = curvatures_of(network, layers, sample, self.number)
         write_curvatures(folder / _FILE, found)
         return Notes()
 
@@ -144,9 +145,15 @@ class Pricing(Part):
         summed = self.common.find(_STAGE, self.key, Notes)
         if summed is None:
             raise _elsewhere(self.common)
-        curvatures, state = read_curvatures(summed.file(_FILE)), checkpoint.state(self.component)
-        weights, grids = layers_to_measure(checkpoint, self.component), all_grids(self.scales)
-        prices = in_parallel(lambda layer: priced(state[weights[layer]].numpy(), curvatures[layer], grids), self.layers)
+        curvatures = read_curvatures(summed.file(_FILE))
+        network = network_to_measure(checkpoint, self.component)
+        names, grids = layers_to_measure(checkpoint, self.component), all_grids(self.scales)
+
+        def price(layer: str) -> LayerSensitivity:
+            weight = network.get_parameter(parameter_of(names[layer]))
+            return priced(weight.detach().numpy(), curvatures[layer], grids)
+
+        prices = in_parallel(price, self.layers)
         (folder / _PRICED).write_bytes(_PRICES.dump_json(dict(zip(self.layers, prices, strict=True))))
         return Notes()
 
@@ -197,7 +204,8 @@ def _file(common: Common, component: Component, key: str, scales: ScaleType) -> 
 
 def _key(checkpoint: "Checkpoint", component: Component) -> str:
     keys = stage_keys(ComponentJob(checkpoint, component, ComponentRecipe(floor_db=1)))
-    code = code_digest(sample_inputs, layers_to_measure, curvatures_of, mean_of, priced, all_grids)
+    measuring = (sample_inputs, layers_to_measure, parameter_of, network_to_measure, curvatures_of, mean_of)
+    code = code_digest(*measuring, priced, all_grids)
     return fingerprint(export=keys["export"], cases=CASES[component], code=code)
 
 
@@ -296,9 +304,26 @@ def run_part(task: Part) -> None:
 
 
 def layers_to_measure(checkpoint: "Checkpoint", component: Component) -> dict[str, str]:
-    """Return the parameter name by layer name of every plain linear and convolution."""
-    return {
-        name.removesuffix(".weight"): name
-        for name, entry in checkpoint.stored(component).items()
-        if name.endswith(".weight") and len(entry.shape) >= 2 and name != TOKEN_TABLE
-    }
+    """Return the stored name by layer name, as in a graph, of the weight of every linear and convolution.
+
+    Of one with a weight norm it is the direction's.
+    """
+    found = {}
+    for name, entry in checkpoint.stored(component).items():
+        if name.endswith(_DIRECTION):
+            found[f"{name.removesuffix(_DIRECTION)}.conv"] = name
+        elif name.endswith(".weight") and len(entry.shape) >= 2 and name != TOKEN_TABLE:
+            found[name.removesuffix(".weight")] = name
+    return found
+
+
+def network_to_measure(checkpoint: "Checkpoint", component: Component) -> nn.Module:
+    """Build a network whose weight norms are fused: what is rounded is a parameter, by `parameter_of`."""
+    network = build_network(component, checkpoint.layout, checkpoint.state(component))
+    fuse_weight_norms(network)
+    return network
+
+
+def parameter_of(name: str) -> str:
+    """Return what `network_to_measure` calls the weight that a checkpoint stores under this name."""
+    return f"{name.removesuffix(_DIRECTION)}.weight" if name.endswith(_DIRECTION) else name

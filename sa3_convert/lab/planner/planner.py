@@ -107,7 +107,7 @@ def plan_component(
         raise UsageError("Give a size (--target-mib) or a fidelity (--min-snr).")
     floor = max(1.0, round(_decibels(fixed_error + allocation.error) - WORST_CASE_MARGIN_DB, 1))
     rounding: Rounding = "error_compensated" if base.compensates else "least_squares"
-    scheme = scheme_of(allocation, groups, sensitivity.scales, rounding, unmeasured(checkpoint, component))
+    scheme = scheme_of(allocation, groups, sensitivity.scales, rounding)
     recipe = base.model_copy(update={"weights": scheme, "floor_db": floor})
     return BitPlan(recipe, allocation, groups, fixed, fixed_error)
 
@@ -120,20 +120,14 @@ def bytes_beside(checkpoint: "Checkpoint", component: Component, base: Component
     shapes = {name: entry.shape for name, entry in checkpoint.stored(component).items()}
     layers = layers_to_measure(checkpoint, component)
     table = shapes.pop(TOKEN_TABLE, (0, 0))
-    # Norms and biases stay float32 in every file.
+    # Norms and biases stay float32 in every file; magnitudes are in none.
     kept = sum(
         (base.float_bytes if len(shape) > 1 else 4) * math.prod(shape)
         for name, shape in shapes.items()
-        if name not in layers.values()
+        if name not in layers.values() and not name.endswith(".weight_g")
     )
-    biases = sum(4 * shapes[weight][0] for layer, weight in layers.items() if f"{layer}.bias" not in shapes)
+    biases = sum(4 * shapes[name][0] for name in layers.values() if f"{name.rpartition('.')[0]}.bias" not in shapes)
     return kept + biases + base.table_bytes(table[0], table[1]) + _GRAPH_BYTES * len(checkpoint.stored(component))
-
-
-def unmeasured(checkpoint: "Checkpoint", component: Component) -> list[str]:
-    """Return the layers whose weights the checkpoint has as magnitudes and directions: no pass measures them."""
-    suffix = ".weight_v"
-    return [name.removesuffix(suffix) for name in checkpoint.stored(component) if name.endswith(suffix)]
 
 
 def table_error(checkpoint: "Checkpoint", base: ComponentRecipe) -> float:
@@ -194,16 +188,12 @@ def scheme_of(
     layers: Mapping[str, Sequence[str]],
     scales: ScaleType,
     rounding: Rounding,
-    unmeasured: Sequence[str] = (),
 ) -> WeightScheme | None:
     """Return the allocation as a recipe's scheme: the commonest option, and one rule for each other one.
 
-    None where every layer stays in floating point; so do layers of which nobody knows what rounding them costs.
+    None where every layer stays in floating point.
     """
     patterns: dict[tuple[int | None, int | None], list[str]] = defaultdict(list)
-    if unmeasured:
-        # In the graph they are called by what computes them, as `mapping.conv`.
-        patterns[None, None] += [rf"{re.escape(layer)}(\.\w+)?" for layer in unmeasured]
     for pattern, option in allocation.chosen.items():
         patterns[option.bits, option.block_size].append(pattern)
     counts = Counter(

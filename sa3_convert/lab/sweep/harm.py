@@ -29,8 +29,10 @@ from sa3_convert.lab.common import tokenizer_of
 from sa3_convert.lab.generations.end_to_end import compare_audio
 from sa3_convert.lab.generations.trajectory import STEPS, GenerationCase
 from sa3_convert.lab.miniature.judge import MODES, Mode, judged
+from sa3_convert.lab.planner.measuring import layers_to_measure, parameter_of
 from sa3_convert.lab.planner.sensitivity import Sensitivity
 from sa3_convert.lab.sweep.budget import MOST_ERROR
+from sa3_convert.networks.autoencoder import fuse_weight_norms
 from sa3_convert.runtime.engines import TorchEngine
 from sa3_convert.runtime.output_checks import CHECKS
 from sa3_convert.runtime.pipeline import Pipeline
@@ -57,15 +59,16 @@ class _Nudged(TorchEngine):
 
     nudged: Component | None = None
     deviations: Mapping[str, float] = field(default_factory=dict)
-    """Of the noise on each layer's weights."""
+    """Of the noise on each weight, by its name with weight norms fused."""
 
     def network(self, component: Component) -> "nn.Module":
         """Build a network; noise is seeded, so it is the same each time."""
         network = super().network(component)
         if component is self.nudged:
+            fuse_weight_norms(network)
             generator = torch.Generator().manual_seed(0)
-            for layer, deviation in self.deviations.items():
-                weight = network.get_parameter(f"{layer}.weight")
+            for name, deviation in self.deviations.items():
+                weight = network.get_parameter(name)
                 # The tensors are views of the checkpoint's file.
                 weight.data = weight + deviation * torch.randn(weight.shape, generator=generator)
         return network
@@ -147,7 +150,10 @@ def _nudged(opened: Callable[[], Pipeline], component: Component, sensitivity: S
     assert isinstance(plain, TorchEngine)
     # What moves nothing gets no noise.
     moving = {layer: known.curvature for layer, known in sensitivity.layers.items() if known.curvature > 0}
-    deviations = {layer: math.sqrt(energy / len(moving) / curvature) for layer, curvature in moving.items()}
+    stored = layers_to_measure(plain.checkpoint, component)
+    deviations = {
+        parameter_of(stored[layer]): math.sqrt(energy / len(moving) / curvature) for layer, curvature in moving.items()
+    }
     pipeline.models.engine = _Nudged(plain.checkpoint, threads=plain.threads, nudged=component, deviations=deviations)
     return pipeline
 
