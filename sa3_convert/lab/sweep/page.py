@@ -13,6 +13,8 @@ from sa3_convert.lab.report.theme import Ink, new_figure, styled, svg_of
 from sa3_convert.lab.sweep.result import Measured, Sweep
 
 _ROW = 5.0
+_LEAST_HEIGHT = 90.0
+"""Beside them the words along the axes have room."""
 """Points of height of a layer in the map of bits."""
 
 
@@ -72,7 +74,7 @@ def bits_figure(points: Sequence[Measured], component: str) -> str:
     """Return a map of bits: a row per layer, a column per point."""
     layers = list(points[0].bits)
     bits = np.array([[point.bits[layer] for point in points] for layer in layers])
-    figure = new_figure(60 + _ROW * len(layers))
+    figure = new_figure(60 + max(_ROW * len(layers), _LEAST_HEIGHT))
     with styled():
         axes = figure.add_subplot()
         for x, y in np.ndindex(bits.T.shape):

@@ -13,7 +13,7 @@ from sa3_convert.errors import UsageError
 from sa3_convert.lab.common import Common
 from sa3_convert.lab.planner.measuring import measure
 from sa3_convert.lab.planner.planner import bytes_beside
-from sa3_convert.lab.sweep.page import page
+from sa3_convert.lab.sweep.page import bits_figure, page
 from sa3_convert.lab.sweep.points import label_of, of_sizes, parse_sizes
 from sa3_convert.lab.sweep.result import Measured, Sweep, frontier
 from sa3_convert.lab.sweep.sweep import run_sweep
@@ -130,6 +130,12 @@ def test_the_page_says_what_is_missing_and_what_is_mixed_and_escapes_what_comes_
     assert "31.5" in text
     assert "<script>" not in text
     assert "<b>" not in text
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_map_of_few_layers_has_room_for_its_words() -> None:
+    drawn = bits_figure([point("number_conditioner-within-2.11382", 1, 20)], "number_conditioner")
+    assert "within-2.11382" in drawn
 
 
 @pytest.mark.parametrize("component", [Component.DECODER, Component.ENCODER])
