@@ -20,6 +20,11 @@ from sa3_convert.system.checked_files import FileState
 SETTINGS: Final = "adapter_config.json"
 """What PEFT writes beside its file."""
 _IN_HEADER: Final = "lora_adapter_metadata"
+_DECIDING: Final = (
+    *("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "use_qalora", "rank_pattern", "alpha_pattern"),
+    *("fan_in_fan_out", "init_lora_weights", "layer_replication", "lora_bias"),
+)
+"""Settings of PEFT that decide what an adapter does, or whether it is read."""
 """Where Diffusers writes the same into a file's header."""
 _KEY = re.compile(
     r"(?P<layer>.+?)\.(?P<factor>alpha|lora_A|lora_B|lora[_.]down|lora[_.]up|lora_magnitude_vector)"
@@ -98,16 +103,24 @@ def foreign_settings(
 
 
 def _of_one_network(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings without what Diffusers puts before each, the network that they are of."""
-    found: dict[str, Any] = {}
+    """Return the settings without what Diffusers puts before each: the network that they are of, of which one is meant.
+
+    Raises:
+        LoraError: those of several networks are there, and not the same where they decide what the adapter does.
+
+    """
+    networks: dict[str, dict[str, Any]] = {}
     for key, value in header.items():
-        name = key.rpartition(".")[2]
-        if found.setdefault(name, value) != value:
+        network, _, name = key.rpartition(".")
+        networks.setdefault(network, {})[name] = value
+    for name in _DECIDING if len(networks) > 1 else ():
+        told = [found.get(name) for found in networks.values()]
+        if any(value != told[0] for value in told):
             raise LoraError(
-                f"{path} states several {name}, {shown(found[name])} and {shown(value)}, for several networks. "
-                "Here one network takes it; save its layers alone."
+                f"{path} states {name} of several networks ({', '.join(map(shown, networks))}), not the same. Here one "
+                "network takes it; save its layers alone."
             )
-    return found
+    return {name: value for found in networks.values() for name, value in found.items()}
 
 
 def lora_state(path: Path) -> tuple[FileState | None, ...]:

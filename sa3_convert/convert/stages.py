@@ -258,7 +258,7 @@ STAGES: Final[Mapping[str, Stage]] = {
             depends=lambda job: job.storage() | {"floor_db": job.recipe.floor_db},
             applies=_gets_slots,
             leaves={"mnn-slots": "{}_slots.mnn"},
-            cost=StageCost(60, 1.1, start_memory=1.5, converter_memory_per_gib=2.5, scratch=3),
+            cost=StageCost(65, 1.1, start_memory=1.5, converter_memory_per_gib=5.5, scratch=3),
         ),
         Stage(
             name="ort-int8-slots",

@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from sa3_convert.bundle.overlap import Named, require_apart
-from sa3_convert.errors import InputError, OutputRejectedError, Sa3Error, UsageError
+from sa3_convert.errors import AudioError, InputError, OutputRejectedError, Sa3Error, UsageError
 from sa3_convert.runtime.audio import SampleFormat, audio_sha256, audio_writer, check_output_path, check_replaceable
 from sa3_convert.runtime.batch_file import BatchItem, in_line
 from sa3_convert.runtime.events import AudioChunk, Report, StageName
@@ -55,11 +55,22 @@ class BatchOptions:
     force: bool = False
     """Replace files that no batch of this folder has made."""
 
-    def made_from(self, pipeline: Pipeline, item: BatchItem, sha256: Callable[[Path], str]) -> str:
-        """Return a hash of all beside settings that a file comes from: models, adapters, audio, how it is written."""
+    def made_from(self, pipeline: Pipeline, item: BatchItem, sha256: Callable[[Path], str]) -> str | None:
+        """Return a hash of all beside settings that decides a file's samples; None if given audio cannot be read."""
+        told = self.told(pipeline, item, {})
+        prompts = (item.request.prompt, item.request.negative_prompt)
+        try:
+            audio = [sha256(path) for path in item.request.audio_files()]
+        except AudioError:
+            return None
         return fingerprint(
-            told=self.told(pipeline, item, {}),
-            audio=[sha256(path) for path in item.request.audio_files()],
+            models=told.get("models"),
+            engine=told.get("engine"),
+            loras=[(one["sha256"], one["strength"]) for one in told.get("loras", ())],
+            adapters=[one["sha256"] for one in told.get("adapters", ())],
+            # What a tokenizer makes of them, which is no model.
+            tokens=[None if prompt is None else pipeline.tokens(prompt).ids.tolist() for prompt in prompts],
+            audio=audio,
             written=[self.sample_format, self.dither],
         )
 
@@ -105,7 +116,7 @@ class Line:
     request: Mapping[str, Any]
     options: BatchOptions
     takes: Estimate
-    made_from: str
+    made_from: str | None
     needs: tuple[str, ...] = ()
 
     @property
@@ -171,7 +182,7 @@ def run_batch(
                 made_from = options.made_from(pipeline, item, hashed)
             known = recorded.get(item.output)
             wanted = {**request, "seed": known.request.get("seed")} if known and item.any_seed else request
-            same = known is not None and (known.request, known.made_from) == (wanted, made_from)
+            same = known is not None and (known.request, known.made_from or "") == (wanted, made_from)
             if known is not None and same and _is_whole(folder / item.output, known):
                 found[item.line] = known
             else:

@@ -73,15 +73,17 @@ def _numbers(checkpoint: "Checkpoint", adapters: bool) -> int:
 def made_by(pipeline: Pipeline, *, adapters: bool = False) -> dict[str, Any]:
     """Return what audio files tell about the models that make them, with adapters or without.
 
-    Of a component in parts it is the last that is named; of torch it is the weights.
+    Of torch it is the weights; of a component in parts the last has its name, and the others have their files' names.
     """
     engine, manifest = pipeline.engine(adapters=adapters), pipeline.manifest
     if isinstance(engine, TorchEngine):
         checkpoint = engine.checkpoint
-        models = {component: checkpoint.digest(component) for component in components_of(checkpoint.layout)}
+        models = {component.value: checkpoint.digest(component) for component in components_of(checkpoint.layout)}
     else:
         assert isinstance(engine, MnnEngine | OrtEngine)
-        models = {component: file.content for component, file in engine.files.items()}
+        models = {component.value: file.content for component, file in engine.files.items()}
+        if isinstance(engine, MnnEngine) and engine.parts is not None:
+            models |= {part.path.stem: part.content for part in engine.parts[:-1]}
     if manifest is not None:
         variant, recipe = manifest.variant, manifest.recipe if engine.name in KINDS else None
         loras = [{"name": lora.name, "sha256": lora.sha256, "strength": lora.strength} for lora in manifest.loras]
@@ -94,7 +96,7 @@ def made_by(pipeline: Pipeline, *, adapters: bool = False) -> dict[str, Any]:
         "variant": variant,
         **({"loras": loras} if loras else {}),
         "recipe": recipe,
-        "models": {component.value: digest for component, digest in models.items()},
+        "models": models,
         "engine": {name: value for name, value in engine.settings.items() if name != "threads"},
     }
 

@@ -97,15 +97,17 @@ def test_diffusers_files_have_them_in_their_header(small_toy: Path, tmp_path: Pa
 def test_a_header_for_several_networks_is_refused_where_they_differ(small_toy: Path, tmp_path: Path) -> None:
     ours = toy_adapter(tmp_path / "a.safetensors", small_toy, "lora", [QKV])
     same = {"transformer.lora_alpha": 8, "text_encoder.lora_alpha": 8}
+    same |= {"transformer.target_modules": ["to_qkv"], "text_encoder.target_modules": ["q_proj"]}
     expected = merged(small_toy, ours)
     found = merged(small_toy, renamed(ours, tmp_path / "1.safetensors", diffusers, {}, lora_adapter_metadata=same))
     assert expected.keys() == found.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array)
-    other = same | {"text_encoder.lora_alpha": 16}
-    theirs = renamed(ours, tmp_path / "2.safetensors", diffusers, {}, lora_adapter_metadata=other)
-    with pytest.raises(LoraError, match="several lora_alpha, 8 and 16"):
-        merged(small_toy, theirs)
+    for name, value in {"lora_alpha": 16, "use_rslora": True}.items():
+        other = same | {f"text_encoder.{name}": value}
+        theirs = renamed(ours, tmp_path / "2.safetensors", diffusers, {}, lora_adapter_metadata=other)
+        with pytest.raises(LoraError, match=rf"{name} of several networks .*transformer.*text_encoder"):
+            merged(small_toy, theirs)
 
 
 @pytest.mark.parametrize(

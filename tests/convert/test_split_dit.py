@@ -17,6 +17,7 @@ from sa3_convert.mnn.converter import mnn_from_onnx
 from sa3_convert.mnn.session import MnnSession
 from sa3_convert.passes.split import split_onnx
 from sa3_convert.recipe import ComponentRecipe
+from sa3_convert.runtime.opening import made_by
 from sa3_convert.runtime.pipeline import Pipeline
 from sa3_convert.runtime.request import GenerateRequest
 from tests.bundles import Convert
@@ -46,6 +47,14 @@ def test_generations_are_those_of_the_whole(bundle: Bundle, guidance: float) -> 
     np.testing.assert_allclose(split.report.latents, whole.report.latents, atol=1e-5)
     assert split.report.engine["dit"] == "split"
     assert "dit" not in whole.report.engine
+
+
+def test_files_name_every_part_that_made_them(bundle: Bundle) -> None:
+    with Pipeline.from_bundle(bundle.path, "mnn", split=True) as pipeline:
+        models = made_by(pipeline)["models"]
+    names = {"dit": "mnn-step", "dit_prepare": "mnn-prepare", "dit_time": "mnn-time"}
+    for name, kind in names.items():
+        assert models[name] == bundle.artifact(Component.DIT, kind).sha256
 
 
 def test_the_phases_stay_out_of_the_part_that_half_arithmetic_leaves_right(bundle: Bundle) -> None:

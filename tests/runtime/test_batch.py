@@ -72,6 +72,22 @@ def test_what_was_made_by_other_models_or_written_otherwise_is_made_again(
     assert [result.reused for result in run(small, tmp_path, lines, **before | other)] == [True, True]
 
 
+def test_what_changes_no_sample_makes_nothing_again(small: Parts, tmp_path: Path) -> None:
+    lines = [{"prompt": "pad", "seed": "random"}]
+    metadata = {"models": {"dit": "0" * 64}, "hub": "x/y@1"}
+    (first,) = run(small, tmp_path, lines, metadata=metadata)
+    (again,) = run(small, tmp_path, lines, metadata=metadata | {"hub": "x/y@2"})
+    assert again.reused
+    assert again.request == first.request
+
+
+def test_audio_that_is_gone_is_told_when_its_line_has_its_turn(small: Parts, tmp_path: Path) -> None:
+    gone = {"prompt": "drums", "seed": 2, "seconds": 0.2, "init_audio": "gone.wav"}
+    with pytest.raises(AudioError, match=r"Line 2: .*gone\.wav"):
+        run(small, tmp_path, [LINES[0], gone])
+    assert (tmp_path / "out" / "0001.wav").exists()
+
+
 def test_what_was_made_from_other_audio_of_the_same_name_is_made_again(small: Parts, tmp_path: Path) -> None:
     lines = [LINES[0], {"prompt": "drums", "seed": 2, "init_audio": "given.wav"}]
     random = np.random.default_rng(0)

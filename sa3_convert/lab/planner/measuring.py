@@ -74,7 +74,7 @@ _SECONDS_PER_NUMBER: Final = 1.7e-6
 _BESIDE_WEIGHTS: Final = 3 << 30
 """Bytes of activations, gradients and the process, of true-size components."""
 _OF_TOYS: Final = 600 << 20
-_held = Latest[tuple[Common, Component], nn.Module]()
+_held = Latest[str, nn.Module]()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +102,10 @@ class Part(ABC):
     def leave(self, folder: Path) -> Notes:
         """Do it, and leave what it finds in a folder."""
 
+    def network(self, checkpoint: "Checkpoint") -> nn.Module:
+        """Return the network, built once for the parts of a measurement that this process does."""
+        return _held.of(self.key, lambda _: network_to_measure(checkpoint, self.component))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pass(Part):
@@ -118,7 +122,7 @@ class Pass(Part):
     def leave(self, folder: Path) -> Notes:
         """Run it."""
         checkpoint = self.common.open()
-        network = _held.of((self.common, self.component), lambda _: network_to_measure(checkpoint, self.component))
+        network = self.network(checkpoint)
         seed, latents = CASES[self.component][self.number]
         sample = sample_inputs(self.component, checkpoint.layout, seed=CALIBRATION_SEED + seed, latents=latents)
         layers = {layer: parameter_of(name) for layer, name in layers_to_measure(checkpoint, self.component).items()}
@@ -146,7 +150,7 @@ class Pricing(Part):
         if summed is None:
             raise _elsewhere(self.common)
         curvatures = read_curvatures(summed.file(_FILE))
-        network = network_to_measure(checkpoint, self.component)
+        network = self.network(checkpoint)
         names, grids = layers_to_measure(checkpoint, self.component), all_grids(self.scales)
 
         def price(layer: str) -> LayerSensitivity:

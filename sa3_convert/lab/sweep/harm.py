@@ -28,7 +28,7 @@ from sa3_convert.errors import UsageError
 from sa3_convert.lab.common import tokenizer_of
 from sa3_convert.lab.generations.end_to_end import compare_audio
 from sa3_convert.lab.generations.trajectory import STEPS, GenerationCase
-from sa3_convert.lab.miniature.judge import MODES, Mode, judged
+from sa3_convert.lab.miniature.judge import Mode, judged
 from sa3_convert.lab.planner.measuring import layers_to_measure, parameter_of
 from sa3_convert.lab.planner.sensitivity import Sensitivity
 from sa3_convert.lab.sweep.budget import MOST_ERROR
@@ -46,8 +46,6 @@ if TYPE_CHECKING:
 NUDGE: Final = 1e-3
 """Of the energy of a component's output; 30 dB."""
 CASES: Final = (GenerationCase(0, 0, 2.0), GenerationCase(1, 1, 2.0), GenerationCase(2, 2, 2.0))
-_MODES: Final = MODES[:2]
-"""How sounds are made to be recognised; from others where the encoder is judged."""
 _REPLACED: Final = 0.5
 """How much of given audio is replaced by noise, where the encoder is judged."""
 _HARMS: Final = TypeAdapter(dict[Component, float])
@@ -121,7 +119,8 @@ def _measured(
         without = [_generated(pipeline, case) for case in CASES]
         given = [_generated(pipeline, case, audio) for case, audio in zip(CASES, without, strict=True)]
         rate = pipeline.layout.sample_rate
-        recognised = {mode: _recognised(pipeline, mode) for mode in _MODES} if is_miniature(pipeline.layout) else {}
+        modes = {_mode(component) for component in sensitivities} if is_miniature(pipeline.layout) else set()
+        recognised = {mode: _recognised(pipeline, mode) for mode in modes}
     for done, (component, sensitivity) in enumerate(sensitivities.items()):
         tick(done, len(sensitivities))
         encodes = component is Component.ENCODER
@@ -134,9 +133,10 @@ def _measured(
             compare_audio(expected, actual, rate).mean_spectral_distance_db ** 2
             for expected, actual in zip(given if encodes else without, heard, strict=True)
         )
-        if plain := recognised.get(mode := _MODES[encodes]):
+        if recognised:
+            mode = _mode(component)
             with _nudged(opened, component, sensitivity, MOST_ERROR) as pipeline:
-                lost[component] = len(plain - _recognised(pipeline, mode))
+                lost[component] = len(recognised[mode] - _recognised(pipeline, mode))
     return together(spectra, lost)
 
 
@@ -156,6 +156,10 @@ def _nudged(opened: Callable[[], Pipeline], component: Component, sensitivity: S
     }
     pipeline.models.engine = _Nudged(plain.checkpoint, threads=plain.threads, nudged=component, deviations=deviations)
     return pipeline
+
+
+def _mode(component: Component) -> Mode:
+    return "audio to audio" if component is Component.ENCODER else "text to audio"
 
 
 def _recognised(pipeline: Pipeline, mode: Mode) -> set[int]:

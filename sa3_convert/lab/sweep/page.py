@@ -13,9 +13,9 @@ from sa3_convert.lab.report.theme import Ink, new_figure, styled, svg_of
 from sa3_convert.lab.sweep.result import Measured, Sweep
 
 _ROW = 5.0
-_LEAST_HEIGHT = 90.0
-"""Beside them the words along the axes have room."""
 """Points of height of a layer in the map of bits."""
+_LEAST_HEIGHT = 90.0
+"""Of the map, beside which the words along its axes have room."""
 
 
 def page(sweep: Sweep) -> str:

@@ -138,7 +138,7 @@ def test_a_map_of_few_layers_has_room_for_its_words() -> None:
     assert "within-2.11382" in drawn
 
 
-@pytest.mark.parametrize("component", [Component.DECODER, Component.ENCODER])
+@pytest.mark.parametrize("component", Component)
 def test_what_is_planned_comes_near_what_was_predicted(toy: Path, tmp_path: Path, component: Component) -> None:
     common = Common(toy, tmp_path, threads=1)
     known = measure(common, component, "fp16", lambda *_: None)
@@ -151,6 +151,7 @@ def test_what_is_planned_comes_near_what_was_predicted(toy: Path, tmp_path: Path
     assert not found.problem
     assert found.fidelity is not None
     assert found.bytes is not None
-    assert 0.9 * size < found.bytes <= size
+    # What a graph is counted for is most of a toy.
+    assert 0.9 * size - 6144 < found.bytes <= size
     # The worst of a few inputs, beside the mean of others.
     assert found.fidelity.signal_to_noise_db == pytest.approx(point.predicted_db, abs=6)
