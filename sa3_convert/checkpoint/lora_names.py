@@ -20,12 +20,12 @@ from sa3_convert.system.checked_files import FileState
 SETTINGS: Final = "adapter_config.json"
 """What PEFT writes beside its file."""
 _IN_HEADER: Final = "lora_adapter_metadata"
+"""Where Diffusers writes the same into a file's header."""
 _DECIDING: Final = (
     *("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "use_qalora", "rank_pattern", "alpha_pattern"),
     *("fan_in_fan_out", "init_lora_weights", "layer_replication", "lora_bias"),
 )
 """Settings of PEFT that decide what an adapter does, or whether it is read."""
-"""Where Diffusers writes the same into a file's header."""
 _KEY = re.compile(
     r"(?P<layer>.+?)\.(?P<factor>alpha|lora_A|lora_B|lora[_.]down|lora[_.]up|lora_magnitude_vector)"
     r"(\.default)?(\.weight)?",

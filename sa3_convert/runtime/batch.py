@@ -92,7 +92,7 @@ class BatchResult:
     error: str | None = None
     """Why its output was rejected; then there is no file."""
     made_from: str | None = None
-    """A hash of models, adapters, given audio and the way of writing."""
+    """A hash of models, adapters, tokens, given audio and the way of writing; see `BatchOptions.made_from`."""
     file_sha256: str | None = None
     audio_sha256: str | None = None
     """Of the samples alone, which equal settings with different seeds must not share."""
@@ -182,8 +182,12 @@ def run_batch(
                 made_from = options.made_from(pipeline, item, hashed)
             known = recorded.get(item.output)
             wanted = {**request, "seed": known.request.get("seed")} if known and item.any_seed else request
-            same = known is not None and (known.request, known.made_from or "") == (wanted, made_from)
-            if known is not None and same and _is_whole(folder / item.output, known):
+            if (
+                known is not None
+                and made_from is not None
+                and (known.request, known.made_from) == (wanted, made_from)
+                and _is_whole(folder / item.output, known)
+            ):
                 found[item.line] = known
             else:
                 todo.append(Line(item, request, options, Estimate(_seconds(request, memory), memory), made_from))

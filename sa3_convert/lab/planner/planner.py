@@ -119,6 +119,8 @@ def bytes_beside(checkpoint: "Checkpoint", component: Component, base: Component
     MNN gives a bias of zeros to each layer without one.
     """
     shapes = {name: entry.shape for name, entry in checkpoint.stored(component).items()}
+    of_file, of_tensor = _GRAPH_BYTES
+    graph = of_file + of_tensor * len(shapes)
     layers = layers_to_measure(checkpoint, component)
     table = shapes.pop(TOKEN_TABLE, (0, 0))
     # Norms and biases stay float32 in every file; magnitudes are in none.
@@ -128,8 +130,6 @@ def bytes_beside(checkpoint: "Checkpoint", component: Component, base: Component
         if name not in layers.values() and not name.endswith(".weight_g")
     )
     biases = sum(4 * shapes[name][0] for name in layers.values() if f"{name.rpartition('.')[0]}.bias" not in shapes)
-    of_file, of_tensor = _GRAPH_BYTES
-    graph = of_file + of_tensor * len(checkpoint.stored(component))
     return kept + biases + base.table_bytes(table[0], table[1]) + graph
 
 
